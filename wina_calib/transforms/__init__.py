@@ -1,0 +1,40 @@
+"""Orthogonal transforms that make dropped inputs cheaper, exact in real arithmetic.
+
+`plan` resolves a name for a model, `Statistics` samples activations in the dense pass, `fit` finds the matrices, and
+`apply_layer` and `apply_ends` fold them into weights.
+"""
+
+from wina_calib.transforms.apply import apply_ends, apply_layer, embedding_rows, fold_final_norm, head_rows
+from wina_calib.transforms.fit import fit
+from wina_calib.transforms.plan import (
+    INPUT_SITES,
+    NAMES,
+    Plan,
+    Rotations,
+    plan,
+    reason_not_exact,
+    run_time_weights,
+    unties,
+    uses_norm,
+)
+from wina_calib.transforms.statistics import Statistics, needed_sites
+
+__all__ = [
+    "INPUT_SITES",
+    "NAMES",
+    "Plan",
+    "Rotations",
+    "Statistics",
+    "apply_ends",
+    "apply_layer",
+    "embedding_rows",
+    "fit",
+    "fold_final_norm",
+    "head_rows",
+    "needed_sites",
+    "plan",
+    "reason_not_exact",
+    "run_time_weights",
+    "unties",
+    "uses_norm",
+]

@@ -1,0 +1,133 @@
+"""What the transforms need to know about activations: a bounded sample of every site's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wina_calib.errors import TransformError
+from wina_calib.families import Architecture
+from wina_calib.transforms.plan import INPUT_SITES, plan
+
+TOKENS_PER_SITE = 1024
+
+
+class Statistics:
+    """A sample of the inputs of the sites that a transform rotates, collected by the dense streaming pass.
+
+    Every site has its own random choice of tokens, made before the pass from the seed and the number of tokens, so that
+    the sample does not depend on how the pass cuts its micro-batches or on how ranks share them, and so that the sites
+    together see many more different tokens than any one of them keeps.
+    """
+
+    def __init__(
+        self, arch: Architecture, name: str, *, tokens: int, seed: int = 0, per_site: int = TOKENS_PER_SITE
+    ) -> None:
+        """Plan the sample.
+
+        Args:
+            arch: the model's description.
+            name: the transform; a site that it does not need is not sampled.
+            tokens: rows that the pass will show each site, over all ranks.
+            seed: chooses the rows.
+            per_site: rows kept for a site, fewer where there are fewer.
+        """
+        self.tokens, self.seed = tokens, seed
+        self.per_site = min(tokens, per_site)
+        self._arch = arch
+        self._sites = needed_sites(name, arch)
+        self._samples: dict[tuple[int, str], Tensor] = {}
+        self._filled: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites whose inputs `update` wants."""
+        return self._sites
+
+    def nbytes(self) -> int:
+        """Bytes that the finished sample takes."""
+        return sum(
+            self.per_site * (2 * layer.site(site).width + 9) for layer in self._arch.layers for site in self._sites
+        )
+
+    def rows(self, layer: int, site: str) -> Tensor:
+        """Sorted indices (per_site,) of the tokens that this site keeps."""
+        index = layer * len(INPUT_SITES + ("attn_out",)) + (*INPUT_SITES, "attn_out").index(site)
+        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
+        return torch.randperm(self.tokens, generator=generator)[: self.per_site].sort().values
+
+    def update(self, layer: int, site: str, x: Tensor, first: int) -> None:
+        """Take what is wanted of a micro-batch.
+
+        Args:
+            layer: index of the decoder layer.
+            site: name of the site; one that is not in `sites` is ignored.
+            x: (rows, width) inputs of the site, any float dtype, on any device. Rows that run dense, such as the first
+                token of a sequence, are left out by the caller and not counted.
+            first: index of the first row in the whole pass, 0 to `tokens`.
+        """
+        if site not in self._sites:
+            return
+        key = (layer, site)
+        wanted = self.rows(layer, site)
+        if key not in self._samples:
+            self._samples[key] = torch.zeros(len(wanted), x.shape[1], dtype=torch.bfloat16)
+            self._filled[key] = torch.zeros(len(wanted), dtype=torch.bool)
+        low, high = torch.searchsorted(wanted, torch.tensor([first, first + len(x)])).tolist()
+        here = (wanted[low:high] - first).to(x.device)
+        self._samples[key][low:high] = x.detach()[here].to("cpu", torch.bfloat16)
+        self._filled[key][low:high] = True
+
+    def merge(self, other: Statistics) -> None:
+        """Add the rows that another rank has seen of the same pass."""
+        if (self.tokens, self.seed, self.per_site, self._sites) != (
+            other.tokens,
+            other.seed,
+            other.per_site,
+            other._sites,
+        ):
+            raise TransformError("statistics of different passes cannot be merged: tokens, seed or sites differ.")
+        for key, sample in other._samples.items():
+            filled = other._filled[key]
+            if key not in self._samples:
+                self._samples[key], self._filled[key] = sample.clone(), filled.clone()
+                continue
+            self._samples[key][filled] = sample[filled]
+            self._filled[key] |= filled
+
+    def sample(self, layer: int, site: str) -> Tensor:
+        """The sampled inputs (rows, width) of a site in bfloat16, in order of the tokens.
+
+        Raises:
+            TransformError: the pass has not shown this site all rows that were planned.
+        """
+        filled = self._filled.get((layer, site))
+        if filled is None or not bool(filled.all()):
+            seen = 0 if filled is None else int(filled.sum())
+            raise TransformError(
+                f"statistics of layer {layer} {site} hold {seen} of {self.per_site} planned rows: the calibration pass "
+                "ended early or counted its tokens differently."
+            )
+        return self._samples[layer, site]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All samples as tensors, keyed "{layer}.{site}.sample" and "{layer}.{site}.filled"."""
+        state = {f"{layer}.{site}.sample": value for (layer, site), value in self._samples.items()}
+        return state | {f"{layer}.{site}.filled": value for (layer, site), value in self._filled.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all samples by those of a `state_dict`."""
+        self._samples.clear()
+        self._filled.clear()
+        for name, value in state.items():
+            layer, site, kind = name.split(".")
+            target = self._samples if kind == "sample" else self._filled
+            target[int(layer), site] = value.clone()
+
+
+def needed_sites(name: str, arch: Architecture) -> tuple[str, ...]:
+    """Sites whose inputs a transform's fit reads; empty for those that look at weights alone."""
+    wanted = plan(name, arch)
+    return (INPUT_SITES if wanted.residual else ()) + (("attn_out",) if wanted.heads else ())
