@@ -500,6 +500,13 @@ def test_bytes_do_not_depend_on_the_order_of_writes(tmp_path):
         assert file.metadata() == {"format": "pt", "k": "v"}
 
 
+def test_larger_old_file_is_replaced(tmp_path):
+    (tmp_path / SINGLE).write_bytes(b"x" * 10_000)
+    with ShardWriter(tmp_path / SINGLE, {"a": (torch.float32, (2,))}, {}) as writer:
+        writer.write_rows("a", 0, torch.ones(2))
+    assert Shards.open(tmp_path).load("a").tolist() == [1.0, 1.0]
+
+
 def test_every_tensor_is_aligned(tmp_path):
     plan = {
         "c": (torch.uint8, (3,)),
