@@ -1,3 +1,14 @@
-"""wina_calib: calibrate once, load a sparse-ready checkpoint anywhere."""
+"""wina_calib: calibrate once, load a sparse-ready checkpoint anywhere.
+
+Importing it registers the checkpoint format with transformers, so that `AutoModelForCausalLM.from_pretrained` loads it too.
+"""
 
 __version__ = "0.1.0"
+
+from wina_calib.calibrate import Result, calibrate
+from wina_calib.errors import WinaError
+from wina_calib.options import CalibrateOptions
+from wina_calib.runtime.load import load, set_prefill, set_sparsity
+from wina_calib.runtime import quantizer as _quantizer  # registers with transformers
+
+__all__ = ["CalibrateOptions", "Result", "WinaError", "__version__", "calibrate", "load", "set_prefill", "set_sparsity"]

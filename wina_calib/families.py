@@ -135,18 +135,23 @@ class Architecture:
 
 @dataclass(frozen=True)
 class MaskGroup:
-    """The projections of one site that share one mask, one norm and one threshold."""
+    """The projections of one site that share one mask, one norm and one threshold. `name` is `shared` or a projection."""
 
-    key: str
+    name: str
     site: str
     projections: tuple[Projection, ...]
+
+    @property
+    def key(self) -> str:
+        """Name inside a layer: `attn_in.shared`, `mlp_in.gate_proj`."""
+        return f"{self.site}.{self.name}"
 
 
 def mask_groups(site: Site, masks: str) -> tuple[MaskGroup, ...]:
     """Split a site into mask groups: one with `masks="shared"`, one a projection with `masks="per-projection"`."""
     if masks == "shared":
-        return (MaskGroup(site.name, site.name, site.projections),)
-    return tuple(MaskGroup(f"{site.name}.{p.name}", site.name, (p,)) for p in site.projections)
+        return (MaskGroup("shared", site.name, site.projections),)
+    return tuple(MaskGroup(p.name, site.name, (p,)) for p in site.projections)
 
 
 def describe(model: PreTrainedModel) -> Architecture:
@@ -272,7 +277,7 @@ def _gain(norm: nn.Module, path: str) -> str:
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
         weight = next(probe.parameters())
-        ones = torch.ones(1, weight.numel())
+        ones = torch.ones(1, weight.numel(), device="cpu")
         weight.zero_()
         at_zero = float(probe(ones).abs().max())
         weight.fill_(1.0)

@@ -1,0 +1,343 @@
+"""The pass itself: a model in, a sparse-ready checkpoint out."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+import wina_calib
+from wina_calib.budgets import Cells, uniform
+from wina_calib.card import write_card
+from wina_calib.checkpoint import SiteTensors, open_checkpoint, write_calibration, write_weights
+from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.errors import UsageError
+from wina_calib.estimate import Estimate, estimate
+from wina_calib.families import SITES, Architecture
+from wina_calib.fit import SiteFit, fit_layer
+from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.options import CalibrateOptions, make_options
+from wina_calib.output import check_output, output_folder
+from wina_calib.settings import Settings
+from wina_calib.source import Source, open_source
+from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
+from wina_calib.tables import site_sparsity, threshold_between
+from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites, plan, run_time_weights
+
+BASE_TOKENS = 16_384
+_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+_SPILL_BYTES = 4 << 30
+
+
+class Progress(Protocol):
+    """Hears how a calibration goes on."""
+
+    def planned(self, estimate: Estimate) -> None:
+        """The work to come, before it begins."""
+
+    def phase(self, name: str, steps: int) -> None:
+        """A phase of `steps` steps begins."""
+
+    def step(self, note: str) -> None:
+        """One step of the phase is done."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def planned(self, estimate: Estimate) -> None:
+        """Ignore the estimate."""
+
+    def phase(self, name: str, steps: int) -> None:
+        """Ignore the phase."""
+
+    def step(self, note: str) -> None:
+        """Ignore the step."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a calibration made: the folder and the settings in its config."""
+
+    folder: Path
+    settings: Settings
+
+
+def calibrate(model: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any) -> Result:
+    """Calibrate a causal language model and write a sparse-ready checkpoint.
+
+    Args:
+        model: a Hugging Face model folder, a Hub repository id, or `demo`.
+        output: folder to write; it appears whole or not at all.
+        progress: hears the estimate, phases and steps.
+        **options: the fields of `CalibrateOptions`: sparsity, transform, data, samples, seq_len ...
+
+    Raises:
+        WinaError: with a message that says what to do.
+
+    Example:
+        ```python
+        wina_calib.calibrate("demo", "demo-sparse", sparsity=0.5)
+        ```
+    """
+    chosen = make_options(options)
+    target = Path(output)
+    check_output(target, overwrite=chosen.overwrite)
+    source = open_source(str(model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    device = pick_device(chosen.device)
+    tokenizer = source.tokenizer()
+    seq_len = fitting_length(source, chosen.seq_len)
+    blocks = load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed)
+    job = _Job(
+        source=source,
+        options=chosen,
+        transform=plan(chosen.transform, source.architecture),
+        blocks=blocks,
+        device=device,
+        dtype=pick_dtype(chosen.dtype, source.dtype, device),
+        micro_batch=chosen.micro_batch or max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len),
+        report=progress or Silent(),
+    )
+    job.report.planned(job.estimate())
+    with output_folder(target, overwrite=chosen.overwrite) as folder:
+        settings = job.run(folder, base_blocks(tokenizer, seq_len))
+        open_checkpoint(folder)
+        write_card(folder)
+    return Result(target, settings)
+
+
+def base_blocks(tokenizer: Any, seq_len: int) -> Blocks:
+    """The stated sample on which the original model's perplexity is kept: built-in held-out text."""
+    return load_blocks(HELDOUT_DATA, tokenizer, samples=max(1, BASE_TOKENS // seq_len), seq_len=seq_len, seed=0, min_tokens=1)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is the stored dtype on an accelerator and float32 on a CPU, where 16-bit products are mostly slow."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def fitting_length(source: Source, seq_len: int) -> int:
+    """Cut a block length to what the model takes."""
+    return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
+
+
+def count_cells(arch: Architecture, transform: str) -> Cells:
+    """Element counts that budgets and read fractions are computed from."""
+    weights = np.array([[site.weights for site in layer.sites] for layer in arch.layers])
+    norms = sum(
+        arch.hidden_size for layer in arch.layers for norm in (layer.attn_norm, layer.mlp_norm, *layer.post_norms) if norm
+    )
+    biases = sum(p.out_features for _, site in arch.sites for p in site.projections if p.bias)
+    return Cells(
+        sites=SITES,
+        weights=weights,
+        other_decoder=norms + biases + arch.hidden_size,
+        lm_head=arch.vocab_size * arch.hidden_size,
+        runtime_matrices=run_time_weights(transform, arch),
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One calibration under way."""
+
+    source: Source
+    options: CalibrateOptions
+    transform: Plan
+    blocks: Blocks
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    report: Progress
+
+    def estimate(self) -> Estimate:
+        return estimate(
+            self.source,
+            tokens=self.blocks.tokens,
+            seq_len=self.blocks.ids.shape[1],
+            micro_batch=self.micro_batch,
+            anchors=len(self.options.anchors),
+            transform=self.transform,
+            dtype=self.dtype,
+            requested=self.blocks.requested,
+        )
+
+    def run(self, folder: Path, base: Blocks) -> Settings:
+        base_ppl = self._perplexity(base)
+        rotations = self._rotations(folder)
+        self.report.phase("write weights", len(self.source.architecture.layers))
+        untied = write_weights(
+            self.source, self.transform, rotations, folder, device=self.device, progress=self.report.step
+        )
+        del rotations
+        dense = open_source(str(folder), trust_remote_code=self.options.trust_remote_code, calibrated=True)
+        rows = self._budget()
+        tensors = self._fit(dense, rows, folder)
+        settings = Settings(
+            sparsity=self.options.sparsity,
+            anchors=self.options.anchors,
+            score=self.options.score,
+            masks=self.options.masks,
+            exponent=self.options.exponent,
+            transform=self.transform.name,
+            budget=self.options.budget,
+            prefill=self.options.prefill,
+            weights=dense.shards.fingerprint(sorted(dense.shards)),
+            provenance=self._provenance(base_ppl, base, untied),
+        )
+        write_calibration(
+            folder, tensors, settings, self.source, untied=untied, runtime=not self.transform.is_free
+        )
+        return settings
+
+    def _stream(self, source: Source, ids: Tensor, folder: Path | None) -> LayerStream:
+        hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)
+        spill = folder if folder is not None and hidden > _SPILL_BYTES else None
+        return LayerStream(
+            source, ids, micro_batch=self.micro_batch, dtype=self.dtype, device=self.device, spill=spill
+        )
+
+    def _perplexity(self, blocks: Blocks) -> float:
+        stream = self._stream(self.source, blocks.ids, None)
+        hidden = self._dense_pass(stream, "dense perplexity", lambda layer, site, x, first: None)
+        return float(next_token_nll(stream, hidden).double().mean().exp())
+
+    def _rotations(self, folder: Path) -> Rotations:
+        arch = self.source.architecture
+        statistics: Statistics | None = None
+        if needed_sites(self.transform.name, arch):
+            ids = self.blocks.ids
+            statistics = Statistics(
+                arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed
+            )
+            self._dense_pass(self._stream(self.source, ids, folder), "statistics", statistics.update).clear()
+        self.report.phase(f"fit transform {self.transform.name}", 0)
+        return fit(
+            self.transform.name,
+            arch,
+            self.source.load_layer,
+            statistics,
+            seed=self.options.seed,
+            device=self.device,
+            progress=self.report.step,
+        )
+
+    @torch.no_grad()
+    def _dense_pass(
+        self, stream: LayerStream, name: str, observe: Callable[[int, str, Tensor, int], None]
+    ) -> HiddenStates:
+        """Run the dense model; show each site's inputs without first tokens to `observe(layer, site, rows, first_row)`."""
+        arch = self.source.architecture
+        self.report.phase(name, len(arch.layers))
+        hidden = stream.embed()
+        for index, module, _ in stream.layers():
+            first = 0
+            with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
+                for batch, ids in enumerate(stream.batches):
+                    rows = first
+                    layer.observe = lambda site, x: observe(index, site, x[:, 1:].flatten(0, 1), rows)  # noqa: B023
+                    hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
+                    first += len(ids) * (ids.shape[1] - 1)
+            self.report.step(f"layer {index + 1}")
+        return hidden
+
+    def _budget(self) -> np.ndarray[Any, Any]:
+        """Site sparsities (anchors, layers, sites)."""
+        cells = count_cells(self.source.architecture, self.transform.name)
+        return np.stack([uniform(cells, anchor).sparsities for anchor in self.options.anchors])
+
+    def _fit(self, source: Source, rows: np.ndarray[Any, Any], folder: Path) -> dict[str, Tensor]:
+        arch, anchors = source.architecture, self.options.anchors
+        rule = MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
+        stream = self._stream(source, self.blocks.ids, folder)
+        self.report.phase("fit thresholds", len(arch.layers))
+        start = stream.embed()
+        states = [start, *(stream.store() for _ in anchors[1:])]
+        for state in states[1:]:
+            state.copy_from(start, len(stream.batches))
+        tensors: dict[str, Tensor] = {}
+        for index, module, _ in stream.layers():
+            rotations = {s: q.to(self.device, self.dtype) for s, q in source.rotations(index).items()}
+            layer = arch.layers[index]
+            fits: list[dict[str, SiteFit]] = []
+            with MaskedLayer(layer, module, rule, rotations) as masked:
+                for a, hidden in enumerate(states):
+                    targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
+                    fits.append(fit_layer(stream, masked, hidden, targets, lambda histogram: None))
+                for s, site in enumerate(layer.sites):
+                    stored = self._site_tensors(masked, site.name, [f[site.name] for f in fits], rows[:, index, s])
+                    tensors |= stored.named(layer.prefix, site.name)
+            worst = max(fits[-1].items(), key=lambda item: item[1].error)
+            self.report.step(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
+        for state in states:
+            state.clear()
+        return tensors
+
+    def _site_tensors(
+        self, masked: MaskedLayer, site: str, fits: list[SiteFit], budget: np.ndarray[Any, Any]
+    ) -> SiteTensors:
+        anchors, groups = self.options.anchors, masked.groups[site]
+        tables = {g.name: torch.stack([f.tables[g.key] for f in fits]) for g in groups}
+        asked = site_sparsity(anchors, budget, self.options.sparsity)
+        return SiteTensors(
+            norms={g.name: masked.norms[g.key].cpu() for g in groups},
+            tables=tables,
+            thresholds={
+                name: torch.tensor(threshold_between(table, anchors, self.options.sparsity, asked))
+                for name, table in tables.items()
+            },
+            budget=torch.from_numpy(budget.copy()),
+            error=torch.tensor([f.error for f in fits]),
+        )
+
+    def _provenance(self, base_ppl: float, base: Blocks, untied: bool) -> dict[str, Any]:
+        return {
+            "base_model": self.source.name,
+            "base_commit": self.source.commit,
+            "base_ppl": base_ppl,
+            "base_ppl_data": list(base.data),
+            "base_ppl_tokens": base.tokens,
+            "base_ppl_fingerprint": base.fingerprint,
+            "data": list(self.blocks.data),
+            "data_fingerprint": self.blocks.fingerprint,
+            "blocks": len(self.blocks.ids),
+            "seq_len": self.blocks.ids.shape[1],
+            "seed": self.options.seed,
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "untied": untied,
+            "command": _command(),
+            "versions": {
+                "wina_calib": wina_calib.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    return shlex.join(["wina-calib", *sys.argv[1:]]) if name in ("wina-calib", "__main__.py") else "wina_calib.calibrate"

@@ -1,0 +1,166 @@
+"""A decoder layer run with masks on its sites' inputs, as far as a chosen site, for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
+from wina_calib.score import mask_input, stored_norm
+from wina_calib.transforms import uses_norm
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How masks are made.
+
+    Attributes:
+        score: one of `wina_calib.score.SCORES`.
+        masks: `shared` (one a site, joint norm) or `per-projection`.
+        exponent: power of the column norms.
+        transform: resolved transform, as the paper's uses norms on some projections only.
+    """
+
+    score: str = "wina"
+    masks: str = "shared"
+    exponent: float = 1.0
+    transform: str = "none"
+
+    def groups(self, site: Site) -> tuple[MaskGroup, ...]:
+        """Mask groups of a site."""
+        return mask_groups(site, self.masks)
+
+    def norm(self, group: MaskGroup, weights: list[Tensor]) -> Tensor:
+        """Norm vector (in,) float32 that a group's scores are computed with."""
+        score = self.score if uses_norm(self.transform, group) else "teal"
+        return stored_norm(score, weights, self.exponent)
+
+
+class _Stop(Exception):
+    """Carries the input of the site at which a run ends."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class MaskedLayer:
+    """One loaded decoder layer with hooks on its projections; a context manager that always removes them.
+
+    Args:
+        layer: the layer's description.
+        module: the layer with its weights.
+        rule: how masks are made.
+        rotations: run-time matrices (width, width) by site name: `x' = x @ rotation` before score and product.
+    """
+
+    def __init__(self, layer: Layer, module: nn.Module, rule: MaskRule, rotations: Mapping[str, Tensor]) -> None:
+        self.layer, self.module, self.rule, self.rotations = layer, module, rule, dict(rotations)
+        self.groups = {site.name: rule.groups(site) for site in layer.sites}
+        self.norms = {
+            group.key: rule.norm(group, self.weights(group)) for groups in self.groups.values() for group in groups
+        }
+        self.thresholds: dict[str, Tensor] = {}
+        self.stop_at: str | None = None
+        self.observe: Callable[[str, Tensor], None] | None = None
+        self._handles: list[Any] = []
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> MaskedLayer:
+        for groups in self.groups.values():
+            for group in groups:
+                for i, projection in enumerate(group.projections):
+                    hook = self._hook(group, first=i == 0 and group is groups[0])
+                    module = self.module.get_submodule(projection.module)
+                    self._handles.append(module.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last.clear()
+
+    def weights(self, group: MaskGroup) -> list[Tensor]:
+        """Weights of a group's projections, each (out, in)."""
+        return [self.weight(p) for p in group.projections]
+
+    def weight(self, projection: Projection) -> Tensor:
+        """Weight of one projection, (out, in)."""
+        return self.module.get_submodule(projection.module).weight  # type: ignore[return-value]
+
+    def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The layer's output (batch, seq, hidden) with the thresholds set so far."""
+        try:
+            return self.module(hidden, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self._last.clear()
+
+    def input_of(self, site: str, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Run up to a site and return its input (batch, seq, width), rotated, not masked."""
+        self.stop_at = site
+        try:
+            self.run(hidden, kwargs)
+        except _Stop as stop:
+            return stop.x
+        finally:
+            self.stop_at = None
+        raise AssertionError(f"layer {self.layer.index} never reached {site}")
+
+    @contextmanager
+    def replay_attention(self, output: Tensor) -> Iterator[None]:
+        """Let the attention block return `output` instead of computing it."""
+        attention = self.module.get_submodule(self.layer.attention)
+        attention.forward = lambda *args, **kwargs: (output, None)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del attention.forward
+
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        """x (batch, seq, width) with the group's mask; the first token of each sequence is never masked."""
+        threshold = self.thresholds.get(group.key)
+        if threshold is None:
+            return x
+        return mask_input(x, self.norms[group.key], threshold, self.rule.score, first_token_rows(x))
+
+    def output_error(self, site: Site, x: Tensor) -> float:
+        """Relative error `||W (x - masked x)|| / ||W x||` of a site on one micro-batch (batch, seq, width)."""
+        lost = kept = 0.0
+        for group in self.groups[site.name]:
+            dropped = x - self.mask(group, x)
+            for weight in self.weights(group):
+                lost += float(linear(dropped, weight).float().square().sum())
+                kept += float(linear(x, weight).float().square().sum())
+        return (lost / kept) ** 0.5 if kept else 0.0
+
+    def _hook(self, group: MaskGroup, *, first: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            x = args[0]
+            seen = self._last.get(group.site)
+            if seen is None or seen[0] is not x:
+                rotation = self.rotations.get(group.site)
+                seen = self._last[group.site] = (x, x if rotation is None else x @ rotation)
+            if first and self.stop_at == group.site:
+                raise _Stop(seen[1])
+            if first and self.observe is not None:
+                self.observe(group.site, seen[1])
+            masked = self._last.get(group.key + "/masked")
+            if masked is None or masked[0] is not x:
+                masked = self._last[group.key + "/masked"] = (x, self.mask(group, seen[1]))
+            return (masked[1],)
+
+        return hook
+
+
+def first_token_rows(x: Tensor) -> Tensor:
+    """Rows that are never masked: the first token of every sequence. x: (batch, seq, ...) -> (batch, seq) bool."""
+    rows = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    rows[:, 0] = True
+    return rows

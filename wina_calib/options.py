@@ -1,0 +1,113 @@
+"""The options of a calibration, defined once: Python arguments, command line flags and their help all come from here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from wina_calib.corpus import DEFAULT_DATA, check_spec
+from wina_calib.errors import UsageError
+from wina_calib.score import SCORES
+from wina_calib.settings import MASKS, PREFILL
+from wina_calib.transforms import NAMES as TRANSFORMS
+
+BUDGETS = ("uniform",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - the word that click uses
+    """Declare an option: its default, its help, and for the command line `choices`, `flag`, `multiple` or `metavar`."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of `wina-calib calibrate` and `wina_calib.calibrate`."""
+
+    sparsity: float = option(0.5, "Model sparsity to calibrate for, in [0, 1).", flag="-s")
+    transform: str = option(
+        "auto",
+        "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
+        choices=(*TRANSFORMS, "residual"),
+    )
+    budget: str = option("uniform", "How sparsity is spread over sites: uniform, or a budget file.", metavar="NAME|FILE")
+    grid: tuple[float, ...] = option(
+        DEFAULT_ANCHORS, "Model sparsities, besides the asked one, at which thresholds are fitted.", metavar="S,S,..."
+    )
+    data: tuple[str, ...] = option(
+        DEFAULT_DATA,
+        "Calibration text: builtin, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, .parquet "
+        "file or folder. Repeat to mix evenly.",
+        multiple=True,
+        metavar="SPEC",
+    )
+    samples: int = option(128, "Blocks of text.", metavar="N")
+    seq_len: int = option(2048, "Tokens a block; cut to what the model takes.", metavar="N")
+    seed: int = option(0, "Seed of every random choice.", metavar="N")
+    score: str = option("wina", "What is compared with the threshold.", choices=SCORES)
+    masks: str = option("shared", "One mask a site, or the papers' one a projection.", choices=MASKS)
+    exponent: float = option(1.0, "Power of the column norms in the score.", metavar="P")
+    prefill: str = option("sparse", "Whether prompts are masked too, or computed densely.", choices=PREFILL)
+    device: str = option("auto", "Compute device: auto, cpu, cuda, cuda:1 ...", metavar="DEVICE")
+    dtype: str = option("auto", "Compute dtype; auto is the model's on a GPU, float32 on a CPU.", choices=DTYPES)
+    micro_batch: int = option(0, "Blocks computed together; 0 chooses by length.", metavar="N")
+    overwrite: bool = option(False, "Replace an existing output folder.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
+    trust_remote_code: bool = option(False, "Run Python code that the model folder brings. Read it first.")
+
+    def __post_init__(self) -> None:
+        problems = [
+            (0.0 <= self.sparsity < 1.0, f"sparsity is {self.sparsity}; expected a number in [0, 1)"),
+            (
+                all(0.0 < s < 1.0 for s in self.grid),
+                f"grid is {', '.join(map(str, self.grid))}; expected numbers in (0, 1)",
+            ),
+            (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
+            (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
+            (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
+            (len(self.data) > 0, "no data was given"),
+        ]
+        problems += [
+            (value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}")
+            for name, value, choices in self._choices()
+        ]
+        wrong = [message for fine, message in problems if not fine]
+        if wrong:
+            raise UsageError("; ".join(wrong) + ".")
+        for spec in self.data:
+            check_spec(spec)
+
+    @property
+    def anchors(self) -> tuple[float, ...]:
+        """Ascending model sparsities at which thresholds are fitted: the grid and the asked one."""
+        asked = (self.sparsity,) if self.sparsity > 0 else ()
+        return tuple(sorted({*self.grid, *asked})) or DEFAULT_ANCHORS
+
+    def _choices(self) -> Sequence[tuple[str, Any, tuple[str, ...]]]:
+        return [
+            (f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"])
+            for f in fields(self)
+            if "choices" in f.metadata
+        ]
+
+
+def make_options(values: dict[str, Any]) -> CalibrateOptions:
+    """Build options from Python keyword arguments, forgiving about single values and paths.
+
+    Raises:
+        UsageError: a name is not an option, or a value is out of range.
+    """
+    known = {f.name for f in fields(CalibrateOptions)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    data = values.get("data", DEFAULT_DATA)
+    grid = values.get("grid", DEFAULT_ANCHORS)
+    values = values | {
+        "data": (str(data),) if isinstance(data, str | Path) else tuple(map(str, data)),
+        "grid": (float(grid),) if isinstance(grid, int | float) else tuple(map(float, grid)),
+    }
+    return CalibrateOptions(**values)

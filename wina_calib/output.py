@@ -1,0 +1,142 @@
+"""An output folder that appears whole or not at all.
+
+Work goes to a hidden sibling, `.NAME.partial`, and one rename makes it NAME. With overwrite the old folder is first moved to
+`.NAME.old`; should the process die between the two renames, the next start moves it back. A lock file keeps two processes
+apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wina_calib.errors import OutputError
+
+
+@contextmanager
+def output_folder(target: Path, *, overwrite: bool = False, keep_partial: bool = False) -> Iterator[Path]:
+    """Give a folder to write to that becomes `target` when the block ends, and vanishes when it raises.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace an existing folder.
+        keep_partial: leave the partial folder when the block raises, and hand it out again next time, for resuming.
+
+    Raises:
+        OutputError: the folder exists, is locked by another process, cannot be written, or the disk is full.
+    """
+    target = target.expanduser().absolute()
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    with readable_errors(target), _lock(target):
+        _recover(target, old)
+        if target.exists() and not overwrite:
+            raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
+        if partial.exists() and not keep_partial:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+            sync_tree(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            sync_folder(target.parent)
+        except BaseException:
+            _recover(target, old)
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(target: Path, *, overwrite: bool) -> None:
+    """Refuse early, before any work, what `output_folder` would refuse."""
+    target = target.expanduser().absolute()
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file. Give a folder.")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent} does not exist. Create it, or give another folder.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target.parent} is not writable. Give another folder, or change its permissions.")
+
+
+@contextmanager
+def readable_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's errors into one clear message about `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{target}: the disk is full. Free space, or write to another disk.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"{target} cannot be written ({error.strerror}). Give another folder.") from error
+        raise
+
+
+def replace_file(path: Path, temporary: Path) -> None:
+    """Put a finished temporary file in the place of `path` in one step, and force it to disk."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force all files of a folder to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recover(target: Path, old: Path) -> None:
+    """Undo an overwrite that died between its two renames, or finish one that died after them."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    path = target.with_name(f".{target.name}.lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another process is writing {target}. Wait for it, or give another folder.") from error
+        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+            raise OutputError(f"another process has just written {target}. Start again.")
+        yield
+        path.unlink(missing_ok=True)
+    except OutputError:
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)

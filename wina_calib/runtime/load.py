@@ -1,0 +1,103 @@
+"""Load a calibrated checkpoint, and choose its sparsity while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from wina_calib.checkpoint import read_settings
+from wina_calib.errors import UsageError
+from wina_calib.runtime.modules import SiteState, model_weighted, site_states
+from wina_calib.runtime.state import RuntimeState
+from wina_calib.settings import PREFILL
+from wina_calib.source import resolve
+
+
+def load(
+    path_or_repo: str | Path,
+    sparsity: float | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    prefill: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a calibrated checkpoint as a sparse model.
+
+    Args:
+        path_or_repo: checkpoint folder or Hub repository id.
+        sparsity: model sparsity to run at; None is the one it was calibrated for, 0 computes everything.
+        dtype: of the weights; `auto` is that on disk.
+        device_map: as in `from_pretrained`; None loads to the CPU.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it; never stored.
+        prefill: `sparse` masks prompts too, `dense` computes them fully; None is the checkpoint's.
+        **kwargs: passed on to `from_pretrained`.
+
+    Returns:
+        A transformers model: `generate`, `save_pretrained` and the rest work as usual.
+
+    Raises:
+        WinaError: the checkpoint is damaged, not calibrated or of a newer format.
+
+    Example:
+        ```python
+        model = wina_calib.load("demo-sparse", sparsity=0.4)
+        ```
+    """
+    folder, _ = resolve(str(path_or_repo), revision=revision, token=token)
+    read_settings(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, token=token, **kwargs)
+    if prefill is not None:
+        set_prefill(model, prefill)
+    if sparsity is not None:
+        set_sparsity(model, sparsity)
+    return model  # type: ignore[no-any-return]
+
+
+def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
+    """Choose the model sparsity of a loaded model; takes effect at the next forward pass.
+
+    Args:
+        model: a model from `load` or `from_pretrained`, or one that holds it.
+        sparsity: in [0, 1); 0 computes everything.
+
+    Returns:
+        The weight-averaged site sparsity that the thresholds are set for: `sparsity` up to rounding.
+
+    Raises:
+        UsageError: the model is not sparse, or the sparsity is out of range.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise UsageError(f"sparsity is {sparsity}; expected a number in [0, 1).")
+    sites = sparse_sites(model)
+    return model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
+
+
+def set_prefill(model: torch.nn.Module, prefill: str) -> None:
+    """Choose whether prompts are masked (`sparse`) or computed fully (`dense`)."""
+    if prefill not in PREFILL:
+        raise UsageError(f"prefill is {prefill!r}; expected one of {', '.join(PREFILL)}.")
+    runtime_state(model).prefill = prefill
+
+
+def runtime_state(model: torch.nn.Module) -> RuntimeState:
+    """The state that all sites of a loaded model share."""
+    return sparse_sites(model)[0].state
+
+
+def sparse_sites(model: torch.nn.Module) -> list[SiteState]:
+    """All sites of a loaded model.
+
+    Raises:
+        UsageError: it has none.
+    """
+    sites = site_states(model)
+    if not sites:
+        raise UsageError(f"{type(model).__name__} has no sparse sites. Load a calibrated checkpoint with wina_calib.load.")
+    return sites

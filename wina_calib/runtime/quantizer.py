@@ -1,0 +1,127 @@
+"""transformers integration: a calibrated checkpoint loads through plain `from_pretrained` once wina_calib is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
+from wina_calib.errors import RuntimeLoadError
+from wina_calib.families import Architecture, describe
+from wina_calib.runtime.modules import SiteState, SparseLinear
+from wina_calib.runtime.state import RuntimeState
+from wina_calib.settings import METHOD, Settings
+from wina_calib.transforms import plan
+
+
+@register_quantization_config(METHOD)
+class WinaConfig(QuantizationConfigMixin):
+    """`quantization_config` of a calibrated checkpoint; the fields are those of `Settings`."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = METHOD
+        values.pop("quant_method", None)
+        self.settings = Settings.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return self.settings.to_dict()
+
+
+@register_quantizer(METHOD)
+class WinaQuantizer(HfQuantizer):
+    """Puts sparse sites into a model before its weights are loaded and checks them afterwards."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: WinaConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.settings = quantization_config.settings
+        self.architecture: Architecture | None = None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.architecture = describe(model)
+        insert_sites(model, self.architecture, self.settings)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        assert self.architecture is not None
+        check_loaded(model, self.architecture, self.settings)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Nothing is converted while loading."""
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saving keeps every tensor."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Decode steps can be compiled."""
+        return True
+
+
+def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
+    """Give every decoder layer a `wina` module and replace its projections."""
+    state = RuntimeState(prefill=settings.prefill)
+    rotated = plan(settings.transform, arch).sites
+    layers = model.get_submodule(arch.layers_path)
+    for described in arch.layers:
+        layer = layers.get_submodule(str(described.index))
+        holder = nn.Module()
+        for site in described.sites:
+            first = layer.get_submodule(site.projections[0].module)
+            with torch.device(first.weight.device):
+                site_state = SiteState(
+                    described.index, site, settings, state, first.weight.dtype if site.name in rotated else None
+                )
+            holder.add_module(site.name, site_state)
+            for group in site_state.groups:
+                for i, projection in enumerate(group.projections):
+                    dense = layer.get_submodule(projection.module)
+                    assert isinstance(dense, nn.Linear)
+                    layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
+        layer.add_module("wina", holder)
+    base = model.get_submodule(arch.layers_path.rpartition(".")[0])
+    base.register_forward_pre_hook(lambda _, args, kwargs: state.begin(args, kwargs), with_kwargs=True)
+    model.__dict__["wina_state"] = state
+
+
+def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
+    """Check that every calibration tensor was in the files, is sound, and belongs to these weights.
+
+    Raises:
+        CheckpointError: a tensor is missing or damaged.
+        RuntimeLoadError: the weights are not those of the calibration.
+    """
+    expected = expected_tensors(arch, settings)
+    buffers = {n: b for n, b in model.named_buffers() if n in expected and getattr(b, "_is_hf_initialized", False)}
+    check_complete(model.name_or_path, expected, {name: tuple(b.shape) for name, b in buffers.items()})
+    here = {name: b for name, b in buffers.items() if not b.is_meta}
+    check_values(model.name_or_path, here)
+    if settings.score != "wina":
+        return
+    for layer in (arch.layers[0], arch.layers[-1]):
+        (group,) = settings.rule.groups(layer.site("attn_out"))
+        module = model.get_submodule(layer.prefix + group.projections[0].module)
+        norm = model.get_submodule(f"{layer.prefix}wina.{group.key}").norm
+        if module.weight.is_meta or settings.transform == "paper":
+            continue
+        if not norms_match(norm, [module.weight], settings.exponent):
+            raise RuntimeLoadError(
+                f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made for. "
+                "Were they trained or replaced afterwards? Calibrate them again."
+            )

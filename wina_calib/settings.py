@@ -1,0 +1,110 @@
+"""What config.json says of a calibration: the `quantization_config` of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from wina_calib.errors import CheckpointError
+from wina_calib.masked import MaskRule
+from wina_calib.score import SCORES
+
+METHOD = "wina"
+FORMAT_VERSION = "1.0"
+MASKS = ("shared", "per-projection")
+PREFILL = ("sparse", "dense")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A calibration's settings, one to one the JSON object in config.json (with `quant_method` added).
+
+    Attributes:
+        sparsity: model sparsity asked for; the stored thresholds are those for it.
+        anchors: ascending model sparsities at which tables and budget were fitted.
+        score: how inputs are scored.
+        masks: one mask a site or one a projection.
+        exponent: power of the column norms in the score.
+        transform: resolved orthogonal transform.
+        budget: how site sparsities were chosen.
+        prefill: whether inputs that fill an empty cache are masked too.
+        curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
+        weights: fingerprint of the weights that this belongs to.
+        provenance: base model, data, seed, versions, command, dense perplexity.
+        format_version: version of the format, `major.minor`.
+    """
+
+    sparsity: float
+    anchors: tuple[float, ...]
+    score: str = "wina"
+    masks: str = "shared"
+    exponent: float = 1.0
+    transform: str = "none"
+    budget: str = "uniform"
+    prefill: str = "sparse"
+    curve_levels: tuple[float, ...] = ()
+    weights: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def rule(self) -> MaskRule:
+        """How masks are made."""
+        return MaskRule(self.score, self.masks, self.exponent, self.transform)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return {"quant_method": METHOD} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Settings:
+        """Read and check the JSON object.
+
+        Raises:
+            CheckpointError: a value is missing or wrong, or the format is of a newer major version.
+        """
+        version = str(raw.get("format_version", ""))
+        major = version.partition(".")[0]
+        if not major.isdigit():
+            raise CheckpointError(f"quantization_config: format_version is {version!r}, expected {FORMAT_VERSION!r}.")
+        if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+            raise CheckpointError(
+                f"the checkpoint has format {version}, this wina_calib reads up to {FORMAT_VERSION}. Update: pip install -U wina-calib."
+            )
+        known = {f.name for f in fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        try:
+            settings = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"quantization_config: {error}. Calibrate again.") from error
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise CheckpointError where a value is out of its range."""
+        problems = [
+            (_sparsity(self.sparsity), f"sparsity is {self.sparsity!r}, expected a number in [0, 1)"),
+            (
+                isinstance(self.anchors, tuple)
+                and len(self.anchors) > 0
+                and all(map(_sparsity, self.anchors))
+                and list(self.anchors) == sorted(set(self.anchors)),
+                f"anchors are {self.anchors!r}, expected ascending numbers in [0, 1)",
+            ),
+            (self.score in SCORES, f"score is {self.score!r}, expected one of {', '.join(SCORES)}"),
+            (self.masks in MASKS, f"masks is {self.masks!r}, expected one of {', '.join(MASKS)}"),
+            (self.prefill in PREFILL, f"prefill is {self.prefill!r}, expected one of {', '.join(PREFILL)}"),
+            (isinstance(self.exponent, int | float) and math.isfinite(self.exponent), f"exponent is {self.exponent!r}"),
+            (isinstance(self.provenance, dict), "provenance is not an object"),
+            (isinstance(self.transform, str), f"transform is {self.transform!r}"),
+        ]
+        wrong = [message for fine, message in problems if not fine]
+        if wrong:
+            raise CheckpointError(f"quantization_config of config.json: {'; '.join(wrong)}. Calibrate again.")
+
+
+def _sparsity(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0

@@ -1,0 +1,264 @@
+"""A model to calibrate, opened from a local folder or the Hub: config, structure, tensors on disk. Weights stay on disk."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from wina_calib.errors import ModelFolderError, NumericError, UnsupportedModel
+from wina_calib.families import Architecture, Layer, describe
+from wina_calib.shards import Shards, read_json
+
+DEMO = "demo"
+RUNTIME_TYPE = "wina-"  # prefix of the model_type of checkpoints that need run-time matrices
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+_CONFIG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model folder. `name` is what the user gave, `commit` the Hub commit where there is one."""
+
+    name: str
+    folder: Path
+    commit: str | None
+    config: PreTrainedConfig
+    architecture: Architecture
+    shards: Shards
+    trust_remote_code: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights on disk."""
+        return self.shards[self.layer_names(0)[0]].dtype
+
+    def meta_model(self, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
+        """Build the model with weights on the meta device and real buffers."""
+        return _meta_model(self.config, dtype, self.trust_remote_code, attention)
+
+    def layer_names(self, index: int) -> list[str]:
+        """Names of a decoder layer's tensors on disk, in file order."""
+        prefix = self.architecture.layers[index].prefix
+        return [n for n in self.shards if n.startswith(prefix) and not is_derived(n) and not is_added(n)]
+
+    def rotations(self, index: int) -> dict[str, Tensor]:
+        """A layer's run-time matrices by site name; empty for a model without them."""
+        layer = self.architecture.layers[index]
+        names = {site.name: f"{layer.prefix}wina.{site.name}.rotation" for site in layer.sites}
+        return {site: self.load(name) for site, name in names.items() if name in self.shards}
+
+    def end_names(self) -> list[str]:
+        """Names of all tensors outside the decoder layers that belong to the model."""
+        layers = tuple(layer.prefix for layer in self.architecture.layers)
+        tied = f"{self.architecture.lm_head}.weight" if self.architecture.tied else None
+        return [n for n in self.shards if not n.startswith(layers) and not is_derived(n) and n != tied]
+
+    def load_layer(self, index: int) -> dict[str, Tensor]:
+        """Read one decoder layer, keyed by path inside the layer, in the dtype on disk.
+
+        Raises:
+            NumericError: a weight is NaN or infinite.
+        """
+        prefix = self.architecture.layers[index].prefix
+        return {name.removeprefix(prefix): self.load(name) for name in self.layer_names(index)}
+
+    def load(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read one tensor (or some rows of it) and check that it is finite."""
+        tensor = self.shards.load(name, rows=rows)
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NumericError(
+                f"{self.shards[name].file.name}: {name} holds {bad} NaN or infinite values. The model is damaged: "
+                "download or save it again."
+            )
+        return tensor
+
+    def tokenizer(self) -> Any:
+        """Load the model's tokenizer.
+
+        Raises:
+            ModelFolderError: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise ModelFolderError(
+                f"{self.folder} has no tokenizer that can be loaded ({_first_line(error)}). Copy tokenizer.json and "
+                "tokenizer_config.json of the model into the folder."
+            ) from error
+
+
+def demo_folder() -> Path:
+    """Folder of the bundled demo model."""
+    return Path(__file__).parent / "data" / "demo-llama-5m"
+
+
+def resolve(model: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[Path, str | None]:
+    """Turn `demo`, a local folder or a Hub repository id into a local folder and, for the Hub, a commit."""
+    if model == DEMO:
+        return demo_folder(), None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, token=token, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise ModelFolderError(
+            f"{model} is no local folder and could not be fetched from the Hub ({_first_line(error)}). Check the name, the "
+            "network and, for private or gated models, `hf auth login`."
+        ) from error
+    return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    calibrated: bool = False,
+) -> Source:
+    """Open a model for calibration and check it against its config.
+
+    Args:
+        model: a folder, a Hub id or `demo`.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it.
+        trust_remote_code: whether the folder's own Python code may run.
+        calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
+
+    Raises:
+        ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.
+        UnsupportedModel: the structure has no sparse sites.
+    """
+    folder, commit = resolve(model, revision=revision, token=token)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    if not calibrated:
+        _refuse_quantized(folder, config)
+    meta = _meta_model(config, torch.float32, trust_remote_code, None)
+    architecture = describe(meta)
+    shards = Shards.open(folder)
+    _check_tensors(folder, meta, architecture, shards)
+    return Source(model, folder, commit, config, architecture, shards, trust_remote_code)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read config.json of a folder, bounded in size, and let transformers parse it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelFolderError(f"{folder} has no config.json: not a Hugging Face model folder.")
+    raw = read_json(path, max_bytes=_CONFIG_BYTES)
+    if not isinstance(raw, dict):
+        raise ModelFolderError(f"{path} holds no JSON object.")
+    if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in _known_types():
+        raise UnsupportedModel(f"{folder} needs its own Python code. Read it, then pass --trust-remote-code.")
+    base = str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE)
+    try:
+        if base in _known_types():
+            return AutoConfig.for_model(**(raw | {"model_type": base}))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelFolderError(f"{path} cannot be read as a model config: {_first_line(error)}") from error
+
+
+def describe_config(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Architecture:
+    """Describe the model of a config, without weights."""
+    return describe(_meta_model(config, torch.float32, trust_remote_code, None))
+
+
+def is_added(name: str) -> bool:
+    """Whether a tensor was added by calibration."""
+    return ".wina." in name
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor is one that models compute for themselves (old checkpoints keep some)."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _DERIVED)
+
+
+def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put one layer's tensors (keyed by path inside the layer) into a module whose weights are on meta."""
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    layer.load_state_dict(state, strict=True, assign=True)
+    layer.requires_grad_(False)
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+def _meta_model(
+    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
+) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    extra = {"attn_implementation": attention} if attention else {}
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+            ).eval()
+    except Exception as error:
+        raise UnsupportedModel(
+            f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {_first_line(error)}"
+        ) from error
+
+
+def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method == "wina":
+        raise ModelFolderError(
+            f"{folder} is calibrated already. Re-choose its sparsity with `wina-calib budget {folder} --apply {folder}` or "
+            "calibrate the base model."
+        )
+    raise UnsupportedModel(f"{folder} is quantized ({method}). Calibrate the unquantized model.")
+
+
+def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architecture, shards: Shards) -> None:
+    head = f"{architecture.lm_head}.weight"
+    expected = {name: tuple(t.shape) for name, t in meta.state_dict().items() if not is_derived(name)}
+    optional = {head} if architecture.tied else set()
+    missing = sorted(set(expected) - set(shards) - optional)
+    unknown = sorted(name for name in shards if name not in expected and not is_derived(name) and not is_added(name))
+    wrong = [
+        f"{name} is {tuple(shards[name].shape)}, config says {shape}"
+        for name, shape in expected.items()
+        if name in shards and tuple(shards[name].shape) != shape
+    ]
+    not_float = [name for name in expected if name in shards and not shards[name].dtype.is_floating_point]
+    narrow = [name for name in expected if name in shards and shards[name].dtype.itemsize < 2]
+    problems = [
+        (missing, "tensors are missing"),
+        (unknown, "tensors have no place in the model"),
+        (wrong, "shapes are wrong"),
+        (sorted({*not_float, *narrow}), "tensors are not bfloat16, float16, float32 or float64"),
+    ]
+    found = [f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for names, what in problems if names]
+    if found:
+        raise ModelFolderError(f"{folder} does not match its config.json: {'; '.join(found)}. Download or save it again.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def layer_weights(layer: Layer, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Weights of a layer's sites: site name to its projections' weights in order."""
+    return {site.name: [tensors[f"{p.module}.weight"] for p in site.projections] for site in layer.sites}

@@ -1,0 +1,239 @@
+"""One decoder layer in memory at a time, bit-equal to the full model's forward.
+
+The model's own forward runs once a micro-batch with recorders in place of the decoder layers; what they are called with is
+what each layer is called with here. Blocks have one length and no padding, so these arguments depend on the batch size alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from wina_calib.source import Source, load_into
+
+Kwargs = dict[str, Any]
+
+
+class HiddenStates:
+    """One hidden state a micro-batch: in memory, or in one file a micro-batch when `folder` is given."""
+
+    def __init__(self, folder: Path | None, device: torch.device) -> None:
+        self._device = device
+        self._memory: dict[int, Tensor] = {}
+        self._folder = None if folder is None else Path(tempfile.mkdtemp(prefix="hidden-", dir=folder))
+        self._meta: dict[int, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._folder is None:
+            return self._memory[index]
+        dtype, shape = self._meta[index]
+        flat = torch.empty(shape, dtype=dtype)
+        with (self._folder / str(index)).open("rb", buffering=0) as file:
+            file.readinto(flat.view(-1).view(torch.uint8).numpy())
+        return flat.to(self._device)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        if self._folder is None:
+            self._memory[index] = value.to(self._device)
+            return
+        self._meta[index] = value.dtype, tuple(value.shape)
+        with (self._folder / str(index)).open("wb", buffering=0) as file:
+            file.write(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def copy_from(self, other: HiddenStates, count: int) -> None:
+        """Copy the first `count` micro-batches of another store."""
+        for index in range(count):
+            self[index] = other[index].clone()
+
+    def clear(self) -> None:
+        """Forget everything and free the space."""
+        self._memory.clear()
+        self._meta.clear()
+        if self._folder is not None:
+            for file in self._folder.iterdir():
+                file.unlink()
+            self._folder.rmdir()
+
+
+class LayerStream:
+    """Streams the tokens of `ids` through a model whose layers are loaded one at a time.
+
+    Args:
+        source: the opened model.
+        ids: (blocks, seq_len) int64 tokens without padding.
+        micro_batch: blocks computed together.
+        dtype: compute dtype.
+        device: compute device.
+        spill: folder for hidden states that do not fit in memory, or None to keep them in memory.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ids: Tensor,
+        *,
+        micro_batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spill: Path | None = None,
+    ) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.spill = spill
+        self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
+        self.model: PreTrainedModel = source.meta_model(dtype)
+        self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)  # type: ignore[assignment]
+        base_path = source.architecture.layers_path.rpartition(".")[0]
+        self._base = self.model.get_submodule(base_path) if base_path else self.model
+        self._kwargs: dict[int, list[Kwargs]] = {}
+        for buffer_name, buffer in list(self.model.named_buffers()):
+            owner, _, leaf = buffer_name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def store(self) -> HiddenStates:
+        """A new empty store of hidden states."""
+        return HiddenStates(self.spill, self.device)
+
+    @torch.no_grad()
+    def embed(self) -> HiddenStates:
+        """Hidden states before the first layer, for every micro-batch."""
+        hidden = self.store()
+        for index, ids in enumerate(self.batches):
+            hidden[index] = self._record(ids)
+        return hidden
+
+    def kwargs(self, layer: int, batch: int) -> Kwargs:
+        """Keyword arguments that the model's own forward gives to a layer."""
+        return self._kwargs[len(self.batches[batch])][layer]
+
+    def layers(self, first: int = 0) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
+        """Load each layer from `first` on; yield its index, its module with weights, and its tensors as on disk.
+
+        The next layer is read while the current one is computed; at most two are in memory.
+        """
+        count = len(self.modules)
+        with ThreadPoolExecutor(1, thread_name_prefix="load-layer") as pool:
+            pending: Future[dict[str, Tensor]] = pool.submit(self.source.load_layer, first)
+            for index in range(first, count):
+                tensors = pending.result()
+                if index + 1 < count:
+                    pending = pool.submit(self.source.load_layer, index + 1)
+                module = self.modules[index]
+                load_into(module, tensors, self.dtype, self.device)
+                try:
+                    yield index, module, tensors
+                finally:
+                    module.to("meta")
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """The final norm and lm_head, loaded for the length of the context."""
+        arch = self.source.architecture
+        norm = self.model.get_submodule(arch.final_norm.module)
+        lm_head = self.model.get_submodule(arch.lm_head)
+        weight = arch.embed if arch.tied else arch.lm_head
+        load_into(norm, {"weight": self.source.load(f"{arch.final_norm.module}.weight")}, self.dtype, self.device)
+        state = {"weight": self.source.load(f"{weight}.weight")}
+        if arch.lm_head_bias:
+            state["bias"] = self.source.load(f"{arch.lm_head}.bias")
+        load_into(lm_head, state, self.dtype, self.device)
+        try:
+            yield Head(self.model, self._base, norm)
+        finally:
+            norm.to("meta")
+            lm_head.to("meta")
+
+    def _record(self, ids: Tensor) -> Tensor:
+        """Run the model's forward on one micro-batch with recorders for layers; keep the first layer's input."""
+        calls: list[tuple[Tensor, Kwargs]] = []
+        base, modules = self._base, self.modules
+        norm_name = self.source.architecture.final_norm.module.rpartition(".")[2]
+        layers_name = self.source.architecture.layers_path.rpartition(".")[2]
+        norm = getattr(base, norm_name)
+        setattr(base, layers_name, nn.ModuleList(_Recorder(layer, calls) for layer in modules))
+        setattr(base, norm_name, nn.Identity())
+        try:
+            base(inputs_embeds=self._embeddings(ids), use_cache=False)
+        finally:
+            setattr(base, layers_name, modules)
+            setattr(base, norm_name, norm)
+        self._kwargs.setdefault(len(ids), [kwargs for _, kwargs in calls])
+        return calls[0][0]
+
+    def _embeddings(self, ids: Tensor) -> Tensor:
+        """The embedding module's own output, from only those rows of its weight that occur."""
+        arch = self.source.architecture
+        module = self.model.get_submodule(arch.embed)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        name = f"{arch.embed}.weight"
+        rows = torch.cat([self.source.load(name, slice(int(a), int(b) + 1)) for a, b in _runs(unique)])
+        saved, padding = module._parameters["weight"], module.padding_idx
+        module._parameters["weight"] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        module.padding_idx = None
+        try:
+            return module(inverse.to(self.device))  # type: ignore[no-any-return]
+        finally:
+            module._parameters["weight"], module.padding_idx = saved, padding
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: keeps what it is called with and returns its input."""
+
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, Kwargs]]) -> None:
+        super().__init__()
+        self._calls = calls
+        self.attention_type = getattr(layer, "attention_type", None)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self._calls.append((hidden_states, kwargs))
+        return hidden_states
+
+
+class Head:
+    """Logits from the last layer's hidden states, through the model's own forward around its decoder."""
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, norm: nn.Module) -> None:
+        self._model, self._base, self._norm = model, base, norm
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, seq, vocab) of hidden states (batch, seq, hidden)."""
+        normed = self._norm(hidden)
+        self._base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=normed)
+        try:
+            return self._model(inputs_embeds=normed, use_cache=False).logits  # type: ignore[no-any-return]
+        finally:
+            del self._base.forward
+
+
+def _runs(sorted_ids: Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive ids as (first, last), so that neighbouring rows are read together."""
+    values = sorted_ids.tolist()
+    first = last = values[0]
+    for value in values[1:]:
+        if value != last + 1:
+            yield first, last
+            first = value
+        last = value
+    yield first, last
+
+
+@torch.no_grad()
+def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
+    """Negative log-likelihood in nats of every predicted token, from the last layer's hidden states: (blocks, seq_len - 1)."""
+    losses = []
+    with stream.head() as head:
+        for index, ids in enumerate(stream.batches):
+            for row, tokens in zip(hidden[index], ids.to(stream.device), strict=True):
+                logits = head(row[None, :-1])[0].float()
+                losses.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
+    return torch.stack(losses).cpu()
