@@ -31,10 +31,7 @@ def problems(draw, *, convex=True, max_layers=4, max_levels=7):
     levels = np.concatenate(([0.0], np.cumsum(steps) / steps.sum()))
     levels *= draw(st.sampled_from([0.6, 0.9, 0.95, 1.0]))
     slopes = draw(hnp.arrays(np.float64, (*shape, len(steps)), elements=st.integers(0, 50).map(lambda n: n / 100)))
-    if convex:
-        loss = np.cumsum(np.sort(slopes, axis=2) * np.diff(levels), axis=2)
-    else:
-        loss = slopes
+    loss = np.cumsum(np.sort(slopes, axis=2) * np.diff(levels), axis=2) if convex else slopes
     return Cells(SITES[:sites], weights), Curves(levels, np.concatenate((np.zeros((*shape, 1)), loss), axis=2))
 
 

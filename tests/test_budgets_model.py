@@ -34,7 +34,7 @@ def test_dense_budget_reads_everything():
 def test_curve_goes_on_past_its_last_level_and_never_below_zero():
     curves = Curves([0, 0.5, 0.9], [[[0, 1, 2], [0, 2, 0.1]]])
     assert curves.at([[0.98, 0.98]]) == pytest.approx(np.array([[2.2, 0.0]]))
-    assert curves.at([[0.5, 0.9]]).tolist() == [[1, 0.1]]
+    assert curves.at([[0.5, 0.9]]) == pytest.approx(np.array([[1, 0.1]]))
 
 
 def test_scaled_curves():

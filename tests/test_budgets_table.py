@@ -1,11 +1,12 @@
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from budget_cases import small_cells, smooth_curves
 
-from wina_calib.budgets import Budget, render_table, solve_global, to_json, use_ascii, use_color
+from wina_calib.budgets import Budget, Curves, render_table, solve_global, to_json, use_ascii, use_color
 from wina_calib.errors import BudgetError
 
 CELLS = small_cells(2, other_decoder=10, lm_head=1000)
@@ -15,18 +16,19 @@ BUDGET = Budget([[0.0, 0.25, 0.5, 0.99], [0.1, 0.2, 0.3, 0.4]])
 def test_table_exactly():
     fixed = np.full((2, 4), np.nan)
     fixed[0, 1] = 0.25
-    found = render_table(CELLS, BUDGET, smooth_curves(2), fixed=fixed, ascii_only=True)
+    curves = Curves([0, 1], np.tile([0, 0.01], (2, 4, 1)))
+    found = render_table(CELLS, BUDGET, curves, fixed=fixed, ascii_only=True)
     assert found == (
         "layer  attn_in       attn_out      mlp_in        mlp_out       mean\n"
         "    0  0.000 ......  0.250*##....  0.500 ###...  0.990 ######  0.482\n"
         "    1  0.100 #.....  0.200 #.....  0.300 ##....  0.400 ##....  0.271\n"
         " mean  0.050 ......  0.225 #.....  0.400 ##....  0.695 ####..  0.376\n"
         "\n"
-        "model sparsity          0.3765\n"
-        "read fraction           0.7159  (decoder alone 0.6247)\n"
+        "model sparsity          0.3763\n"
+        "read fraction           0.7162  (decoder alone 0.6249)\n"
         "decode speedup limit    1.40x\n"
-        "predicted loss rise     0.0773 nats/token\n"
-        "predicted perplexity    +8.04%\n"
+        "predicted loss rise     0.0274 nats/token\n"
+        "predicted perplexity    +2.78%\n"
         "* pinned (1 of 8 cells)\n"
     )
 
@@ -40,8 +42,6 @@ def test_unicode_bars_have_one_width():
 
 
 def test_color_only_adds_escapes():
-    import re
-
     colored = render_table(CELLS, BUDGET, color=True)
     assert "\x1b[38;5;" in colored
     assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == render_table(CELLS, BUDGET)

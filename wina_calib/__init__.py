@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 
 from wina_calib.calibrate import Result, calibrate
 from wina_calib.errors import WinaError
+from wina_calib.evaluate import Evaluation, evaluate
 from wina_calib.options import CalibrateOptions
 from wina_calib.runtime.load import load, set_prefill, set_sparsity
 from wina_calib.runtime import quantizer as _quantizer  # registers with transformers
 
-__all__ = ["CalibrateOptions", "Result", "WinaError", "__version__", "calibrate", "load", "set_prefill", "set_sparsity"]
+__all__ = ["CalibrateOptions", "Evaluation", "Result", "WinaError", "__version__", "calibrate", "evaluate", "load", "set_prefill", "set_sparsity"]

@@ -16,13 +16,14 @@ import transformers
 from torch import Tensor
 
 import wina_calib
-from wina_calib.budgets import Cells, uniform
+from wina_calib.budgets import uniform
 from wina_calib.card import write_card
+from wina_calib.cells import count_cells
 from wina_calib.checkpoint import SiteTensors, open_checkpoint, write_calibration, write_weights
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.estimate import Estimate, estimate
-from wina_calib.families import SITES, Architecture
+from wina_calib.families import SITES
 from wina_calib.fit import SiteFit, fit_layer
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions, make_options
@@ -31,7 +32,7 @@ from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
 from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
 from wina_calib.tables import site_sparsity, threshold_between
-from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites, plan, run_time_weights
+from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites, plan
 
 BASE_TOKENS = 16_384
 _MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
@@ -142,22 +143,6 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
 def fitting_length(source: Source, seq_len: int) -> int:
     """Cut a block length to what the model takes."""
     return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
-
-
-def count_cells(arch: Architecture, transform: str) -> Cells:
-    """Element counts that budgets and read fractions are computed from."""
-    weights = np.array([[site.weights for site in layer.sites] for layer in arch.layers])
-    norms = sum(
-        arch.hidden_size for layer in arch.layers for norm in (layer.attn_norm, layer.mlp_norm, *layer.post_norms) if norm
-    )
-    biases = sum(p.out_features for _, site in arch.sites for p in site.projections if p.bias)
-    return Cells(
-        sites=SITES,
-        weights=weights,
-        other_decoder=norms + biases + arch.hidden_size,
-        lm_head=arch.vocab_size * arch.hidden_size,
-        runtime_matrices=run_time_weights(transform, arch),
-    )
 
 
 @dataclass(frozen=True)

@@ -81,18 +81,23 @@ class Source:
         return tensor
 
     def tokenizer(self) -> Any:
-        """Load the model's tokenizer.
+        """Load the model's tokenizer; see `load_tokenizer`."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
-        Raises:
-            ModelFolderError: there is none.
-        """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
-            raise ModelFolderError(
-                f"{self.folder} has no tokenizer that can be loaded ({_first_line(error)}). Copy tokenizer.json and "
-                "tokenizer_config.json of the model into the folder."
-            ) from error
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ModelFolderError: there is none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelFolderError(
+            f"{folder} has no tokenizer that can be loaded ({_first_line(error)}). Copy tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        ) from error
 
 
 def demo_folder() -> Path:

@@ -200,19 +200,28 @@ class _Recorder(nn.Module):
 
 
 class Head:
-    """Logits from the last layer's hidden states, through the model's own forward around its decoder."""
+    """Logits from the decoder's output, through the model's own forward around its decoder.
 
-    def __init__(self, model: PreTrainedModel, base: nn.Module, norm: nn.Module) -> None:
+    Args:
+        model: the causal language model.
+        base: its decoder.
+        norm: applied to the states first; None where they are the decoder's output already.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, norm: nn.Module | None = None) -> None:
         self._model, self._base, self._norm = model, base, norm
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (batch, seq, vocab) of hidden states (batch, seq, hidden)."""
-        normed = self._norm(hidden)
-        self._base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=normed)
+        states = hidden if self._norm is None else self._norm(hidden)
+        before = self._base.__dict__.get("forward")
+        self._base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
         try:
-            return self._model(inputs_embeds=normed, use_cache=False).logits  # type: ignore[no-any-return]
+            return self._model(inputs_embeds=states, use_cache=False).logits  # type: ignore[no-any-return]
         finally:
             del self._base.forward
+            if before is not None:
+                self._base.forward = before
 
 
 def _runs(sorted_ids: Tensor) -> Iterator[tuple[int, int]]:

@@ -9,8 +9,9 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wina_calib.budgets.file import FORMAT, HEADER, ModelKey
+from wina_calib.budgets.file import FORMAT, HEADER, SCORES, ModelKey
 from wina_calib.budgets.model import Budget, Cells, Curves
+from wina_calib.budgets.patterns import shown
 from wina_calib.budgets.target import MAX_SPARSITY, make_limits
 from wina_calib.errors import BudgetError
 
@@ -54,12 +55,14 @@ def render_page(
         A whole HTML document. Its content security policy lets only its own script and style run.
 
     Raises:
-        BudgetError: shapes do not agree, or the bounds are impossible.
+        BudgetError: shapes do not agree, or the bounds are impossible, or the score is unknown.
     """
     if not cells.weights.shape == curves.loss.shape[:2] == budget.sparsities.shape:
         raise BudgetError(
             f"cells {cells.weights.shape}, curves {curves.loss.shape[:2]} and budget {budget.sparsities.shape} differ"
         )
+    if score not in SCORES:
+        raise BudgetError(f"score must be one of {', '.join(SCORES)}, found {shown(score)}")
     free = make_limits(cells, lower, upper, last_level=float(curves.levels[-1]))
     make_limits(cells, lower, upper, fixed)  # refuses pins of another shape or outside [0, 1)
     pins = np.broadcast_to(np.nan if fixed is None else np.asarray(fixed, dtype=np.float64), cells.weights.shape)

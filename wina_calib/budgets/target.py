@@ -118,7 +118,7 @@ def _impossible(limits: Limits, asked: str, found: str) -> BudgetError:
     lowest, highest = limits.sparsity_range()
     least, most = (limits.cells.read_fraction_at(s) for s in (highest, lowest))
     return BudgetError(
-        f"{asked} cannot be met: {found}. With these bounds and pinned cells model sparsity {lowest:.4g} to"
+        f"{asked} cannot be met{found}. With these bounds and pinned cells model sparsity {lowest:.4g} to"
         f" {highest:.4g} (read fraction {most:.4g} to {least:.4g}) is possible; widen the bounds, free cells or change"
         " the target"
     )
@@ -147,8 +147,10 @@ def meet(
     if target.kind in ("sparsity", "read_fraction"):
         sparsity = target.value if target.kind == "sparsity" else cells.sparsity_at(target.value)
         if not lowest - _SLACK <= sparsity <= highest + _SLACK:
-            label = "model sparsity" if target.kind == "sparsity" else "read fraction"
-            raise _impossible(limits, f"{label} {target.value:g}", f"it needs model sparsity {sparsity:.4g}")
+            label, why = "model sparsity", ""
+            if target.kind == "read_fraction":
+                label, why = "read fraction", f": it needs model sparsity {sparsity:.4g}"
+            raise _impossible(limits, f"{label} {target.value:g}", why)
         sparsity = min(max(sparsity, lowest), highest)
         return sparsity, spread(sparsity)
     if curves is None:
@@ -162,7 +164,7 @@ def meet(
     if least > limit + _SLACK:
         found = f"loss rise {least:.4g}, perplexity rise {perplexity_rise(least):.2%}"
         raise _impossible(
-            limits, f"{target.kind} of at most {target.value:g}", f"the lowest sparsity already predicts {found}"
+            limits, f"{target.kind} of at most {target.value:g}", f": the lowest sparsity already predicts {found}"
         )
     sparsity = highest if loss(highest) <= limit else _bisect(loss, limit, lowest, highest)
     return sparsity, spread(sparsity)

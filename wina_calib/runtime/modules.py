@@ -67,6 +67,7 @@ class SiteState(Float32Buffers):
             self.register_buffer("rotation", torch.zeros(site.width, site.width, dtype=rotation_dtype))
         for group in self.groups:
             self.add_module(group.name, GroupState(site.width, anchors))
+        self.asked = float("nan")
         self._seen: Tensor | None = None
         self._masked: dict[str, Tensor] = {}
 
@@ -85,6 +86,7 @@ class SiteState(Float32Buffers):
         for group in self.groups:
             state = self.group(group.name)
             state.threshold.fill_(threshold_between(state.table.cpu(), anchors, model_sparsity, own))
+        self.asked = own
         return own
 
     def product(self, projection: SparseLinear, x: Tensor) -> Tensor:

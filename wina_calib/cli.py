@@ -1,0 +1,72 @@
+"""The command line: `wina-calib COMMAND`. Each command has a module in `wina_calib.commands`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = ("calibrate", "evaluate", "inspect", "generate", "demo", "export-dense", "flops", "bounds")
+
+
+class _Lazy(click.Group):
+    """Imports a command's module when it is needed: `--help` and `--version` stay quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"wina_calib.commands.{cmd_name.replace('-', '_')}")
+        return module.command  # type: ignore[no-any-return]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from wina_calib.errors import WinaError
+
+        try:
+            return super().invoke(ctx)
+        except WinaError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            ctx.exit(130)
+        except MemoryError:
+            click.echo("Error: out of memory. Give a smaller --micro-batch, --samples or --seq-len.", err=True)
+            ctx.exit(1)
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"wina-calib {version('wina-calib')}")
+        ctx.exit()
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version.")
+@click.option("--verbose", "-v", is_flag=True, help="Log what transformers and wina_calib do.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, notes or warnings on standard error.")
+def main(verbose: bool, quiet: bool) -> None:
+    """Calibrate activation sparsity once; load the sparse-ready checkpoint anywhere.
+
+    \b
+    Start with:
+      wina-calib demo
+      wina-calib calibrate MODEL -o DIR --sparsity 0.5
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    from transformers.utils import logging as hf
+
+    if not verbose:
+        hf.set_verbosity_error()
+    hf.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What commands share: options, progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from wina_calib.options import CalibrateOptions
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    help="Compute dtype; auto is the stored one on a GPU, float32 on a CPU.",
+)
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
+
+
+class Fractions(click.ParamType):
+    """Comma-separated numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """`0.5,0.65` -> (0.5, 0.65)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.5,0.65", param, ctx)
+
+
+def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every field of `CalibrateOptions`."""
+    for f in reversed(fields(CalibrateOptions)):
+        function = _flag(f)(function)
+    return function
+
+
+def _flag(f: Any) -> Callable[..., Any]:
+    meta = f.metadata
+    names = [f"--{f.name.replace('_', '-')}", *([meta["flag"]] if "flag" in meta else [])]
+    extra: dict[str, Any] = {"help": meta["help"], "default": f.default, "show_default": f.default not in (None, False)}
+    if "choices" in meta:
+        extra["type"] = click.Choice(meta["choices"])
+    elif isinstance(f.default, bool):
+        extra["is_flag"] = True
+    elif meta.get("multiple"):
+        extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default)}
+    elif isinstance(f.default, tuple):
+        extra |= {"type": Fractions(), "metavar": meta["metavar"], "show_default": ",".join(map(str, f.default))}
+    else:
+        extra |= {"type": type(f.default) if f.default is not None else str, "metavar": meta.get("metavar")}
+    return click.option(*names, **extra)
+
+
+def emit(value: Any, text: str, *, as_json: bool) -> None:
+    """Print a result: one JSON object, or text for people."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False) if as_json else text)
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, unless quiet."""
+    if not quiet():
+        click.echo(text, err=True)
+
+
+def quiet() -> bool:
+    """Whether `--quiet` was given."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.find_root().params.get("quiet"))
+
+
+def bar(total: int, label: str) -> Any:
+    """A progress bar on standard error: none where nobody looks."""
+    hidden = quiet() or not sys.stderr.isatty()
+    return tqdm(total=total, desc=label, file=sys.stderr, disable=hidden, leave=False, ascii="NO_COLOR" in os.environ)
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,47 @@
+"""`wina-calib demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wina_calib.calibrate import calibrate
+from wina_calib.commands.calibrate import Bars, summary
+from wina_calib.commands.common import emit, json_option, note
+from wina_calib.commands.evaluate import render
+from wina_calib.commands.generate import generate
+from wina_calib.evaluate import evaluate
+
+PROMPTS = ("The history of the city", "def read_file(path):")
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", default="demo-sparse", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+@click.option("--samples", default=64, show_default=True, metavar="N", help="Blocks of calibration text.")
+@click.option("--seq-len", default=1024, show_default=True, metavar="N", help="Tokens a block.")
+@json_option
+def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
+    """Calibrate the bundled 5.5 M-parameter model at 50 %, evaluate it, and let it write.
+
+    An existing output folder is replaced. Nothing is downloaded.
+    """
+    with Bars() as progress:
+        result = calibrate("demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True)
+    note("evaluate")
+    quality = evaluate(output, tokens=16_384)
+    texts = [generate(str(output), prompt, new=40, sample=True) for prompt in PROMPTS]
+    shown = "\n\n".join(
+        [
+            render(quality),
+            "The sparse model writes:\n\n" + "\n".join(f"  {' '.join(text.split())}" for text in texts),
+            "Next:\n"
+            f"  wina-calib inspect {output}\n"
+            f"  wina-calib evaluate {output} --sparsity 0.65\n"
+            f'  wina-calib generate {output} "Once upon a time"\n'
+            "  wina-calib calibrate MODEL -o DIR --sparsity 0.5     # your own model",
+        ]
+    )
+    emit({"calibration": summary(result), "evaluation": quality.to_dict(), "texts": texts}, shown, as_json=as_json)

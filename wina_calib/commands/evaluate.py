@@ -1,0 +1,70 @@
+"""`wina-calib evaluate`."""
+
+from __future__ import annotations
+
+import click
+
+from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.evaluate import Evaluation, evaluate
+from wina_calib.text import percent, rise, table
+
+
+@click.command("evaluate")
+@click.argument("checkpoint", metavar="DIR")
+@click.option("--data", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to test on.")
+@click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
+@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to use.")
+@device_option
+@dtype_option
+@revision_option
+@json_option
+def command(
+    checkpoint: str,
+    data: tuple[str, ...],
+    sparsity: float | None,
+    tokens: int,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Measure what sparsity costs in quality: DIR against itself at sparsity 0.
+
+    \b
+    Example:
+      wina-calib evaluate demo-sparse --sparsity 0.4
+    """
+    with bar(0, "evaluate") as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update()
+
+        result = evaluate(
+            checkpoint,
+            data=data,
+            sparsity=sparsity,
+            tokens=tokens,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        note(f"warning: {warning}")
+    emit(result.to_dict(), render(result), as_json=as_json)
+
+
+def render(result: Evaluation) -> str:
+    """An evaluation as text."""
+    rows = [
+        ["perplexity", f"{result.dense_ppl:.3f}", f"{result.sparse_ppl:.3f}", rise(result.sparse_ppl, result.dense_ppl)],
+        ["KL from dense (nats/token)", "0.000", f"{result.kl:.3f}", ""],
+        ["top-1 agreement", "100.0 %", percent(result.top1_agreement), ""],
+        ["model sparsity", "0.0 %", percent(result.model_sparsity), f"asked {percent(result.sparsity)}"],
+        ["read fraction", "100.0 %", percent(result.read_fraction), "lm_head included"],
+        ["read fraction, decoder", "100.0 %", percent(result.read_fraction_decoder), ""],
+    ]
+    original = f"original model's perplexity: {result.base_ppl:.3f} ({result.base_ppl_data})"
+    return table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}; {original}"

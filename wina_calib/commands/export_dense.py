@@ -1,0 +1,29 @@
+"""`wina-calib export-dense`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.export import export_dense
+from wina_calib.source import resolve
+
+
+@click.command("export-dense")
+@click.argument("checkpoint", metavar="DIR")
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@revision_option
+@json_option
+def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
+    """Write the checkpoint DIR as a plain dense model, for tools that do not know wina_calib.
+
+    \b
+    Example:
+      wina-calib export-dense demo-sparse demo-dense
+    """
+    folder, _ = resolve(checkpoint, revision=revision)
+    export_dense(folder, output, overwrite=overwrite)
+    emit({"folder": str(output)}, f"{output}: dense model written.", as_json=as_json)

@@ -1,0 +1,222 @@
+"""What sparsity costs in quality: a calibrated checkpoint against itself at sparsity 0, on text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from wina_calib.calibrate import pick_device, pick_dtype
+from wina_calib.cells import count_cells
+from wina_calib.corpus import HELDOUT_DATA, load_blocks, text_hashes
+from wina_calib.errors import NumericError, UsageError
+from wina_calib.families import describe
+from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
+from wina_calib.settings import Settings
+from wina_calib.source import load_tokenizer, resolve
+from wina_calib.streaming import Head
+
+DRIFT = 0.02
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class SiteSparsity:
+    """Asked and achieved sparsity of one site."""
+
+    layer: int
+    site: str
+    asked: float
+    achieved: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of a checkpoint at one sparsity.
+
+    Attributes:
+        sparsity: model sparsity asked for.
+        model_sparsity: achieved, weighted by the sites' sizes, the first tokens' dense rows counted in.
+        dense_ppl: perplexity of the checkpoint at sparsity 0.
+        sparse_ppl: perplexity at the sparsity.
+        base_ppl: perplexity of the original model, stored by calibration, and on what it was measured.
+        kl: mean KL divergence of the sparse from the dense prediction, nats a token.
+        top1_agreement: share of tokens where both predict the same next token.
+        read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
+        read_fraction_decoder: the same without lm_head.
+        tokens: predicted tokens.
+        sites: asked and achieved sparsity of every site.
+        warnings: what makes these figures doubtful, with the remedy.
+    """
+
+    sparsity: float
+    model_sparsity: float
+    dense_ppl: float
+    sparse_ppl: float
+    base_ppl: float
+    base_ppl_data: str
+    kl: float
+    top1_agreement: float
+    read_fraction: float
+    read_fraction_decoder: float
+    tokens: int
+    data: tuple[str, ...]
+    sites: tuple[SiteSparsity, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    path_or_repo: str | Path,
+    *,
+    data: str | Sequence[str] = HELDOUT_DATA,
+    sparsity: float | None = None,
+    tokens: int = 32_768,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a calibrated checkpoint against itself at sparsity 0.
+
+    Args:
+        path_or_repo: checkpoint folder or Hub id.
+        data: data specs, as for `calibrate`; the built-in held-out text by default.
+        sparsity: model sparsity; None is the one it was calibrated for.
+        tokens: tokens to use, in blocks of the calibration's length.
+        device: compute device.
+        dtype: compute dtype; `auto` is the stored one on a GPU and float32 on a CPU.
+        revision: branch, tag or commit on the Hub.
+        progress: called with blocks done and blocks in all.
+
+    Raises:
+        WinaError: the checkpoint or the text cannot be used.
+    """
+    specs = (data,) if isinstance(data, str) else tuple(map(str, data))
+    folder, _ = resolve(str(path_or_repo), revision=revision)
+    place = pick_device(device)
+    model = load(folder, sparsity, dtype=_weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+    return evaluate_model(model, folder, specs, sparsity=sparsity, tokens=tokens, progress=progress)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    folder: Path,
+    data: tuple[str, ...],
+    *,
+    sparsity: float | None = None,
+    tokens: int = 32_768,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a loaded sparse model; see `evaluate`."""
+    if tokens < 2:
+        raise UsageError(f"tokens is {tokens}; expected at least 2.")
+    sites = sparse_sites(model)
+    settings = sites[0].settings
+    asked = settings.sparsity if sparsity is None else sparsity
+    set_sparsity(model, asked)
+    seq_len = min(int(settings.provenance.get("seq_len", 2048)), tokens)
+    blocks = load_blocks(
+        data, load_tokenizer(folder), samples=max(1, tokens // seq_len), seq_len=seq_len, seed=0, min_tokens=2
+    )
+    totals = torch.zeros(4, dtype=torch.float64)
+    state = runtime_state(model)
+    with state.counting() as counts:
+        for index, ids in enumerate(blocks.ids):
+            totals += _block(model, ids.to(model.device))
+            progress(index + 1, len(blocks.ids))
+    count = len(blocks.ids) * (seq_len - 1)
+    dense, sparse, divergence, agreement = (totals / count).tolist()
+    cells = count_cells(describe(model), settings.transform)
+    achieved = [counts[s.layer, s.site.name].sparsity for s in sites]
+    weights = [s.site.weights for s in sites]
+    real = sum(w * a for w, a in zip(weights, achieved, strict=True)) / sum(weights)
+    provenance = settings.provenance
+    return Evaluation(
+        sparsity=asked,
+        model_sparsity=real,
+        dense_ppl=_perplexity(dense),
+        sparse_ppl=_perplexity(sparse),
+        base_ppl=float(provenance.get("base_ppl", float("nan"))),
+        base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
+        kl=divergence,
+        top1_agreement=agreement,
+        read_fraction=cells.read_fraction_at(real),
+        read_fraction_decoder=cells.read_fraction_at(real, lm_head=False),
+        tokens=count,
+        data=data,
+        sites=tuple(
+            SiteSparsity(s.layer, s.site.name, s.asked, a) for s, a in zip(sites, achieved, strict=True)
+        ),
+        warnings=_warnings(settings, data, asked, real),
+    )
+
+
+@torch.no_grad()
+def _block(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Sums over one block (seq,): dense loss, sparse loss, KL divergence, agreement."""
+    state = runtime_state(model)
+    base = model.get_decoder()
+    with state.densely():
+        dense = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+    sparse = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+    head = Head(model, base)
+    out = torch.zeros(4, dtype=torch.float64)
+    for d, s, target in zip(
+        dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True
+    ):
+        p, q = (log_softmax(head(h)[0].float(), dim=-1) for h in (d, s))
+        if not bool(torch.isfinite(q).all()):
+            raise NumericError("the model's logits are NaN or infinite. Try --dtype float32.")
+        out += torch.stack(
+            [
+                -p.gather(1, target[:, None]).double().sum(),
+                -q.gather(1, target[:, None]).double().sum(),
+                kl_div(q, p, reduction="none", log_target=True).double().sum(),
+                (p.argmax(-1) == q.argmax(-1)).double().sum(),
+            ]
+        ).cpu()
+    return out
+
+
+def _warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float) -> tuple[str, ...]:
+    found = []
+    if abs(real - asked) > DRIFT:
+        found.append(
+            f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}: this text differs from the "
+            "calibration's, or the sparsity lies outside the grid. Calibrate on text like this with --data, or add it to --grid."
+        )
+    overlap = _overlap(tuple(settings.provenance.get("data", ())), data)
+    if overlap > 0.01:
+        found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
+    return tuple(found)
+
+
+def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
+    """Share of the longer lines that are in the calibration data too, where both are at hand."""
+    local = [s for s in calibration if s.startswith("builtin") or Path(s.partition(":")[0]).exists()]
+    here = [s for s in data if s.startswith("builtin") or Path(s.partition(":")[0]).exists()]
+    if not local or not here:
+        return 0.0
+    mine = text_hashes(here)
+    return len(mine & text_hashes(local)) / len(mine) if mine else 0.0
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _weights_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto" and device.type != "cpu":
+        return "auto"
+    return pick_dtype(name, torch.float32, device)

@@ -1,0 +1,32 @@
+"""Plain text for people: tables and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a rule under its headers; numbers to the right, words to the left."""
+    columns = list(zip(headers, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    right = [all(_is_number(cell) for cell in column[1:]) and len(column) > 1 for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """`0.1234` -> `12.3 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def rise(value: float, base: float) -> str:
+    """Relative change with its sign: `+12.3 %`."""
+    return f"{100 * (value / base - 1):+.1f} %"
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and cell.strip().rstrip("%x").replace(",", "").strip().lstrip("+-").replace(".", "", 1).isdigit()
