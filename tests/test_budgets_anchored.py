@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from budget_cases import small_cells, smooth_curves
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wina_calib.budgets import budget_at, solve_global
@@ -13,6 +13,7 @@ ROWS = np.stack([solve_global(CELLS, smooth_curves(), float(s)).sparsities for s
 
 
 @given(st.floats(0, 1, exclude_max=True))
+@settings(deadline=None)
 def test_exact_in_model_sparsity_and_within_range(sparsity):
     found = budget_at(ANCHORS, ROWS, sparsity)
     assert ((found >= 0) & (found <= 1)).all()
@@ -20,6 +21,7 @@ def test_exact_in_model_sparsity_and_within_range(sparsity):
 
 
 @given(st.floats(0, 0.999), st.floats(0, 0.999))
+@settings(deadline=None)
 def test_monotone_where_anchors_are(one, other):
     less, more = (budget_at(ANCHORS, ROWS, s) for s in sorted((one, other)))
     assert (less <= more + 1e-12).all()

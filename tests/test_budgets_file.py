@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 from budget_cases import small_cells, smooth_curves
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -37,6 +37,7 @@ def parsed(text):
 
 
 @given(hnp.arrays(np.float64, (6, 4), elements=st.floats(0, 1, exclude_max=True)), st.sampled_from(["yaml", "json"]))
+@settings(deadline=None)
 def test_round_trip_is_exact(sparsities, kind):
     content = explicit(Budget(sparsities), CELLS, MODEL, 0.5, "wina")
     again = parse_budget(format_budget(content, kind, ["two\nlines"]).encode(), kind)
@@ -51,6 +52,7 @@ def test_round_trip_is_exact(sparsities, kind):
     ),
     st.sampled_from(["yaml", "json"]),
 )
+@settings(deadline=None)
 def test_patterns_round_trip_exactly(lines, kind):
     settings = tuple(Setting(pattern, abs(v) if not r else v, r) for pattern, (v, r) in lines.items())
     content = BudgetFile(MODEL, 0.5, "teal", settings)

@@ -27,6 +27,7 @@ def bounded(draw, *, convex=True):
 
 
 @given(bounded(convex=False))
+@settings(deadline=None)
 def test_budget_met_within_bounds_and_pins(case):
     cells, curves, options, limits, sparsity = case
     for budget in (solve_global(cells, curves, sparsity, **options), uniform(cells, sparsity, **options)):
@@ -38,6 +39,7 @@ def test_budget_met_within_bounds_and_pins(case):
 
 
 @given(bounded(convex=False))
+@settings(deadline=None)
 def test_never_worse_than_uniform(case):
     cells, curves, options, _, sparsity = case
     best = solve_global(cells, curves, sparsity, **options).predicted_loss(curves)
@@ -45,6 +47,7 @@ def test_never_worse_than_uniform(case):
 
 
 @given(bounded(), unit)
+@settings(deadline=None)
 def test_monotone_in_the_target(case, share):
     cells, curves, options, limits, high = case
     low = limits.sparsity_range()[0]
@@ -83,7 +86,7 @@ def tiny(draw, convex=True):
 
 
 @given(tiny())
-#@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_optimal_against_brute_force(case):
     cells, curves, limits, sparsity = case
     budget = solve_global(cells, curves, sparsity, lower=limits.lower, upper=limits.upper)
@@ -91,7 +94,7 @@ def test_optimal_against_brute_force(case):
 
 
 @given(tiny(convex=False))
-#@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 def test_curves_that_are_not_convex_cost_at_most_their_gap(case):
     cells, curves, limits, sparsity = case
     loss = solve_global(cells, curves, sparsity, lower=limits.lower, upper=limits.upper).predicted_loss(curves)
@@ -105,6 +108,7 @@ def test_curves_that_are_not_convex_cost_at_most_their_gap(case):
 
 
 @given(problems(convex=False))
+@settings(deadline=None)
 def test_hull_is_convex_below_and_touches(case):
     _, curves = case
     for curve in curves.loss.reshape(-1, curves.levels.size):
