@@ -1,6 +1,11 @@
 """Tiny random models of every supported family, built from configs without a network."""
 
+import random
+from pathlib import Path
+from typing import Any
+
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -10,6 +15,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -39,7 +45,7 @@ _CONFIGS = {
 FAMILIES = tuple(_CONFIGS)
 
 
-def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
+def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of a family with non-trivial biases and norm weights, in eval mode."""
     torch.manual_seed(seed)
     config_class, extra = _CONFIGS[family]
@@ -49,3 +55,38 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **ov
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 320 tokens that puts BOS before a text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["a short text about nothing, and another one about the weather of that day"] * 20, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save(family: str, folder: Path, *, shard: str = "60KB", **overrides: Any) -> PreTrainedModel:
+    """Save a tiny model with its tokenizer as a sharded model folder; returns the model."""
+    model = make(family, **overrides)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+def text_file(folder: Path, *, words: int = 12_000, seed: int = 0) -> Path:
+    """A text file of random words."""
+    rng = random.Random(seed)
+    known = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 8))) for _ in range(300)]
+    path = folder / "text.txt"
+    path.write_text(" ".join(rng.choices(known, k=words)))
+    return path

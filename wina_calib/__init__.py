@@ -11,5 +11,6 @@ from wina_calib.evaluate import Evaluation, evaluate
 from wina_calib.options import CalibrateOptions
 from wina_calib.runtime.load import load, set_prefill, set_sparsity
 from wina_calib.runtime import quantizer as _quantizer  # registers with transformers
+from wina_calib.runtime import types as _types  # registers with transformers
 
 __all__ = ["CalibrateOptions", "Evaluation", "Result", "WinaError", "__version__", "calibrate", "evaluate", "load", "set_prefill", "set_sparsity"]

@@ -1,8 +1,10 @@
 """Text to fixed-length blocks of tokens: built-in data, text files, Hub datasets.
 
-A data spec is one of: `builtin` (or `builtin:heldout`), a name of the catalogue (`wikitext2`, `c4` ...),
-`hub:NAME[:config][:split][:column]`, or the path of a .txt, .jsonl or .parquet file (`file.jsonl:field` names a field) or of
-a folder of them.
+A data spec is one of
+- `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part;
+- a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
+- `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
+- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field that holds the text.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +25,15 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import CorpusError, UsageError
+from wina_calib.textfiles import path_documents, pieces, row_text, shown, split_path
 
 MIN_TOKENS = 8_000
 DEFAULT_DATA = ("builtin",)
 HELDOUT_DATA = ("builtin:heldout",)
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_SHUFFLE_BUFFER = 10_000
+_SHUFFLE_DOCUMENTS = 10_000
+_SHUFFLE_CHARACTERS = 32_000_000
+_JOINED = 1 << 18
+_OVERLAP_LINE = 40
 
 
 class Tokenizer(Protocol):
@@ -35,7 +42,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
         """Return an object with `input_ids`."""
 
 
@@ -59,8 +66,9 @@ def load_blocks(
 ) -> Blocks:
     """Read, shuffle, tokenize and pack text.
 
-    Sources are mixed evenly: each gives an equal number of blocks, or all it has. Every block starts with the BOS token where
-    the tokenizer puts one before a text, and holds no padding. Fewer blocks than asked are used as they are.
+    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Every block starts with
+    the tokens that the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding. Fewer
+    blocks than asked are used as they are.
 
     Args:
         data: data specs, see the module.
@@ -71,20 +79,22 @@ def load_blocks(
         min_tokens: fewer tokens than this are an error.
 
     Raises:
-        CorpusError: a source is missing, unreadable, empty, or all sources together are too short.
+        CorpusError: a source is unreadable or shorter than a block, or all sources together are too short.
+        UsageError: a spec does not parse or is given twice, or the blocks asked for cannot be enough.
     """
+    _check_request(data, samples, seq_len, min_tokens)
     shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
+    readers = [_reader(spec) for spec in data]
     packed = [
-        _pack(_shuffled(spec, seed), tokenizer, count, seq_len)
-        for spec, count in zip(data, shares, strict=True)
-        if count
+        _pack(_shuffled(read(), seed), tokenizer, count, seq_len, spec)
+        for spec, read, count in zip(data, readers, shares, strict=True)
     ]
-    rows = [row for turn in range(max(shares)) for source in packed if turn < len(source) for row in (source[turn],)]
+    rows = [row for turn in zip_longest(*packed) for row in turn if row is not None]
     tokens = len(rows) * seq_len
-    if tokens < max(min_tokens, 1):
+    if tokens < min_tokens:
         raise CorpusError(
-            f"{', '.join(data)}: only {tokens:,} tokens in whole blocks of {seq_len}; at least {min_tokens:,} are needed. "
-            "Give more text with --data, or a smaller --seq-len."
+            f"data {', '.join(map(shown, data))}: only {tokens:,} tokens in whole blocks of {seq_len:,}; at least "
+            f"{min_tokens:,} are needed. Give more text with --data, or a smaller --seq-len."
         )
     ids = torch.tensor(rows, dtype=torch.int64)
     return Blocks(ids, tuple(data), samples, fingerprint(ids))
@@ -98,14 +108,20 @@ def fingerprint(ids: Tensor) -> str:
 
 
 def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
-    """Hashes of the first `limit` lines (stripped, 40 characters or more) of some sources, to find overlap between them."""
+    """Hashes of about the first `limit` lines of some sources, to find overlap between them.
+
+    Lines are stripped, and those shorter than 40 characters left out: code and lists share many of them by chance.
+
+    Raises:
+        CorpusError: a source cannot be read.
+        UsageError: a spec does not parse.
+    """
     found: set[int] = set()
     for spec in data:
-        for text in documents(spec):
-            for line in text.splitlines():
-                if len(line.strip()) >= 40:
-                    found.add(int.from_bytes(hashlib.blake2b(line.strip().encode(), digest_size=8).digest()))
-            if len(found) >= limit:
+        for number, text in enumerate(documents(spec)):
+            lines = (line.strip() for line in text.splitlines())
+            found.update(_hash(line) for line in lines if len(line) >= _OVERLAP_LINE)
+            if len(found) >= limit or number >= limit:
                 return found
     return found
 
@@ -114,51 +130,93 @@ def documents(spec: str) -> Iterator[str]:
     """Yield the texts of one data spec in stored order.
 
     Raises:
-        CorpusError: the source cannot be read or lacks the field.
+        CorpusError: while reading: the source cannot be read or lacks the field.
         UsageError: the spec does not parse.
     """
-    if spec in ("builtin", "builtin:calibration", "builtin:heldout"):
-        wanted = "heldout" if spec.endswith("heldout") else "calibration"
-        return (d["text"] for d in _builtin() if d["split"] == wanted)
-    if spec.startswith("hub:"):
-        return _hub_documents(_hub_spec(spec), spec)
-    if spec in catalogue():
-        return _hub_documents(catalogue()[spec], spec)
-    return _path_documents(spec)
+    return _reader(spec)()
 
 
 def check_spec(spec: str) -> None:
     """Raise UsageError where a data spec cannot mean anything, without reading data."""
-    if spec.startswith("hub:"):
-        _hub_spec(spec)
-    elif not spec.startswith("builtin") and spec not in catalogue():
-        _split_path(spec)
+    _reader(spec)
+
+
+def is_local(spec: str) -> bool:
+    """Whether a data spec can be read here without a network: built-in data, or a path that exists."""
+    try:
+        check_spec(spec)
+    except UsageError:
+        return False
+    return not spec.startswith("hub:") and spec.partition(":")[0] not in catalogue()
 
 
 @cache
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Named Hub datasets: path, config, split, column or template, licence."""
-    text = _data_file("catalogue.json")
-    entries: dict[str, dict[str, Any]] = json.loads(text)
+    """Named Hub datasets: `path`, `config`, `split`, `column` or `template`, `licence`, `description`.
+
+    Where rows are lines of longer documents, `document_start` is a regular expression that the first line of each matches.
+    """
+    entries: dict[str, dict[str, Any]] = json.loads(_data_file("catalogue.json"))
     return entries
+
+
+def _reader(spec: str) -> Callable[[], Iterator[str]]:
+    """What a spec means, as a function that reads it.
+
+    Raises:
+        UsageError: the spec does not parse.
+    """
+    name, colon, rest = spec.partition(":")
+    if name == "builtin":
+        return _builtin_reader(spec, rest if colon else "calibration")
+    if name == "hub" and colon:
+        entry = _hub_entry(rest, spec)
+        return lambda: _hub_documents(entry, spec)
+    if name in catalogue():
+        entry = catalogue()[name] | ({"split": rest} if rest else {})
+        return lambda: _hub_documents(entry, spec)
+    try:
+        path, field = split_path(spec)
+    except UsageError as error:
+        raise UsageError(
+            f"{error} Data is `builtin`, a path (.txt, .jsonl, .parquet or a folder of them), hub:NAME, or one of "
+            f"{', '.join(catalogue())}."
+        ) from None
+    return lambda: path_documents(path, field)
+
+
+def _builtin_reader(spec: str, part: str) -> Callable[[], Iterator[str]]:
+    if part not in ("calibration", "heldout"):
+        raise UsageError(
+            f"data {shown(spec)}: the built-in text has the parts builtin:calibration and builtin:heldout."
+        )
+    return lambda: (document["text"] for document in _builtin() if document["split"] == part)
 
 
 @cache
 def _builtin() -> tuple[dict[str, str], ...]:
-    return tuple(json.loads(line) for line in _data_file("corpus.jsonl").splitlines())
+    return tuple(json.loads(line) for line in _data_file("corpus.jsonl").split("\n") if line)
 
 
 def _data_file(name: str) -> str:
     installed = resources.files("wina_calib") / "data" / "calibration_data" / name
     in_checkout = Path(__file__).parent.parent / "calibration_data" / name
-    return installed.read_text("utf-8") if installed.is_file() else in_checkout.read_text("utf-8")
+    try:
+        return installed.read_text("utf-8") if installed.is_file() else in_checkout.read_text("utf-8")
+    except OSError as error:
+        raise CorpusError(
+            f"{in_checkout}: the package's own data is missing ({error.strerror}). Install it again."
+        ) from error
 
 
-def _hub_spec(spec: str) -> dict[str, Any]:
-    name, *rest = spec.removeprefix("hub:").split(":")
-    if not name or len(rest) > 3:
-        raise UsageError(f"data spec {spec!r}: expected hub:NAME[:config][:split][:column].")
-    config, split, column = (*rest, "", "", "")[:3]
+def _hub_entry(rest: str, spec: str) -> dict[str, Any]:
+    # A local dataset folder may hold a colon in its name.
+    name, *others = [rest] if rest and len(rest) < 4096 and Path(rest).is_dir() else rest.split(":")
+    if not name.strip() or len(others) > 3:
+        raise UsageError(
+            f"data {shown(spec)}: expected hub:NAME[:config][:split][:column], as in hub:allenai/c4:en:validation."
+        )
+    config, split, column = (*others, "", "", "")[:3]
     return {"path": name, "config": config or None, "split": split or "train", "column": column or "text"}
 
 
@@ -167,116 +225,103 @@ def _hub_documents(entry: dict[str, Any], spec: str) -> Iterator[str]:
 
     try:
         rows = datasets.load_dataset(entry["path"], entry.get("config"), split=entry["split"], streaming=True)
-        for row in rows:
-            yield _row_text(row, entry, spec)
+        texts = (row_text(row, entry, f"data {shown(spec)}, row {number}") for number, row in enumerate(rows))
+        yield from _joined(texts, entry["document_start"]) if "document_start" in entry else texts
     except CorpusError:
         raise
-    except Exception as error:
+    except Exception as error:  # the library, its file systems and its decoders raise dozens of types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CorpusError(
-            f"data {spec!r}: the dataset {entry['path']!r} (config {entry.get('config')}, split {entry['split']}) could not "
-            f"be read: {error}. Check the name and the network, or give a local file with --data."
+            f"data {shown(spec)}: the dataset {entry['path']!r} (config {entry.get('config')}, split {entry['split']}) could "
+            f"not be read: {reason} Check its name, config and split on the Hub and the network, or give a file with --data."
         ) from error
 
 
-def _row_text(row: dict[str, Any], entry: dict[str, Any], where: str) -> str:
-    try:
-        if "template" in entry:
-            return str(entry["template"]).format(**row)
-        value = row[entry["column"]]
-    except KeyError as error:
-        raise CorpusError(f"data {where!r}: no field {error} in a row; it has {', '.join(map(str, row))}.") from error
-    if isinstance(value, list):  # chat messages
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value if isinstance(turn, dict))
-    if not isinstance(value, str):
-        raise CorpusError(f"data {where!r}: field {entry['column']!r} holds {type(value).__name__}, not text.")
-    return value
+def _joined(lines: Iterable[str], first_line: str) -> Iterator[str]:
+    """Put documents together whose rows are lines; a document begins where a line matches."""
+    text = ""
+    for line in lines:
+        if text and (re.match(first_line, line) or len(text) > _JOINED):
+            yield text
+            text = ""
+        text += line
+    if text:
+        yield text
 
 
-def _split_path(spec: str) -> tuple[Path, str]:
-    path, field = Path(spec), "text"
-    if not path.exists() and ":" in spec:
-        head, field = spec.rsplit(":", 1)
-        path = Path(head)
-    if not path.exists():
+def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: int) -> None:
+    twice = sorted({spec for spec in data if list(data).count(spec) > 1})
+    if not data:
+        raise UsageError("no data was given; the default is builtin.")
+    if twice:
+        raise UsageError(f"data {shown(twice[0])} is given twice; give each source once.")
+    if samples < len(data):
+        raise UsageError(f"{samples} blocks asked from {len(data)} data sources; ask for at least one from each.")
+    if samples * seq_len < min_tokens:
         raise UsageError(
-            f"data {spec!r} is neither a file or folder, nor `builtin`, `hub:NAME`, nor one of {', '.join(catalogue())}."
+            f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least {min_tokens:,} "
+            "are needed. Ask for more with --samples or --seq-len."
         )
-    if path.is_file() and path.suffix not in _SUFFIXES:
-        raise UsageError(f"data {spec!r}: {path.suffix or 'no'} suffix; expected one of {', '.join(_SUFFIXES)}.")
-    return path, field
 
 
-def _path_documents(spec: str) -> Iterator[str]:
-    path, field = _split_path(spec)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-    if not files:
-        raise CorpusError(f"data {spec!r}: the folder holds no {', '.join(_SUFFIXES)} file.")
-    for file in files:
-        yield from _file_documents(file, field)
-
-
-def _file_documents(file: Path, field: str) -> Iterator[str]:
-    if file.suffix == ".txt":
-        try:
-            yield file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{file}: not UTF-8 text ({error}). Convert it, for example with iconv.") from error
-    elif file.suffix == ".jsonl":
-        yield from _jsonl_documents(file, field)
-    else:
-        import pyarrow.parquet as parquet
-
-        try:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield _row_text(row, {"column": field}, str(file))
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"{file}: not a readable parquet file ({error}).") from error
-
-
-def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise CorpusError(f"{file}, line {number}: expected a JSON object, found {type(row).__name__}.")
-                yield _row_text(row, {"column": field}, f"{file}, line {number}")
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CorpusError(f"{file}: a line is not a JSON object in UTF-8 ({error}).") from error
-
-
-def _shuffled(spec: str, seed: int) -> Iterator[str]:
-    """Shuffle through a bounded buffer, so that a streamed dataset is never read whole."""
-    rng = random.Random(f"{seed}:{spec}" if spec.startswith("hub:") else seed)
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    """Shuffle through a buffer bounded in documents and in characters, so that a stream is never read whole."""
+    rng = random.Random(seed)
     buffer: list[str] = []
-    for text in documents(spec):
+    held = 0
+    for text in texts:
         buffer.append(text)
-        if len(buffer) >= _SHUFFLE_BUFFER:
+        held += len(text)
+        if len(buffer) >= _SHUFFLE_DOCUMENTS or held >= _SHUFFLE_CHARACTERS:
             last = rng.randrange(len(buffer))
             buffer[last], buffer[-1] = buffer[-1], buffer[last]
+            held -= len(buffer[-1])
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
 
 
-def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int) -> list[list[int]]:
-    """Cut one stream of tokens into blocks; documents are joined by EOS, each block begins with what a text begins with."""
-    first = list(tokenizer("a", add_special_tokens=True).input_ids[:1])
-    start = first if first and first[0] == tokenizer.bos_token_id else []
-    between = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int, spec: str) -> list[list[int]]:
+    """Cut one stream of tokens into at most `count` blocks.
+
+    Raises:
+        CorpusError: the text does not fill one block.
+        UsageError: a block has no room for text.
+    """
+    start = _prefix(tokenizer)
     body = seq_len - len(start)
+    if body < 1:
+        raise UsageError(
+            f"seq-len is {seq_len}; the tokenizer begins a text with {len(start)} tokens, so give a greater one."
+        )
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     blocks: list[list[int]] = []
     for text in texts:
         if not text.strip():
             continue
-        stream += [*tokenizer(text, add_special_tokens=False).input_ids, *between]
-        while len(stream) >= body and len(blocks) < count:
-            blocks.append(start + stream[:body])
-            del stream[:body]
-        if len(blocks) == count:
-            break
+        if stream or blocks:
+            stream += between
+        for piece in pieces(text):
+            stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+            whole = min(len(stream) // body, count - len(blocks))
+            blocks += [start + stream[i * body : (i + 1) * body] for i in range(whole)]
+            del stream[: whole * body]
+            if len(blocks) == count:
+                return blocks
+    if not blocks:
+        found = f"only {len(stream):,} tokens, less than a block of {seq_len:,}" if stream else "no text"
+        raise CorpusError(f"data {shown(spec)}: it holds {found}. Give more text with --data, or a smaller --seq-len.")
     return blocks
+
+
+def _prefix(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text: BOS, nothing, or what else it was made to add."""
+    whole = list(tokenizer("a", add_special_tokens=True, verbose=False).input_ids)
+    bare = list(tokenizer("a", add_special_tokens=False, verbose=False).input_ids)
+    places = range(len(whole) - len(bare) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
+
+
+def _hash(line: str) -> int:
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())

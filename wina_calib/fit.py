@@ -8,6 +8,7 @@ instead of computing it again. All phases together cost q, k, v, o and down once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class SiteFit:
     Attributes:
         tables: score quantiles at `LEVELS` by mask group, (levels,) float32.
         sparsity: the site sparsity asked for.
-        error: relative output error on the first micro-batch.
+        error: relative output error on the first block.
     """
 
     tables: dict[str, Tensor]
@@ -78,7 +79,7 @@ def fit_layer(
                 histogram.update(scores(x[:, 1:], masked.norms[key], masked.rule.score))
             if site.name == "attn_out":
                 attention[index] = x
-            sample = x if sample is None else sample
+            sample = x[:1] if sample is None else sample
         for histogram in histograms.values():
             reduce(histogram)
             if not histogram.finite:
@@ -91,7 +92,10 @@ def fit_layer(
             value = threshold_at(table, targets[site.name])
             masked.thresholds[key] = torch.tensor(value, dtype=torch.float32, device=stream.device)
         assert sample is not None
-        fits[site.name] = SiteFit(tables, targets[site.name], masked.output_error(site, sample))
+        error = masked.output_error(site, sample)
+        if not math.isfinite(error):
+            raise NumericError(f"layer {layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32.")
+        fits[site.name] = SiteFit(tables, targets[site.name], error)
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]
             for index in batches:

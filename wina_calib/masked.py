@@ -131,7 +131,7 @@ class MaskedLayer:
         return mask_input(x, self.norms[group.key], threshold, self.rule.score, first_token_rows(x))
 
     def output_error(self, site: Site, x: Tensor) -> float:
-        """Relative error `||W (x - masked x)|| / ||W x||` of a site on one micro-batch (batch, seq, width)."""
+        """Relative error `||W (x - masked x)|| / ||W x||` of a site on some of its inputs (batch, seq, width)."""
         lost = kept = 0.0
         for group in self.groups[site.name]:
             dropped = x - self.mask(group, x)

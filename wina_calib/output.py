@@ -131,12 +131,9 @@ def _lock(target: Path) -> Iterator[None]:
             raise OutputError(f"another process is writing {target}. Wait for it, or give another folder.") from error
         if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
             raise OutputError(f"another process has just written {target}. Start again.")
-        yield
-        path.unlink(missing_ok=True)
-    except OutputError:
-        raise
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from wina_calib.families import Architecture, Layer, describe
 from wina_calib.shards import Shards, read_json
 
 DEMO = "demo"
-RUNTIME_TYPE = "wina-"  # prefix of the model_type of checkpoints that need run-time matrices
+RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20

@@ -116,18 +116,21 @@ class LayerStream:
         """Keyword arguments that the model's own forward gives to a layer."""
         return self._kwargs[len(self.batches[batch])][layer]
 
-    def layers(self, first: int = 0) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
+    def layers(self, first: int = 0, *, backward: bool = False) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
         """Load each layer from `first` on; yield its index, its module with weights, and its tensors as on disk.
 
-        The next layer is read while the current one is computed; at most two are in memory.
+        The next layer is read while the current one is computed; at most two are in memory. `backward` goes from the last
+        layer down to `first`.
         """
-        count = len(self.modules)
+        order = list(range(first, len(self.modules)))
+        if backward:
+            order.reverse()
         with ThreadPoolExecutor(1, thread_name_prefix="load-layer") as pool:
-            pending: Future[dict[str, Tensor]] = pool.submit(self.source.load_layer, first)
-            for index in range(first, count):
+            pending: Future[dict[str, Tensor]] | None = pool.submit(self.source.load_layer, order[0]) if order else None
+            for index, following in zip(order, [*order[1:], None], strict=True):
+                assert pending is not None
                 tensors = pending.result()
-                if index + 1 < count:
-                    pending = pool.submit(self.source.load_layer, index + 1)
+                pending = None if following is None else pool.submit(self.source.load_layer, following)
                 module = self.modules[index]
                 load_into(module, tensors, self.dtype, self.device)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,8 +97,18 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
         layer.add_module("wina", holder)
     base = model.get_submodule(arch.layers_path.rpartition(".")[0])
-    base.register_forward_pre_hook(lambda _, args, kwargs: state.begin(args, kwargs), with_kwargs=True)
+    base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
     model.__dict__["wina_state"] = state
+
+
+@dataclass
+class _BeginPass:
+    """Tells the state of a forward pass to come. An object, because copied and pickled models keep their own state."""
+
+    state: RuntimeState
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state.begin(args, kwargs)
 
 
 def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:

@@ -1,0 +1,45 @@
+"""Shared fixtures: one thread, no network, and models that are calibrated once a session."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+import torch
+from transformers.utils import logging as transformers_logging
+
+import wina_calib
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "models").is_dir(), reason="needs the reference models and texts of ../shared, which is not here"
+)
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(int(os.environ.get("WINA_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file that is long enough to calibrate tiny models on."""
+    return tiny.text_file(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama folder."""
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    tiny.save("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    """The tiny Llama, calibrated without a transform."""
+    folder = tmp_path_factory.mktemp("calibrated") / "sparse"
+    wina_calib.calibrate(llama, folder, transform="none", budget="uniform", data=str(text), samples=80, seq_len=128)
+    return folder

@@ -1,0 +1,66 @@
+"""Streaming one layer at a time gives the full model's hidden states and logits, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from wina_calib.source import open_source
+from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
+
+VARIANTS = {
+    "llama": {},
+    "llama-tied-bias": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "phi3": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "olmo2": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
+    model = tiny.save(variant.partition("-")[0], tmp_path / "m", **VARIANTS[variant])
+    source = open_source(str(tmp_path / "m"))
+    ids = torch.randint(4, 300, (5, 24), generator=torch.Generator().manual_seed(0))
+    stream = LayerStream(source, ids, micro_batch=2, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = [model(b, output_hidden_states=True, use_cache=False) for b in ids.split(2)]
+        hidden = stream.embed()
+        for index, module, _ in stream.layers():
+            for batch in range(len(stream.batches)):
+                assert torch.equal(hidden[batch], expected[batch].hidden_states[index])
+                hidden[batch] = module(hidden[batch], **stream.kwargs(index, batch))
+        with stream.head() as head:
+            for batch in range(len(stream.batches)):
+                assert torch.equal(head(hidden[batch]), expected[batch].logits)
+    loss = torch.nn.functional.cross_entropy(expected[0].logits[0, :-1], ids[0, 1:], reduction="none")
+    assert torch.allclose(next_token_nll(stream, hidden)[0], loss, atol=1e-5)
+
+
+def test_only_two_layers_are_ever_loaded(llama: Path) -> None:
+    stream = LayerStream(
+        open_source(str(llama)), torch.ones(1, 8, dtype=torch.long), micro_batch=1, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for index, _, _ in stream.layers():
+        loaded = [i for i, m in enumerate(stream.modules) if not next(m.parameters()).is_meta]
+        assert loaded == [index]
+    assert all(p.is_meta for m in stream.modules for p in m.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_on_disk_are_bit_equal(dtype: torch.dtype, tmp_path: Path) -> None:
+    store = HiddenStates(tmp_path, torch.device("cpu"))
+    values = [torch.randn(2, 5, 7).to(dtype) for _ in range(3)]
+    for i, value in enumerate(values):
+        store[i] = value
+    store[1] = values[1] * 2
+    assert torch.equal(store[0], values[0])
+    assert torch.equal(store[1], values[1] * 2)
+    store.clear()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""Loading a calibrated checkpoint and decoding with it."""

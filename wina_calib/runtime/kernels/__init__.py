@@ -1,0 +1,132 @@
+"""The seam between the model and its kernels: one masked product a site, chosen by device, dtype and rows.
+
+`sparse_site` computes `y = (x * [abs(x) * norm > threshold]) @ weight_t + bias`. Which kernel does it:
+
+| weight in memory | device | dtype | rows | kernel |
+| --- | --- | --- | --- | --- |
+| row-major | any | any | any | reference: masked dense product |
+| column-contiguous | CPU | float32, bfloat16, float16 | 1 to 4 | `cpu`: embedding_bag over the kept columns |
+| column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
+| column-contiguous | CUDA with Triton | same | 1 to 8 | `triton`: compacted gather |
+| column-contiguous | any other | any | any | reference |
+
+A call that needs gradients takes the reference path, which is differentiable. The kernels are one torch operator,
+`wina_calib::sparse_site`, opaque to `torch.compile`: no graph break, no recompile when the threshold changes, and on
+CUDA nothing that a CUDA graph cannot capture.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wina_calib.runtime.kernels import cpu, cuda, reference
+from wina_calib.runtime.kernels.cpu import column_storage
+from wina_calib.runtime.kernels.reference import keep_mask, mask_input
+
+__all__ = ["choose", "column_layout_pays", "column_storage", "keep_mask", "mask_input", "sparse_site"]
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+Kernel = Literal["reference", "cpu", "triton"]
+
+_library = torch.library.Library("wina_calib", "FRAGMENT")
+_library.define(
+    "sparse_site(Tensor x, Tensor weight_t, Tensor norm, Tensor threshold, "
+    "Tensor? dense_rows=None, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.impl("sparse_site", cpu.sparse_site, "CPU")
+_library.impl("sparse_site", cuda.sparse_site, "CUDA")
+
+
+@torch.library.register_fake("wina_calib::sparse_site", lib=_library)
+def _shape_of(
+    x: Tensor,
+    weight_t: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: bool) -> Kernel:
+    """The kernel for a call, by the table in this module's docstring.
+
+    Args:
+        device: device type, such as "cpu" or "cuda".
+        dtype: of input and weight.
+        rows: rows of the input.
+        column_contiguous: whether the columns of the weight are contiguous in memory.
+    """
+    if not column_contiguous:
+        return "reference"
+    if device == "cpu" and dtype in cpu.DTYPES:
+        return "cpu"
+    if device == "cuda" and dtype in cuda.DTYPES and cuda.available():
+        return "triton" if rows <= cuda.MAX_SPARSE_ROWS else "reference"
+    _say_once(device)
+    return "reference"
+
+
+def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_features: int, sparsity: float) -> bool:
+    """Whether a site's weight should be held column-contiguous: where the sparse kernel beats the row-major product.
+
+    On CUDA dense products take either layout equally well, so it pays wherever the kernel does. On the CPU it pays
+    above a size under which the gather's fixed cost shows, and above a sparsity at which it overtakes the dense
+    product (`CPU_MIN_SPARSITY`, measured on 2 threads without 16-bit arithmetic; docs/performance.md).
+    """
+    if choose(device, dtype, 1, column_contiguous=True) == "reference":
+        return False
+    if device == "cpu":
+        return in_features * out_features >= CPU_MIN_WEIGHTS and sparsity >= CPU_MIN_SPARSITY[dtype]
+    return sparsity > 0
+
+
+CPU_MIN_WEIGHTS = 1 << 20
+CPU_MIN_SPARSITY = {torch.float32: 0.3, torch.bfloat16: 0.4, torch.float16: 0.4}
+
+
+def sparse_site(
+    x: Tensor,
+    weight_t: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`y = (x * keep) @ weight_t + bias` with `keep = abs(x) * norm > threshold`, reading only kept columns if it can.
+
+    Args:
+        x: (rows, in), float32, bfloat16 or float16; any strides.
+        weight_t: (in, out) of the same dtype, the transpose of the site's weights stacked along out. Contiguous for
+            the sparse kernels; the transposed view of a row-major (out, in) weight works too, dense.
+        norm: (in,) float32.
+        threshold: () float32 on the same device; -1 keeps everything. Read when the kernel runs.
+        dense_rows: (rows,) bool or None, rows that are never masked.
+        bias: (out,) of x's dtype or None.
+
+    Returns:
+        (rows, out) of x's dtype; never aliases an input.
+    """
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
+    columns = weight_t.stride(1) == 1 and weight_t.stride(0) == weight_t.shape[1]
+    if needs_gradient or choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns) == "reference":
+        return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    return y
+
+
+def _say_once(device: str) -> None:
+    """One log line a device type without a sparse kernel. Not while tracing: logging would break the graph."""
+    if device in _said or torch.compiler.is_compiling():
+        return
+    _said.add(device)
+    reason = "Triton is not installed" if device == "cuda" else f"there is no sparse kernel for device {device!r}"
+    logger.warning("%s: masked dense products are used, which are exact but no faster than dense", reason)

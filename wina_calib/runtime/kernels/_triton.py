@@ -1,0 +1,201 @@
+"""Device code: a gather product over the kept columns, then a fixed-order sum of its partial results.
+
+The first kernel splits the inputs in slices. A program compacts the kept indices of one slice into a list of its own,
+then reads only those rows of the column-contiguous weight, for one block of outputs. Programs of one or two warps win:
+their barriers cost nothing, and the memory latency of one is hidden by the many others on the processor.
+The second kernel adds the slices in a fixed order, so that results repeat bit for bit and no atomics are needed.
+
+Imported only when Triton is there. Loops are `while` loops so that Triton's interpreter runs them on every numpy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    HAS_PDL = True
+except ImportError:  # an older Triton: kernels start one after the other
+    HAS_PDL = False
+
+    @triton.jit
+    def gdc_wait() -> None:  # noqa: D103
+        pass
+
+    @triton.jit
+    def gdc_launch_dependents() -> None:  # noqa: D103
+        pass
+
+
+@triton.jit
+def gather_row(  # type: ignore[no-untyped-def]
+    X,
+    NORM,
+    THRESHOLD,
+    DENSE,
+    WEIGHT,
+    PARTIAL,
+    LIST,
+    K,
+    N,
+    SLICE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One input row. X (K,), NORM (K,), WEIGHT (K, N) contiguous; PARTIAL (slices, N) float32; LIST scratch int32."""
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    first = part * SLICE
+    inner = tl.arange(0, SLICE)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.arange(0, BLOCK_K)
+    if PDL:
+        # Nothing that an earlier kernel may have written is touched before this.
+        gdc_wait()
+        gdc_launch_dependents()
+    threshold = tl.load(THRESHOLD)
+    if HAS_DENSE:
+        threshold = tl.where(tl.load(DENSE) != 0, -1.0, threshold)
+    if EVEN_K:
+        x = tl.load(X + first + inner)
+        norm = tl.load(NORM + first + inner, eviction_policy="evict_last")
+        keep = (tl.abs(x.to(tl.float32)) * norm <= threshold) == 0
+    else:
+        valid = first + inner < K
+        x = tl.load(X + first + inner, mask=valid, other=0.0)
+        norm = tl.load(NORM + first + inner, mask=valid, other=0.0, eviction_policy="evict_last")
+        keep = ((tl.abs(x.to(tl.float32)) * norm <= threshold) == 0) & valid
+    ones = keep.to(tl.int32)
+    count = tl.sum(ones, 0)
+    own = LIST + (block * tl.num_programs(1) + part).to(tl.int64) * SLICE
+    tl.store(own + tl.cumsum(ones, 0) - 1, inner, mask=keep)
+    tl.debug_barrier()
+    inputs = X + first
+    weights = WEIGHT + first.to(tl.int64) * N
+    total = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
+    k = tl.load(own + steps, mask=steps < count, other=0)
+    i = 0
+    while i < count:
+        inside = steps < count - i
+        v = tl.load(inputs + k, mask=inside, other=0.0).to(tl.float32)
+        mask = inside[:, None] if EVEN_N else inside[:, None] & (columns < N)[None, :]
+        w = tl.load(
+            weights + k[:, None].to(tl.int64) * N + columns[None, :],
+            mask=mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        i += BLOCK_K
+        # The next indices travel while the weights of this step do.
+        k = tl.load(own + i + steps, mask=steps < count - i, other=0)
+        total += w.to(tl.float32) * v[:, None]
+    tl.store(PARTIAL + part * N + columns, tl.sum(total, 0), mask=columns < N)
+
+
+@triton.jit
+def gather_rows(  # type: ignore[no-untyped-def]
+    X,
+    NORM,
+    THRESHOLD,
+    DENSE,
+    WEIGHT,
+    PARTIAL,
+    LIST,
+    K,
+    N,
+    stride,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """2 to 8 input rows, each with its own mask; a column is read when any row keeps it. PARTIAL (slices, ROWS, N)."""
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    first = part * SLICE
+    inner = tl.arange(0, SLICE)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.arange(0, BLOCK_K)
+    rows = tl.arange(0, PADDED)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    base = tl.load(THRESHOLD)
+    valid = first + inner < K
+    norm = tl.load(NORM + first + inner, mask=valid, other=0.0, eviction_policy="evict_last")
+    ones = tl.zeros([SLICE], dtype=tl.int32)
+    for r in tl.static_range(ROWS):
+        threshold = base
+        if HAS_DENSE:
+            threshold = tl.where(tl.load(DENSE + r) != 0, -1.0, base)
+        x = tl.load(X + r * stride + first + inner, mask=valid, other=0.0).to(tl.float32)
+        ones = ones | (((tl.abs(x) * norm <= threshold) == 0) & valid).to(tl.int32)
+    count = tl.sum(ones, 0)
+    own = LIST + (block * tl.num_programs(1) + part).to(tl.int64) * SLICE
+    tl.store(own + tl.cumsum(ones, 0) - 1, inner, mask=ones != 0)
+    tl.debug_barrier()
+    thresholds = tl.zeros([PADDED], dtype=tl.float32) + base
+    if HAS_DENSE:
+        dense = tl.load(DENSE + rows, mask=rows < ROWS, other=0)
+        thresholds = tl.where(dense != 0, -1.0, thresholds)
+    inputs = X + first
+    norms = NORM + first
+    weights = WEIGHT + first.to(tl.int64) * N
+    total = tl.zeros([PADDED, BLOCK_N], dtype=tl.float32)
+    i = 0
+    while i < count:
+        inside = steps < count - i
+        k = tl.load(own + i + steps, mask=inside, other=0)
+        v = tl.load(
+            inputs + rows[:, None] * stride + k[None, :], mask=(rows < ROWS)[:, None] & inside[None, :], other=0.0
+        )
+        c = tl.load(norms + k, mask=inside, other=0.0)
+        v = tl.where(tl.abs(v.to(tl.float32)) * c[None, :] <= thresholds[:, None], 0.0, v).to(WEIGHT.dtype.element_ty)
+        w = tl.load(
+            weights + k[:, None].to(tl.int64) * N + columns[None, :],
+            mask=inside[:, None] & (columns < N)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        total = tl.dot(v, w, total, input_precision="ieee")
+        i += BLOCK_K
+    target = PARTIAL + (part * ROWS + rows[:, None]) * N + columns[None, :]
+    tl.store(target, total, mask=(rows < ROWS)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def combine(  # type: ignore[no-untyped-def]
+    PARTIAL,
+    BIAS,
+    Y,
+    N,
+    SIZE,
+    SLICES: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Y (SIZE,) = PARTIAL (SLICES, SIZE) summed over slices in order, plus BIAS (N,) repeated over rows."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    step = tl.arange(0, STEP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    y = tl.zeros([BLOCK], dtype=tl.float32)
+    for s in tl.static_range(0, SLICES, STEP):
+        mask = (s + step < SLICES)[:, None] & inside[None, :]
+        y += tl.sum(tl.load(PARTIAL + (s + step)[:, None] * SIZE + at[None, :], mask=mask, other=0.0), 0)
+    if HAS_BIAS:
+        y += tl.load(BIAS + at % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)

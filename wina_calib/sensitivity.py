@@ -1,0 +1,210 @@
+"""What the loss feels of each site's sparsity: curves from one streamed backward pass.
+
+To second order, dropping inputs of one site raises the loss by half the mean square of `sum_j g_j x_j (1 - m_j)`, with g the
+gradient of the summed loss at the site's input and labels drawn from the model's own predictions (the Fisher information of
+the model; labels of the data give another matrix, and predict worse). Terms between sites and between tokens are left out.
+
+Forward once, keeping every layer's input; then layer by layer from the last: forward again, backward to the layer's input.
+That is three forward passes' work over the tokens used, with one layer in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from wina_calib.budgets import Curves
+from wina_calib.errors import NumericError
+from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.score import scores
+from wina_calib.sketch import ScoreHistogram
+from wina_calib.streaming import HiddenStates, LayerStream
+
+CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(20))
+MAX_TOKENS = 32_768
+PASSES = 3.0  # forward passes that the work on these tokens is worth
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Rise:
+    """Measured quality of a sparse model against the dense one: rise of the loss and KL divergence, nats a token."""
+
+    loss: float
+    kl: float
+
+
+class _Tapped(MaskedLayer):
+    """Masks nothing, and keeps a handle on what each mask group reads, apart from any other use of that input."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.taps: dict[str, Tensor] = {}
+
+    def mask(self, group: object, x: Tensor) -> Tensor:
+        self.taps[group.key] = tap = x.view_as(x)  # type: ignore[attr-defined]
+        return tap
+
+
+def measure_curves(
+    stream: LayerStream, rule: MaskRule, *, seed: int, progress: Callable[[str], None] = lambda _: None
+) -> tuple[Curves, HiddenStates]:
+    """Predict the loss rise of every site alone at `CURVE_LEVELS`.
+
+    Args:
+        stream: the dense model, transformed already, and the tokens to use.
+        rule: how masks are made.
+        seed: of the sampled labels.
+        progress: called twice a layer.
+
+    Returns:
+        The curves in nats a token, and the dense model's last hidden states.
+
+    Raises:
+        NumericError: logits or gradients are NaN or infinite.
+    """
+    thresholds, inputs = _forward(stream, rule, progress)
+    last = inputs.pop()
+    gradients = _loss_gradients(stream, last, seed)
+    arch = stream.source.architecture
+    loss = np.zeros((len(arch.layers), len(arch.layers[0].sites), len(CURVE_LEVELS)))
+    for index, module, _ in stream.layers(backward=True):
+        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index])
+        inputs[index].clear()
+        progress(f"sensitivity of layer {index + 1}")
+    gradients.clear()
+    if not np.isfinite(loss).all():
+        raise NumericError(f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform.")
+    return Curves(np.array(CURVE_LEVELS), np.maximum.accumulate(loss, axis=2)), last
+
+
+@torch.no_grad()
+def measured_rise(
+    dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: HiddenStates
+) -> Rise:
+    """Compare last hidden states of the sparse and the dense model on the blocks that both hold, from the first on."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    with dense_stream.head() as head:
+        pairs = zip(_blocks(dense_stream, dense), _blocks(sparse_stream, sparse), strict=False)
+        for (ids, kept), (_, masked) in pairs:
+            chunks = zip(kept[:-1].split(_ROWS), masked[:-1].split(_ROWS), ids[1:].split(_ROWS), strict=True)
+            for d, s, labels in chunks:
+                p, q = (log_softmax(head(h[None])[0].float(), dim=-1) for h in (d, s))
+                rise = (p - q).gather(1, labels[:, None]).double().sum()
+                divergence = kl_div(q, p, reduction="none", log_target=True).double().sum()
+                totals += torch.stack([rise, divergence, rise.new_tensor(len(labels))]).cpu()
+    loss, kl, count = totals.tolist()
+    return Rise(loss / count, kl / count)
+
+
+def _forward(
+    stream: LayerStream, rule: MaskRule, progress: Callable[[str], None]
+) -> tuple[list[dict[str, Tensor]], list[HiddenStates]]:
+    """Thresholds (levels - 1,) by mask group at the levels above 0 for every layer; every layer's inputs, and the last outputs."""
+    levels = torch.tensor(CURVE_LEVELS[1:], dtype=torch.float64)
+    thresholds: list[dict[str, Tensor]] = []
+    inputs = [stream.embed()]
+    arch = stream.source.architecture
+    for index, module, _ in stream.layers():
+        outputs = stream.store()
+        histograms: dict[str, ScoreHistogram] = {}
+        with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, _rotations(stream, index)) as layer:
+
+            def observe(site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms) -> None:
+                for group in layer.groups[site]:
+                    histogram = found.setdefault(group.key, ScoreHistogram(stream.device))
+                    histogram.update(scores(x[:, 1:], layer.norms[group.key], rule.score))
+
+            layer.observe = observe
+            for batch in range(len(stream.batches)):
+                outputs[batch] = layer.run(inputs[-1][batch], stream.kwargs(index, batch))
+        thresholds.append({key: h.quantiles(levels).float().to(stream.device) for key, h in histograms.items()})
+        inputs.append(outputs)
+        progress(f"dense pass of layer {index + 1}")
+    return thresholds, inputs
+
+
+def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> HiddenStates:
+    """Gradients of the summed loss, with labels sampled from the model, at the last hidden states."""
+    generator = torch.Generator(stream.device).manual_seed(seed)
+    gradients = stream.store()
+    with stream.head() as head:
+        for batch in range(len(stream.batches)):
+            hidden = last[batch]
+            out = torch.empty_like(hidden)
+            for row, gradient in zip(hidden, out, strict=True):
+                for states, chunk in zip(row.split(_ROWS), gradient.split(_ROWS), strict=True):
+                    leaf = states.detach()[None].requires_grad_()
+                    logits = head(leaf)[0].float()
+                    if not bool(torch.isfinite(logits).all()):
+                        raise NumericError(f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32.")
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                    chunk.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0][0])
+            gradients[batch] = out
+    return gradients
+
+
+def _layer_curves(
+    stream: LayerStream,
+    rule: MaskRule,
+    index: int,
+    module: torch.nn.Module,
+    inputs: HiddenStates,
+    gradients: HiddenStates,
+    thresholds: dict[str, Tensor],
+) -> np.ndarray:
+    """Curves (sites, levels) of one layer; `gradients` at its outputs become those at its inputs."""
+    layer = stream.source.architecture.layers[index]
+    totals = torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
+    tokens = sum(ids.numel() for ids in stream.batches)
+    with _Tapped(layer, module, rule, _rotations(stream, index)) as tapped:
+        for batch in range(len(stream.batches)):
+            hidden = inputs[batch].detach().requires_grad_()
+            out = tapped.run(hidden, stream.kwargs(index, batch))
+            taps = dict(tapped.taps)
+            found = torch.autograd.grad(out, [hidden, *taps.values()], gradients[batch].to(out.dtype))
+            gradients[batch] = found[0]
+            products = {key: (g * taps[key].detach())[:, 1:].flatten(0, 1) for key, g in zip(taps, found[1:], strict=True)}
+            for row, site in enumerate(layer.sites):
+                dropped: Tensor | float = 0.0
+                for group in tapped.groups[site.name]:
+                    x = taps[group.key].detach()[:, 1:].flatten(0, 1)
+                    score = scores(x, tapped.norms[group.key], rule.score)
+                    dropped = dropped + dropped_sums(products[group.key].float(), score, thresholds[group.key])
+                assert isinstance(dropped, Tensor)
+                totals[row, 1:] += dropped.double().square().sum(0).cpu()
+            tapped.taps.clear()
+    return (totals / (2 * tokens)).numpy()
+
+
+def dropped_sums(values: Tensor, score: Tensor, thresholds: Tensor) -> Tensor:
+    """Sum of each row's values whose score is at most a threshold, for ascending thresholds.
+
+    Args:
+        values: (rows, in).
+        score: (rows, in) float32.
+        thresholds: (levels,) float32, ascending.
+
+    Returns:
+        (rows, levels).
+    """
+    if values.is_cuda:  # a scatter there adds in no fixed order
+        return torch.stack([torch.where(score <= t, values, 0).sum(1) for t in thresholds], dim=1)
+    bins = values.new_zeros(len(values), len(thresholds) + 1)
+    bins.scatter_add_(1, torch.bucketize(score, thresholds), values)
+    return bins[:, :-1].cumsum(1)
+
+
+def _rotations(stream: LayerStream, index: int) -> dict[str, Tensor]:
+    return {site: q.to(stream.device, stream.dtype) for site, q in stream.source.rotations(index).items()}
+
+
+def _blocks(stream: LayerStream, hidden: HiddenStates) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every block's ids (seq,) and hidden states (seq, hidden)."""
+    for batch, ids in enumerate(stream.batches):
+        yield from zip(ids.to(stream.device), hidden[batch], strict=True)
