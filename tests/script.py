@@ -32,5 +32,10 @@ def run_json(code: str, *args: object, env: dict[str, str] | None = None) -> Any
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a quiet process on one thread, with `extra` on top."""
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    base = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     return base | (extra or {})

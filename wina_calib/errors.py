@@ -47,3 +47,7 @@ class OutputError(WinaError):
 
 class RuntimeLoadError(WinaError):
     """A checkpoint cannot be loaded as a sparse model."""
+
+
+class HubError(WinaError):
+    """A repository on the Hugging Face Hub cannot be read or written."""

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from wina_calib.errors import ModelFolderError, NumericError, UnsupportedModel
 from wina_calib.families import Architecture, Layer, describe
+from wina_calib.remote import fetch
 from wina_calib.shards import Shards, read_json
 
 DEMO = "demo"
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20
 
@@ -105,8 +105,38 @@ def demo_folder() -> Path:
     return Path(__file__).parent / "data" / "demo-llama-5m"
 
 
-def resolve(model: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[Path, str | None]:
-    """Turn `demo`, a local folder or a Hub repository id into a local folder and, for the Hub, a commit."""
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+) -> tuple[Path, str | None]:
+    """Turn `demo`, a local folder or a Hub repository id into a local folder and, for the Hub, a commit.
+
+    Args:
+        model: what the user gave.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it.
+        subfolder: folder inside of it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        ModelFolderError: there is no such folder.
+        HubError: the Hub does not give it.
+    """
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ModelFolderError(f"subfolder is {subfolder!r}; expected a path inside of {model}.")
+    path, commit = _root(model, revision, token, subfolder, local_files_only)
+    if not (path / subfolder).is_dir():
+        raise ModelFolderError(f"{model} has no folder {subfolder!r}.")
+    return path / subfolder, commit
+
+
+def _root(
+    model: str, revision: str | None, token: str | bool | None, subfolder: str, local_files_only: bool
+) -> tuple[Path, str | None]:
     if model == DEMO:
         return demo_folder(), None
     path = Path(model).expanduser()
@@ -114,16 +144,7 @@ def resolve(model: str, *, revision: str | None = None, token: str | bool | None
         return path, None
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(model, revision=revision, token=token, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        raise ModelFolderError(
-            f"{model} is no local folder and could not be fetched from the Hub ({_first_line(error)}). Check the name, the "
-            "network and, for private or gated models, `hf auth login`."
-        ) from error
-    return folder, folder.name if folder.parent.name == "snapshots" else None
+    return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
 
 
 def open_source(

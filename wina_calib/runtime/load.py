@@ -13,6 +13,7 @@ from wina_calib.errors import UsageError
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import PREFILL
+from wina_calib.shards import Shards
 from wina_calib.source import resolve
 
 
@@ -25,6 +26,8 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     prefill: str | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a calibrated checkpoint as a sparse model.
@@ -37,27 +40,36 @@ def load(
         revision: branch, tag or commit on the Hub.
         token: as huggingface_hub takes it; never stored.
         prefill: `sparse` masks prompts too, `dense` computes them fully; None is the checkpoint's.
+        subfolder: folder of the checkpoint inside the folder or repository.
+        local_files_only: take what the cache has, without a look at the network.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
         A transformers model: `generate`, `save_pretrained` and the rest work as usual.
 
     Raises:
-        WinaError: the checkpoint is damaged, not calibrated or of a newer format.
+        WinaError: the checkpoint cannot be had, is damaged, not calibrated or of a newer format.
 
     Example:
         ```python
         model = wina_calib.load("demo-sparse", sparsity=0.4)
         ```
     """
-    folder, _ = resolve(str(path_or_repo), revision=revision, token=token)
+    name = str(path_or_repo)
+    folder, commit = resolve(
+        name, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
+    )
     read_settings(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, token=token, **kwargs)
+    Shards.open(folder)  # refuses missing, cut and hostile files with one message
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **kwargs)
+    if commit is not None:
+        # What is derived from the model, such as an adapter's base, is to name the repository and not its cache.
+        model.name_or_path = model.config._name_or_path = name
     if prefill is not None:
         set_prefill(model, prefill)
     if sparsity is not None:
         set_sparsity(model, sparsity)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
@@ -99,5 +111,7 @@ def sparse_sites(model: torch.nn.Module) -> list[SiteState]:
     """
     sites = site_states(model)
     if not sites:
-        raise UsageError(f"{type(model).__name__} has no sparse sites. Load a calibrated checkpoint with wina_calib.load.")
+        raise UsageError(
+            f"{type(model).__name__} has no sparse sites. Load a calibrated checkpoint with wina_calib.load."
+        )
     return sites

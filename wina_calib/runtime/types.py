@@ -1,8 +1,8 @@
 """Model types of checkpoints that need run-time matrices.
 
-Their config.json says `wina_calib-llama` where the base model's says `llama`: transformers alone refuses them by that name, and
-never computes them as if they were dense. Importing this module makes transformers know the names; the classes behind them
-are made when a checkpoint of that type is loaded.
+Their config.json says `wina_calib-llama` where the base model's says `llama`: transformers alone refuses them by that
+name, and never computes them as if they were dense. Importing this module makes transformers know the names; the
+classes behind them are made when a checkpoint of that type is loaded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class _ConfigOnDemand:
 
 @cache
 def runtime_classes(model_type: str) -> tuple[type[PreTrainedConfig], type]:
-    """Config and model class of a run-time model type such as `wina_calib-llama`, known to the Auto classes from then on."""
+    """Config and model class of a type such as `wina_calib-llama`, known to the Auto classes from then on."""
     base_config = CONFIG_MAPPING[model_type.removeprefix(RUNTIME_TYPE)]
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
-    names = {"model_type": model_type, "__module__": __name__, "__doc__": f"{base_config.__name__} with run-time matrices."}
+    names = {
+        "model_type": model_type,
+        "__module__": __name__,
+        "__doc__": f"{base_config.__name__} with run-time matrices.",
+    }
     config = type(f"Wina{base_config.__name__}", (base_config,), names)
     model = type(
         f"Wina{base_model.__name__}",
@@ -51,7 +55,7 @@ def runtime_classes(model_type: str) -> tuple[type[PreTrainedConfig], type]:
 
 
 def __getattr__(name: str) -> type:
-    """Find a class by its name, so that models can be pickled. Where types share a class, the one with the shortest name."""
+    """Find a class by its name, so that models can be pickled. Of types that share a class, the shortest is meant."""
     for base in sorted(_BASES, key=len):
         classes = f"Wina{_BASES[base]}", f"Wina{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base]}"
         if name in classes:

@@ -1,0 +1,97 @@
+"""Reading from the Hugging Face Hub, with errors that say what to do. Tokens only pass through to huggingface_hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants, errors, snapshot_download
+
+from wina_calib.errors import HubError
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
+
+
+def fetch(
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+) -> tuple[Path, str | None]:
+    """Download the files of a model, or find them in the cache.
+
+    Args:
+        repo: USER/NAME.
+        revision: branch, tag or commit.
+        token: as huggingface_hub takes it.
+        subfolder: only this folder of the repository.
+        local_files_only: take what the cache has, without a look at the network.
+
+    Returns:
+        The repository's folder in the cache (not the subfolder), and the commit.
+
+    Raises:
+        HubError: it cannot be had; the message says why.
+    """
+    patterns = [f"{subfolder}/{pattern}" for pattern in MODEL_FILES] if subfolder else list(MODEL_FILES)
+    with readable_errors(repo, revision):
+        found = snapshot_download(
+            repo, revision=revision, token=token, allow_patterns=patterns, local_files_only=local_files_only
+        )
+    folder = Path(found)
+    return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
+@contextmanager
+def readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line about `repo` with the remedy."""
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, errors.RevisionResolutionError) as error:
+        if isinstance(error, OSError) and not _from_hub(error):
+            raise
+        raise HubError(f"{repo}: {_reason(error, revision)}") from None
+
+
+def _from_hub(error: BaseException) -> bool:
+    """Whether an OSError is the Hub's or the network's, and not the local disk's."""
+    hub = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.LocalTokenNotFoundError, ConnectionError)
+    return isinstance(error, hub)
+
+
+def _reason(error: BaseException, revision: str | None) -> str:
+    cause = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), error)
+    response = getattr(cause, "response", None)
+    status = response.status_code if response is not None else None
+    if isinstance(cause, errors.GatedRepoError):
+        return f"access to it is granted on request. Ask for it on {constants.ENDPOINT}. {_LOGIN}"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}. Give a branch, tag or commit that it has."
+    if isinstance(cause, errors.RemoteEntryNotFoundError):
+        return "a file that should be there is missing. Is it a model repository, complete and pushed?"
+    if status in (401, 403) or isinstance(cause, errors.LocalTokenNotFoundError):
+        return f"the Hub refused the token, or there is none ({status or 'not logged in'}). {_LOGIN}"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return f"there is no such repository, or it is private. Check the name. {_LOGIN}"
+    if isinstance(cause, errors.HFValidationError):
+        return "this is no repository name. Expected USER/NAME of letters, digits, '-', '_' and '.'."
+    if status is not None:
+        return f"the Hub answered {status}. Try again later."
+    if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+        return "not all of it is in the cache, and HF_HUB_OFFLINE is set. Unset it, or fetch it once while online."
+    return (
+        f"not all of it is in the cache, and {constants.ENDPOINT} was not asked or did not answer. "
+        "Check the network, or fetch it once while online."
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
