@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import wina_calib
@@ -22,8 +24,17 @@ from wina_calib.families import Architecture, Layer, MaskGroup, Site
 from wina_calib.score import column_norms
 from wina_calib.settings import FORMAT_VERSION, METHOD, Settings
 from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json
-from wina_calib.source import RUNTIME_TYPE, Source, describe_config, load_config
-from wina_calib.tables import LEVELS
+from wina_calib.source import (
+    REFERENCE_FILE,
+    RUNTIME_TYPE,
+    Source,
+    describe_config,
+    is_derived,
+    is_reference,
+    load_config,
+    weights_folder,
+)
+from wina_calib.tables import LEVELS, site_sparsity
 from wina_calib.transforms import (
     Plan,
     Rotations,
@@ -111,7 +122,9 @@ def write_weights(
     arch = source.architecture
     norm_name = f"{arch.final_norm.module}.weight"
     gain, norm = (
-        fold_final_norm(arch, source.load(norm_name)) if rotations.residual is not None else (None, source.load(norm_name))
+        fold_final_norm(arch, source.load(norm_name))
+        if rotations.residual is not None
+        else (None, source.load(norm_name))
     )
     untied = arch.tied and gain is not None
     head = f"{arch.lm_head}.weight"
@@ -257,21 +270,46 @@ class Checkpoint:
             curve=self.tensors.get(f"{path}.curve"),
         )
 
+    def sparsities(self, model_sparsity: float) -> NDArray[np.float64]:
+        """Site sparsities (layers, sites) that the budget gives at a model sparsity."""
+        anchors, arch = self.settings.anchors, self.architecture
+        return np.array(
+            [
+                [
+                    site_sparsity(
+                        anchors, self.tensors[f"{layer.prefix}wina.{site.name}.budget"].numpy(), model_sparsity
+                    )
+                    for site in layer.sites
+                ]
+                for layer in arch.layers
+            ]
+        )
+
     def weight_names(self) -> list[str]:
         """Names of the tensors that are the model's weights and run-time matrices."""
         added = expected_tensors(self.architecture, self.settings)
         return sorted(name for name in self.shards if name not in added)
 
-    def verify_weights(self) -> None:
+    def verify_weights(self, folder: Path | None = None) -> None:
         """Read all weights and check that they are those that the calibration was made for.
+
+        Args:
+            folder: where the weights are; by default here, or in the base model that the checkpoint refers to.
 
         Raises:
             CheckpointError: they are not.
         """
-        found = self.shards.fingerprint(self.weight_names())
+        folder = folder or weights_folder(self.folder)
+        if folder == self.folder:
+            shards, names = self.shards, self.weight_names()
+        else:
+            shards = Shards.open(folder)
+            tied = f"{self.architecture.lm_head}.weight" if self.architecture.tied else None
+            names = [name for name in shards if not is_derived(name) and name != tied]
+        found = shards.fingerprint(names)
         if found != self.settings.weights:
             raise CheckpointError(
-                f"{self.folder}: the weights are not those that the calibration was made for (fingerprint {found[:12]}, "
+                f"{folder}: the weights are not those that the calibration was made for (fingerprint {found[:12]}, "
                 f"expected {self.settings.weights[:12]}). Calibrate these weights again."
             )
 
@@ -295,9 +333,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def read_settings(folder: Path) -> Settings:
     """Read the calibration's settings from config.json."""
-    if not (folder / "config.json").is_file():
+    path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
+    if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")
-    raw = read_json(folder / "config.json", max_bytes=4 << 20)
+    raw = read_json(path, max_bytes=4 << 20)
     section = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(section, dict) or section.get("quant_method") != METHOD:
         raise CheckpointError(f"{folder} is not calibrated. Run `wina-calib calibrate {folder} -o NEW_FOLDER` first.")
@@ -335,7 +374,9 @@ def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where a calibration tensor is NaN, infinite or negative beyond `KEEP_ALL`."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{where}: {name} holds NaN or infinite values. Download it again or calibrate again.")
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinite values. Download it again or calibrate again."
+            )
 
 
 def norms_match(stored: Tensor, weights: list[Tensor], exponent: float) -> bool:

@@ -94,7 +94,9 @@ def fit_layer(
         assert sample is not None
         error = masked.output_error(site, sample)
         if not math.isfinite(error):
-            raise NumericError(f"layer {layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32.")
+            raise NumericError(
+                f"layer {layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32."
+            )
         fits[site.name] = SiteFit(tables, targets[site.name], error)
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]

@@ -55,9 +55,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
-        return {"quant_method": METHOD} | {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
-        }
+        return {"quant_method": METHOD} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Settings:
@@ -75,7 +73,7 @@ class Settings:
                 f"the checkpoint has format {version}, this wina_calib reads up to {FORMAT_VERSION}. Update: pip install -U wina-calib."
             )
         known = {f.name for f in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
         try:
             settings = cls(**values)
         except TypeError as error:

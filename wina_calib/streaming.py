@@ -38,7 +38,7 @@ class HiddenStates:
         dtype, shape = self._meta[index]
         flat = torch.empty(shape, dtype=dtype)
         with (self._folder / str(index)).open("rb", buffering=0) as file:
-            file.readinto(flat.view(-1).view(torch.uint8).numpy())
+            file.readinto(flat.view(-1).view(torch.uint8).numpy().data)
         return flat.to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
@@ -47,7 +47,7 @@ class HiddenStates:
             return
         self._meta[index] = value.dtype, tuple(value.shape)
         with (self._folder / str(index)).open("wb", buffering=0) as file:
-            file.write(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def copy_from(self, other: HiddenStates, count: int) -> None:
         """Copy the first `count` micro-batches of another store."""
@@ -92,7 +92,7 @@ class LayerStream:
         self.spill = spill
         self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
         self.model: PreTrainedModel = source.meta_model(dtype)
-        self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)  # type: ignore[assignment]
+        self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)
         base_path = source.architecture.layers_path.rpartition(".")[0]
         self._base = self.model.get_submodule(base_path) if base_path else self.model
         self._kwargs: dict[int, list[Kwargs]] = {}

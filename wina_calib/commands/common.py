@@ -26,7 +26,7 @@ dtype_option = click.option(
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 
 
-class Fractions(click.ParamType):
+class Fractions(click.ParamType[tuple[float, ...]]):
     """Comma-separated numbers."""
 
     name = "numbers"

@@ -59,7 +59,12 @@ def command(
 def render(result: Evaluation) -> str:
     """An evaluation as text."""
     rows = [
-        ["perplexity", f"{result.dense_ppl:.3f}", f"{result.sparse_ppl:.3f}", rise(result.sparse_ppl, result.dense_ppl)],
+        [
+            "perplexity",
+            f"{result.dense_ppl:.3f}",
+            f"{result.sparse_ppl:.3f}",
+            rise(result.sparse_ppl, result.dense_ppl),
+        ],
         ["KL from dense (nats/token)", "0.000", f"{result.kl:.3f}", ""],
         ["top-1 agreement", "100.0 %", percent(result.top1_agreement), ""],
         ["model sparsity", "0.0 %", percent(result.model_sparsity), f"asked {percent(result.sparsity)}"],
@@ -67,4 +72,6 @@ def render(result: Evaluation) -> str:
         ["read fraction, decoder", "100.0 %", percent(result.read_fraction_decoder), ""],
     ]
     original = f"original model's perplexity: {result.base_ppl:.3f} ({result.base_ppl_data})"
-    return table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}; {original}"
+    return (
+        table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}; {original}"
+    )

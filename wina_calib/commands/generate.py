@@ -40,7 +40,9 @@ def command(
     Example:
       wina-calib generate demo-sparse "The old lighthouse"
     """
-    text = generate(checkpoint, prompt, sparsity=sparsity, new=new, sample=sample, seed=seed, device=device, revision=revision)
+    text = generate(
+        checkpoint, prompt, sparsity=sparsity, new=new, sample=sample, seed=seed, device=device, revision=revision
+    )
     emit({"prompt": prompt, "text": text}, text, as_json=as_json)
 
 

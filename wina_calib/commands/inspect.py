@@ -76,7 +76,10 @@ def render(facts: dict[str, Any]) -> str:
         ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
         ["budget", settings["budget"]],
         ["read fraction", f"{percent(facts['read_fraction'])}, decoder {percent(facts['read_fraction_decoder'])}"],
-        ["data", f"{', '.join(settings['provenance'].get('data', []))} ({settings['provenance'].get('blocks')} blocks)"],
+        [
+            "data",
+            f"{', '.join(settings['provenance'].get('data', []))} ({settings['provenance'].get('blocks')} blocks)",
+        ],
         ["weights", "verified" if facts["weights_verified"] else "not read"],
     ]
     sites = [

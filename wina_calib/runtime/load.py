@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.checkpoint import read_settings
 from wina_calib.errors import UsageError
+from wina_calib.reference import complete_folder, keep_with
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import PREFILL
-from wina_calib.shards import Shards
 from wina_calib.source import resolve
 
 
@@ -28,6 +28,7 @@ def load(
     prefill: str | None = None,
     subfolder: str = "",
     local_files_only: bool = False,
+    base: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a calibrated checkpoint as a sparse model.
@@ -42,6 +43,7 @@ def load(
         prefill: `sparse` masks prompts too, `dense` computes them fully; None is the checkpoint's.
         subfolder: folder of the checkpoint inside the folder or repository.
         local_files_only: take what the cache has, without a look at the network.
+        base: where the base model's weights are, for a checkpoint that refers to them; None is where it says.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -60,10 +62,11 @@ def load(
         name, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     read_settings(folder)
-    Shards.open(folder)  # refuses missing, cut and hostile files with one message
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **kwargs)
-    if commit is not None:
-        # What is derived from the model, such as an adapter's base, is to name the repository and not its cache.
+    whole, kept = complete_folder(folder, base=base, token=token, local_files_only=local_files_only)
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
+    keep_with(model, kept)
+    if commit is not None or kept is not None:
+        # What is derived from the model, such as an adapter's base, is to name what was asked for and not its cache.
         model.name_or_path = model.config._name_or_path = name
     if prefill is not None:
         set_prefill(model, prefill)
@@ -88,7 +91,9 @@ def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
     if not 0.0 <= sparsity < 1.0:
         raise UsageError(f"sparsity is {sparsity}; expected a number in [0, 1).")
     sites = sparse_sites(model)
-    return model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
+    achieved = model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
+    sites[0].state.refresh()
+    return achieved
 
 
 def set_prefill(model: torch.nn.Module, prefill: str) -> None:

@@ -1,21 +1,22 @@
-"""The modules that make a loaded model sparse: a state for every site, and linear layers that ask it for their product.
+"""The modules of a sparse model: a state for every site, and linear layers that ask it for their product.
 
-A decoder layer calls q, k and v one after another with the same input. The first call computes what all of a mask group's
-projections give, the others take their part of it.
+A decoder layer calls q, k and v one after another with the same input. The first call computes what all projections of a
+mask group give, the others take their part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.families import MaskGroup, Site
+from wina_calib.runtime import kernels
 from wina_calib.runtime.state import RuntimeState, SiteCount
-from wina_calib.score import keep_mask
+from wina_calib.score import keep_mask, mask_input
 from wina_calib.settings import Settings
 from wina_calib.tables import LEVELS, site_sparsity, threshold_between
 
@@ -68,8 +69,10 @@ class SiteState(Float32Buffers):
         for group in self.groups:
             self.add_module(group.name, GroupState(site.width, anchors))
         self.asked = float("nan")
+        self.linears: list[SparseLinear] = []  # a list, so that they are not children
+        self._packed: dict[str, Packed] = {}
         self._seen: Tensor | None = None
-        self._masked: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
 
     def group(self, name: str) -> GroupState:
         """State of a mask group: `shared` or a projection's name."""
@@ -87,35 +90,116 @@ class SiteState(Float32Buffers):
             state = self.group(group.name)
             state.threshold.fill_(threshold_between(state.table.cpu(), anchors, model_sparsity, own))
         self.asked = own
+        self.state.stale = True
         return own
 
-    def product(self, projection: SparseLinear, x: Tensor) -> Tensor:
-        """Output (..., out) of one projection for the site's input x (..., in)."""
-        group = self.group(projection.group)
-        first = projection.leads
-        if first or self._seen is not x:
-            self._seen, self._masked = x, {}
-        inputs = self._masked.get(projection.group)
-        if inputs is None:
-            inputs = self._masked[projection.group] = self._mask(group, x)
-        if projection.ends:
-            self._seen, self._masked = None, {}
-        return linear(inputs, projection.weight, projection.bias)
+    def product(self, linear_: SparseLinear, x: Tensor) -> Tensor:
+        """Output (..., out) of one projection for the site's input x (..., in).
 
-    def _mask(self, group: GroupState, x: Tensor) -> Tensor:
+        The first projection of a mask group computes the outputs of all of them, the others take theirs.
+        """
+        if linear_.leads or self._seen is not x:
+            self._seen, self._parts = x, {}
+        if linear_.name not in self._parts:
+            self._compute(linear_, x)
+        out = self._parts.pop(linear_.name)
+        if linear_.ends:
+            self._seen, self._parts = None, {}
+        return out
+
+    def pack(self) -> None:
+        """Store each group's weights side by side and column-contiguous where a kernel gains by it, else row-major."""
+        for group in self.groups:
+            members = [m for m in self.linears if m.group == group.name]
+            if not _packable(members):
+                self._packed.pop(group.name, None)
+                continue
+            packed = self._packed.get(group.name)
+            held = packed is not None and packed.holds(members)
+            if held and members[0].weight.device.type == "cuda":
+                continue
+            if self.settings.score in ("weight", "random") or not self._pays(members):
+                self._packed.pop(group.name, None)
+                if held:
+                    for member in members:
+                        member.set_weight(member.weight.detach().contiguous())
+            elif not held:
+                self._packed[group.name] = Packed(members)
+
+    def _pays(self, members: Sequence[SparseLinear]) -> bool:
+        weight = members[0].weight
+        out = sum(m.out_features for m in members)
+        return kernels.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
+
+    def _compute(self, linear_: SparseLinear, x: Tensor) -> None:
+        """Put the outputs of a projection, and of all that can be computed with it, into `_parts`."""
         rotation = self._buffers.get("rotation")
         turned = x if rotation is None else x @ rotation.to(x.dtype)
-        if self.state.all_dense:
-            return turned
-        dense_rows = self.state.dense_rows
-        if dense_rows is not None and dense_rows.shape != x.shape[:-1]:
-            dense_rows = dense_rows.reshape(x.shape[:-1]) if dense_rows.numel() == x.shape[:-1].numel() else None
-        keep = keep_mask(turned, group.norm, group.threshold, self.settings.score, dense_rows)
+        packed = self._packed.get(linear_.group)
         if self.state.counts is not None:
-            count = self.state.counts.setdefault((self.layer, self.site.name), SiteCount())
-            count.seen += keep.numel()
-            count.dropped += keep.numel() - int(keep.sum())
-        return turned.masked_fill(~keep, 0)
+            self._count(linear_, turned)
+        if packed is None or self.state.kernels == "reference" or packed.weight_t.dtype != x.dtype:
+            inputs = turned if self.state.all_dense else self._mask(linear_.group, turned)
+            members = [m for m in self.linears if m.group == linear_.group] if linear_.leads else [linear_]
+            if any(hasattr(m, "_hf_hook") for m in members):  # offloaded: only the caller's weight is here
+                members = [linear_]
+            for member in members:
+                self._parts[member.name] = linear(inputs, member.weight, member.bias)
+            return
+        rows = turned.reshape(-1, turned.shape[-1])
+        group = self.group(linear_.group)
+        if self.state.all_dense:
+            out = kernels.dense_site(rows, packed.weight_t, packed.bias)
+        else:
+            dense = self._dense_rows(x)
+            flat = None if dense is None else dense.reshape(-1)
+            out = kernels.sparse_site(rows, packed.weight_t, group.norm, group.threshold, flat, packed.bias)
+        parts = out.view(*x.shape[:-1], out.shape[-1]).split(packed.sizes, dim=-1)
+        self._parts.update(zip(packed.names, parts, strict=True))
+
+    def _dense_rows(self, x: Tensor) -> Tensor | None:
+        rows = self.state.dense_rows
+        if rows is None or rows.shape == x.shape[:-1]:
+            return rows
+        return rows.reshape(x.shape[:-1]) if rows.numel() == x.shape[:-1].numel() else None
+
+    def _mask(self, name: str, x: Tensor) -> Tensor:
+        group = self.group(name)
+        return mask_input(x, group.norm, group.threshold, self.settings.score, self._dense_rows(x))
+
+    def _count(self, linear_: SparseLinear, x: Tensor) -> None:
+        """Count inputs seen and dropped, weighted by the outputs that they reach."""
+        shared = linear_.group == "shared"
+        if self.state.dense or self.state.counts is None or (shared and not linear_.leads):
+            return
+        outs = self.site.out_features if shared else linear_.out_features
+        count = self.state.counts.setdefault((self.layer, self.site.name), SiteCount())
+        count.seen += x.numel() * outs
+        if not self.state.all_dense:
+            group = self.group(linear_.group)
+            keep = keep_mask(x, group.norm, group.threshold, self.settings.score, self._dense_rows(x))
+            count.dropped += (keep.numel() - int(keep.sum())) * outs
+
+
+class Packed:
+    """The weights of one mask group side by side: `weight_t` (in, sum of outs) contiguous; modules hold views of it."""
+
+    def __init__(self, members: Sequence[SparseLinear]) -> None:
+        self.names = tuple(m.name for m in members)
+        self.sizes = tuple(m.out_features for m in members)
+        self.weight_t = kernels.column_storage([m.weight.detach() for m in members])
+        for member, part in zip(members, self.weight_t.split(self.sizes, dim=1), strict=True):
+            member.set_weight(part.t())
+        biases = [m.bias for m in members]
+        self.bias: Tensor | None = None
+        if any(b is not None for b in biases):
+            zeros = (m.weight.new_zeros(m.out_features) for m in members)
+            self.bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+
+    def holds(self, members: Sequence[SparseLinear]) -> bool:
+        """Whether the modules' weights still are views of this storage."""
+        pointers = [part.data_ptr() for part in self.weight_t.split(self.sizes, dim=1)]
+        return [m.weight.data_ptr() for m in members] == pointers and self.weight_t.device == members[0].weight.device
 
 
 class SparseLinear(nn.Linear):
@@ -128,7 +212,8 @@ class SparseLinear(nn.Linear):
             super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None)
         self.weight, self.bias = dense.weight, dense.bias
         self.__dict__["site"] = site  # a neighbour, not a child: its buffers belong to the layer's `wina` module
-        self.group = group.name
+        site.linears.append(self)
+        self.name, self.group = group.projections[position].name, group.name
         projections = [p for g in site.groups for p in g.projections]
         self.leads = group.projections[position] is projections[0]
         self.ends = group.projections[position] is projections[-1]
@@ -136,6 +221,27 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
         return self.site.product(self, input)
+
+    def set_weight(self, value: Tensor) -> None:
+        """Replace the weight's storage and keep its other properties."""
+        self.weight = nn.Parameter(value, requires_grad=self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.site.state.stale = True
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + "weight"
+        if not keep_vars and not destination[name].is_contiguous():
+            destination[name] = destination[name].contiguous()
+
+
+def _packable(members: Sequence[SparseLinear]) -> bool:
+    """Whether weights are here, of one dtype, and not moved in and out by offloading."""
+    dtype = members[0].weight.dtype
+    return all(not m.weight.is_meta and m.weight.dtype == dtype and not hasattr(m, "_hf_hook") for m in members)
 
 
 def site_states(model: nn.Module) -> list[SiteState]:

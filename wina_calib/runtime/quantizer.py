@@ -1,4 +1,4 @@
-"""transformers integration: a calibrated checkpoint loads through plain `from_pretrained` once wina_calib is imported."""
+"""transformers integration: calibrated checkpoints load through plain `from_pretrained` once wina_calib is imported."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
-from wina_calib.runtime.modules import SiteState, SparseLinear
+from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import METHOD, Settings
+from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
 
 
@@ -90,6 +91,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     described.index, site, settings, state, first.weight.dtype if site.name in rotated else None
                 )
             holder.add_module(site.name, site_state)
+            state.sites.append(site_state)
             for group in site_state.groups:
                 for i, projection in enumerate(group.projections):
                     dense = layer.get_submodule(projection.module)
@@ -123,6 +125,8 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
     check_complete(model.name_or_path, expected, {name: tuple(b.shape) for name, b in buffers.items()})
     here = {name: b for name, b in buffers.items() if not b.is_meta}
     check_values(model.name_or_path, here)
+    for site in site_states(model):
+        site.asked = site_sparsity(settings.anchors, site.budget.cpu().numpy(), settings.sparsity)
     if settings.score != "wina":
         return
     for layer in (arch.layers[0], arch.layers[-1]):
@@ -133,6 +137,6 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
             continue
         if not norms_match(norm, [module.weight], settings.exponent):
             raise RuntimeLoadError(
-                f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made for. "
-                "Were they trained or replaced afterwards? Calibrate them again."
+                f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made "
+                "for. Were they trained or replaced afterwards? Calibrate them again."
             )

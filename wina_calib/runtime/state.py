@@ -34,6 +34,8 @@ class RuntimeState:
         dense: compute everything densely.
         dense_rows: (batch, seq) bool, rows of this forward pass that are never masked; None when there are none.
         counts: kept and dropped inputs by (layer, site), where counting is on.
+        stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
+        sites: all sites, in order.
     """
 
     prefill: str = "sparse"
@@ -42,9 +44,13 @@ class RuntimeState:
     dense_rows: Tensor | None = None
     all_dense: bool = False
     counts: dict[tuple[int, str], SiteCount] | None = field(default=None, repr=False)
+    stale: bool = True
+    sites: list[Any] = field(default_factory=list, repr=False)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note at the start of the decoder's forward pass which of its rows are never masked."""
+        if not torch.compiler.is_compiling():  # first, so that a compiled step has no guard on what follows
+            self.refresh()
         self.all_dense, self.dense_rows = self.dense, None
         if self.dense:
             return
@@ -57,6 +63,14 @@ class RuntimeState:
             self.all_dense = True
             return
         self.dense_rows = _first_tokens(tokens, kwargs.get("attention_mask"))
+
+    def refresh(self) -> None:
+        """Look at the weights' storage again where something changed."""
+        if self.stale:
+            self.stale = False
+            with torch.no_grad():
+                for site in self.sites:
+                    site.pack()
 
     @contextmanager
     def counting(self) -> Iterator[dict[tuple[int, str], SiteCount]]:
@@ -80,8 +94,8 @@ class RuntimeState:
 def _cache_is_empty(cache: Any, rows: int) -> bool:
     """Whether the cache holds no token yet.
 
-    A static cache keeps its length on the device. Inside a compiled step with one row it is taken to hold tokens: generation
-    compiles decode steps only.
+    A static cache keeps its length on the device. Inside a compiled step with one row it is taken to hold tokens:
+    generation compiles decode steps only.
     """
     if cache is None:
         return True

@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use. Nothing but the package index is contacted.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+# Idle OpenMP threads that spin slow down the busy ones on small machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-all lint types docs results clean
+
+demo: $(STAMP)
+	$(BIN)/wina-calib demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_cli.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
