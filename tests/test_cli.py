@@ -1,0 +1,111 @@
+"""The command line: results as JSON on standard output alone, errors as one message with an exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import wina_calib
+from wina_calib.cli import COMMANDS, main
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def as_json(result: Result) -> dict:
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_every_command_has_help() -> None:
+    assert run("--help").exit_code == 0
+    for command in COMMANDS:
+        result = run(command, "--help")
+        assert result.exit_code == 0, command
+        assert result.stdout.startswith("Usage: ")
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"wina-calib {wina_calib.__version__}\n"
+
+
+def test_calibrate_evaluate_inspect(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    flags = ["--samples", 64, "--seq-len", 128, "--grid", "0.5,0.65", "--budget", "uniform", "--transform", "none"]
+    done = as_json(run("calibrate", llama, "-o", out, "-s", 0.4, "--data", text, *flags, "--json"))
+    assert done["folder"] == str(out)
+    assert done["anchors"] == [0.4, 0.5, 0.65]
+    quality = as_json(run("evaluate", out, "--data", text, "--tokens", 4096, "--json"))
+    assert {"dense_ppl", "sparse_ppl", "kl", "top1_agreement", "model_sparsity", "read_fraction", "sites"} <= set(quality)
+    assert {"read_fraction_decoder", "base_ppl"} <= set(quality)
+    assert quality["sparsity"] == 0.4
+    assert quality["model_sparsity"] == pytest.approx(0.4, abs=0.01)
+    assert [set(s) for s in quality["sites"]] == [{"layer", "site", "asked", "achieved"}] * 12
+    assert any("also in the calibration data" in w for w in quality["warnings"])
+    dense = as_json(run("evaluate", out, "--data", text, "--tokens", 4096, "--sparsity", 0, "--json"))
+    assert dense["kl"] == 0.0
+    assert dense["dense_ppl"] == dense["sparse_ppl"] == quality["dense_ppl"]
+    facts = as_json(run("inspect", out, "--json"))
+    assert facts["weights_verified"] is True
+    assert len(facts["sites"]) == 12
+    for shown in (run("inspect", out), run("evaluate", out, "--data", text, "--tokens", 4096)):
+        assert shown.exit_code == 0
+        assert "read fraction" in shown.stdout
+
+
+def test_evaluate_warns_where_the_text_is_of_another_kind(calibrated: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.txt").write_text("\x01\x02\x03" * 9000)
+    quality = as_json(run("evaluate", calibrated, "--data", tmp_path / "odd.txt", "--tokens", 4096, "--json"))
+    assert abs(quality["model_sparsity"] - 0.5) > 0.02
+    assert any("--data" in w for w in quality["warnings"])
+
+
+def test_generate_and_export(calibrated: Path, llama: Path, tmp_path: Path) -> None:
+    made = as_json(run("generate", calibrated, "a text", "--new", 5, "--json"))
+    assert made["text"].startswith("a text")
+    assert as_json(run("export-dense", calibrated, tmp_path / "dense", "--json")) == {"folder": str(tmp_path / "dense")}
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    ids = torch.randint(4, 300, (1, 16))
+    with torch.no_grad():
+        a, b = (AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (tmp_path / "dense", llama))
+    assert torch.equal(a, b)
+
+
+def test_plain_transformers_calls_load_it(calibrated: Path) -> None:
+    ids = torch.randint(4, 300, (1, 16))
+    with torch.no_grad():
+        expected = wina_calib.load(calibrated)(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(calibrated)(ids).logits, expected)
+    made = pipeline("text-generation", str(calibrated), tokenizer=AutoTokenizer.from_pretrained(calibrated))
+    assert made("a text", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("a text")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["calibrate", "demo", "-o", "OUT", "--sparsity", "1.5"], 2, "sparsity is 1.5"),
+        (["calibrate", "demo", "-o", "OUT", "--sparsity", "x"], 2, "x"),
+        (["calibrate", "demo"], 2, "--output"),
+        (["calibrate", "demo", "-o", "OUT", "--score", "wine"], 2, "wine"),
+        (["calibrate", "demo", "-o", "OUT", "--data", "nowhere.txt"], 2, "nowhere.txt"),
+        (["calibrate", "demo", "-o", "OUT", "--device", "warp"], 2, "warp"),
+        (["calibrate", "/no/such/folder", "-o", "OUT"], 1, "is not a folder"),
+        (["evaluate", "/no/such/folder"], 1, "is not a folder"),
+        (["inspect", "DENSE"], 1, "not calibrated"),
+        (["evaluate", "DENSE"], 1, "not calibrated"),
+        (["generate", "DENSE", "x"], 1, "not calibrated"),
+        (["no-such-command"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_message_with_a_code(args: list[str], code: int, said: str, llama: Path, tmp_path: Path) -> None:
+    result = run(*[{"OUT": tmp_path / "out", "DENSE": llama}.get(a, a) for a in args])
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
