@@ -1,0 +1,59 @@
+"""The README's and the documentation's examples run, and the CLI reference is what the command line says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from wina_calib.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def test_cli_reference_is_current() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / "make_cli.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(README, "python")
+    assert len([line for line in example.splitlines() if line.strip()]) == 3
+    small = example.replace("sparsity=0.5)", "sparsity=0.5, samples=24, seq_len=512)")
+    assert small != example
+    names: dict = {}
+    exec(small, names)
+    import wina_calib
+
+    assert wina_calib.set_sparsity(names["model"], 0.6) == pytest.approx(0.6, abs=1e-6)
+    for command in re.findall(r"\$ (wina-calib (?:evaluate|generate) DIR.*)", README):
+        args = [a.replace("DIR", "demo-sparse") for a in shlex.split(command)[1:]]
+        extra = ["--tokens", "2048"] if args[0] == "evaluate" else ["--new", "5"]
+        result = CliRunner().invoke(main, [*args, *extra])
+        assert result.exit_code == 0, result.output
+
+
+def test_commands_named_in_the_docs_exist() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"wina-calib ([a-z][a-z-]+)\b", page.read_text("utf-8")):
+            assert name in COMMANDS, f"{page.name}: wina-calib {name}"
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"\$ make (\w+)", README):
+        assert f"\n{target}:" in makefile
