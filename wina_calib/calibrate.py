@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 import wina_calib
-from wina_calib.budgets import uniform
+from wina_calib.allocation import Allocation, allocate, curve_tensors, is_file, scaled_curves, settle
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import SiteTensors, open_checkpoint, write_calibration, write_weights
@@ -28,6 +28,7 @@ from wina_calib.fit import SiteFit, fit_layer
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, output_folder
+from wina_calib.sensitivity import CURVE_LEVELS, MAX_TOKENS
 from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
 from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
@@ -37,6 +38,8 @@ from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 BASE_TOKENS = 16_384
 _MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 _SPILL_BYTES = 4 << 30
+_BACKWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
+_BACKWARD_SPILL = 64 << 20  # elements of all layers' inputs
 
 
 class Progress(Protocol):
@@ -94,6 +97,8 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     target = Path(output)
     check_output(target, overwrite=chosen.overwrite)
     source = open_source(str(model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    transform = plan(chosen.transform, source.architecture)
+    chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
     seq_len = fitting_length(source, chosen.seq_len)
@@ -101,7 +106,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     job = _Job(
         source=source,
         options=chosen,
-        transform=plan(chosen.transform, source.architecture),
+        transform=transform,
         blocks=blocks,
         device=device,
         dtype=pick_dtype(chosen.dtype, source.dtype, device),
@@ -179,8 +184,8 @@ class _Job:
         )
         del rotations
         dense = open_source(str(folder), trust_remote_code=self.options.trust_remote_code, calibrated=True)
-        rows = self._budget()
-        tensors = self._fit(dense, rows, folder)
+        chosen = self._budget(dense, folder)
+        tensors, curve_facts = self._fit(dense, chosen, folder)
         settings = Settings(
             sparsity=self.options.sparsity,
             anchors=self.options.anchors,
@@ -188,10 +193,11 @@ class _Job:
             masks=self.options.masks,
             exponent=self.options.exponent,
             transform=self.transform.name,
-            budget=self.options.budget,
+            budget="file" if is_file(self.options.budget) else self.options.budget,
+            curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
             prefill=self.options.prefill,
             weights=dense.shards.fingerprint(sorted(dense.shards)),
-            provenance=self._provenance(base_ppl, base, untied),
+            provenance=self._provenance(base_ppl, base, untied) | curve_facts,
         )
         write_calibration(
             folder, tensors, settings, self.source, untied=untied, runtime=not self.transform.is_free
@@ -249,14 +255,32 @@ class _Job:
             self.report.step(f"layer {index + 1}")
         return hidden
 
-    def _budget(self) -> np.ndarray[Any, Any]:
-        """Site sparsities (anchors, layers, sites)."""
-        cells = count_cells(self.source.architecture, self.transform.name)
-        return np.stack([uniform(cells, anchor).sparsities for anchor in self.options.anchors])
+    def _budget(self, source: Source, folder: Path) -> Allocation:
+        arch, ids = source.architecture, self.blocks.ids
+        seq_len = ids.shape[1]
 
-    def _fit(self, source: Source, rows: np.ndarray[Any, Any], folder: Path) -> dict[str, Tensor]:
-        arch, anchors = source.architecture, self.options.anchors
-        rule = MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
+        def stream() -> LayerStream:
+            self.report.phase("sensitivity", 2 * len(arch.layers))
+            some = ids[: max(1, MAX_TOKENS // seq_len)]
+            return LayerStream(
+                source,
+                some,
+                micro_batch=max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // seq_len),
+                dtype=self.dtype,
+                device=self.device,
+                spill=folder if some.numel() * arch.hidden_size * len(arch.layers) > _BACKWARD_SPILL else None,
+            )
+
+        return allocate(
+            self.options, arch, count_cells(arch, self.transform.name), self._rule, stream, self.report.step
+        )
+
+    @property
+    def _rule(self) -> MaskRule:
+        return MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
+
+    def _fit(self, source: Source, chosen: Allocation, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        arch, anchors, rows, rule = source.architecture, self.options.anchors, chosen.rows, self._rule
         stream = self._stream(source, self.blocks.ids, folder)
         self.report.phase("fit thresholds", len(arch.layers))
         start = stream.embed()
@@ -277,9 +301,10 @@ class _Job:
                     tensors |= stored.named(layer.prefix, site.name)
             worst = max(fits[-1].items(), key=lambda item: item[1].error)
             self.report.step(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
+        curves, facts = scaled_curves(chosen, anchors, stream, states)
         for state in states:
             state.clear()
-        return tensors
+        return tensors | curve_tensors(arch, curves), facts
 
     def _site_tensors(
         self, masked: MaskedLayer, site: str, fits: list[SiteFit], budget: np.ndarray[Any, Any]

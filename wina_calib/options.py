@@ -13,7 +13,6 @@ from wina_calib.score import SCORES
 from wina_calib.settings import MASKS, PREFILL
 from wina_calib.transforms import NAMES as TRANSFORMS
 
-BUDGETS = ("uniform",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
 
@@ -33,7 +32,21 @@ class CalibrateOptions:
         "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
         choices=(*TRANSFORMS, "residual"),
     )
-    budget: str = option("uniform", "How sparsity is spread over sites: uniform, or a budget file.", metavar="NAME|FILE")
+    budget: str = option(
+        "global",
+        "How sparsity is spread over sites: global (least predicted loss), uniform, or a budget "
+        "file, which sets the sparsity too.",
+        metavar="NAME|FILE",
+    )
+    min: tuple[str, ...] = option(
+        (),
+        "Lowest sparsity of a site, for all or for a pattern: layers.0-3.*=0.1.",
+        multiple=True,
+        metavar="[PATTERN=]S",
+    )
+    max: tuple[str, ...] = option(
+        (), "Highest sparsity of a site, likewise; 0.95 by default.", multiple=True, metavar="[PATTERN=]S"
+    )
     grid: tuple[float, ...] = option(
         DEFAULT_ANCHORS, "Model sparsities, besides the asked one, at which thresholds are fitted.", metavar="S,S,..."
     )
@@ -110,4 +123,7 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
         "data": (str(data),) if isinstance(data, str | Path) else tuple(map(str, data)),
         "grid": (float(grid),) if isinstance(grid, int | float) else tuple(map(float, grid)),
     }
+    for name in ("min", "max"):
+        given = values.get(name, ())
+        values[name] = (str(given),) if isinstance(given, str | int | float) else tuple(map(str, given))
     return CalibrateOptions(**values)

@@ -1,25 +1,27 @@
 """What the loss feels of each site's sparsity: curves from one streamed backward pass.
 
-To second order, dropping inputs of one site raises the loss by half the mean square of `sum_j g_j x_j (1 - m_j)`, with g the
-gradient of the summed loss at the site's input and labels drawn from the model's own predictions (the Fisher information of
-the model; labels of the data give another matrix, and predict worse). Terms between sites and between tokens are left out.
+To second order, dropping inputs of one site raises the loss by half the mean square of `sum_j g_j x_j (1 - m_j)`, with
+g the gradient of the summed loss at the site's input and labels drawn from the model's own predictions (its Fisher
+information; labels of the data give another matrix, which predicts worse). Terms between sites and between tokens are
+left out.
 
-Forward once, keeping every layer's input; then layer by layer from the last: forward again, backward to the layer's input.
-That is three forward passes' work over the tokens used, with one layer in memory at a time.
+Forward once, keeping every layer's input; then layer by layer from the last: forward again, and backward to the layer's
+input. That is three forward passes' work over the tokens used, with one layer in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from wina_calib.budgets import Curves
 from wina_calib.errors import NumericError
+from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.score import scores
 from wina_calib.sketch import ScoreHistogram
@@ -42,12 +44,12 @@ class Rise:
 class _Tapped(MaskedLayer):
     """Masks nothing, and keeps a handle on what each mask group reads, apart from any other use of that input."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, layer: Layer, module: nn.Module, rule: MaskRule, rotations: Mapping[str, Tensor]) -> None:
+        super().__init__(layer, module, rule, rotations)
         self.taps: dict[str, Tensor] = {}
 
-    def mask(self, group: object, x: Tensor) -> Tensor:
-        self.taps[group.key] = tap = x.view_as(x)  # type: ignore[attr-defined]
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        self.taps[group.key] = tap = x.view_as(x)
         return tap
 
 
@@ -79,33 +81,43 @@ def measure_curves(
         progress(f"sensitivity of layer {index + 1}")
     gradients.clear()
     if not np.isfinite(loss).all():
-        raise NumericError(f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform.")
+        raise NumericError(
+            f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
+        )
     return Curves(np.array(CURVE_LEVELS), np.maximum.accumulate(loss, axis=2)), last
 
 
 @torch.no_grad()
-def measured_rise(
-    dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: HiddenStates
-) -> Rise:
-    """Compare last hidden states of the sparse and the dense model on the blocks that both hold, from the first on."""
-    totals = torch.zeros(3, dtype=torch.float64)
+def measured_rises(
+    dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: Sequence[HiddenStates]
+) -> list[Rise]:
+    """Compare last hidden states of sparse models with the dense one's, on the blocks that both streams begin with."""
+    totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
+    count = 0
     with dense_stream.head() as head:
-        pairs = zip(_blocks(dense_stream, dense), _blocks(sparse_stream, sparse), strict=False)
-        for (ids, kept), (_, masked) in pairs:
-            chunks = zip(kept[:-1].split(_ROWS), masked[:-1].split(_ROWS), ids[1:].split(_ROWS), strict=True)
-            for d, s, labels in chunks:
-                p, q = (log_softmax(head(h[None])[0].float(), dim=-1) for h in (d, s))
-                rise = (p - q).gather(1, labels[:, None]).double().sum()
-                divergence = kl_div(q, p, reduction="none", log_target=True).double().sum()
-                totals += torch.stack([rise, divergence, rise.new_tensor(len(labels))]).cpu()
-    loss, kl, count = totals.tolist()
-    return Rise(loss / count, kl / count)
+
+        def log_probabilities(states: Tensor) -> Tensor:
+            return log_softmax(head(states[None])[0].float(), dim=-1)
+
+        masked = zip(*(_blocks(sparse_stream, states) for states in sparse), strict=True)
+        for (ids, kept), rows in zip(_blocks(dense_stream, dense), masked, strict=False):
+            for first in range(0, len(ids) - 1, _ROWS):
+                labels = ids[first + 1 : first + 1 + _ROWS, None]
+                chunk = slice(first, first + len(labels))
+                p = log_probabilities(kept[chunk])
+                for total, (_, states) in zip(totals, rows, strict=True):
+                    q = log_probabilities(states[chunk])
+                    rise = (p - q).gather(1, labels).double().sum()
+                    divergence = kl_div(q, p, reduction="none", log_target=True).double().sum()
+                    total += torch.stack([rise, divergence]).cpu()
+                count += len(labels)
+    return [Rise(loss, kl) for loss, kl in (totals / count).tolist()]
 
 
 def _forward(
     stream: LayerStream, rule: MaskRule, progress: Callable[[str], None]
 ) -> tuple[list[dict[str, Tensor]], list[HiddenStates]]:
-    """Thresholds (levels - 1,) by mask group at the levels above 0 for every layer; every layer's inputs, and the last outputs."""
+    """Thresholds (levels - 1,) at the levels above 0 of every layer's mask groups; every layer's inputs, and outputs."""
     levels = torch.tensor(CURVE_LEVELS[1:], dtype=torch.float64)
     thresholds: list[dict[str, Tensor]] = []
     inputs = [stream.embed()]
@@ -115,7 +127,9 @@ def _forward(
         histograms: dict[str, ScoreHistogram] = {}
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, _rotations(stream, index)) as layer:
 
-            def observe(site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms) -> None:
+            def observe(
+                site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
+            ) -> None:
                 for group in layer.groups[site]:
                     histogram = found.setdefault(group.key, ScoreHistogram(stream.device))
                     histogram.update(scores(x[:, 1:], layer.norms[group.key], rule.score))
@@ -142,7 +156,9 @@ def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> Hidde
                     leaf = states.detach()[None].requires_grad_()
                     logits = head(leaf)[0].float()
                     if not bool(torch.isfinite(logits).all()):
-                        raise NumericError(f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32.")
+                        raise NumericError(
+                            f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32."
+                        )
                     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                     chunk.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0][0])
             gradients[batch] = out
@@ -153,7 +169,7 @@ def _layer_curves(
     stream: LayerStream,
     rule: MaskRule,
     index: int,
-    module: torch.nn.Module,
+    module: nn.Module,
     inputs: HiddenStates,
     gradients: HiddenStates,
     thresholds: dict[str, Tensor],
@@ -162,14 +178,17 @@ def _layer_curves(
     layer = stream.source.architecture.layers[index]
     totals = torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
     tokens = sum(ids.numel() for ids in stream.batches)
-    with _Tapped(layer, module, rule, _rotations(stream, index)) as tapped:
+    tapped = _Tapped(layer, module, rule, _rotations(stream, index))
+    with tapped:
         for batch in range(len(stream.batches)):
             hidden = inputs[batch].detach().requires_grad_()
             out = tapped.run(hidden, stream.kwargs(index, batch))
             taps = dict(tapped.taps)
             found = torch.autograd.grad(out, [hidden, *taps.values()], gradients[batch].to(out.dtype))
             gradients[batch] = found[0]
-            products = {key: (g * taps[key].detach())[:, 1:].flatten(0, 1) for key, g in zip(taps, found[1:], strict=True)}
+            products = {
+                key: (g * taps[key].detach())[:, 1:].flatten(0, 1) for key, g in zip(taps, found[1:], strict=True)
+            }
             for row, site in enumerate(layer.sites):
                 dropped: Tensor | float = 0.0
                 for group in tapped.groups[site.name]:

@@ -1,0 +1,270 @@
+"""Which site sparsities a calibration fits, at every anchor: uniform, the papers' greedy, global, or a budget file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wina_calib.budgets import (
+    Budget,
+    Cells,
+    Curves,
+    ModelKey,
+    Setting,
+    budget_at,
+    read_budget,
+    select,
+    solve_global,
+    uniform,
+)
+from wina_calib.errors import BudgetError
+from wina_calib.families import Architecture
+from wina_calib.masked import MaskRule
+from wina_calib.options import CalibrateOptions
+from wina_calib.sensitivity import PASSES, Rise, measure_curves, measured_rises
+from wina_calib.streaming import HiddenStates, LayerStream
+
+METHODS = ("global", "uniform")
+MAX_SITE = 0.95
+SCALED_AT = 0.5  # model sparsity at whose anchor the curves are scaled to the measured loss rise
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a calibration fits.
+
+    Attributes:
+        rows: (anchors, layers, sites) site sparsities.
+        curves: predicted loss rises, not scaled to a measured one; None where no gradients were computed.
+        stream: the tokens that the curves come from.
+        dense: the dense model's last hidden states on them.
+    """
+
+    rows: Floats
+    curves: Curves | None = None
+    stream: LayerStream | None = None
+    dense: HiddenStates | None = None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Lowest and highest sparsity of every cell, (layers, sites); NaN where nothing was asked."""
+
+    lower: Floats
+    upper: Floats
+
+    @classmethod
+    def parse(cls, cells: Cells, lowest: Sequence[str], highest: Sequence[str]) -> Bounds:
+        """From option texts: a number for all cells, or `PATTERN=NUMBER`; later ones win.
+
+        Raises:
+            BudgetError: a text does not parse, matches nothing, or is outside [0, 1).
+        """
+        return cls(_bound(cells, lowest, "--min"), _bound(cells, highest, "--max"))
+
+    def at(self, sparsity: float, *, strict: bool) -> tuple[Floats, Floats]:
+        """Bounds for a solver at a model sparsity.
+
+        Without `strict` they give way as far as needed to contain `sparsity`: bounds are asked for one model sparsity,
+        and the anchors around it must stay possible. An upper bound that was not asked for is `MAX_SITE`, or `sparsity`
+        if that is more.
+        """
+        lower, upper = np.nan_to_num(self.lower, nan=0.0), np.nan_to_num(self.upper, nan=max(MAX_SITE, sparsity))
+        if strict:
+            return lower, upper
+        return np.minimum(lower, sparsity), np.maximum(upper, sparsity)
+
+
+def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> CalibrateOptions:
+    """Check budget, bounds and sparsity before any work; a budget file sets the sparsity.
+
+    Raises:
+        BudgetError: the file is for another model, or the bounds leave no room for the sparsity.
+    """
+    bounds = Bounds.parse(cells, options.min, options.max)
+    if not is_file(options.budget):
+        if options.budget == "greedy" and (options.min or options.max):
+            raise BudgetError("--min and --max have no meaning for the papers' greedy budget. Use global or uniform.")
+        if options.sparsity > 0:
+            solve_rows(cells, (options.sparsity,), options.sparsity, bounds, None)
+        return options
+    if options.min or options.max:
+        raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
+    _, own = file_budget(options.budget, arch, cells)
+    default = type(options).__dataclass_fields__["sparsity"].default
+    if options.sparsity != default and abs(options.sparsity - own) > 0.005:
+        raise BudgetError(
+            f"{options.budget} has model sparsity {own:.4f}, asked is {options.sparsity}. Leave --sparsity out, "
+            "or choose another budget with `wina-calib budget`."
+        )
+    return replace(options, sparsity=own)
+
+
+def allocate(
+    options: CalibrateOptions,
+    arch: Architecture,
+    cells: Cells,
+    rule: MaskRule,
+    stream: Callable[[], LayerStream],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Allocation:
+    """Choose the site sparsities of every anchor.
+
+    Args:
+        options: settled options.
+        arch: the model's structure.
+        cells: its element counts.
+        rule: how masks are made.
+        stream: opens the transformed dense model on the tokens to choose with; called only where they are needed.
+        progress: called for every layer and pass.
+
+    Raises:
+        BudgetError: a bound or a budget file cannot be used.
+    """
+    bounds = Bounds.parse(cells, options.min, options.max)
+    if options.budget == "uniform":
+        return Allocation(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
+    tokens = stream()
+    curves, dense = measure_curves(tokens, rule, seed=options.seed, progress=progress)
+    if is_file(options.budget):
+        rows = spread(options.anchors, cells, file_budget(options.budget, arch, cells)[0])
+    else:
+        rows = solve_rows(cells, options.anchors, options.sparsity, bounds, curves)
+    return Allocation(rows, curves, tokens, dense)
+
+
+def scaled_curves(
+    chosen: Allocation, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
+) -> tuple[Curves | None, dict[str, Any]]:
+    """Scale the curves so that they predict the loss rise measured at one anchor.
+
+    Args:
+        chosen: what was fitted.
+        anchors: model sparsities.
+        stream: the calibration tokens; its first blocks are those of the curves.
+        states: last hidden states of the sparse model at each anchor.
+
+    Returns:
+        The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
+    """
+    if chosen.curves is None or chosen.stream is None or chosen.dense is None:
+        return None, {}
+    rises = measured_rises(chosen.stream, chosen.dense, stream, states)
+    chosen.dense.clear()
+    predicted = [Budget(row).predicted_loss(chosen.curves) for row in chosen.rows]
+    at = min(range(len(anchors)), key=lambda i: abs(anchors[i] - SCALED_AT))
+    factor = _factor(rises[at], predicted[at])
+    tokens = sum(ids.numel() for ids in chosen.stream.batches)
+    facts = {
+        "tokens": tokens,
+        "passes": PASSES * tokens / sum(ids.numel() for ids in stream.batches),
+        "factor": factor,
+        "factor_at": anchors[at],
+        "predicted": [factor * value for value in predicted],
+        "loss_rise": [rise.loss for rise in rises],
+        "kl": [rise.kl for rise in rises],
+    }
+    return chosen.curves.scaled(factor), {"prediction": facts}
+
+
+def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor]:
+    """The curves as tensors of a checkpoint, (levels,) float32 for each site."""
+    if curves is None:
+        return {}
+    return {
+        f"{layer.prefix}wina.{site.name}.curve": torch.tensor(curves.loss[layer.index, i], dtype=torch.float32)
+        for layer in arch.layers
+        for i, site in enumerate(layer.sites)
+    }
+
+
+def solve_rows(
+    cells: Cells,
+    anchors: Sequence[float],
+    asked: float,
+    bounds: Bounds,
+    curves: Curves | None,
+    fixed: Floats | None = None,
+) -> Floats:
+    """Site sparsities (anchors, layers, sites): `global` with curves, `uniform` without.
+
+    Pinned cells keep their sparsity at every anchor that leaves room for them; elsewhere all cells are free.
+
+    Raises:
+        BudgetError: bounds and pinned cells leave no room for the asked sparsity.
+    """
+    rows = []
+    for anchor in anchors:
+        lower, upper = bounds.at(anchor, strict=anchor == asked)
+        try:
+            rows.append(_solve(cells, anchor, lower, upper, curves, fixed))
+        except BudgetError:
+            if anchor == asked or fixed is None:
+                raise
+            rows.append(_solve(cells, anchor, lower, upper, curves, None))
+    return np.stack(rows)
+
+
+def spread(anchors: Sequence[float], cells: Cells, sparsities: Floats) -> Floats:
+    """Rows (anchors, layers, sites) through one given budget (layers, sites): less and more of the same."""
+    own = float((cells.weights * sparsities).sum() / cells.sparse_total)
+    if own == 0:
+        return np.stack([np.full_like(sparsities, anchor) if anchor else sparsities for anchor in anchors])
+    return np.stack([sparsities if anchor == own else budget_at([own], sparsities[None], anchor) for anchor in anchors])
+
+
+def file_budget(path: str, arch: Architecture, cells: Cells) -> tuple[Floats, float]:
+    """Site sparsities (layers, sites) of a budget file, and their model sparsity.
+
+    Raises:
+        BudgetError: the file cannot be read, or is for another model.
+    """
+    try:
+        budget = read_budget(Path(path)).budget(model_key(arch, cells), cells)
+    except BudgetError as error:
+        raise BudgetError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+    return np.array(budget.sparsities), budget.model_sparsity(cells)
+
+
+def model_key(arch: Architecture, cells: Cells) -> ModelKey:
+    """What ties a budget file to a model."""
+    return ModelKey.of(arch.model_type, arch.hidden_size, cells)
+
+
+def is_file(budget: str) -> bool:
+    """Whether a `--budget` value is a file rather than a method."""
+    return budget not in METHODS
+
+
+def _factor(measured: Rise, predicted: float) -> float:
+    """Ratio of the two; 1 where the model does not feel sparsity, as a random one may not."""
+    ratio = measured.loss / predicted if predicted > 0 else 1.0
+    return ratio if 0.05 < ratio < 20 else 1.0
+
+
+def _solve(
+    cells: Cells, anchor: float, lower: Floats, upper: Floats, curves: Curves | None, fixed: Floats | None
+) -> Floats:
+    solve: Callable[..., Any] = uniform if curves is None else solve_global
+    args = (cells, anchor) if curves is None else (cells, curves, anchor)
+    return np.array(solve(*args, lower=lower, upper=upper, fixed=fixed).sparsities)
+
+
+def _bound(cells: Cells, texts: Sequence[str], flag: str) -> Floats:
+    values = np.full(cells.weights.shape, np.nan)
+    for text in texts:
+        try:
+            setting = Setting.parse_option(text if "=" in text else f"*={text}")
+            if setting.relative or not 0 <= setting.value < 1:
+                raise BudgetError("expected a sparsity in [0, 1)")
+            values[select(setting.pattern, cells)] = setting.value
+        except BudgetError as error:
+            raise BudgetError(f"{flag} {text}: {error}") from error
+    return values
