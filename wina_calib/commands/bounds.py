@@ -18,8 +18,12 @@ from wina_calib.transforms import NAMES
 
 @click.command("bounds")
 @click.argument("model", metavar="[DIR]", required=False)
-@click.option("--synthetic", "is_synthetic", is_flag=True, help="Repeat the paper's experiment on random networks instead.")
-@click.option("--seeds", type=int, metavar="N", help=f"Networks of the synthetic experiment.  [default: {Setting().seeds}]")
+@click.option(
+    "--synthetic", "is_synthetic", is_flag=True, help="Repeat the paper's experiment on random networks instead."
+)
+@click.option(
+    "--seeds", type=int, metavar="N", help=f"Networks of the synthetic experiment.  [default: {Setting().seeds}]"
+)
 @click.option("--width", type=int, metavar="N", help=f"Their inputs and outputs.  [default: {Setting().width}]")
 @click.option("--depth", type=int, metavar="N", help=f"Their layers, for Theorem 3.2.  [default: {Setting().depth}]")
 @click.option(
@@ -29,10 +33,14 @@ from wina_calib.transforms import NAMES
     type=click.Choice((*NAMES, "residual")),
     help=f"Transform to try on a model folder; may be repeated.  [default: {', '.join(TRANSFORMS)}]",
 )
-@click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one, or 0.5 by default.")
+@click.option(
+    "--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one, or 0.5 by default."
+)
 @click.option("--score", type=click.Choice(SCORES), help="Score, for a model folder.  [default: wina]")
 @click.option("--masks", type=click.Choice(MASKS), help="Masks, for a model folder.  [default: shared]")
-@click.option("--data", multiple=True, metavar="SPEC", help=f"Text to measure on.  [default: {', '.join(HELDOUT_DATA)}]")
+@click.option(
+    "--data", multiple=True, metavar="SPEC", help=f"Text to measure on.  [default: {', '.join(HELDOUT_DATA)}]"
+)
 @click.option("--tokens", type=int, metavar="N", help=f"Tokens to use.  [default: {TOKENS}]")
 @device_option
 @dtype_option
@@ -60,7 +68,7 @@ def command(
       wina-calib bounds demo --tokens 2048
       wina-calib bounds demo --transform none --transform paper --masks per-projection
     """
-    sizes = {k: v for k, v in {"seeds": seeds, "width": width, "depth": depth}.items() if v is not None}
+    sizes: dict[str, Any] = {k: v for k, v in {"seeds": seeds, "width": width, "depth": depth}.items() if v is not None}
     options = {k: v for k, v in measured.items() if v not in (None, ())}
     if is_synthetic:
         if model is not None or options:
