@@ -43,3 +43,11 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path
     folder = tmp_path_factory.mktemp("calibrated") / "sparse"
     wina_calib.calibrate(llama, folder, transform="none", budget="uniform", data=str(text), samples=80, seq_len=128)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demo model, calibrated on a little text."""
+    folder = tmp_path_factory.mktemp("demo") / "sparse"
+    wina_calib.calibrate("demo", folder, samples=24, seq_len=512, grid=(0.5,))
+    return folder

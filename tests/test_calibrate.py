@@ -11,7 +11,7 @@ import wina_calib
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import CorpusError, ModelFolderError, NumericError, OutputError, UnsupportedModel, UsageError
-from wina_calib.runtime.load import runtime_state, sparse_sites
+from wina_calib.runtime.load import runtime_state
 from wina_calib.shards import Shards, ShardWriter
 
 SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform"}
@@ -91,7 +91,12 @@ def test_asked_sparsity_is_met_on_held_out_text(model: str, tmp_path: Path) -> N
     """Calibrated on one half of a collection of texts, the model sparsity holds within 0.01 on the other."""
     path = model if model == "demo" else SHARED / "models" / model
     wina_calib.calibrate(
-        path, tmp_path / "s", grid=(0.25, 0.5, 0.65), data=str(SHARED / "text" / "calibration.jsonl"), samples=64, seq_len=1024
+        path,
+        tmp_path / "s",
+        grid=(0.25, 0.5, 0.65),
+        data=str(SHARED / "text" / "calibration.jsonl"),
+        samples=64,
+        seq_len=1024,
     )
     heldout = str(SHARED / "text" / "heldout.jsonl")
     for asked in (0.25, 0.4, 0.5, 0.65):

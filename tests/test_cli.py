@@ -57,9 +57,9 @@ def test_calibrate_evaluate_inspect(llama: Path, text: Path, tmp_path: Path) -> 
         assert "read fraction" in shown.stdout
 
 
-def test_evaluate_warns_where_the_text_is_of_another_kind(calibrated: Path, tmp_path: Path) -> None:
-    (tmp_path / "odd.txt").write_text("\x01\x02\x03" * 9000)
-    quality = as_json(run("evaluate", calibrated, "--data", tmp_path / "odd.txt", "--tokens", 4096, "--json"))
+def test_evaluate_warns_where_the_sparsity_is_missed(demo_sparse: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.txt").write_text("0 " * 20_000)
+    quality = as_json(run("evaluate", demo_sparse, "--data", tmp_path / "odd.txt", "--tokens", 1024, "--json"))
     assert abs(quality["model_sparsity"] - 0.5) > 0.02
     assert any("--data" in w for w in quality["warnings"])
 

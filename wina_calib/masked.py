@@ -124,7 +124,7 @@ class MaskedLayer:
             del attention.forward
 
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        """x (batch, seq, width) with the group's mask; the first token of each sequence is never masked."""
+        """Return x (batch, seq, width) with the group's mask; the first token of each sequence is never masked."""
         threshold = self.thresholds.get(group.key)
         if threshold is None:
             return x

@@ -70,7 +70,8 @@ class Settings:
             raise CheckpointError(f"quantization_config: format_version is {version!r}, expected {FORMAT_VERSION!r}.")
         if int(major) > int(FORMAT_VERSION.partition(".")[0]):
             raise CheckpointError(
-                f"the checkpoint has format {version}, this wina_calib reads up to {FORMAT_VERSION}. Update: pip install -U wina-calib."
+                f"the checkpoint has format {version}, this wina_calib reads up to {FORMAT_VERSION}. "
+                "Update: pip install -U wina-calib."
             )
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
