@@ -7,7 +7,7 @@
 | row-major | any | any | any | reference: masked dense product |
 | column-contiguous | CPU | float32, bfloat16, float16 | 1 to 4 | `cpu`: embedding_bag over the kept columns |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
-| column-contiguous | CUDA with Triton | same | 1 to 8 | `triton`: compacted gather |
+| column-contiguous | CUDA with Triton | same | 1 or 2 | `triton`: compacted gather (it takes up to 8) |
 | column-contiguous | any other | any | any | reference |
 
 A call that needs gradients takes the reference path, which is differentiable. The kernels are one torch operator,
@@ -27,7 +27,7 @@ from wina_calib.runtime.kernels import cpu, cuda, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.reference import keep_mask, mask_input
 
-__all__ = ["choose", "column_layout_pays", "column_storage", "keep_mask", "mask_input", "sparse_site"]
+__all__ = ["choose", "column_layout_pays", "column_storage", "dense_site", "keep_mask", "mask_input", "sparse_site"]
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -40,7 +40,12 @@ _library.define(
     "Tensor? dense_rows=None, Tensor? bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
+_library.define(
+    "dense_site(Tensor x, Tensor weight_t, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
 _library.impl("sparse_site", cpu.sparse_site, "CPU")
+_library.impl("dense_site", cpu.dense_columns, "CPU")
 _library.impl("sparse_site", cuda.sparse_site, "CUDA")
 
 
@@ -53,6 +58,11 @@ def _shape_of(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
+    return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+@torch.library.register_fake("wina_calib::dense_site", lib=_library)
+def _dense_shape_of(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight_t.shape[1])
 
 
@@ -70,7 +80,7 @@ def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: boo
     if device == "cpu" and dtype in cpu.DTYPES:
         return "cpu"
     if device == "cuda" and dtype in cuda.DTYPES and cuda.available():
-        return "triton" if rows <= cuda.MAX_SPARSE_ROWS else "reference"
+        return "triton" if rows <= cuda.MAX_CHOSEN_ROWS else "reference"
     _say_once(device)
     return "reference"
 
@@ -116,16 +126,29 @@ def sparse_site(
         (rows, out) of x's dtype; never aliases an input.
     """
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
-    columns = weight_t.stride(1) == 1 and weight_t.stride(0) == weight_t.shape[1]
+    columns = weight_t.is_contiguous()
     if needs_gradient or choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns) == "reference":
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     return y
 
 
+def dense_site(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ weight_t + bias` on the storage that `sparse_site` reads, without a slow path: for prefill.
+
+    Arguments and result as for `sparse_site`.
+    """
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
+    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    if needs_gradient or not narrow or not weight_t.is_contiguous():
+        return torch.nn.functional.linear(x, weight_t.t(), bias)
+    y: Tensor = torch.ops.wina_calib.dense_site(x, weight_t, bias)
+    return y
+
+
 def _say_once(device: str) -> None:
     """One log line a device type without a sparse kernel. Not while tracing: logging would break the graph."""
-    if device in _said or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or device in _said:
         return
     _said.add(device)
     reason = "Triton is not installed" if device == "cuda" else f"there is no sparse kernel for device {device!r}"

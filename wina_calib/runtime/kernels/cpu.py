@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -91,6 +92,9 @@ def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Te
     """Dense product of x (rows, in) with a column-contiguous weight_t (in, out), fast on it in every dtype."""
     if x.dtype == torch.float32 or has_16_bit_products(x.dtype):
         return F.linear(x, weight_t.t(), bias)
+    if x.shape[0] <= MAX_SPARSE_ROWS:
+        everything = torch.full((), -1.0)
+        return sparse_site(x, weight_t, torch.ones(x.shape[1]), everything, None, bias)
     wide = x.float()
     y = x.new_empty(x.shape[0], weight_t.shape[1])
     for start in range(0, weight_t.shape[1], FLOAT_BLOCK):
@@ -100,15 +104,21 @@ def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Te
     return y
 
 
-def column_storage(weight: Tensor) -> Tensor:
-    """A contiguous (in, out) copy of weight (out, in) in huge pages where the system gives them.
+def column_storage(weights: Sequence[Tensor]) -> Tensor:
+    """The weights (out_i, in) side by side in one new contiguous (in, sum of out_i) tensor.
 
-    Gathering rows at random costs a page walk each with small pages; huge ones made it about 5 % faster.
+    On Linux it lies in huge pages where the system gives them: gathering rows at random costs a page walk each with
+    small ones, and huge ones made the product 5 to 10 % faster.
     """
-    out, width = weight.shape
-    copy = torch.empty(width, out, dtype=weight.dtype, device=weight.device)
-    _advise_huge_pages(copy)
-    return copy.copy_(weight.t())
+    width = weights[0].shape[1]
+    out = sum(weight.shape[0] for weight in weights)
+    stored = torch.empty(width, out, dtype=weights[0].dtype, device=weights[0].device)
+    _advise_huge_pages(stored)
+    end = 0
+    for weight in weights:
+        start, end = end, end + weight.shape[0]
+        stored[:, start:end] = weight.t()
+    return stored
 
 
 def _advise_huge_pages(tensor: Tensor) -> None:

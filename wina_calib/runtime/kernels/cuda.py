@@ -8,6 +8,7 @@ capture, and `autotune` remembers it on disk.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from functools import cache
 from typing import Any
@@ -15,20 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wina_calib.runtime.kernels import autotune
+from wina_calib.runtime.kernels import autotune, reference
 from wina_calib.runtime.kernels.autotune import Config
 
+logger = logging.getLogger(__name__)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# With more rows than this hardly a column is dropped by all of them, and the dense product wins.
-MAX_SPARSE_ROWS = 8
-COMBINE_BLOCK = 128
-COMBINE_STEP = 16
+# What the kernels take. Which calls they are chosen for is MAX_CHOSEN_ROWS: each row has a mask of its own, so at half
+# sparsity two rows read 75 % of the columns and four 94 %, and the dense product wins.
+MAX_ROWS = 8
+MAX_CHOSEN_ROWS = 2
+COMBINE_STEP = 32
+# Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
+FLUSH_BYTES = 256 << 20
+FLUSHES = 3
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_unusable: set[int] = set()
 
 
-@cache
 def available() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return HAS_TRITON
 
 
 @cache
@@ -56,7 +65,9 @@ def sparse_site(
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
-    config = config_for(x, weight_t)
+    config = config_for(x, weight_t) if x.device.index not in _unusable else None
+    if config is None:
+        return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     return launch(config, x, weight_t, norm, threshold, dense_rows, bias)
 
 
@@ -92,9 +103,11 @@ def launch(
         even = {"EVEN_K": width % config.slice == 0, "EVEN_N": out % config.block_n == 0}
         code.gather_row[grid](*arguments, width, out, **even, **shape, **options)
     else:
-        # Matrix units take 16 rows at a time; the rows past the real ones are zeros in registers, never in memory.
-        code.gather_rows[grid](*arguments, width, out, x.stride(0), ROWS=rows, PADDED=16, **shape, **options)
-    code.combine[(-(-rows * out // COMBINE_BLOCK),)](
+        padded = autotune.padded_rows(rows)
+        code.gather_rows[grid](*arguments, width, out, x.stride(0), ROWS=rows, PADDED=padded, **shape, **options)
+    # Small blocks spread a short sum over the whole card; a long one prefers fewer programs.
+    block, warps = (32, 1) if rows * out < autotune.WIDE_OUTPUTS else (128, 4)
+    code.combine[(-(-rows * out // block),)](
         partial,
         y if bias is None else bias,
         y,
@@ -102,34 +115,44 @@ def launch(
         rows * out,
         SLICES=slices,
         STEP=COMBINE_STEP,
-        BLOCK=COMBINE_BLOCK,
+        BLOCK=block,
         HAS_BIAS=bias is not None,
         PDL=overlap,
-        num_warps=4,
+        num_warps=warps,
         **options,
     )
     return y
 
 
-def config_for(x: Tensor, weight_t: Tensor) -> Config:
-    """The launch shape for these operands: remembered, else measured now, else (in a capture) a rule's."""
+def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
+    """The launch shape for these operands: remembered, else measured now, else (in a capture) a rule's.
+
+    None where no candidate runs, for want of a compiler, say; said once.
+    """
     rows, width = x.shape
     out = weight_t.shape[1]
     if rows > 1:
-        return autotune.rows_config(x.element_size())
+        return autotune.rows_config(rows, x.element_size())
     key = autotune.key_of(torch.cuda.get_device_name(x.device), width, out, x.dtype)
     known = autotune.recall(key)
     if known is not None:
         return known
-    default = autotune.default_config(width, out, x.element_size())
+    shapes = autotune.candidates(width, out, x.element_size())
     if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
-        return default
-    best = _fastest(weight_t, autotune.candidates(width, out, x.element_size()))
+        return shapes[0]
+    try:
+        best = _fastest(weight_t, shapes)
+    except torch.OutOfMemoryError:  # no room to measure in
+        return shapes[0]
+    if best is None:
+        _unusable.add(x.device.index)
+        logger.warning("Triton cannot compile for %s: masked dense products are used instead", x.device)
+        return None
     autotune.remember(key, best)
     return best
 
 
-def _fastest(weight_t: Tensor, candidates: list[Config]) -> Config:
+def _fastest(weight_t: Tensor, shapes: list[Config]) -> Config | None:
     """Time each candidate on this weight with normal inputs of which 58 % are dropped, the cache cold."""
     device = weight_t.device
     width = weight_t.shape[0]
@@ -137,21 +160,20 @@ def _fastest(weight_t: Tensor, candidates: list[Config]) -> Config:
     x = torch.randn(1, width, generator=generator, device=device).to(weight_t.dtype)
     norm = torch.ones(width, device=device)
     threshold = torch.full((), 0.8, device=device)
-    cache_size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
-    flush = torch.empty(2 * cache_size, dtype=torch.uint8, device=device)
+    flush = torch.ones(FLUSH_BYTES // 4, device=device)
 
     def run(config: Config) -> float:
-        events = []
         launch(config, x, weight_t, norm, threshold)
+        events = []
         for _ in range(autotune.REPEATS):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()  # type: ignore[no-untyped-call]
+            for _ in range(FLUSHES):
+                flush.sum()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             launch(config, x, weight_t, norm, threshold)
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             events.append((start, end))
         torch.cuda.synchronize(device)
-        times = sorted(start.elapsed_time(end) for start, end in events)  # type: ignore[no-untyped-call]
-        return float(times[len(times) // 2])
+        return float(min(start.elapsed_time(end) for start, end in events))
 
-    return autotune.fastest(candidates, run)
+    return autotune.fastest(shapes, run)

@@ -1,0 +1,292 @@
+"""The seam, the reference and the CPU kernels; the Triton kernels through their interpreter."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact, operands
+from torch.nn import functional as F
+
+from wina_calib.runtime import kernels
+from wina_calib.runtime.kernels import autotune, cpu, cuda, reference
+
+SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "out"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+def test_both_layouts_match_float64(dtype, width, out, rows):
+    x, weight_t, norm, threshold = operands(rows, width, out, dtype)
+    bias = torch.randn(out).to(dtype)
+    dense_rows = torch.arange(rows) == 1
+    expected = exact(x, weight_t, norm, threshold, dense_rows, bias)
+    row_major = weight_t.t().contiguous().t()
+    for weight in (weight_t, row_major):
+        y = kernels.sparse_site(x, weight, norm, threshold, dense_rows, bias)
+        assert y.dtype == dtype
+        assert error(y, expected) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ADVERSARIAL)
+@pytest.mark.parametrize(("width", "out"), [(1024, 512), (333, 130)])
+def test_adversarial_inputs(dtype, case, width, out):
+    args = adversarial(case, width, out, dtype)
+    y = kernels.sparse_site(*args)
+    assert error(y, exact(*args)) <= LIMITS[dtype]
+    if case == "nothing":
+        assert not y.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_number_of_threads(dtype, count, threads):
+    threads(count)
+    for width, out in SHAPES:
+        args = operands(1, width, out, dtype)
+        assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_input(dtype):
+    wide, weight_t, norm, threshold = operands(3, 512, 128, dtype)
+    x = wide[:, ::2]
+    args = (x, weight_t[:256].contiguous(), norm[:256].contiguous(), threshold)
+    assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
+    transposed = torch.randn(512, 3).to(dtype).t()
+    args = (transposed, weight_t, norm, threshold)
+    assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
+
+
+def test_ties_are_dropped():
+    x = torch.tensor([[1.0, -2.0, 2.0, 3.0]])
+    keep = reference.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(2.0))
+    assert keep.tolist() == [[False, False, False, False]]
+    keep = reference.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(1.5))
+    assert keep.tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_threshold_minus_one_has_the_bits_of_the_dense_product(dtype, rows):
+    x, weight_t, norm, _ = operands(rows, 333, 130, dtype)
+    x[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e-7]).to(dtype)
+    weight, bias, everything = weight_t.t().contiguous(), torch.randn(130).to(dtype), torch.tensor(-1.0)
+    masked = kernels.mask_input(x, norm, everything)
+    assert torch.equal(masked.view(torch.uint8), x.view(torch.uint8))
+    assert torch.equal(kernels.sparse_site(x, weight.t(), norm, everything, None, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_nan_shows_in_the_output(columns):
+    x, weight_t, norm, threshold = operands(1, 64, 256, torch.float32)
+    x[0, 5] = float("nan")
+    y = kernels.sparse_site(x, weight_t if columns else weight_t.t().contiguous().t(), norm, threshold)
+    assert y.isnan().all()
+
+
+def test_no_rows():
+    x, weight_t, norm, threshold = operands(1, 64, 256, torch.float32)
+    assert kernels.sparse_site(x[:0], weight_t, norm, threshold).shape == (0, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_columns_in_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "FLOAT_BLOCK", 100)
+    monkeypatch.setattr(cpu, "has_16_bit_products", lambda dtype: False)
+    x, weight_t, norm, _ = operands(6, 200, 333, dtype)
+    bias = torch.randn(333).to(dtype)
+    expected = exact(x, weight_t, norm, torch.tensor(-1.0), None, bias)
+    assert error(cpu.dense_columns(x, weight_t, bias), expected) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("columns", [True, False])
+def test_dense_site(dtype, rows, columns):
+    x, weight_t, norm, _ = operands(rows, 200, 333, dtype)
+    bias = torch.randn(333).to(dtype)
+    expected = exact(x, weight_t, norm, torch.tensor(-1.0), None, bias)
+    stored = weight_t if columns else weight_t.t().contiguous().t()
+    assert error(kernels.dense_site(x, stored, bias), expected) <= LIMITS[dtype]
+
+
+def test_column_chunks_divide_the_outputs():
+    for width in (1, 130, 256, 2048, 2560, 5632, 11264, 32003):
+        for count in (1, 2, 3, 8):
+            chunks = cpu.column_chunks(width, count)
+            assert width % chunks == 0
+            assert chunks == 1 or width // chunks >= cpu.MIN_BAG_WIDTH
+    assert cpu.column_chunks(2048, 2) == 4
+    assert cpu.column_chunks(32003, 2) == 1
+
+
+def test_column_storage_copies_the_transpose():
+    weights = [torch.randn(1500, 1100).bfloat16(), torch.randn(300, 1100).bfloat16()]
+    stored = kernels.column_storage(weights)
+    assert stored.is_contiguous()
+    assert torch.equal(stored, torch.cat(weights).t())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "columns", "kernel"),
+    [
+        ("cpu", torch.float32, 1, False, "reference"),
+        ("cpu", torch.float32, 1, True, "cpu"),
+        ("cpu", torch.bfloat16, 700, True, "cpu"),
+        ("cpu", torch.float64, 1, True, "reference"),
+        ("cuda", torch.bfloat16, 2, True, "triton"),
+        ("cuda", torch.bfloat16, 3, True, "reference"),
+        ("cuda", torch.float64, 1, True, "reference"),
+        ("cuda", torch.bfloat16, 1, False, "reference"),
+        ("xpu", torch.bfloat16, 1, True, "reference"),
+    ],
+)
+def test_choice(monkeypatch, device, dtype, rows, columns, kernel):
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    assert kernels.choose(device, dtype, rows, column_contiguous=columns) == kernel
+
+
+def test_one_log_line_without_a_sparse_kernel(monkeypatch, caplog):
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    monkeypatch.setattr(kernels, "_said", set())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert kernels.choose("cuda", torch.bfloat16, 1, column_contiguous=True) == "reference"
+    assert [r.message.split(":")[0] for r in caplog.records] == ["Triton is not installed"]
+
+
+def test_column_layout_only_where_it_pays():
+    assert kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.5)
+    assert not kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.0)
+    assert not kernels.column_layout_pays("cpu", torch.bfloat16, 64, 128, 0.65)
+    assert not kernels.column_layout_pays("cpu", torch.float64, 2048, 5632, 0.5)
+
+
+def test_gradients_take_the_reference_path():
+    x, weight_t, norm, threshold = operands(2, 64, 256, torch.float32)
+    x.requires_grad_()
+    kernels.sparse_site(x, weight_t, norm, threshold).sum().backward()
+    keep = reference.keep_mask(x.detach(), norm, threshold)
+    assert torch.allclose(x.grad, weight_t.sum(1) * keep)
+
+
+def test_operator_is_well_formed():
+    x, weight_t, norm, threshold = operands(1, 64, 256, torch.float32)
+    operator = torch.ops.wina_calib.sparse_site.default
+    checks = torch.library.opcheck(operator, (x, weight_t, norm, threshold, None, torch.randn(256)))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_compiles_without_breaks_and_follows_the_threshold():
+    torch._dynamo.reset()
+    x, weight_t, norm, threshold = operands(1, 64, 256, torch.float32)
+    threshold = threshold.clone()
+    frames = torch._dynamo.testing.CompileCounter()
+
+    def site(x):
+        return kernels.sparse_site(x, weight_t, norm, threshold).relu()
+
+    compiled = torch.compile(site, backend=frames, fullgraph=True)
+    for value in (0.75, 1.5, -1.0):
+        threshold.fill_(value)
+        assert torch.equal(compiled(x), site(x))
+    assert frames.frame_count == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_choice_can_be_traced(device):
+    torch._dynamo.reset()
+
+    def chosen(x):
+        return x + (kernels.choose(device, torch.bfloat16, 1, column_contiguous=True) == "triton")
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), chosen(x))
+
+
+class TestAutotune:
+    """Candidates, the bounded search and the file that remembers it."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "cache"))
+        self.forget(monkeypatch)
+
+    @staticmethod
+    def forget(monkeypatch):
+        monkeypatch.setattr(autotune, "_known", {})
+        monkeypatch.setattr(autotune, "_loaded", set())
+
+    def test_remembers_over_processes(self, monkeypatch):
+        config = autotune.Config(64, 8, 256, 1)
+        assert autotune.recall("key") is None
+        autotune.remember("key", config)
+        autotune.remember("other", autotune.Config(128, 4, 256, 2))
+        self.forget(monkeypatch)
+        assert autotune.recall("key") == config
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', '{"key": [1, 2]}', '{"key": [0, 1, 2, 3]}'])
+    def test_a_damaged_file_counts_as_empty(self, content):
+        autotune.cache_file().parent.mkdir(parents=True)
+        autotune.cache_file().write_text(content)
+        assert autotune.recall("key") is None
+        autotune.remember("key", autotune.Config(64, 8, 256, 1))
+        assert "key" in autotune.cache_file().read_text()
+
+    def test_a_folder_that_cannot_be_written(self, monkeypatch, tmp_path):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file"))
+        autotune.remember("key", autotune.Config(64, 8, 256, 1))
+        assert autotune.recall("key") == autotune.Config(64, 8, 256, 1)
+
+    def test_search_skips_failures_and_stops_in_time(self):
+        shapes = autotune.candidates(4096, 4096, 2)
+        tried = []
+
+        def run(config):
+            tried.append(config)
+            if config == shapes[0]:
+                raise RuntimeError("out of registers")
+            return float(len(tried))
+
+        assert autotune.fastest(shapes, run) == shapes[1]
+        assert tried == shapes
+        tried.clear()
+        assert autotune.fastest(shapes[1:], run, budget=-1.0) == shapes[1]
+        assert len(tried) == 1
+        assert autotune.fastest(shapes[:1], run) is None
+
+    @pytest.mark.parametrize("itemsize", [2, 4])
+    @pytest.mark.parametrize(("width", "out"), [(4096, 28672), (64, 16), (333, 130)])
+    def test_candidates_are_few_and_powers_of_two(self, width, out, itemsize):
+        shapes = autotune.candidates(width, out, itemsize)
+        assert 1 <= len(shapes) <= 14
+        for c in shapes:
+            assert all(v & (v - 1) == 0 for v in (c.slice, c.block_k, c.block_n, c.warps))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
+def test_triton_kernels_through_the_interpreter():
+    file = Path(__file__).parent / "test_kernels_gpu.py"
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
