@@ -4,7 +4,7 @@ A data spec is one of
 - `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part;
 - a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
 - `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
-- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field that holds the text.
+- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import CorpusError, UsageError
-from wina_calib.textfiles import path_documents, pieces, row_text, shown, split_path
+from wina_calib.textfiles import path_documents, path_exists, pieces, row_text, shown, split_path
 
 MIN_TOKENS = 8_000
 DEFAULT_DATA = ("builtin",)
@@ -66,9 +66,9 @@ def load_blocks(
 ) -> Blocks:
     """Read, shuffle, tokenize and pack text.
 
-    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Every block starts with
-    the tokens that the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding. Fewer
-    blocks than asked are used as they are.
+    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Every block
+    starts with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding.
+    Fewer blocks than asked are used as they are.
 
     Args:
         data: data specs, see the module.
@@ -86,10 +86,16 @@ def load_blocks(
     shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
     readers = [_reader(spec) for spec in data]
     packed = [
-        _pack(_shuffled(read(), seed), tokenizer, count, seq_len, spec)
-        for spec, read, count in zip(data, readers, shares, strict=True)
+        _pack(_shuffled(read(), seed), tokenizer, count, seq_len) for read, count in zip(readers, shares, strict=True)
     ]
-    rows = [row for turn in zip_longest(*packed) for row in turn if row is not None]
+    for spec, (blocks, left) in zip(data, packed, strict=True):
+        if not blocks:
+            found = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
+            raise CorpusError(
+                f"data {shown(spec)}: it holds {found}; at least {max(min_tokens, seq_len):,} tokens are needed in all. "
+                "Give more text with --data, or a smaller --seq-len."
+            )
+    rows = [row for turn in zip_longest(*(blocks for blocks, _ in packed)) for row in turn if row is not None]
     tokens = len(rows) * seq_len
     if tokens < min_tokens:
         raise CorpusError(
@@ -154,7 +160,7 @@ def is_local(spec: str) -> bool:
 def catalogue() -> dict[str, dict[str, Any]]:
     """Named Hub datasets: `path`, `config`, `split`, `column` or `template`, `licence`, `description`.
 
-    Where rows are lines of longer documents, `document_start` is a regular expression that the first line of each matches.
+    Where rows are lines of longer documents, the first line of each matches the regular expression `document_start`.
     """
     entries: dict[str, dict[str, Any]] = json.loads(_data_file("catalogue.json"))
     return entries
@@ -187,9 +193,7 @@ def _reader(spec: str) -> Callable[[], Iterator[str]]:
 
 def _builtin_reader(spec: str, part: str) -> Callable[[], Iterator[str]]:
     if part not in ("calibration", "heldout"):
-        raise UsageError(
-            f"data {shown(spec)}: the built-in text has the parts builtin:calibration and builtin:heldout."
-        )
+        raise UsageError(f"data {shown(spec)}: the built-in text is builtin, or builtin:heldout for its held-out part.")
     return lambda: (document["text"] for document in _builtin() if document["split"] == part)
 
 
@@ -205,17 +209,15 @@ def _data_file(name: str) -> str:
         return installed.read_text("utf-8") if installed.is_file() else in_checkout.read_text("utf-8")
     except OSError as error:
         raise CorpusError(
-            f"{in_checkout}: the package's own data is missing ({error.strerror}). Install it again."
+            f"{in_checkout}: part of this package is missing ({error.strerror}). Install it again."
         ) from error
 
 
 def _hub_entry(rest: str, spec: str) -> dict[str, Any]:
     # A local dataset folder may hold a colon in its name.
-    name, *others = [rest] if rest and len(rest) < 4096 and Path(rest).is_dir() else rest.split(":")
+    name, *others = [rest] if rest and path_exists(Path(rest)) else rest.split(":")
     if not name.strip() or len(others) > 3:
-        raise UsageError(
-            f"data {shown(spec)}: expected hub:NAME[:config][:split][:column], as in hub:allenai/c4:en:validation."
-        )
+        raise UsageError(f"data {shown(spec)}: expected hub:NAME[:config][:split][:column], as in hub:allenai/c4:en.")
     config, split, column = (*others, "", "", "")[:3]
     return {"path": name, "config": config or None, "split": split or "train", "column": column or "text"}
 
@@ -232,8 +234,8 @@ def _hub_documents(entry: dict[str, Any], spec: str) -> Iterator[str]:
     except Exception as error:  # the library, its file systems and its decoders raise dozens of types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CorpusError(
-            f"data {shown(spec)}: the dataset {entry['path']!r} (config {entry.get('config')}, split {entry['split']}) could "
-            f"not be read: {reason} Check its name, config and split on the Hub and the network, or give a file with --data."
+            f"data {shown(spec)}: dataset {entry['path']!r}, config {entry.get('config')}, split {entry['split']} "
+            f"could not be read: {reason} Check these names on the Hub, and the network, or give a file with --data."
         ) from error
 
 
@@ -259,8 +261,8 @@ def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: 
         raise UsageError(f"{samples} blocks asked from {len(data)} data sources; ask for at least one from each.")
     if samples * seq_len < min_tokens:
         raise UsageError(
-            f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least {min_tokens:,} "
-            "are needed. Ask for more with --samples or --seq-len."
+            f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least "
+            f"{min_tokens:,} are needed. Ask for more with --samples or --seq-len."
         )
 
 
@@ -281,18 +283,17 @@ def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
     yield from buffer
 
 
-def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int, spec: str) -> list[list[int]]:
-    """Cut one stream of tokens into at most `count` blocks.
+def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int) -> tuple[list[list[int]], int]:
+    """Cut one stream of tokens into at most `count` blocks; also the number of tokens that fill none.
 
     Raises:
-        CorpusError: the text does not fill one block.
         UsageError: a block has no room for text.
     """
     start = _prefix(tokenizer)
     body = seq_len - len(start)
     if body < 1:
         raise UsageError(
-            f"seq-len is {seq_len}; the tokenizer begins a text with {len(start)} tokens, so give a greater one."
+            f"seq-len is {seq_len}; the tokenizer's {len(start)} first tokens leave no room. Give a greater one."
         )
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -308,11 +309,8 @@ def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int, 
             blocks += [start + stream[i * body : (i + 1) * body] for i in range(whole)]
             del stream[: whole * body]
             if len(blocks) == count:
-                return blocks
-    if not blocks:
-        found = f"only {len(stream):,} tokens, less than a block of {seq_len:,}" if stream else "no text"
-        raise CorpusError(f"data {shown(spec)}: it holds {found}. Give more text with --data, or a smaller --seq-len.")
-    return blocks
+                return blocks, len(stream)
+    return blocks, len(stream)
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:

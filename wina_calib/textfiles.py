@@ -58,7 +58,7 @@ def path_documents(path: Path, field: str) -> Iterator[str]:
         CorpusError: there is no text file, or one cannot be read.
     """
     try:
-        files = [path] if path.is_file() else _files_below(path)
+        files = _files_below(path) if path.is_dir() else [path]
         if not files:
             raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file.")
         for file in files:
@@ -110,7 +110,7 @@ def row_text(row: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> st
 
 
 def path_exists(path: Path) -> bool:
-    """Whether a path exists, False also where the system cannot tell: a name too long, a folder that may not be searched."""
+    """Whether a path exists; False also where the system cannot tell, as for a name that is too long."""
     try:
         return path.exists()
     except (OSError, ValueError):
