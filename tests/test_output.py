@@ -8,10 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import wina_calib
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.errors import OutputError
 from wina_calib.output import output_folder, readable_errors
@@ -72,11 +75,45 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")]
+    ("number", "text"),
+    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")],
 )
 def test_errors_of_the_system_say_what_to_do(number: int, text: str) -> None:
     with pytest.raises(OutputError, match=text), readable_errors(Path("out")):
         raise OSError(number, os.strerror(number))
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system in memory; skips where mounting is not allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(tmp_path: Path, llama: Path, text: Path) -> None:
+    with mounted(tmp_path / "small", "size=300k") as folder:
+        with pytest.raises(OutputError, match=r"[Ff]ree"):
+            wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
+        assert names(folder) == []
+
+
+def test_a_disk_that_fills_while_the_fit_is_written(tmp_path: Path, llama: Path, text: Path) -> None:
+    """The weights fit, wina.safetensors does not."""
+    weights = sum(p.stat().st_size for p in llama.iterdir())
+    with mounted(tmp_path / "small", f"size={weights // 4096 * 4 + 40}k") as folder:
+        with pytest.raises(OutputError, match=r"[Ff]ree"):
+            wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
+        assert names(folder) == []
+
+
+def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
+    with mounted(tmp_path / "fixed", "ro,size=1m") as folder, pytest.raises(OutputError, match=r"writable|written"):
+        wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
 
 
 _WORK = """
@@ -88,7 +125,9 @@ wina_calib.calibrate(sys.argv[1], sys.argv[2], data=sys.argv[3], samples=64, seq
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_random_moments_leaves_no_half_folder(sig: signal.Signals, tmp_path: Path, llama: Path, text: Path) -> None:
+def test_killed_at_random_moments_leaves_no_half_folder(
+    sig: signal.Signals, tmp_path: Path, llama: Path, text: Path
+) -> None:
     rng = random.Random(int(sig))
     target = tmp_path / "out"
     command = [sys.executable, "-c", textwrap.dedent(_WORK), str(llama), str(target), str(text)]

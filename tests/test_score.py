@@ -13,6 +13,13 @@ def test_joint_norm_is_the_norm_of_the_stacked_columns() -> None:
     assert torch.allclose(stored_norm("wina", [a], 0.5), column_norms([a]).sqrt())
 
 
+def test_weights_are_left_as_they_are() -> None:
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    before = weight.clone()
+    column_norms([weight])
+    assert torch.equal(weight, before)
+
+
 def test_score_is_magnitude_times_norm() -> None:
     x, norm = torch.tensor([[-2.0, 0.5, 0.0]]), torch.tensor([1.0, 8.0, 3.0])
     assert scores(x, norm).tolist() == [[2.0, 4.0, 0.0]]

@@ -28,7 +28,7 @@ def column_norms(weights: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for weight in weights:
         for rows in weight.split(_ROWS):
-            square = rows.double().square_().sum(0)
+            square = rows.double().square().sum(0)
             total = square if total is None else total.add_(square)
     if total is None:
         raise ValueError("column_norms needs at least one weight")
