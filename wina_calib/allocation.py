@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from wina_calib.budgets import (
 )
 from wina_calib.errors import BudgetError
 from wina_calib.families import Architecture
+from wina_calib.greedy import greedy
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
-from wina_calib.sensitivity import PASSES, Rise, measure_curves, measured_rises
+from wina_calib.sensitivity import MAX_TOKENS, PASSES, Rise, measure_curves, measured_rises
 from wina_calib.streaming import HiddenStates, LayerStream
 
-METHODS = ("global", "uniform")
+METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
+GREEDY_TOKENS = 8192
 SCALED_AT = 0.5  # model sparsity at whose anchor the curves are scaled to the measured loss rise
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -45,12 +47,14 @@ class Allocation:
         curves: predicted loss rises, not scaled to a measured one; None where no gradients were computed.
         stream: the tokens that the curves come from.
         dense: the dense model's last hidden states on them.
+        facts: what the choice cost, for the provenance.
     """
 
     rows: Floats
     curves: Curves | None = None
     stream: LayerStream | None = None
     dense: HiddenStates | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def allocate(
     arch: Architecture,
     cells: Cells,
     rule: MaskRule,
-    stream: Callable[[], LayerStream],
+    stream: Callable[[int], LayerStream],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Allocation:
     """Choose the site sparsities of every anchor.
@@ -122,7 +126,7 @@ def allocate(
         arch: the model's structure.
         cells: its element counts.
         rule: how masks are made.
-        stream: opens the transformed dense model on the tokens to choose with; called only where they are needed.
+        stream: opens the transformed dense model on at most so many calibration tokens.
         progress: called for every layer and pass.
 
     Raises:
@@ -131,7 +135,10 @@ def allocate(
     bounds = Bounds.parse(cells, options.min, options.max)
     if options.budget == "uniform":
         return Allocation(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
-    tokens = stream()
+    if options.budget == "greedy":
+        found = greedy(stream(GREEDY_TOKENS), rule, options.anchors, progress=progress)
+        return Allocation(found.rows, facts={"greedy": asdict(found.cost)})
+    tokens = stream(MAX_TOKENS)
     curves, dense = measure_curves(tokens, rule, seed=options.seed, progress=progress)
     if is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, arch, cells)[0])
@@ -155,7 +162,7 @@ def scaled_curves(
         The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
     """
     if chosen.curves is None or chosen.stream is None or chosen.dense is None:
-        return None, {}
+        return None, chosen.facts
     rises = measured_rises(chosen.stream, chosen.dense, stream, states)
     chosen.dense.clear()
     predicted = [Budget(row).predicted_loss(chosen.curves) for row in chosen.rows]

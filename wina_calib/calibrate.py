@@ -28,7 +28,7 @@ from wina_calib.fit import SiteFit, fit_layer
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, output_folder
-from wina_calib.sensitivity import CURVE_LEVELS, MAX_TOKENS
+from wina_calib.sensitivity import CURVE_LEVELS
 from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
 from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
@@ -259,9 +259,9 @@ class _Job:
         arch, ids = source.architecture, self.blocks.ids
         seq_len = ids.shape[1]
 
-        def stream() -> LayerStream:
-            self.report.phase("sensitivity", 2 * len(arch.layers))
-            some = ids[: max(1, MAX_TOKENS // seq_len)]
+        def stream(tokens: int) -> LayerStream:
+            self.report.phase("choose budget", 2 * len(arch.layers))
+            some = ids[: max(1, tokens // seq_len)]
             return LayerStream(
                 source,
                 some,

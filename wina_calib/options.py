@@ -34,8 +34,8 @@ class CalibrateOptions:
     )
     budget: str = option(
         "global",
-        "How sparsity is spread over sites: global (least predicted loss), uniform, or a budget "
-        "file, which sets the sparsity too.",
+        "How sparsity is spread over sites: global (least predicted loss), uniform, greedy (the "
+        "papers', slow), or a budget file, which sets the sparsity too.",
         metavar="NAME|FILE",
     )
     min: tuple[str, ...] = option(

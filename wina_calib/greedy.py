@@ -1,0 +1,281 @@
+"""The papers' block-wise greedy budgets (TEAL, arXiv 2408.14690, algorithm 1), computing only what a step changes.
+
+In every layer all sites start at sparsity 0. A step raises one of them by an amount inverse to its size: the one after
+which the layer's output, with all sparsities so far, is nearest to the dense one on the last part of each block. Every
+layer ends at the same sparsity, and the path to it gives the budgets at all sparsities before.
+
+The papers run the whole layer for every candidate of every step. Here a candidate reruns what comes after its site, on the
+tokens that the error is measured on where that is enough, and a candidate is tried again only when its last known rise of
+the error is the smallest (lazy evaluation: rises grow with sparsity, nearly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wina_calib.budgets.model import Floats
+from wina_calib.families import SITES, Layer, MaskGroup, Site
+from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.score import mask_input, scores
+from wina_calib.sketch import ScoreHistogram
+from wina_calib.streaming import HiddenStates, LayerStream
+from wina_calib.tables import LEVELS, threshold_at
+
+STEP = 0.05  # rise of a site as large as a square matrix of the hidden size
+LAST_FRACTION = 0.25  # share of each block, its end, that the error is measured on
+HIGHEST = 0.98
+_ATTN_IN, _ATTN_OUT, _MLP_IN, _MLP_OUT = SITES
+
+
+@dataclass
+class Cost:
+    """Work of a search in passes of one layer over all tokens, and what the papers' algorithm needs for as many steps."""
+
+    passes: float = 0.0
+    reference: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Error of a candidate, and the parts of the state that it changes."""
+
+    error: float
+    state: dict[str, HiddenStates]
+
+    def clear(self) -> None:
+        for store in self.state.values():
+            store.clear()
+
+
+@dataclass(frozen=True)
+class GreedyBudget:
+    """Site sparsities (anchors, layers, sites) and the work that they took."""
+
+    rows: Floats
+    cost: Cost
+
+
+class _TailLayer(MaskedLayer):
+    """A masked layer that can run on the last tokens of each block, where no row is a first token."""
+
+    tail = False
+
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        if not self.tail or group.key not in self.thresholds:
+            return super().mask(group, x)
+        return mask_input(x, self.norms[group.key], self.thresholds[group.key], self.rule.score)
+
+    @contextmanager
+    def on_tail(self) -> Iterator[None]:
+        self.tail = True
+        try:
+            yield
+        finally:
+            self.tail = False
+
+    @contextmanager
+    def replay_mlp(self, output: Tensor) -> Iterator[None]:
+        """Let the MLP return `output` instead of computing it."""
+        mlp = self.module.get_submodule(self.layer.mlp)
+        mlp.forward = lambda *args, **kwargs: output
+        try:
+            yield
+        finally:
+            del mlp.forward
+
+
+@torch.no_grad()
+def greedy(
+    stream: LayerStream,
+    rule: MaskRule,
+    anchors: Sequence[float],
+    *,
+    step: float = STEP,
+    last_fraction: float = LAST_FRACTION,
+    lazy: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> GreedyBudget:
+    """Search every layer's site sparsities on the dense model's inputs.
+
+    Args:
+        stream: the dense model, transformed already, and the tokens to use.
+        rule: how masks are made.
+        anchors: ascending model sparsities, which here are those of every layer.
+        step: rise of a site's sparsity where it is as large as a square matrix of the hidden size.
+        last_fraction: share of each block that the error is measured on.
+        lazy: try a candidate again only when it may be the best; without it every step tries all.
+        progress: called for every layer.
+    """
+    arch = stream.source.architecture
+    hidden, cost = stream.embed(), Cost()
+    rows = np.zeros((len(anchors), len(arch.layers), len(SITES)))
+    for index, module, _ in stream.layers():
+        layer = arch.layers[index]
+        rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
+        following = stream.store()
+        masked = _TailLayer(layer, module, rule, rotations)
+        with masked:
+            search = _Search(stream, masked, hidden, step, last_fraction, cost)
+            search.dense_pass(following)
+            path = search.path(anchors[-1], lazy=lazy)
+            search.clear()
+        hidden.clear()
+        hidden = following
+        rows[:, index] = _along(path, anchors)
+        progress(f"greedy search of layer {index + 1}")
+    hidden.clear()
+    return GreedyBudget(rows, cost)
+
+
+@dataclass
+class _Search:
+    """The search in one layer.
+
+    `state` holds, for the last tokens of each block, what the sparsities so far make: the inputs of `attn_out` and
+    `mlp_out`, and `attended`, the attention block's output.
+    """
+
+    stream: LayerStream
+    masked: _TailLayer
+    hidden: HiddenStates
+    step: float
+    last_fraction: float
+    cost: Cost
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, HiddenStates] = field(default_factory=dict)
+    error: float = 0.0
+
+    @property
+    def layer(self) -> Layer:
+        return self.masked.layer
+
+    def dense_pass(self, following: HiddenStates) -> None:
+        """Run the layer densely: outputs go to `following`; score quantiles and the state without masks are kept."""
+        groups = [group for site in self.layer.sites for group in self.masked.groups[site.name]]
+        histograms = {group.key: ScoreHistogram(self.stream.device) for group in groups}
+        self.state = {name: self.stream.store() for name in ("target", _ATTN_OUT, "attended", _MLP_OUT)}
+        seen: dict[str, Tensor] = {}
+
+        def observe(site: str, x: Tensor) -> None:
+            seen[site] = self._tail(x)
+            for group in self.masked.groups[site]:
+                histograms[group.key].update(scores(x[:, 1:], self.masked.norms[group.key], self.masked.rule.score))
+
+        self.masked.observe = observe
+        for batch in range(len(self.stream.batches)):
+            out = self.masked.run(self.hidden[batch], self.stream.kwargs(self.layer.index, batch))
+            following[batch] = out
+            self.state["target"][batch] = self._tail(out).clone()
+            for site in (_ATTN_OUT, _MLP_OUT):
+                self.state[site][batch] = seen[site].clone()
+            self.state["attended"][batch] = self._product(_ATTN_OUT, seen[_ATTN_OUT])
+        self.masked.observe = None
+        self.tables = {key: histogram.quantiles(LEVELS).float() for key, histogram in histograms.items()}
+
+    def path(self, sparsity: float, *, lazy: bool) -> Floats:
+        """Sparsity of the layer and of its sites, (steps + 1, 1 + sites), from 0 until `sparsity` is reached."""
+        sites = self.layer.sites
+        sizes = np.array([site.weights for site in sites], dtype=np.float64)
+        steps = self.step * self.stream.source.architecture.hidden_size**2 / sizes
+        current = np.zeros(len(sites))
+        path = [np.zeros(1 + len(sites))]
+        rises: dict[int, float] = {}
+        while path[-1][0] < sparsity:
+            waiting = {i for i in range(len(sites)) if current[i] + steps[i] <= HIGHEST}
+            best: tuple[int, _Trial] | None = None
+            while waiting:
+                candidate = min(waiting, key=lambda i: (rises.get(i, -np.inf), i))
+                if lazy and best is not None and rises[best[0]] <= rises.get(candidate, -np.inf):
+                    break
+                waiting.remove(candidate)
+                trial = self._try(sites[candidate], float(current[candidate] + steps[candidate]))
+                rises[candidate] = trial.error**2 - self.error**2  # squares of unrelated errors add
+                if best is None or rises[candidate] < rises[best[0]]:
+                    best, trial = (candidate, trial), best[1] if best else _Trial(0.0, {})
+                trial.clear()
+            if best is None:
+                break
+            current[best[0]] += steps[best[0]]
+            self._accept(sites[best[0]], float(current[best[0]]), best[1])
+            path.append(np.array([sizes @ current / sizes.sum(), *current]))
+            self.cost.steps += 1
+            self.cost.reference += sum(len(site.projections) for site in sites)
+        return np.array(path)
+
+    def clear(self) -> None:
+        """Free the space of the state."""
+        for store in self.state.values():
+            store.clear()
+
+    def _try(self, site: Site, sparsity: float) -> _Trial:
+        """The layer's output error with one site at another sparsity; only what comes after the site is computed."""
+        position = SITES.index(site.name)
+        changed = {_ATTN_IN: (_ATTN_OUT, "attended", _MLP_OUT), _ATTN_OUT: ("attended", _MLP_OUT), _MLP_IN: (_MLP_OUT,)}
+        new = {name: self.stream.store() for name in changed.get(site.name, ())}
+        before = dict(self.masked.thresholds)
+        self._set(site, sparsity)
+        total, count = 0.0, 0
+        for batch in range(len(self.stream.batches)):
+            hidden, kwargs = self.hidden[batch], self.stream.kwargs(self.layer.index, batch)
+            if _ATTN_OUT in new:
+                new[_ATTN_OUT][batch] = self._tail(self.masked.input_of(_ATTN_OUT, hidden, kwargs)).clone()
+            if "attended" in new:
+                new["attended"][batch] = self._product(_ATTN_OUT, (self.state | new)[_ATTN_OUT][batch])
+            attended = (self.state | new)["attended"][batch]
+            with self.masked.on_tail(), self.masked.replay_attention(attended):
+                if _MLP_OUT in new:
+                    store = new[_MLP_OUT]
+                    self.masked.observe = lambda s, x: store.__setitem__(batch, x) if s == _MLP_OUT else None  # noqa: B023
+                    out = self.masked.run(self._tail(hidden), kwargs)
+                    self.masked.observe = None
+                else:
+                    with self.masked.replay_mlp(self._product(_MLP_OUT, self.state[_MLP_OUT][batch])):
+                        out = self.masked.run(self._tail(hidden), kwargs)
+            errors = (out - self.state["target"][batch]).float().norm(dim=1)
+            total += float(errors.double().sum())
+            count += errors.numel()
+        self.masked.thresholds = before
+        sizes = [s.weights for s in self.layer.sites]
+        fraction = self._tail_length / self.stream.batches[0].shape[1]
+        everywhere = sizes[0] if position == 0 else 0
+        self.cost.passes += (everywhere + fraction * sum(sizes[max(position, 1) :])) / sum(sizes)
+        return _Trial(total / count, new)
+
+    def _accept(self, site: Site, sparsity: float, trial: _Trial) -> None:
+        self._set(site, sparsity)
+        for name, store in trial.state.items():
+            self.state[name].clear()
+            self.state[name] = store
+        self.error = trial.error
+
+    def _set(self, site: Site, sparsity: float) -> None:
+        for group in self.masked.groups[site.name]:
+            value = threshold_at(self.tables[group.key], sparsity)
+            self.masked.thresholds[group.key] = torch.tensor(value, dtype=torch.float32, device=self.stream.device)
+
+    def _product(self, site: str, x: Tensor) -> Tensor:
+        """Output of a site with one projection for inputs on the last tokens, past the hooks."""
+        (group,) = self.masked.groups[site]
+        projection = self.masked.module.get_submodule(group.projections[0].module)
+        with self.masked.on_tail():
+            return projection.forward(self.masked.mask(group, x))  # type: ignore[no-any-return]
+
+    @property
+    def _tail_length(self) -> int:
+        seq = self.stream.batches[0].shape[1]
+        return seq - max(1, int(seq * (1 - self.last_fraction)))
+
+    def _tail(self, x: Tensor) -> Tensor:
+        return x[:, -self._tail_length :]
+
+
+def _along(path: Floats, anchors: Sequence[float]) -> Floats:
+    """Site sparsities (anchors, sites) where the path, (steps, 1 + sites), passes the anchors."""
+    return np.stack([np.interp(anchors, path[:, 0], column) for column in path[:, 1:].T], axis=1)
