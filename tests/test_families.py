@@ -3,7 +3,14 @@
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen3MoeConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from wina_calib.errors import UnsupportedModel
 from wina_calib.families import SITES, describe, mask_groups
@@ -47,10 +54,31 @@ def test_fused_projections_are_one_mask_group() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (MixtralConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                       intermediate_size=32, vocab_size=64, num_local_experts=2), "model.layers.0"),
-        (Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                        intermediate_size=32, vocab_size=64, num_experts=2, moe_intermediate_size=16), "model.layers.0"),
+        (
+            MixtralConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                intermediate_size=32,
+                vocab_size=64,
+                num_local_experts=2,
+            ),
+            "model.layers.0",
+        ),
+        (
+            Qwen3MoeConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                intermediate_size=32,
+                vocab_size=64,
+                num_experts=2,
+                moe_intermediate_size=16,
+            ),
+            "model.layers.0",
+        ),
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "transformer"),
     ],
     ids=["mixtral", "qwen3-moe", "gpt2"],

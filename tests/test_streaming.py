@@ -44,7 +44,10 @@ def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
 
 def test_only_two_layers_are_ever_loaded(llama: Path) -> None:
     stream = LayerStream(
-        open_source(str(llama)), torch.ones(1, 8, dtype=torch.long), micro_batch=1, dtype=torch.float32,
+        open_source(str(llama)),
+        torch.ones(1, 8, dtype=torch.long),
+        micro_batch=1,
+        dtype=torch.float32,
         device=torch.device("cpu"),
     )
     for index, _, _ in stream.layers():

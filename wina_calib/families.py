@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from wina_calib.errors import UnsupportedModel
 
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-SUPPORTED = "Llama 2/3, Mistral, Qwen2/2.5, Qwen3, Phi-3/Phi-4, Gemma 2/3 (text), OLMo 2 and models of the same structure"
+SUPPORTED = (
+    "Llama 2/3, Mistral, Qwen2/2.5, Qwen3, Phi-3/Phi-4, Gemma 2/3 (text), OLMo 2 and models of the same structure"
+)
 
 # The block that owns a site, and the projection names that may make it up: separate first, fused second.
 _ROLES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
@@ -286,7 +288,9 @@ def _gain(norm: nn.Module, path: str) -> str:
         return "w"
     if abs(at_zero - 1.0) < 1e-2 and abs(at_one - 2.0) < 2e-2:
         return "1+w"
-    raise UnsupportedModel(f"{path} ({type(norm).__name__}) is not an RMSNorm: gain {at_zero:.3g} at 0, {at_one:.3g} at 1.")
+    raise UnsupportedModel(
+        f"{path} ({type(norm).__name__}) is not an RMSNorm: gain {at_zero:.3g} at 0, {at_one:.3g} at 1."
+    )
 
 
 def _refuse_unclaimed(model: nn.Module, layers_path: str, claimed: set[str]) -> None:
