@@ -1,6 +1,6 @@
 """wina_calib: calibrate once, load a sparse-ready checkpoint anywhere.
 
-Importing it registers the checkpoint format with transformers, so that `AutoModelForCausalLM.from_pretrained` loads it too.
+Importing it registers the checkpoint format with transformers: `AutoModelForCausalLM.from_pretrained` loads it too.
 """
 
 __version__ = "0.1.0"
@@ -8,9 +8,24 @@ __version__ = "0.1.0"
 from wina_calib.calibrate import Result, calibrate
 from wina_calib.errors import WinaError
 from wina_calib.evaluate import Evaluation, evaluate
+from wina_calib.hub import push_to_hub
 from wina_calib.options import CalibrateOptions
+from wina_calib.runtime import quantizer as _quantizer
+from wina_calib.runtime import types as _types
 from wina_calib.runtime.load import load, set_prefill, set_sparsity
-from wina_calib.runtime import quantizer as _quantizer  # registers with transformers
-from wina_calib.runtime import types as _types  # registers with transformers
 
-__all__ = ["CalibrateOptions", "Evaluation", "Result", "WinaError", "__version__", "calibrate", "evaluate", "load", "set_prefill", "set_sparsity"]
+_REGISTERED = (_quantizer, _types)  # both make transformers know the format as they are imported
+
+__all__ = [
+    "CalibrateOptions",
+    "Evaluation",
+    "Result",
+    "WinaError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "load",
+    "push_to_hub",
+    "set_prefill",
+    "set_sparsity",
+]

@@ -19,7 +19,7 @@ import wina_calib
 from wina_calib.allocation import Allocation, allocate, curve_tensors, is_file, scaled_curves, settle
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import SiteTensors, open_checkpoint, write_calibration, write_weights
+from wina_calib.checkpoint import SiteTensors, model_names, open_checkpoint, write_calibration, write_weights
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.estimate import Estimate, estimate
@@ -28,6 +28,7 @@ from wina_calib.fit import SiteFit, fit_layer
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, output_folder
+from wina_calib.reference import check_possible, write_reference
 from wina_calib.sensitivity import CURVE_LEVELS
 from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
@@ -97,7 +98,10 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     target = Path(output)
     check_output(target, overwrite=chosen.overwrite)
     source = open_source(str(model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    transform = plan(chosen.transform, source.architecture)
+    by_reference = chosen.weights == "reference"
+    transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
+    if by_reference:
+        check_possible(transform)
     chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
@@ -178,12 +182,8 @@ class _Job:
     def run(self, folder: Path, base: Blocks) -> Settings:
         base_ppl = self._perplexity(base)
         rotations = self._rotations(folder)
-        self.report.phase("write weights", len(self.source.architecture.layers))
-        untied = write_weights(
-            self.source, self.transform, rotations, folder, device=self.device, progress=self.report.step
-        )
+        dense, untied = self._write_weights(rotations, folder)
         del rotations
-        dense = open_source(str(folder), trust_remote_code=self.options.trust_remote_code, calibrated=True)
         chosen = self._budget(dense, folder)
         tensors, curve_facts = self._fit(dense, chosen, folder)
         settings = Settings(
@@ -196,13 +196,26 @@ class _Job:
             budget="file" if is_file(self.options.budget) else self.options.budget,
             curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
             prefill=self.options.prefill,
-            weights=dense.shards.fingerprint(sorted(dense.shards)),
+            weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
             provenance=self._provenance(base_ppl, base, untied) | curve_facts,
         )
-        write_calibration(
-            folder, tensors, settings, self.source, untied=untied, runtime=not self.transform.is_free
-        )
+        if self.options.weights == "reference":
+            write_reference(folder, tensors, settings, self.source)
+        else:
+            runtime = not self.transform.is_free
+            write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=runtime)
         return settings
+
+    def _write_weights(self, rotations: Rotations, folder: Path) -> tuple[Source, bool]:
+        """The dense model to fit on, and whether its embeddings were untied: written here, or the source as it is."""
+        if self.options.weights == "reference":
+            return self.source, False
+        self.report.phase("write weights", len(self.source.architecture.layers))
+        untied = write_weights(
+            self.source, self.transform, rotations, folder, device=self.device, progress=self.report.step
+        )
+        trust = self.options.trust_remote_code
+        return open_source(str(folder), trust_remote_code=trust, calibrated=True), untied
 
     def _stream(self, source: Source, ids: Tensor, folder: Path | None) -> LayerStream:
         hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)

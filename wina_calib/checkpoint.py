@@ -29,6 +29,7 @@ from wina_calib.source import (
     RUNTIME_TYPE,
     Source,
     describe_config,
+    is_added,
     is_derived,
     is_reference,
     load_config,
@@ -94,6 +95,17 @@ def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[
                 f"{path}.{group.name}.threshold": (),
             }
     return out
+
+
+def model_names(shards: Shards, arch: Architecture) -> list[str]:
+    """Names of a model's weights on disk, which its fingerprint covers: run-time matrices too."""
+    tied = f"{arch.lm_head}.weight" if arch.tied else None
+    return sorted(n for n in shards if not is_derived(n) and n != tied and (not is_added(n) or is_rotation(n)))
+
+
+def is_rotation(name: str) -> bool:
+    """Whether a stored tensor is a run-time matrix."""
+    return is_added(name) and name.endswith(".rotation")
 
 
 def rotation_name(layer: Layer, site: str) -> str:
@@ -304,8 +316,7 @@ class Checkpoint:
             shards, names = self.shards, self.weight_names()
         else:
             shards = Shards.open(folder)
-            tied = f"{self.architecture.lm_head}.weight" if self.architecture.tied else None
-            names = [name for name in shards if not is_derived(name) and name != tied]
+            names = model_names(shards, self.architecture)
         found = shards.fingerprint(names)
         if found != self.settings.weights:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("calibrate", "evaluate", "inspect", "generate", "demo", "export-dense", "flops", "bounds")
+COMMANDS = ("calibrate", "evaluate", "inspect", "generate", "demo", "export-dense", "push", "flops", "bounds")
 
 
 class _Lazy(click.Group):
@@ -49,7 +49,9 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log what transformers and wina_calib do.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, notes or warnings on standard error.")
 def main(verbose: bool, quiet: bool) -> None:

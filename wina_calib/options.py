@@ -13,6 +13,7 @@ from wina_calib.score import SCORES
 from wina_calib.settings import MASKS, PREFILL
 from wina_calib.transforms import NAMES as TRANSFORMS
 
+WEIGHTS = ("full", "reference")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
 
@@ -64,6 +65,11 @@ class CalibrateOptions:
     masks: str = option("shared", "One mask a site, or the papers' one a projection.", choices=MASKS)
     exponent: float = option(1.0, "Power of the column norms in the score.", metavar="P")
     prefill: str = option("sparse", "Whether prompts are masked too, or computed densely.", choices=PREFILL)
+    weights: str = option(
+        "full",
+        "Write the weights too, or only refer to the base model's (a few megabytes; needs transform none).",
+        choices=WEIGHTS,
+    )
     device: str = option("auto", "Compute device: auto, cpu, cuda, cuda:1 ...", metavar="DEVICE")
     dtype: str = option("auto", "Compute dtype; auto is the model's on a GPU, float32 on a CPU.", choices=DTYPES)
     micro_batch: int = option(0, "Blocks computed together; 0 chooses by length.", metavar="N")

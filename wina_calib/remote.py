@@ -11,6 +11,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+CONFLICT = 412
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
 
 
@@ -51,22 +52,35 @@ def readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line about `repo` with the remedy."""
     try:
         yield
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, errors.RevisionResolutionError) as error:
-        if isinstance(error, OSError) and not _from_hub(error):
+    except Exception as error:
+        if not _from_hub(error):
             raise
         raise HubError(f"{repo}: {_reason(error, revision)}") from None
 
 
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error came with."""
+    response = getattr(error, "response", None)
+    return response.status_code if response is not None else None
+
+
 def _from_hub(error: BaseException) -> bool:
-    """Whether an OSError is the Hub's or the network's, and not the local disk's."""
-    hub = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.LocalTokenNotFoundError, ConnectionError)
-    return isinstance(error, hub)
+    """Whether an error is the Hub's or the network's, and not the local disk's or ours."""
+    hub = (
+        errors.HFValidationError,
+        errors.LocalEntryNotFoundError,
+        errors.LocalTokenNotFoundError,
+        errors.RevisionResolutionError,
+        ConnectionError,
+        TimeoutError,
+    )
+    # The HTTP client below huggingface_hub changed its name between versions; its errors did not.
+    return isinstance(error, hub) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
 
 
 def _reason(error: BaseException, revision: str | None) -> str:
     cause = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), error)
-    response = getattr(cause, "response", None)
-    status = response.status_code if response is not None else None
+    status = status_of(cause)
     if isinstance(cause, errors.GatedRepoError):
         return f"access to it is granted on request. Ask for it on {constants.ENDPOINT}. {_LOGIN}"
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -79,6 +93,8 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return f"there is no such repository, or it is private. Check the name. {_LOGIN}"
     if isinstance(cause, errors.HFValidationError):
         return "this is no repository name. Expected USER/NAME of letters, digits, '-', '_' and '.'."
+    if status == CONFLICT:
+        return "it was changed by another push meanwhile. Push again."
     if status is not None:
         return f"the Hub answered {status}. Try again later."
     if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):

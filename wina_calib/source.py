@@ -18,6 +18,7 @@ from wina_calib.shards import Shards, read_json
 
 DEMO = "demo"
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
+REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint that refers to its base model's weights
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20
 
@@ -91,6 +92,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelFolderError: there is none that can be loaded.
     """
+    folder = weights_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -181,10 +183,12 @@ def open_source(
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read config.json of a folder, bounded in size, and let transformers parse it."""
-    path = folder / "config.json"
+    path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
     if not path.is_file():
         raise ModelFolderError(f"{folder} has no config.json: not a Hugging Face model folder.")
     raw = read_json(path, max_bytes=_CONFIG_BYTES)
+    if isinstance(raw, dict) and is_reference(folder):
+        raw = raw.get("config")
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path} holds no JSON object.")
     if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in _known_types():
@@ -201,6 +205,39 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 def describe_config(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Architecture:
     """Describe the model of a config, without weights."""
     return describe(_meta_model(config, torch.float32, trust_remote_code, None))
+
+
+def is_reference(folder: Path) -> bool:
+    """Whether a folder holds a calibration only, and names the base model that has the weights."""
+    return (folder / REFERENCE_FILE).is_file()
+
+
+def weights_folder(
+    folder: Path, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder with the weights and the tokenizer of a checkpoint: itself, or its base model's.
+
+    Args:
+        folder: a checkpoint or a model.
+        base: where the base model is, if not where a checkpoint by reference says.
+        token: as huggingface_hub takes it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        ModelFolderError, HubError: the base model cannot be had.
+    """
+    if not is_reference(folder):
+        return folder
+    raw = read_json(folder / REFERENCE_FILE, max_bytes=_CONFIG_BYTES)
+    name, commit = (raw.get("base_model"), raw.get("base_commit")) if isinstance(raw, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(commit, str | None):
+        raise ModelFolderError(f"{folder / REFERENCE_FILE} names no base model. Download or calibrate it again.")
+    if base is None and commit is None and not Path(name).is_dir():
+        raise ModelFolderError(
+            f"{folder} takes its weights from {name}, which is not here. Say where they are: "
+            'wina_calib.load(..., base="FOLDER").'
+        )
+    return resolve(base or name, revision=None if base else commit, token=token, local_files_only=local_files_only)[0]
 
 
 def is_added(name: str) -> bool:
@@ -275,9 +312,15 @@ def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architectu
         (wrong, "shapes are wrong"),
         (sorted({*not_float, *narrow}), "tensors are not bfloat16, float16, float32 or float64"),
     ]
-    found = [f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for names, what in problems if names]
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for names, what in problems
+        if names
+    ]
     if found:
-        raise ModelFolderError(f"{folder} does not match its config.json: {'; '.join(found)}. Download or save it again.")
+        raise ModelFolderError(
+            f"{folder} does not match its config.json: {'; '.join(found)}. Download or save it again."
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,131 @@
+"""Pushing checkpoints to the Hugging Face Hub, and finding them there. Tokens only pass through to huggingface_hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from wina_calib import plots
+from wina_calib.card import HEAT_MAP, put, write_card
+from wina_calib.checkpoint import open_checkpoint
+from wina_calib.errors import UsageError
+from wina_calib.families import SITES
+from wina_calib.remote import CONFLICT, readable_errors, status_of
+from wina_calib.source import is_reference
+
+_LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
+# Files of an earlier push that this folder lacks would be read beside its own, or in their place.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "wina_*"]
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: the address, the commit, and whether anything was uploaded."""
+
+    url: str
+    commit: str
+    changed: bool
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Verify a checkpoint, complete its model card and upload the folder as it is.
+
+    Args:
+        folder: a checkpoint made by `calibrate`.
+        repo: USER/NAME; made if it does not exist.
+        private: whether a new repository is private; None is the account's default.
+        revision: branch to push to; made if it does not exist.
+        create_pr: open a pull request instead of committing.
+        message: the commit's message.
+        token: as huggingface_hub takes it; None is the one of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The repository's address, or the pull request's.
+
+    Raises:
+        CheckpointError: the folder is damaged; nothing was uploaded.
+        HubError: the Hub refused, or cannot be reached. What was uploaded of large files is not sent again.
+
+    Example:
+        ```python
+        wina_calib.push_to_hub("demo-sparse", "USER/demo-sparse", private=True)
+        ```
+    """
+    return push(
+        Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message, token=token
+    ).url
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> Pushed:
+    """As `push_to_hub`; tells too whether anything changed."""
+    prepare(folder, repo)
+    api = HfApi(token=token)
+    with readable_errors(repo, revision):
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        for attempt in range(_ATTEMPTS):
+            before = api.model_info(name, revision=revision).sha
+            try:
+                done = api.upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=before,
+                    commit_message=message or "Upload activation sparsity calibrated by wina_calib",
+                    ignore_patterns=_LEFT_OUT,
+                    delete_patterns=_REPLACED,
+                )
+                break
+            except HfHubHTTPError as error:
+                # Two pushes at a time must not leave a mixture of their files: the later one starts over.
+                if status_of(error) != CONFLICT or attempt == _ATTEMPTS - 1:
+                    raise
+    url = done.pr_url if create_pr and done.pr_url else f"{api.endpoint}/{name}"
+    if revision is not None and not create_pr:
+        url += f"/tree/{revision}"
+    return Pushed(url, done.oid, changed=done.oid != before)
+
+
+def prepare(folder: Path, repo: str) -> None:
+    """Verify a checkpoint with all its weights, draw its budget where that is possible, and complete its card.
+
+    Raises:
+        CheckpointError: it is damaged.
+        UsageError: it refers to weights that are on no Hub.
+    """
+    opened = open_checkpoint(folder)
+    opened.verify_weights()
+    if is_reference(folder) and opened.settings.provenance.get("base_commit") is None:
+        raise UsageError(
+            f"{folder} refers to weights in a local folder, which nobody else has. Calibrate the base model by its Hub "
+            "id, or without --weights reference."
+        )
+    if plots.available():
+        sparsity = opened.settings.sparsity
+        picture = plots.heat_map(opened.sparsities(sparsity), SITES, f"site sparsity at model sparsity {sparsity:g}")
+        put(folder / HEAT_MAP, picture)
+    write_card(folder, repo=repo)

@@ -1,0 +1,123 @@
+"""Figures of a checkpoint, drawn with matplotlib (extra `plots`). The same data gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wina_calib.errors import UsageError
+
+Floats = NDArray[np.float64]
+_INK, _ACCENT, _SECOND = "#1f2933", "#1f5fa8", "#c2571a"
+
+
+def available() -> bool:
+    """Whether figures can be drawn here."""
+    return find_spec("matplotlib") is not None
+
+
+def require() -> None:
+    """Raise UsageError where matplotlib is missing."""
+    if not available():
+        raise UsageError("figures need matplotlib. Install it: pip install 'wina-calib[plots]'.")
+
+
+def heat_map(values: Floats, sites: Sequence[str], title: str) -> bytes:
+    """Site values (layers, sites) in [0, 1] as a PNG of coloured cells with their numbers."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_xticks(range(len(sites)), sites)
+        axes.set_yticks(range(0, len(values), max(1, len(values) // 16)))
+        axes.set_ylabel("layer")
+        axes.set_title(title)
+        if len(values) <= 40:
+            for (row, column), value in np.ndenumerate(values):
+                colour = "white" if value > 0.6 else _INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(image, ax=axes, label="share of inputs dropped")
+
+    return _png(draw, width=5.5, height=min(12.0, 1.6 + 0.24 * len(values)))
+
+
+def bars(values: Floats, sites: Sequence[str], title: str, label: str) -> bytes:
+    """Site values (layers, sites) as one line a site over the layers."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for column, site in enumerate(sites):
+            axes.plot(range(len(values)), values[:, column], marker="o", markersize=3, label=site)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        axes.legend(frameon=False)
+
+    return _png(draw, width=6.5, height=3.6)
+
+
+def densities(quantiles: Mapping[str, Floats], levels: Floats, thresholds: Mapping[str, float], title: str) -> bytes:
+    """Score densities of a layer's mask groups, one panel each, with the threshold as a line.
+
+    Args:
+        quantiles: group name to score quantiles (levels,).
+        levels: the levels of the quantiles in [0, 1].
+        thresholds: group name to threshold; below zero where nothing is dropped.
+        title: of the figure.
+    """
+    edges = np.linspace(0.0, 1.0, 41)
+
+    def draw(figure: Any) -> None:
+        columns = min(4, len(quantiles))
+        grid = figure.subplots(-(-len(quantiles) // columns), columns, squeeze=False)
+        for axes in grid.flat[len(quantiles) :]:
+            axes.set_axis_off()
+        for axes, (group, scores) in zip(grid.flat, quantiles.items(), strict=False):
+            top = float(np.interp(0.98, levels, scores)) or 1.0
+            share = np.diff(np.interp(edges * top, scores, levels))
+            axes.bar(edges[:-1] * top, share, width=top / 40, align="edge", color=_ACCENT)
+            if thresholds[group] >= 0:
+                axes.axvline(thresholds[group], color=_SECOND, linewidth=1.5)
+            axes.set_title(group, fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.set_yticks([])
+        figure.suptitle(title)
+
+    rows = -(-len(quantiles) // 4)
+    return _png(draw, width=9.0, height=0.8 + 1.7 * rows)
+
+
+def frontier(points: Sequence[tuple[float, float]], dense: float, title: str) -> bytes:
+    """Perplexity over read fraction: points (read fraction, perplexity) and the dense model's line."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        ordered = sorted(points)
+        axes.plot(*zip(*ordered, strict=True), marker="o", color=_ACCENT, label="sparse")
+        axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label="dense")
+        axes.set_xlabel("read fraction (lm_head included)")
+        axes.set_ylabel("perplexity")
+        axes.set_title(title)
+        axes.legend(frameon=False)
+
+    return _png(draw, width=6.5, height=3.6)
+
+
+def _png(draw: Callable[[Any], None], *, width: float, height: float) -> bytes:
+    """Run a drawing on a new figure and return it as PNG; no display and no global state is touched."""
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,88 @@
+"""What a checkpoint was measured to do: one evaluation, kept in its folder as `wina_evaluation.json`.
+
+It names the calibration that it belongs to, so that figures never outlive the thresholds they were measured with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wina_calib.checkpoint import WINA_FILE, read_index
+from wina_calib.errors import CheckpointError
+from wina_calib.output import readable_errors, replace_file
+from wina_calib.shards import Shards, read_json
+
+if TYPE_CHECKING:
+    from wina_calib.evaluate import Evaluation
+
+EVALUATION_FILE = "wina_evaluation.json"
+FORMAT = "wina-evaluation/1"
+_NUMBERS = (
+    "sparsity",
+    "model_sparsity",
+    "dense_ppl",
+    "sparse_ppl",
+    "kl",
+    "top1_agreement",
+    "read_fraction",
+    "read_fraction_decoder",
+    "tokens",
+)
+
+
+def save_evaluation(folder: Path, evaluation: Evaluation) -> Path:
+    """Keep an evaluation in a checkpoint's folder; the model card shows it.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    values = _finite(asdict(evaluation))
+    record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **values}
+    path = folder / EVALUATION_FILE
+    temporary = folder / f".{EVALUATION_FILE}.partial"
+    with readable_errors(path):
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        replace_file(path, temporary)
+    return path
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """The evaluation in a folder; None where there is none, or it belongs to other thresholds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    sound = (
+        isinstance(record, dict)
+        and record.get("format") == FORMAT
+        and all(isinstance(record.get(key), int | float) for key in _NUMBERS)
+        and isinstance(record.get("data"), list)
+    )
+    if not isinstance(record, dict) or not sound:
+        raise CheckpointError(f"{path} is damaged. Delete it, or run `wina-calib evaluate {folder} --save` again.")
+    return record if record.get("calibration") == calibration_fingerprint(folder) else None
+
+
+def calibration_fingerprint(folder: Path) -> str:
+    """Fingerprint of everything that calibration stored, thresholds and budget included."""
+    names = [name for name, file in read_index(folder).items() if file == WINA_FILE]
+    return Shards.open(folder).fingerprint(names)
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON cannot hold become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
