@@ -9,7 +9,22 @@ from typing import Any
 
 import click
 
-COMMANDS = ("calibrate", "evaluate", "inspect", "generate", "demo", "export-dense", "push", "flops", "bounds")
+COMMANDS = (
+    "calibrate",
+    "budget",
+    "evaluate",
+    "inspect",
+    "generate",
+    "demo",
+    "export-dense",
+    "push",
+    "list",
+    "info",
+    "report",
+    "lm-eval",
+    "flops",
+    "bounds",
+)
 
 
 class _Lazy(click.Group):

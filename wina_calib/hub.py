@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from wina_calib import plots
-from wina_calib.card import HEAT_MAP, put, write_card
-from wina_calib.checkpoint import open_checkpoint
-from wina_calib.errors import UsageError
+from wina_calib.card import HEAT_MAP, TAGS, put, write_card
+from wina_calib.checkpoint import WINA_FILE, is_rotation, open_checkpoint, read_settings
+from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.families import SITES
 from wina_calib.remote import CONFLICT, readable_errors, status_of
-from wina_calib.source import is_reference
+from wina_calib.settings import Settings
+from wina_calib.source import REFERENCE_FILE, is_added, is_reference
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
@@ -129,3 +131,102 @@ def prepare(folder: Path, repo: str) -> None:
         picture = plots.heat_map(opened.sparsities(sparsity), SITES, f"site sparsity at model sparsity {sparsity:g}")
         put(folder / HEAT_MAP, picture)
     write_card(folder, repo=repo)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint on the Hub, as far as a search tells."""
+
+    repo: str
+    base_model: str | None
+    private: bool
+    downloads: int
+    modified: str
+
+
+def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | bool | None = None) -> list[Listed]:
+    """Checkpoints on the Hub that carry the tag `wina`, the latest first.
+
+    Args:
+        user: only those of this user or organisation.
+        limit: at most so many.
+        token: as huggingface_hub takes it; with it, private ones are listed too.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses.
+    """
+    with readable_errors(user or "the Hub"):
+        found = HfApi(token=token).list_models(
+            author=user, filter=TAGS[0], sort="last_modified", limit=limit, cardData=True, full=True
+        )
+        return [
+            Listed(
+                repo=model.id,
+                base_model=_base_of(model.card_data),
+                private=bool(model.private),
+                downloads=int(model.downloads or 0),
+                modified=model.last_modified.date().isoformat() if model.last_modified else "",
+            )
+            for model in found
+        ]
+
+
+@dataclass(frozen=True)
+class RemoteFacts:
+    """What a remote checkpoint is, learned without its weights.
+
+    Attributes:
+        repo: its name.
+        commit: the commit looked at.
+        settings: its calibration.
+        by_reference: whether the weights are the base model's.
+        parameters: elements of the weights, run-time matrices left out, by dtype.
+        runtime_elements: elements of run-time matrices.
+        total_bytes: bytes of all tensors.
+    """
+
+    repo: str
+    commit: str
+    settings: Settings
+    by_reference: bool
+    parameters: dict[str, int]
+    runtime_elements: int
+    total_bytes: int
+
+
+def remote_facts(repo: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteFacts:
+    """Facts of a checkpoint on the Hub from its config and the headers of its safetensors files.
+
+    Raises:
+        HubError: it cannot be had.
+        CheckpointError: it is not a calibrated checkpoint.
+    """
+    api = HfApi(token=token)
+    with readable_errors(repo, revision):
+        about = api.model_info(repo, revision=revision)
+        commit = str(about.sha)
+        names = {file.rfilename for file in about.siblings or ()}
+        if WINA_FILE not in names:
+            raise CheckpointError(f"{repo} is not calibrated: it has no {WINA_FILE}.")
+        config = REFERENCE_FILE if REFERENCE_FILE in names else "config.json"
+        folder = Path(api.hf_hub_download(repo, config, revision=commit)).parent
+        headers = [
+            api.parse_safetensors_file_metadata(repo, name, revision=commit)
+            for name in sorted(names)
+            if name.endswith(".safetensors") and "/" not in name
+        ]
+    parameters: Counter[str] = Counter()
+    runtime = total = 0
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            total += tensor.data_offsets[1] - tensor.data_offsets[0]
+            if is_rotation(name):
+                runtime += tensor.parameter_count
+            elif not is_added(name):
+                parameters[tensor.dtype] += tensor.parameter_count
+    return RemoteFacts(repo, commit, read_settings(folder), config == REFERENCE_FILE, dict(parameters), runtime, total)
+
+
+def _base_of(card: object) -> str | None:
+    base = getattr(card, "base_model", None)
+    return base[0] if isinstance(base, list) and base else base if isinstance(base, str) else None

@@ -46,7 +46,7 @@ def heat_map(values: Floats, sites: Sequence[str], title: str) -> bytes:
     return _png(draw, width=5.5, height=min(12.0, 1.6 + 0.24 * len(values)))
 
 
-def bars(values: Floats, sites: Sequence[str], title: str, label: str) -> bytes:
+def lines(values: Floats, sites: Sequence[str], title: str, label: str) -> bytes:
     """Site values (layers, sites) as one line a site over the layers."""
 
     def draw(figure: Any) -> None:
@@ -93,13 +93,17 @@ def densities(quantiles: Mapping[str, Floats], levels: Floats, thresholds: Mappi
     return _png(draw, width=9.0, height=0.8 + 1.7 * rows)
 
 
-def frontier(points: Sequence[tuple[float, float]], dense: float, title: str) -> bytes:
-    """Perplexity over read fraction: points (read fraction, perplexity) and the dense model's line."""
+def frontier(
+    predicted: Sequence[tuple[float, float]], measured: Sequence[tuple[float, float]], dense: float, title: str
+) -> bytes:
+    """Perplexity over read fraction: (read fraction, perplexity) as predicted and as measured, and the dense model's."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        ordered = sorted(points)
-        axes.plot(*zip(*ordered, strict=True), marker="o", color=_ACCENT, label="sparse")
+        if predicted:
+            axes.plot(*zip(*sorted(predicted), strict=True), color=_ACCENT, label="predicted")
+        if measured:
+            axes.plot(*zip(*measured, strict=True), marker="o", linestyle="", color=_SECOND, label="measured")
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label="dense")
         axes.set_xlabel("read fraction (lm_head included)")
         axes.set_ylabel("perplexity")

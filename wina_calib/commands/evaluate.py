@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import click
 
 from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
 from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.errors import UsageError
 from wina_calib.evaluate import Evaluation, evaluate
+from wina_calib.results import save_evaluation
+from wina_calib.source import resolve
 from wina_calib.text import percent, rise, table
 
 
@@ -15,6 +21,12 @@ from wina_calib.text import percent, rise, table
 @click.option("--data", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to test on.")
 @click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
 @click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to use.")
+@click.option("--save", is_flag=True, help="Keep the result in DIR, for its model card and report.")
+@click.option("--tasks", metavar="NAME,...", help="Run tasks of the lm-eval harness instead (extra lm-eval).")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Examples of each task; all by default.")
+@click.option(
+    "--include-path", type=click.Path(path_type=Path, exists=True), metavar="DIR", help="Folder of further task files."
+)
 @device_option
 @dtype_option
 @revision_option
@@ -24,6 +36,10 @@ def command(
     data: tuple[str, ...],
     sparsity: float | None,
     tokens: int,
+    save: bool,
+    tasks: str | None,
+    limit: int | None,
+    include_path: Path | None,
     device: str,
     dtype: str,
     revision: str | None,
@@ -35,6 +51,24 @@ def command(
     Example:
       wina-calib evaluate demo-sparse --sparsity 0.4
     """
+    if tasks is not None:
+        from wina_calib.tasks import evaluate_tasks, render_tasks, task_placement
+
+        if save:
+            raise UsageError("--save keeps perplexities; it does not go with --tasks.")
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = evaluate_tasks(
+            checkpoint,
+            names,
+            sparsity=sparsity,
+            limit=limit,
+            include_path=include_path,
+            revision=revision,
+            **task_placement(device, dtype),
+        )
+        emit({"tasks": [asdict(score) for score in scores]}, render_tasks(scores), as_json=as_json)
+        return
+    folder, _ = resolve(checkpoint, revision=revision)
     with bar(0, "evaluate") as shown:
 
         def progress(done: int, total: int) -> None:
@@ -42,17 +76,18 @@ def command(
             shown.update()
 
         result = evaluate(
-            checkpoint,
+            folder,
             data=data,
             sparsity=sparsity,
             tokens=tokens,
             device=device,
             dtype=dtype,
-            revision=revision,
             progress=progress,
         )
     for warning in result.warnings:
         note(f"warning: {warning}")
+    if save:
+        note(f"kept in {save_evaluation(folder, result)}")
     emit(result.to_dict(), render(result), as_json=as_json)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
-from huggingface_hub.utils import logging
 
 from wina_calib.commands.common import emit, json_option
 from wina_calib.hub import push
@@ -37,7 +37,7 @@ def command(
     Example:
       wina-calib push demo-sparse USER/demo-sparse --private
     """
-    logging.set_verbosity_error()  # what it says of unchanged files is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of unchanged files is said below
     done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     emit({"url": done.url, "commit": done.commit, "changed": done.changed}, text, as_json=as_json)

@@ -1,0 +1,59 @@
+"""`wina-calib info`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.estimate import human_bytes
+from wina_calib.hub import RemoteFacts, remote_facts
+from wina_calib.text import percent, table
+
+
+@click.command("info")
+@click.argument("repo", metavar="USER/REPO")
+@revision_option
+@json_option
+def command(repo: str, revision: str | None, as_json: bool) -> None:
+    """Say what the checkpoint USER/REPO on the Hugging Face Hub is, without downloading weights.
+
+    \b
+    Example:
+      wina-calib info USER/demo-sparse
+    """
+    facts = remote_facts(repo, revision=revision)
+    emit(to_dict(facts), render(facts), as_json=as_json)
+
+
+def to_dict(facts: RemoteFacts) -> dict[str, Any]:
+    """The facts for JSON."""
+    return {
+        "repo": facts.repo,
+        "commit": facts.commit,
+        "weights_by_reference": facts.by_reference,
+        "parameters": facts.parameters,
+        "runtime_matrices": facts.runtime_elements,
+        "bytes": facts.total_bytes,
+        "settings": facts.settings.to_dict(),
+    }
+
+
+def render(facts: RemoteFacts) -> str:
+    """The facts as text."""
+    settings, provenance = facts.settings, facts.settings.provenance
+    weights = ", ".join(f"{count:,} {dtype}" for dtype, count in facts.parameters.items())
+    rows = [
+        ["checkpoint", f"{facts.repo} at {facts.commit[:12]}"],
+        ["base model", str(provenance.get("base_model"))],
+        ["weights", "the base model's, by reference" if facts.by_reference else weights],
+        ["size", human_bytes(facts.total_bytes)],
+        ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.anchors))})"],
+        ["score, masks", f"{settings.score}, {settings.masks}"],
+        ["transform", f"{settings.transform} ({facts.runtime_elements:,} run-time weights)"],
+        ["budget", settings.budget],
+        ["data", ", ".join(map(str, provenance.get("data", ())))],
+        ["format", settings.format_version],
+    ]
+    return table(["", ""], rows)

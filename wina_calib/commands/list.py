@@ -1,0 +1,37 @@
+"""`wina-calib list`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from wina_calib.commands.common import emit, json_option
+from wina_calib.hub import Listed, list_checkpoints
+from wina_calib.text import table
+
+
+@click.command("list")
+@click.argument("user", required=False)
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1), metavar="N", help="At most so many.")
+@json_option
+def command(user: str | None, limit: int, as_json: bool) -> None:
+    """List the calibrated checkpoints of USER, or of everybody, on the Hugging Face Hub.
+
+    \b
+    Example:
+      wina-calib list USER
+    """
+    found = list_checkpoints(user, limit=limit)
+    emit({"checkpoints": [asdict(model) for model in found]}, render(found, user), as_json=as_json)
+
+
+def render(found: list[Listed], user: str | None) -> str:
+    """The list as text."""
+    if not found:
+        return f"No calibrated checkpoints{f' of {user}' if user else ''}."
+    rows = [
+        [m.repo, m.base_model or "-", "private" if m.private else "public", f"{m.downloads:,}", m.modified]
+        for m in found
+    ]
+    return table(["checkpoint", "base model", "access", "downloads", "modified"], rows)

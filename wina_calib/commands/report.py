@@ -1,0 +1,31 @@
+"""`wina-calib report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.report import write_report
+from wina_calib.source import resolve
+
+
+@click.command("report")
+@click.argument("checkpoint", metavar="DIR")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@revision_option
+@json_option
+def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
+    """Draw the checkpoint DIR: budget, scores and thresholds, errors and quality, as PNG and one HTML page.
+
+    Needs `pip install 'wina-calib[plots]'`.
+
+    \b
+    Example:
+      wina-calib report demo-sparse -o report
+    """
+    folder, _ = resolve(checkpoint, revision=revision)
+    page = write_report(folder, output, overwrite=overwrite)
+    emit({"page": str(page)}, f"{page}: report written.", as_json=as_json)
