@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import script
+import yaml
 from hub_server import Hub
+
+import wina_calib
 
 SECRET, STRANGER = "hf_aSecretThatNobodyMaySee", "hf_aStranger"
 PUSH = "import sys; from wina_calib.cli import main; main(['push', *sys.argv[1:]])"
+CLI = "import sys; from wina_calib.cli import main; main(sys.argv[1:])"
 LOAD = """
 import json, os, sys, torch, wina_calib
 options = json.loads(sys.argv[2])
@@ -25,10 +29,24 @@ print(json.dumps({"sum": logits.double().sum().item(), "name": model.name_or_pat
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     with Hub({SECRET: "me", STRANGER: "someone"}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the client keeps its cache."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def client(hub: Hub, home: Path) -> Iterator[script.Worker]:
+    """A client of the hub."""
+    worker = script.Worker(hub.environment(home, token=SECRET))
+    yield worker
+    worker.close()
 
 
 @pytest.fixture
@@ -38,25 +56,26 @@ def folder(calibrated: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def push(hub: Hub, tmp_path: Path) -> Callable[..., Any]:
+def push(client: script.Worker) -> Callable[..., Any]:
     """Push with the command line; the JSON that it prints."""
 
-    def run(folder: Path, repo: str, *flags: str, token: str = SECRET) -> Any:
-        done = script.run(PUSH, folder, repo, "--json", *flags, env=hub.environment(tmp_path / "home", token=token))
-        assert SECRET not in done.stdout + done.stderr
+    def run(folder: Path, repo: str, *flags: str) -> Any:
+        done = client.run(PUSH, folder, repo, "--json", *flags)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert SECRET not in done.stdout + done.stderr
         return json.loads(done.stdout)
 
     return run
 
 
 @pytest.fixture
-def load(hub: Hub, tmp_path: Path) -> Callable[..., Any]:
+def load(client: script.Worker) -> Callable[..., Any]:
     """Load with wina_calib.load; the logits' sum and the model's name."""
 
-    def run(repo: str, *, offline: bool = False, token: str = SECRET, home: str = "home", **options: Any) -> Any:
-        env = hub.environment(tmp_path / home, token=token, offline=offline)
-        return script.run_json(LOAD, repo, json.dumps(options), env=env)
+    def run(repo: str, **options: Any) -> Any:
+        done = client.run(LOAD, repo, json.dumps(options))
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
 
@@ -66,29 +85,30 @@ def local_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_push_load_push_again_and_offline(
-    hub: Hub, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
+    hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     weights = hashlib.sha256((folder / "wina.safetensors").read_bytes()).hexdigest()
-    first = push(folder, "me/sparse")
+    first = push(folder, "me/first")
     assert first["changed"]
-    assert first["url"] == f"{hub.url}/me/sparse"
-    stored = hub.files("me/sparse")
+    assert first["url"] == f"{hub.url}/me/first"
+    stored = hub.files("me/first")
     assert {name: stored[name] for name in local_files(folder)} == local_files(folder)
     assert hashlib.sha256(stored["wina.safetensors"]).hexdigest() == weights
-    assert b'wina_calib.load("me/sparse")' in stored["README.md"]
+    assert b'wina_calib.load("me/first")' in stored["README.md"]
 
     uploads = hub.count("large_put"), hub.count("commit")
-    again = push(folder, "me/sparse")
+    again = push(folder, "me/first")
     assert not again["changed"]
     assert again["commit"] == first["commit"]
     assert (hub.count("large_put"), hub.count("commit")) == uploads
 
-    online = load("me/sparse")
-    assert online["name"] == "me/sparse"
-    assert online == load("me/sparse", revision=first["commit"])
+    online = load("me/first")
+    assert online["name"] == "me/first"
+    assert online == load("me/first", revision=first["commit"])
     requests = len(hub.requests)
-    assert load("me/sparse", offline=True) == online
-    assert load("me/sparse", local_files_only=True) == online
+    assert load("me/first", local_files_only=True) == online
+    offline = hub.environment(home, offline=True)
+    assert script.run_json(LOAD, "me/first", "{}", env=offline) == online
     assert len(hub.requests) == requests
     assert load(str(folder))["sum"] == online["sum"]
 
@@ -96,48 +116,47 @@ def test_push_load_push_again_and_offline(
 def test_revisions_are_pinned_and_stale_files_go(
     hub: Hub, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
-    first = push(folder, "me/sparse")
-    before = load("me/sparse")
+    first = push(folder, "me/pinned")
+    before = load("me/pinned")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["prefill"] = "dense"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "notes.txt").write_text("kept")
-    hub.repos["me/sparse"].at(None).files["model.safetensors"] = (
-        hub.repos["me/sparse"].at(None).files["wina.safetensors"]
+    hub.repos["me/pinned"].at(None).files["model.safetensors"] = (
+        hub.repos["me/pinned"].at(None).files["wina.safetensors"]
     )
-    second = push(folder, "me/sparse", "--message", "dense prompts")
+    second = push(folder, "me/pinned", "--message", "dense prompts")
     assert second["commit"] != first["commit"]
-    commit = hub.repos["me/sparse"].at(None)
+    commit = hub.repos["me/pinned"].at(None)
     assert commit.message == "dense prompts"
     assert "model.safetensors" not in commit.files  # transformers would read it in place of the index
     assert commit.files["notes.txt"].data == b"kept"
-    assert load("me/sparse")["sum"] != before["sum"]
-    assert load("me/sparse", revision=first["commit"]) == before
+    assert load("me/pinned")["sum"] != before["sum"]
+    assert load("me/pinned", revision=first["commit"]) == before
 
 
 def test_branches_and_pull_requests(hub: Hub, folder: Path, push: Callable[..., Any]) -> None:
-    assert push(folder, "me/sparse", "--revision", "v1")["url"] == f"{hub.url}/me/sparse/tree/v1"
-    assert "wina.safetensors" in hub.files("me/sparse", "v1")
-    assert "wina.safetensors" not in hub.files("me/sparse")
-    assert push(folder, "me/sparse", "--create-pr")["url"] == f"{hub.url}/me/sparse/discussions/1"
-    assert "wina.safetensors" in hub.files("me/sparse", "refs/pr/1")
-    assert "wina.safetensors" not in hub.files("me/sparse")
+    assert push(folder, "me/branches", "--revision", "v1")["url"] == f"{hub.url}/me/branches/tree/v1"
+    assert "wina.safetensors" in hub.files("me/branches", "v1")
+    assert "wina.safetensors" not in hub.files("me/branches")
+    assert push(folder, "me/branches", "--create-pr")["url"] == f"{hub.url}/me/branches/discussions/1"
+    assert "wina.safetensors" in hub.files("me/branches", "refs/pr/1")
+    assert "wina.safetensors" not in hub.files("me/branches")
 
 
 def test_a_private_repository_keeps_strangers_out(
-    hub: Hub, folder: Path, tmp_path: Path, push: Callable[..., Any]
+    hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any]
 ) -> None:
     push(folder, "me/hidden", "--private")
     assert hub.repos["me/hidden"].private
     said = {}
-    for name, token in {"stranger": STRANGER, "nobody": None, "wrong": "hf_madeUp"}.items():
-        env = hub.environment(tmp_path / name, token=token)
-        done = script.run("import sys, wina_calib; wina_calib.load(sys.argv[1])", "me/hidden", env=env)
+    for name, token in {"stranger": STRANGER, "nobody": "", "wrong": "hf_madeUp"}.items():
+        done = client.run(LOAD, "me/hidden", "{}", env={"HF_TOKEN": token})
         assert done.returncode == 1
         said[name] = done.stderr.splitlines()[-1]
         assert said[name].startswith("wina_calib.errors.HubError: me/hidden: ")
         assert "hf auth login" in said[name]
-        assert token is None or token not in done.stderr
+        assert not token or token not in done.stderr
     assert "no such repository, or it is private" in said["stranger"]
     assert "refused the token" in said["wrong"]
 
@@ -145,34 +164,35 @@ def test_a_private_repository_keeps_strangers_out(
 @pytest.mark.parametrize(
     ("token", "repo", "expected"),
     [
-        ("hf_madeUp", "me/sparse", "refused the token"),
-        (STRANGER, "me/sparse", "refused the token"),
-        (None, "me/sparse", "refused the token, or there is none"),
+        ("hf_madeUp", "me/refused", "refused the token"),
+        (STRANGER, "me/refused", "refused the token"),
+        ("", "me/refused", "refused the token, or there is none"),
         (SECRET, "not a name", "no repository name"),
     ],
 )
 def test_a_refused_push_says_why_in_one_line(
-    hub: Hub, folder: Path, tmp_path: Path, token: str | None, repo: str, expected: str
+    hub: Hub, folder: Path, client: script.Worker, token: str, repo: str, expected: str
 ) -> None:
-    done = script.run(PUSH, folder, repo, env=hub.environment(tmp_path / "home", token=token))
+    done = client.run(PUSH, folder, repo, env={"HF_TOKEN": token})
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"Error: {repo}: ")
     assert expected in line
-    assert token is None or token not in line
-    assert hub.repos == {}
+    assert not token or token not in line
+    assert repo not in hub.repos
 
 
-def test_a_damaged_checkpoint_is_not_uploaded(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_uploaded(hub: Hub, folder: Path, client: script.Worker) -> None:
     weights = next(folder.glob("model-*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    done = script.run(PUSH, folder, "me/sparse", env=hub.environment(tmp_path / "home", token=SECRET))
+    requests = len(hub.requests)
+    done = client.run(PUSH, folder, "me/damaged")
     assert done.returncode == 1
     assert "weights are not those that the calibration was made for" in done.stderr
-    assert hub.requests == []
+    assert len(hub.requests) == requests
 
 
 def test_without_a_network_it_says_so(folder: Path, tmp_path: Path) -> None:
@@ -181,17 +201,23 @@ def test_without_a_network_it_says_so(folder: Path, tmp_path: Path) -> None:
     done = script.run(PUSH, folder, "me/sparse", env=env)
     assert done.returncode == 1
     assert "did not answer. Check the network" in done.stderr.splitlines()[-1]
-    done = script.run("import wina_calib; wina_calib.load('me/sparse')", env=env | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = script.run("import wina_calib; wina_calib.load('me/sparse')", env=env)
+    assert done.returncode == 1
     assert "HF_HUB_OFFLINE is set" in done.stderr.splitlines()[-1]
 
 
 def test_an_interrupted_push_goes_on_where_it_stopped(
-    hub: Hub, folder: Path, tmp_path: Path, push: Callable[..., Any], load: Callable[..., Any]
+    hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     big = next(folder.glob("model-*.safetensors")).read_bytes()
+    hub.large.clear()  # what other tests sent
     hub.hold_large = lambda body: body == big
-    command = [sys.executable, "-c", PUSH, str(folder), "me/sparse"]
-    env = script.environment(hub.environment(tmp_path / "home", token=SECRET))
+    command = [sys.executable, "-c", PUSH, str(folder), "me/interrupted"]
+    env = script.environment(hub.environment(home, token=SECRET))
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         assert hub.held.wait(script.TIMEOUT)
         small = (folder / "wina.safetensors").read_bytes()
@@ -200,31 +226,98 @@ def test_an_interrupted_push_goes_on_where_it_stopped(
     hub.hold_large = None
     hub.release.set()
     assert big not in hub.large.values()
-    assert "wina.safetensors" not in hub.files("me/sparse")  # nothing is half there
+    assert "wina.safetensors" not in hub.files("me/interrupted")  # nothing is half there
     before = hub.count("large_put")
-    assert push(folder, "me/sparse")["changed"]
+    assert push(folder, "me/interrupted")["changed"]
     assert hub.count("large_put") == before + 1
-    assert hub.files("me/sparse")["wina.safetensors"] == small
-    assert load("me/sparse")["name"] == "me/sparse"
+    assert hub.files("me/interrupted")["wina.safetensors"] == small
+    assert hub.files("me/interrupted")[next(folder.glob("model-*.safetensors")).name] == big
+    assert load("me/interrupted")["name"] == "me/interrupted"
 
 
-def test_pushes_at_the_same_time_leave_one_whole_checkpoint(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_pushes_at_the_same_time_leave_one_whole_checkpoint(hub: Hub, home: Path, folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"]["prefill"] = "dense"
     (other / "config.json").write_text(json.dumps(config))
     (other / "only-here.txt").write_text("other")
-    env = script.environment(hub.environment(tmp_path / "home", token=SECRET))
+    env = script.environment(hub.environment(home, token=SECRET))
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PUSH, str(source), "me/sparse"], env=env, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", PUSH, str(source), "me/together"], env=env, stdout=subprocess.PIPE, text=True
         )
-        for source in (folder, folder, other)
+        for source in (folder, other)
     ]
     said = [process.communicate(timeout=script.TIMEOUT)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert all(f"{hub.url}/me/sparse" in text for text in said)
-    stored = hub.files("me/sparse")
+    assert [process.returncode for process in running] == [0, 0]
+    assert all(f"{hub.url}/me/together" in text for text in said)
+    stored = hub.files("me/together")
     assert stored["only-here.txt"] == b"other"
     assert stored["wina.safetensors"] == (folder / "wina.safetensors").read_bytes()
     assert stored["config.json"] in {(source / "config.json").read_bytes() for source in (folder, other)}
+
+
+def test_list_and_info_without_a_download(
+    hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any]
+) -> None:
+    done = push(folder, "me/listed")
+    listed = client.run(CLI, "list", "me", "--json")
+    found = {row["repo"]: row for row in json.loads(listed.stdout)["checkpoints"]}
+    assert found["me/listed"]["downloads"] == 7
+    assert json.loads(client.run(CLI, "list", "nobody", "--json").stdout) == {"checkpoints": []}
+
+    start = len(hub.requests)
+    facts = json.loads(client.run(CLI, "info", "me/listed", "--json").stdout)
+    assert facts["commit"] == done["commit"]
+    assert facts["parameters"] == {"F32": sum(p.numel() for p in wina_calib.load(folder).parameters())}
+    assert facts["settings"]["sparsity"] == 0.5
+    moved = sum(
+        int(name.rpartition(" ")[2])
+        for method, name in hub.requests[start:]
+        if name.startswith("bytes ") and method == "GET"
+    )
+    assert moved < 250_000 < facts["bytes"]
+    assert "me/listed at" in client.run(CLI, "info", "me/listed").stdout
+    hub.commit("me/listed", "main", {}, "emptied")
+    assert "is not calibrated" in client.run(CLI, "info", "me/listed").stderr
+
+
+def test_a_checkpoint_by_reference_takes_its_weights_from_the_hub(
+    hub: Hub,
+    client: script.Worker,
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    push: Callable[..., Any],
+    load: Callable[..., Any],
+) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    card = "---\nlicense: other\nlicense_name: made-up\nlicense_link: LICENSE.md\nlanguage:\n- en\n---\n# base\n"
+    (base / "README.md").write_text(card)
+    upload = """
+        import sys, huggingface_hub
+        huggingface_hub.create_repo("me/base")
+        huggingface_hub.upload_folder(repo_id="me/base", folder_path=sys.argv[1])
+    """
+    assert client.run(upload, base).returncode == 0
+    commit = hub.repos["me/base"].at(None).sha
+    calibrate = """
+        import sys, wina_calib
+        options = {"data": sys.argv[1], "samples": 80, "seq_len": 128, "budget": "uniform"}
+        wina_calib.calibrate("me/base", sys.argv[2], weights="reference", **options)
+        wina_calib.calibrate("me/base", sys.argv[3], transform="none", **options)
+    """
+    done = client.run(calibrate, text, tmp_path / "reference", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr[-2000:]
+    push(tmp_path / "reference", "me/reference")
+    stored = hub.files("me/reference")
+    assert sum(map(len, stored.values())) < 200_000
+    assert json.loads(stored["wina_config.json"])["base_commit"] == commit
+    metadata = yaml.safe_load(stored["README.md"].decode().split("---")[1])
+    assert metadata["base_model"] == "me/base"
+    assert metadata["base_model_relation"] == "quantized"
+    assert (metadata["license"], metadata["license_name"], metadata["language"]) == ("other", "made-up", ["en"])
+    assert metadata["license_link"] == f"https://huggingface.co/me/base/blob/{commit}/LICENSE.md"
+    assert load("me/reference")["sum"] == load(str(tmp_path / "whole"))["sum"]
+    facts = json.loads(client.run(CLI, "info", "me/reference", "--json").stdout)
+    assert facts["weights_by_reference"] and facts["parameters"] == {}
