@@ -73,6 +73,17 @@ def test_strided_input(dtype):
     assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [-1.0, 0.0, 0.75, 100.0])
+def test_kept_inputs_are_those_of_the_mask(dtype, limit):
+    x, _, norm, _ = operands(1, 4000, 8, dtype)
+    x[0, 7], norm[9] = 0.0, 0.0
+    x[0, 20:40], norm[20:40] = 0.75, 1.0
+    x[0, 33] = -0.75
+    mask = reference.keep_mask(x, norm, torch.tensor(limit))[0] & (x[0] * norm != 0)
+    assert torch.equal(cpu.kept_inputs(x[0], norm, limit), mask.nonzero().view(-1))
+
+
 def test_ties_are_dropped():
     x = torch.tensor([[1.0, -2.0, 2.0, 3.0]])
     keep = reference.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(2.0))
@@ -126,14 +137,15 @@ def test_dense_site(dtype, rows, columns):
     assert error(kernels.dense_site(x, stored, bias), expected) <= LIMITS[dtype]
 
 
-def test_column_chunks_divide_the_outputs():
-    for width in (1, 130, 256, 2048, 2560, 5632, 11264, 32003):
-        for count in (1, 2, 3, 8):
-            chunks = cpu.column_chunks(width, count)
-            assert width % chunks == 0
-            assert chunks == 1 or width // chunks >= cpu.MIN_BAG_WIDTH
-    assert cpu.column_chunks(2048, 2) == 4
-    assert cpu.column_chunks(32003, 2) == 1
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partial_results_that_cancel(dtype, threads):
+    """The halves of the inputs cancel to a fortieth: partial results rounded to 16 bits would show."""
+    threads(2)
+    x, weight_t, norm, threshold = operands(1, 1024, 256, dtype, seed=5)
+    x[0, 512:], norm[512:] = x[0, :512], norm[:512]
+    weight_t[512:] = -weight_t[:512] * 0.96875
+    args = (x, weight_t, norm, threshold)
+    assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
 
 
 def test_column_storage_copies_the_transpose():
@@ -174,7 +186,8 @@ def test_one_log_line_without_a_sparse_kernel(monkeypatch, caplog):
 def test_column_layout_only_where_it_pays():
     assert kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.5)
     assert not kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.0)
-    assert not kernels.column_layout_pays("cpu", torch.bfloat16, 64, 128, 0.65)
+    assert not kernels.column_layout_pays("cpu", torch.bfloat16, 512, 2048, 0.65)
+    assert not kernels.column_layout_pays("cpu", torch.float32, 2048, 5632, 0.25)
     assert not kernels.column_layout_pays("cpu", torch.float64, 2048, 5632, 0.5)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from wina_calib.runtime import kernels
+from wina_calib.runtime.kernels import cuda
 
 MODELS = {
     "Llama-3-8B": {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
@@ -66,7 +67,7 @@ class Site:
         self.threshold.copy_(value)
 
     def check(self):
-        y = kernels.sparse_site(self.x, self.sparse[0], self.norm, self.threshold)
+        y = cuda.sparse_site(self.x, self.sparse[0], self.norm, self.threshold)
         kept = kernels.mask_input(self.x, self.norm, self.threshold).double()
         expected = kept @ self.dense[0].t().double()
         assert (y - expected).norm() <= 1e-2 * expected.norm(), "wrong result"
@@ -75,7 +76,8 @@ class Site:
         F.linear(self.x, self.dense[layer])
 
     def run_sparse(self, layer):
-        kernels.sparse_site(self.x, self.sparse[layer], self.norm, self.threshold)
+        # The kernel itself, also for numbers of rows for which the seam would choose the dense product.
+        cuda.sparse_site(self.x, self.sparse[layer], self.norm, self.threshold)
 
 
 def compare(sites, layers, label, results):

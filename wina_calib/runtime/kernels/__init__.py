@@ -5,14 +5,15 @@
 | weight in memory | device | dtype | rows | kernel |
 | --- | --- | --- | --- | --- |
 | row-major | any | any | any | reference: masked dense product |
-| column-contiguous | CPU | float32, bfloat16, float16 | 1 to 4 | `cpu`: embedding_bag over the kept columns |
+| column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: sparse product of the kept columns |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
 | column-contiguous | CUDA with Triton | same | 1 or 2 | `triton`: compacted gather (it takes up to 8) |
 | column-contiguous | any other | any | any | reference |
 
-A call that needs gradients takes the reference path, which is differentiable. The kernels are one torch operator,
-`wina_calib::sparse_site`, opaque to `torch.compile`: no graph break, no recompile when the threshold changes, and on
-CUDA nothing that a CUDA graph cannot capture.
+Few: up to 4 rows of 16 bits on a processor without arithmetic for them. A call that needs gradients takes the
+reference path, which is differentiable. To `torch.compile` the kernels are one opaque operator,
+`wina_calib::sparse_site`: no graph break, no recompile when the threshold changes, and on CUDA nothing that a CUDA
+graph cannot capture. Eager calls skip the dispatcher, whose way through Python costs tens of microseconds.
 """
 
 from __future__ import annotations
@@ -88,19 +89,20 @@ def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: boo
 def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_features: int, sparsity: float) -> bool:
     """Whether a site's weight should be held column-contiguous: where the sparse kernel beats the row-major product.
 
-    On CUDA dense products take either layout equally well, so it pays wherever the kernel does. On the CPU it pays
-    above a size under which the gather's fixed cost shows, and above a sparsity at which it overtakes the dense
-    product (`CPU_MIN_SPARSITY`, measured on 2 threads without 16-bit arithmetic; docs/performance.md).
+    On CUDA dense products take either layout equally well, so it pays wherever the kernel does. On the CPU the gather
+    has a fixed cost, so it must save at least `CPU_MIN_SAVED` weights, and at low sparsity a dense product reads faster
+    than the gather skips (`CPU_MIN_SPARSITY`). Measured on 1 and 2 threads without 16-bit arithmetic, see
+    docs/performance.md.
     """
     if choose(device, dtype, 1, column_contiguous=True) == "reference":
         return False
     if device == "cpu":
-        return in_features * out_features >= CPU_MIN_WEIGHTS and sparsity >= CPU_MIN_SPARSITY[dtype]
+        return sparsity >= CPU_MIN_SPARSITY[dtype] and sparsity * in_features * out_features >= CPU_MIN_SAVED
     return sparsity > 0
 
 
-CPU_MIN_WEIGHTS = 1 << 20
-CPU_MIN_SPARSITY = {torch.float32: 0.3, torch.bfloat16: 0.4, torch.float16: 0.4}
+CPU_MIN_SAVED = 2_300_000
+CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.2}
 
 
 def sparse_site(
@@ -127,8 +129,12 @@ def sparse_site(
     """
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
     columns = weight_t.is_contiguous()
-    if needs_gradient or choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns) == "reference":
+    kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
+    if kernel == "reference":
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    if not torch.compiler.is_compiling():
+        run = cpu.sparse_site if kernel == "cpu" else cuda.sparse_site
+        return run(x, weight_t, norm, threshold, dense_rows, bias)
     y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     return y
 
@@ -142,6 +148,8 @@ def dense_site(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tenso
     narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     if needs_gradient or not narrow or not weight_t.is_contiguous():
         return torch.nn.functional.linear(x, weight_t.t(), bias)
+    if not torch.compiler.is_compiling():
+        return cpu.dense_columns(x, weight_t, bias)
     y: Tensor = torch.ops.wina_calib.dense_site(x, weight_t, bias)
     return y
 

@@ -1,8 +1,9 @@
-"""CPU kernels on column-contiguous weights: `embedding_bag` over the kept columns, float32 blocks for many rows.
+"""CPU kernels on column-contiguous weights: a sparse-dense product over the kept columns, float32 blocks for many rows.
 
-`embedding_bag` with `per_sample_weights` is a sparse matrix-vector product that ships with torch. It accumulates in
-float32 and rounds once. A bag is one block of outputs, so that bags are independent, threads share the work, and no
-partial sums are rounded to 16 bits.
+`torch.sparse.mm(..., reduce="sum")` of a sparse row, the kept inputs, with the weight reads only the kept rows of the
+weight, each from its beginning to its end, and accumulates in float32. It ships with torch and was faster than
+`embedding_bag`, which walks down all kept rows for every few columns, in each shape, dtype and sparsity measured
+(docs/performance.md). It works in parallel over sparse rows, so the kept inputs are dealt out to several.
 
 Dense 16-bit products on a column-contiguous weight go through oneDNN only where the processor has 16-bit arithmetic;
 elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the product is done in
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
+from array import array
 from collections.abc import Sequence
 from functools import cache
 
@@ -23,24 +26,14 @@ from torch.nn import functional as F
 from wina_calib.runtime.kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Each row gathers its own columns: with more rows than this a dense product reads the weight fewer times.
+# Without 16-bit arithmetic a dense product costs as much a row as a sparse one of all columns.
 MAX_SPARSE_ROWS = 4
-# A bag narrower than this spends its time on indices.
-MIN_BAG_WIDTH = 128
+# Partial results are rounded to the weight's dtype. Where they cancel so far, the error of that would show.
+MAX_CANCELLATION = 4.0
 # Columns that the float32 product converts at a time; bounds its extra memory to in * this * 4 bytes.
 FLOAT_BLOCK = 1024
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
-
-
-@cache
-def column_chunks(width: int, threads: int) -> int:
-    """Number of equal blocks that `width` outputs are split in: a divisor of `width`, twice the threads if possible.
-
-    Returns 1 where no divisor serves; the kept columns are then split instead.
-    """
-    usable = [c for c in range(1, 4 * threads + 1) if width % c == 0 and width // c >= MIN_BAG_WIDTH]
-    return min(usable, key=lambda c: (c < threads, abs(c - 2 * threads)), default=1)
 
 
 def sparse_site(
@@ -52,30 +45,63 @@ def sparse_site(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The site product on a contiguous (in, out) weight; arguments as for `kernels.sparse_site`."""
-    if x.shape[0] > MAX_SPARSE_ROWS:
+    if x.shape[0] > max_sparse_rows(x.dtype):
         return dense_columns(reference.mask_input(x, norm, threshold, dense_rows), weight_t, bias)
-    keep = reference.keep_mask(x, norm, threshold, dense_rows)
-    rows = [gather_row(x[r], weight_t, keep[r].nonzero().squeeze(1)) for r in range(x.shape[0])]
+    limits = [threshold.item()] * x.shape[0]
+    if dense_rows is not None:
+        limits = [-1.0 if dense else limit for dense, limit in zip(dense_rows.tolist(), limits, strict=True)]
+    rows = [
+        gather_row(row, weight_t, kept_inputs(row, norm, limit)) for row, limit in zip(x.unbind(), limits, strict=True)
+    ]
     y = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else x.new_empty(0, weight_t.shape[1])
     return y if bias is None else y + bias
 
 
+def kept_inputs(x: Tensor, norm: Tensor, limit: float) -> Tensor:
+    """Indices of x (in,) that `reference.keep_mask` keeps and that are not zero, as (n,) int64.
+
+    `hardshrink` is the comparison and the absolute value in one pass. Between products of megabytes each pass finds
+    its code gone from the caches, so that their number counts more than their size.
+    """
+    return F.hardshrink(x * norm, limit).nonzero().view(-1)
+
+
+def max_sparse_rows(dtype: torch.dtype) -> int:
+    """Rows up to which each gathers its own columns; a dense product of more reads the weight fewer times."""
+    return 1 if dtype == torch.float32 or has_16_bit_products(dtype) else MAX_SPARSE_ROWS
+
+
 def gather_row(x: Tensor, weight_t: Tensor, kept: Tensor) -> Tensor:
     """Product of one row x (in,) with the rows `kept` (n,) int64 of weight_t (in, out). Returns (1, out)."""
-    width, out = weight_t.shape
     threads = torch.get_num_threads()
-    chunks = column_chunks(out, threads)
-    # Without enough column blocks for the threads, the kept list is split and the parts added in float32.
-    parts = 1 if chunks >= threads else 2 * threads
+    values = x.take(kept)
+    if threads == 1:
+        return _sparse_rows(values, kept, weight_t, 1)
+    parts = _sparse_rows(values, kept, weight_t, 2 * threads)
+    y = parts.sum(0, keepdim=True, dtype=torch.float32)
+    if x.dtype == torch.float32:
+        return y
+    if parts.norm().item() > MAX_CANCELLATION * y.norm().item():
+        return _sparse_rows(values, kept, weight_t, 1)
+    return y.to(x.dtype)
+
+
+def _sparse_rows(values: Tensor, kept: Tensor, weight_t: Tensor, parts: int) -> Tensor:
+    """Products (parts, out) of consecutive shares of the kept inputs; their sum is the whole product."""
+    _warn_no_more()
     count = kept.numel()
-    table = weight_t.view(width * chunks, out // chunks)
-    index = (kept * chunks + torch.arange(chunks)[:, None]).view(-1)
-    starts = torch.arange(chunks)[:, None] * count + torch.arange(parts) * (count // parts)
-    values = x.index_select(0, kept).repeat(chunks)
-    bags = torch.embedding_bag(table, index, starts.view(-1), False, 0, False, values)[0]
-    if parts > 1:
-        bags = bags.view(chunks, parts, -1).sum(1, dtype=torch.float32).to(x.dtype)
-    return bags.view(1, out)
+    bounds = torch.frombuffer(array("q", [count * part // parts for part in range(parts + 1)]), dtype=torch.int64)
+    shares = torch.sparse_csr_tensor(bounds, kept, values, (parts, weight_t.shape[0]), check_invariants=False)
+    product: Tensor = torch.sparse.mm(shares, weight_t, reduce="sum")
+    return product
+
+
+@cache
+def _warn_no_more() -> None:
+    """Use up torch's one warning a process that sparse CSR tensors are in beta state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
 
 
 @cache
@@ -92,7 +118,7 @@ def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Te
     """Dense product of x (rows, in) with a column-contiguous weight_t (in, out), fast on it in every dtype."""
     if x.dtype == torch.float32 or has_16_bit_products(x.dtype):
         return F.linear(x, weight_t.t(), bias)
-    if x.shape[0] <= MAX_SPARSE_ROWS:
+    if x.shape[0] <= max_sparse_rows(x.dtype):
         everything = torch.full((), -1.0)
         return sparse_site(x, weight_t, torch.ones(x.shape[1]), everything, None, bias)
     wide = x.float()
