@@ -294,6 +294,7 @@ class TestAutotune:
             assert all(v & (v - 1) == 0 for v in (c.slice, c.block_k, c.block_n, c.warps))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_triton_kernels_through_the_interpreter():
