@@ -11,8 +11,9 @@ import torch
 
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
-from wina_calib.errors import CheckpointError, ModelFolderError, UsageError
+from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, UsageError
 from wina_calib.evaluate import evaluate
+from wina_calib.export import export_dense
 from wina_calib.hub import prepare
 from wina_calib.source import load_tokenizer, open_source
 
@@ -101,9 +102,11 @@ def test_a_local_base_model_cannot_be_pushed(reference: Path, tmp_path: Path) ->
         prepare(Path(shutil.copytree(reference, tmp_path / "copy")), "me/sparse")
 
 
-def test_other_commands_take_it(reference: Path, text: Path, llama: Path) -> None:
+def test_other_commands_take_it(reference: Path, text: Path, llama: Path, tmp_path: Path) -> None:
     open_checkpoint(reference).verify_weights()
     assert load_tokenizer(reference)("a text")["input_ids"]
     assert evaluate(reference, data=str(text), tokens=512).model_sparsity == pytest.approx(0.5, abs=0.1)
-    with pytest.raises(ModelFolderError, match="calibrated already|matrices|no"):
+    with pytest.raises(ModelFolderError, match="calibrated already"):
         open_source(str(reference))
+    with pytest.raises(UnsupportedModel, match=f"the dense model is {llama}"):
+        export_dense(reference, tmp_path / "dense")
