@@ -28,7 +28,7 @@ from wina_calib.families import Architecture
 from wina_calib.greedy import greedy
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
-from wina_calib.sensitivity import MAX_TOKENS, PASSES, Rise, measure_curves, measured_rises
+from wina_calib.sensitivity import CURVE_LEVELS, MAX_TOKENS, PASSES, Rise, measure_curves, measured_rises
 from wina_calib.streaming import HiddenStates, LayerStream
 
 METHODS = ("global", "greedy", "uniform")
@@ -96,6 +96,11 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
     if not is_file(options.budget):
         if options.budget == "greedy" and (options.min or options.max):
             raise BudgetError("--min and --max have no meaning for the papers' greedy budget. Use global or uniform.")
+        if options.budget == "global" and max(options.anchors) > CURVE_LEVELS[-1]:
+            raise BudgetError(
+                f"a global budget reaches model sparsities up to {CURVE_LEVELS[-1]}, asked is {max(options.anchors)}. "
+                "Use --budget uniform for more."
+            )
         if options.sparsity > 0:
             solve_rows(cells, (options.sparsity,), options.sparsity, bounds, None)
         return options
@@ -170,6 +175,7 @@ def scaled_curves(
     factor = _factor(rises[at], predicted[at])
     tokens = sum(ids.numel() for ids in chosen.stream.batches)
     facts = {
+        "anchors": list(anchors),
         "tokens": tokens,
         "passes": PASSES * tokens / sum(ids.numel() for ids in stream.batches),
         "factor": factor,
@@ -248,6 +254,13 @@ def model_key(arch: Architecture, cells: Cells) -> ModelKey:
 def is_file(budget: str) -> bool:
     """Whether a `--budget` value is a file rather than a method."""
     return budget not in METHODS
+
+
+def stored_name(options: CalibrateOptions) -> str:
+    """How a checkpoint's settings say that its budget was chosen."""
+    if is_file(options.budget):
+        return "file"
+    return "custom" if options.min or options.max else options.budget
 
 
 def _factor(measured: Rise, predicted: float) -> float:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 import wina_calib
-from wina_calib.allocation import Allocation, allocate, curve_tensors, is_file, scaled_curves, settle
+from wina_calib.allocation import Allocation, allocate, curve_tensors, scaled_curves, settle, stored_name
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import SiteTensors, model_names, open_checkpoint, write_calibration, write_weights
@@ -107,14 +107,14 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     tokenizer = source.tokenizer()
     seq_len = fitting_length(source, chosen.seq_len)
     blocks = load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed)
-    job = _Job(
+    job = Job(
         source=source,
         options=chosen,
         transform=transform,
         blocks=blocks,
         device=device,
         dtype=pick_dtype(chosen.dtype, source.dtype, device),
-        micro_batch=chosen.micro_batch or max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len),
+        micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len),
         report=progress or Silent(),
     )
     job.report.planned(job.estimate())
@@ -149,13 +149,18 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
     return torch.float32 if device.type == "cpu" else stored
 
 
+def default_micro_batch(device: torch.device, seq_len: int) -> int:
+    """Blocks of this length that are computed together on a device."""
+    return max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len)
+
+
 def fitting_length(source: Source, seq_len: int) -> int:
     """Cut a block length to what the model takes."""
     return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One calibration under way."""
 
     source: Source
@@ -185,7 +190,7 @@ class _Job:
         dense, untied = self._write_weights(rotations, folder)
         del rotations
         chosen = self._budget(dense, folder)
-        tensors, curve_facts = self._fit(dense, chosen, folder)
+        tensors, curve_facts = self.fit(dense, chosen, folder)
         settings = Settings(
             sparsity=self.options.sparsity,
             anchors=self.options.anchors,
@@ -193,7 +198,7 @@ class _Job:
             masks=self.options.masks,
             exponent=self.options.exponent,
             transform=self.transform.name,
-            budget="file" if is_file(self.options.budget) else self.options.budget,
+            budget=stored_name(self.options),
             curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
             prefill=self.options.prefill,
             weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
@@ -292,7 +297,19 @@ class _Job:
     def _rule(self) -> MaskRule:
         return MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
 
-    def _fit(self, source: Source, chosen: Allocation, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def fit(
+        self, source: Source, chosen: Allocation, folder: Path | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fit thresholds in closed loop at every anchor.
+
+        Args:
+            source: the dense model with its transformed weights.
+            chosen: the site sparsities.
+            folder: where hidden states may be spilled.
+
+        Returns:
+            The tensors to store, and for the provenance what was measured.
+        """
         arch, anchors, rows, rule = source.architecture, self.options.anchors, chosen.rows, self._rule
         stream = self._stream(source, self.blocks.ids, folder)
         self.report.phase("fit thresholds", len(arch.layers))
@@ -346,6 +363,7 @@ class _Job:
             "base_ppl_fingerprint": base.fingerprint,
             "data": list(self.blocks.data),
             "data_fingerprint": self.blocks.fingerprint,
+            "samples": self.blocks.requested,
             "blocks": len(self.blocks.ids),
             "seq_len": self.blocks.ids.shape[1],
             "seed": self.options.seed,

@@ -21,6 +21,7 @@ from torch import Tensor
 import wina_calib
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture, Layer, MaskGroup, Site
+from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import FORMAT_VERSION, METHOD, Settings
 from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json
@@ -344,6 +345,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def read_settings(folder: Path) -> Settings:
     """Read the calibration's settings from config.json."""
+    finish_staged(folder)
     path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")

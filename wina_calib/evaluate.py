@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.cells import count_cells
 from wina_calib.corpus import HELDOUT_DATA, load_blocks, text_hashes
 from wina_calib.errors import NumericError, UsageError
-from wina_calib.families import describe
+from wina_calib.families import SITES, describe
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
 from wina_calib.settings import Settings
 from wina_calib.source import load_tokenizer, resolve
@@ -105,7 +107,7 @@ def evaluate(
     specs = (data,) if isinstance(data, str) else tuple(map(str, data))
     folder, _ = resolve(str(path_or_repo), revision=revision)
     place = pick_device(device)
-    model = load(folder, sparsity, dtype=_weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+    model = load(folder, sparsity, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
     return evaluate_model(model, folder, specs, sparsity=sparsity, tokens=tokens, progress=progress)
 
 
@@ -117,14 +119,18 @@ def evaluate_model(
     sparsity: float | None = None,
     tokens: int = 32_768,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    budget: NDArray[np.float64] | None = None,
 ) -> Evaluation:
-    """Measure a loaded sparse model; see `evaluate`."""
+    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities."""
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2.")
     sites = sparse_sites(model)
     settings = sites[0].settings
     asked = settings.sparsity if sparsity is None else sparsity
     set_sparsity(model, asked)
+    if budget is not None:
+        for site in sites:
+            site.set_sparsity(asked, float(budget[site.layer, SITES.index(site.site.name)]))
     seq_len = min(int(settings.provenance.get("seq_len", 2048)), tokens)
     blocks = load_blocks(
         data, load_tokenizer(folder), samples=max(1, tokens // seq_len), seq_len=seq_len, seed=0, min_tokens=2
@@ -216,7 +222,8 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def _weights_dtype(name: str, device: torch.device) -> torch.dtype | str:
+def weights_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The dtype to load weights in for `auto` or a dtype's name."""
     if name == "auto" and device.type != "cpu":
         return "auto"
     return pick_dtype(name, torch.float32, device)

@@ -12,10 +12,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wina_calib.errors import OutputError
+
+_STAGED = ".wina-staged"
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def output_folder(target: Path, *, overwrite: bool = False, keep_partial: bool =
     Raises:
         OutputError: the folder exists, is locked by another process, cannot be written, or the disk is full.
     """
-    target = target.expanduser().absolute()
+    target = target.expanduser().resolve()
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     with readable_errors(target), _lock(target):
         _recover(target, old)
@@ -54,13 +56,34 @@ def output_folder(target: Path, *, overwrite: bool = False, keep_partial: bool =
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(target: Path, *, overwrite: bool) -> None:
-    """Refuse early, before any work, what `output_folder` would refuse."""
-    target = target.expanduser().absolute()
+def check_output(target: Path, *, overwrite: bool, keep: Path | None = None, made: tuple[str, ...] = ()) -> None:
+    """Refuse early, before any work, what `output_folder` would refuse, and what must not be replaced.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace an existing folder.
+        keep: a folder that the work reads; it must not be replaced.
+        made: files of which a folder must have one to be replaced: nothing else is ever deleted.
+
+    Raises:
+        OutputError: with the reason and the remedy.
+    """
+    with readable_errors(target):
+        target = target.expanduser().resolve()
+        _check_target(target, overwrite, keep, made)
+
+
+def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[str, ...]) -> None:
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file. Give a folder.")
+    if keep is not None and (keep.resolve() == target or target in keep.resolve().parents):
+        raise OutputError(f"{target} holds what is read from. Give another folder.")
+    if target.exists() and any(target.iterdir()) and made and not any((target / name).exists() for name in made):
+        raise OutputError(f"{target} was not made by this command, so it is not replaced. Remove it, or give another folder.")
+    if os.path.ismount(target):
+        raise OutputError(f"{target} is a mount point. Give a folder inside it.")
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent} does not exist. Create it, or give another folder.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -77,6 +100,8 @@ def readable_errors(target: Path) -> Iterator[None]:
             raise OutputError(f"{target}: the disk is full. Free space, or write to another disk.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"{target} cannot be written ({error.strerror}). Give another folder.") from error
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EBUSY):
+            raise OutputError(f"{target}: {error.strerror}. Give another folder.") from error
         raise
 
 
@@ -89,6 +114,50 @@ def replace_file(path: Path, temporary: Path) -> None:
         os.close(descriptor)
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Give an empty folder; when the block ends, its files replace those of `folder`, all of them or none.
+
+    The files are finished in a hidden folder inside `folder`, and renaming that one is the moment of change: should the
+    process die after it, `finish_staged` does the rest.
+
+    Args:
+        folder: an existing folder, whose other files stay as they are.
+
+    Raises:
+        OutputError: another process is at it, the folder cannot be written, or the disk is full.
+    """
+    partial, staged = folder / f"{_STAGED}.partial", folder / _STAGED
+    with readable_errors(folder), _lock(folder.absolute()):
+        finish_staged(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            sync_tree(partial)
+            partial.rename(staged)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_folder(folder)
+        finish_staged(folder)
+
+
+def finish_staged(folder: Path) -> None:
+    """Finish what a process that died inside `staged_files` had decided; else do nothing."""
+    staged = folder / _STAGED
+    if not staged.is_dir():
+        return
+    with readable_errors(folder):
+        for path in sorted(staged.iterdir()):
+            # Another process may be finishing too: what it has moved is done.
+            with suppress(FileNotFoundError):
+                path.replace(folder / path.name)
+        sync_folder(folder)
+        with suppress(FileNotFoundError):
+            staged.rmdir()
 
 
 def sync_tree(folder: Path) -> None:
@@ -116,6 +185,8 @@ def _recover(target: Path, old: Path) -> None:
     """Undo an overwrite that died between its two renames, or finish one that died after them."""
     if old.exists() and not target.exists():
         old.rename(target)
+    elif old.is_symlink():
+        old.unlink()
     elif old.exists():
         shutil.rmtree(old)
 

@@ -1,0 +1,288 @@
+"""`wina-calib budget`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wina_calib.allocation import model_key
+from wina_calib.budgets import (
+    Budget,
+    Setting,
+    Target,
+    explicit,
+    render_page,
+    render_table,
+    to_json,
+    use_ascii,
+    use_color,
+    write_budget,
+)
+from wina_calib.budgets.file import file_kind
+from wina_calib.calibrate import pick_device
+from wina_calib.card import write_card
+from wina_calib.checkpoint import open_checkpoint
+from wina_calib.commands.calibrate import Bars
+from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
+from wina_calib.rebudget import Choice, Measure, Refit, Request, apply, choose, frontier
+from wina_calib.source import resolve
+from wina_calib.text import percent, table
+
+
+class Share(click.ParamType[float]):
+    """A share: `0.03` or `3%`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`3%` -> 0.03."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
+        if not match:
+            self.fail(f"{value!r} is not a share such as 3% or 0.03", param, ctx)
+        return float(match[1]) / (100 if match[2] else 1)
+
+
+@click.command("budget")
+@click.argument("checkpoint", metavar="DIR")
+@click.option("--budget", "file", metavar="FILE", help="Start from a budget file instead of the stored budget.")
+@click.option("--sparsity", "-s", type=float, metavar="S", help="Target: model sparsity.")
+@click.option(
+    "--read-fraction", type=Share(), metavar="F", help="Target: bytes read over the dense model's, lm_head in."
+)
+@click.option(
+    "--max-ppl-rise", type=Share(), metavar="P", help="Target: most sparsity with this predicted rise, as 3%."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="PATTERN=S", help="Set and pin cells: layers.0-3.*=0.2, or =+0.1."
+)
+@click.option("--freeze", multiple=True, metavar="PATTERN", help="Pin cells at what they have.")
+@click.option("--min", "lowest", multiple=True, metavar="[PATTERN=]S", help="Lowest sparsity of free cells.")
+@click.option("--max", "highest", multiple=True, metavar="[PATTERN=]S", help="Highest sparsity of free cells.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the budget: .yaml or .json."
+)
+@click.option("--apply", "target", metavar="DIR", help="Put the budget into this checkpoint; weights stay untouched.")
+@click.option("--refit", is_flag=True, help="With --apply: fit thresholds anew, in closed loop on the recorded text.")
+@click.option(
+    "--curve",
+    is_flag=False,
+    flag_value="frontier.csv",
+    metavar="[FILE]",
+    help="Print the frontier of sparsity and quality and save it (.csv or .json; frontier.csv if no file is named).",
+)
+@click.option("--measure", is_flag=True, help="With --curve: measure perplexity too.")
+@click.option(
+    "--data", multiple=True, metavar="SPEC", help="Text for --measure (held-out) or --refit (the recorded one)."
+)
+@click.option("--tokens", default=16_384, show_default=True, metavar="N", help="Tokens for --measure.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write an interactive page; needs no network."
+)
+@device_option
+@dtype_option
+@revision_option
+@json_option
+def command(
+    checkpoint: str,
+    file: str | None,
+    sparsity: float | None,
+    read_fraction: float | None,
+    max_ppl_rise: float | None,
+    settings: tuple[str, ...],
+    freeze: tuple[str, ...],
+    lowest: tuple[str, ...],
+    highest: tuple[str, ...],
+    output: Path | None,
+    target: str | None,
+    refit: bool,
+    curve: str | None,
+    measure: bool,
+    data: tuple[str, ...],
+    tokens: int,
+    html: Path | None,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Show and choose how sparse every site of every layer is.
+
+    DIR is a calibrated checkpoint. Its wina.safetensors holds all that is needed here; the weights are read by --refit and
+    --measure only. Cells are named layers.LAYER.SITE; in patterns LAYER may be a list or range, and * stands for all.
+
+    \b
+    Examples:
+      wina-calib budget demo-sparse
+      wina-calib budget demo-sparse --sparsity 0.6 --set "layers.0.*=0.3" -o budget.yaml
+      wina-calib budget demo-sparse --max-ppl-rise 3% --apply demo-sparse
+      wina-calib budget demo-sparse --html budget.html
+    """
+    outputs = [p for p in (output, html, Path(curve) if curve else None) if p is not None]
+    _check_options(outputs, output, curve, refit=refit, measure=measure, target=target, data=data)
+    request = Request(
+        file=file,
+        target=_target(sparsity, read_fraction, max_ppl_rise),
+        settings=tuple(Setting.parse_option(text) for text in settings),
+        frozen=freeze,
+        lowest=lowest,
+        highest=highest,
+    )
+    folder, _ = resolve(checkpoint, revision=revision)
+    opened = open_checkpoint(folder)
+    choice = choose(opened, request)
+    page = _page(choice) if html is not None else ""
+    destination = open_checkpoint(Path(target)) if target is not None else None
+    shown = to_json(choice.cells, choice.budget, choice.curves, fixed=choice.fixed) | {"budget": choice.name}
+    text = [_table(choice)]
+    if curve is not None:
+        points = frontier(
+            choice, 0.1 if measure else 0.05, _measure(choice, data, tokens, device, dtype) if measure else None
+        )
+        shown["curve"] = points
+        text.append(_points(points))
+    if destination is not None:
+        with Bars() as progress:
+            how = Refit(data, device, dtype) if refit else None
+            applied = apply(choice, destination, refit=how, progress=progress)
+        shown["applied"] = str(destination.folder)
+        text.append(f"{destination.folder}: set to {applied.sparsity:.2%} sparsity, budget {applied.budget}.")
+        try:
+            write_card(destination.folder)
+        except WinaError as error:
+            note(f"warning: the checkpoint is changed, its README.md is not: {error}")
+    if output is not None:
+        key, score = model_key(opened.architecture, choice.cells), opened.settings.score
+        found = choice.totals
+        rise = "" if found.perplexity_rise is None else f", predicted perplexity {found.perplexity_rise:+.2%}"
+        comment = f"Model sparsity {found.model_sparsity:.4f}, read fraction {found.read_fraction:.4f}{rise}."
+        write_budget(output, explicit(choice.budget, choice.cells, key, choice.sparsity, score), [comment])
+        text.append(f"{output}: budget written.")
+    if html is not None:
+        _write(html, page)
+        text.append(f"{html}: page written; open it in a browser.")
+    if curve is not None:
+        _write(Path(curve), _saved(points, Path(curve)))
+        text.append(f"{curve}: frontier written.")
+    emit(shown, "\n".join(text), as_json=as_json)
+
+
+def _check_options(
+    outputs: list[Path],
+    output: Path | None,
+    curve: str | None,
+    *,
+    refit: bool,
+    measure: bool,
+    target: str | None,
+    data: tuple[str, ...],
+) -> None:
+    """Refuse what cannot be done before anything is."""
+    if output is not None:
+        file_kind(output)
+    if curve is not None and Path(curve).suffix not in (".csv", ".json"):
+        raise UsageError(f"--curve {curve}: the file must end in .csv or .json.")
+    if measure and curve is None:
+        raise UsageError("--measure belongs to --curve; to measure one budget, apply it and run `wina-calib evaluate`.")
+    if refit and target is None:
+        raise UsageError("--refit belongs to --apply DIR.")
+    if data and not (refit or measure):
+        raise UsageError("--data is read by --measure and --refit only.")
+    for path in outputs:
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder. Give a file.")
+
+
+def _target(sparsity: float | None, read_fraction: float | None, rise: float | None) -> Target | None:
+    kinds = (("sparsity", sparsity), ("read_fraction", read_fraction), ("perplexity_rise", rise))
+    given = [Target(kind, value) for kind, value in kinds if value is not None]  # type: ignore[arg-type]
+    if len(given) > 1:
+        raise UsageError("--sparsity, --read-fraction and --max-ppl-rise are one target: give one of them.")
+    return given[0] if given else None
+
+
+def _table(choice: Choice) -> str:
+    stream = sys.stdout
+    return render_table(
+        choice.cells,
+        choice.budget,
+        choice.curves,
+        fixed=choice.fixed,
+        color=use_color(stream),
+        ascii_only=use_ascii(stream),
+    )
+
+
+def _page(choice: Choice) -> str:
+    if choice.curves is None:
+        raise BudgetError(
+            f"{choice.opened.folder} has no loss curves, from which the page predicts. Calibrate with --budget global."
+        )
+    lower, upper = choice.bounds.at(0.0, strict=True)
+    return render_page(
+        choice.cells,
+        choice.curves,
+        choice.budget,
+        model_key(choice.opened.architecture, choice.cells),
+        score=choice.opened.settings.score,
+        lower=lower,
+        upper=upper,
+        fixed=choice.fixed,
+    )
+
+
+def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str) -> Measure:
+    from wina_calib.evaluate import evaluate_model, weights_dtype
+    from wina_calib.runtime.load import load
+
+    place, folder = pick_device(device), choice.opened.folder
+    model = load(folder, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+
+    def measure(sparsity: float, budget: Budget) -> tuple[float, float, float]:
+        with bar(0, f"measure at {percent(sparsity, 0)}"):
+            found = evaluate_model(
+                model, folder, data or HELDOUT_DATA, sparsity=sparsity, tokens=tokens, budget=budget.sparsities
+            )
+        return found.sparse_ppl, found.dense_ppl, found.model_sparsity
+
+    return measure
+
+
+def _points(points: list[dict[str, float | None]]) -> str:
+    heads = list(points[0])
+    return table(
+        [head.replace("_", " ") for head in heads],
+        [["-" if p[head] is None else f"{p[head]:.4f}" for head in heads] for p in points],
+    )
+
+
+def _saved(points: list[dict[str, float | None]], path: Path) -> str:
+    if path.suffix == ".json":
+        return json.dumps(points, indent=2) + "\n"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(points[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
