@@ -50,7 +50,10 @@ def test_no_local_folder_is_told(calibrated: Path, text: Path, llama: Path) -> N
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("wina-calib calibrate /home/a/model -o ../out --data ./x/y.txt", "wina-calib calibrate model -o out --data y.txt"),
+        (
+            "wina-calib calibrate /home/a/model -o ../out --data ./x/y.txt",
+            "wina-calib calibrate model -o out --data y.txt",
+        ),
         ("~/texts/a.jsonl:field", "a.jsonl:field"),
         ("USER/NAME hub:allenai/c4:en builtin", "USER/NAME hub:allenai/c4:en builtin"),
     ],
@@ -83,7 +86,9 @@ def test_metadata_of_a_base_model_on_the_hub(folder: Path) -> None:
 
 def test_licence_comes_from_the_base_folders_card(folder: Path, llama: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(llama, tmp_path / "base"))
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: de\n---\n")
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: de\n---\n"
+    )
     (folder / "LICENSE").write_text("terms")
     provenance(folder, base_model=str(base))
     write_card(folder)

@@ -56,7 +56,7 @@ def write_report(checkpoint: Path, output: Path, *, overwrite: bool = False) -> 
         OutputError: the folder exists or cannot be written.
     """
     plots.require()
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, made=("index.html",))
     opened = open_checkpoint(checkpoint)
     with output_folder(output, overwrite=overwrite) as target:
         figures = tuple(draw(opened))
