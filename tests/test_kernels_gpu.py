@@ -172,3 +172,19 @@ class TestOnTheGpu:
             results = [cuda.launch(config, *args) for args in calls]
             for y, args in zip(results, calls, strict=True):
                 assert error(y, exact(*args)) <= LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 77, 2050])
+def test_the_mask_of_many_rows_is_the_references(dtype, width):
+    x, _, norm, threshold = operands(5, width, 4, dtype, device=DEVICE)
+    x[1, 0], x[2, width // 2] = float("nan"), float("inf")
+    rows = torch.tensor([True, False, False, True, False], device=DEVICE)
+    for values in (x, x.t().contiguous().t(), torch.cat([x, x], dim=1)[:, width // 2 : width // 2 + width]):
+        for dense in (None, rows):
+            found = cuda.launch_mask(values, norm, threshold, dense)
+            expected = values * (
+                (values.float().abs() * norm <= threshold).logical_not() | (dense is not None and dense[:, None])
+            )
+            assert torch.equal(found.nan_to_num(7.0), torch.where(expected == 0, 0.0, expected).nan_to_num(7.0))
+    assert torch.equal(cuda.launch_mask(x, norm, threshold.new_full((), -1.0), None).nan_to_num(7.0), x.nan_to_num(7.0))

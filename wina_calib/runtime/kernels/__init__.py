@@ -8,6 +8,7 @@
 | column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: sparse product of the kept columns |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
 | column-contiguous | CUDA with Triton | same | 1 or 2 | `triton`: compacted gather (it takes up to 8) |
+| column-contiguous | CUDA with Triton | same | more | `triton`: mask in one pass, then the dense product |
 | column-contiguous | any other | any | any | reference |
 
 Few: up to 4 rows of 16 bits on a processor without arithmetic for them. A call that needs gradients takes the
@@ -131,12 +132,21 @@ def sparse_site(
     columns = weight_t.is_contiguous()
     kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
     if kernel == "reference":
+        if columns and not needs_gradient and _masks_in_one_pass(x):
+            return torch.nn.functional.linear(cuda.mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     if not torch.compiler.is_compiling():
         run = cpu.sparse_site if kernel == "cpu" else cuda.sparse_site
         return run(x, weight_t, norm, threshold, dense_rows, bias)
     y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     return y
+
+
+def _masks_in_one_pass(x: Tensor) -> bool:
+    """Whether the mask of many rows has a kernel. A compiler fuses the reference's passes by itself."""
+    if torch.compiler.is_compiling() or x.device.type != "cuda":
+        return False
+    return x.dtype in cuda.DTYPES and cuda.available()
 
 
 def dense_site(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -197,3 +197,28 @@ def combine(
     if HAS_BIAS:
         y += tl.load(BIAS + at % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mask_rows(
+    X,
+    NORM,
+    THRESHOLD,
+    DENSE,
+    Y,
+    K,
+    stride,
+    BLOCK: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+):
+    """Y (rows, K) = X with its dropped inputs at zero, in one pass. NORM (K,), DENSE (rows,)."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < K
+    threshold = tl.load(THRESHOLD)
+    if HAS_DENSE:
+        threshold = tl.where(tl.load(DENSE + row) != 0, -1.0, threshold)
+    x = tl.load(X + row.to(tl.int64) * stride + at, mask=inside, other=0.0)
+    norm = tl.load(NORM + at, mask=inside, other=0.0, eviction_policy="evict_last")
+    dropped = tl.abs(x.to(tl.float32)) * norm <= threshold
+    tl.store(Y + row.to(tl.int64) * K + at, tl.where(dropped, 0.0, x).to(Y.dtype.element_ty), mask=inside)

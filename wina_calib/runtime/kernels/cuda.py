@@ -27,6 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS = 8
 MAX_CHOSEN_ROWS = 2
 COMBINE_STEP = 32
+MASK_BLOCK = 1024
 # Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
 FLUSH_BYTES = 256 << 20
 FLUSHES = 3
@@ -121,6 +122,27 @@ def launch(
         num_warps=warps,
         **options,
     )
+    return y
+
+
+def mask_input(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """`reference.mask_input` in one launch and one pass, for the many rows of a prompt."""
+    rows, width = x.shape
+    if rows == 0 or x.device.index in _unusable or x.device.index != torch.cuda.current_device():
+        return reference.mask_input(x, norm, threshold, dense_rows)
+    return launch_mask(x, norm, threshold, dense_rows)
+
+
+def launch_mask(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """Enqueue the mask kernel on the current device and stream."""
+    rows, width = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    dense = threshold if dense_rows is None else dense_rows
+    grid = (rows, -(-width // MASK_BLOCK))
+    options = {"BLOCK": MASK_BLOCK, "HAS_DENSE": dense_rows is not None, "num_warps": 4}
+    _device_code().mask_rows[grid](x, norm, threshold, dense, y, width, x.stride(0), **options)
     return y
 
 
