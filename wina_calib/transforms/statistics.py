@@ -11,7 +11,9 @@ from wina_calib.errors import TransformError
 from wina_calib.families import Architecture
 from wina_calib.transforms.plan import INPUT_SITES, plan
 
-TOKENS_PER_SITE = 1024
+# Layers whose inputs are sampled for a residual rotation: neighbours are alike, so deep models need not sample all.
+MAX_LAYERS = 32
+_HEAD_ROWS = 2048
 
 
 class Statistics:
@@ -23,7 +25,7 @@ class Statistics:
     """
 
     def __init__(
-        self, arch: Architecture, name: str, *, tokens: int, seed: int = 0, per_site: int = TOKENS_PER_SITE
+        self, arch: Architecture, name: str, *, tokens: int, seed: int = 0, per_site: int | None = None
     ) -> None:
         """Plan the sample.
 
@@ -32,12 +34,17 @@ class Statistics:
             name: the transform; a site that it does not need is not sampled.
             tokens: rows that the pass will show each site, over all ranks.
             seed: chooses the rows.
-            per_site: rows kept for a site, fewer where there are fewer.
+            per_site: rows kept for a site; None for `rows_per_site`. Fewer where there are fewer.
         """
         self.tokens, self.seed = tokens, seed
-        self.per_site = min(tokens, per_site)
+        self.per_site = per_site
         self._arch = arch
         self._sites = needed_sites(name, arch)
+        self._keys = {
+            (index, site)
+            for site in self._sites
+            for index in (sampled_layers(arch) if site in INPUT_SITES else range(len(arch.layers)))
+        }
         self._samples: dict[tuple[int, str], Tensor] = {}
         self._filled: dict[tuple[int, str], Tensor] = {}
 
@@ -47,16 +54,17 @@ class Statistics:
         return self._sites
 
     def nbytes(self) -> int:
-        """Bytes that the finished sample takes."""
-        return sum(
-            self.per_site * (2 * layer.site(site).width + 9) for layer in self._arch.layers for site in self._sites
-        )
+        """Bytes of the finished sample, and of what `fit` holds beside it on its device."""
+        sample = sum(self._count(site) * (2 * self._width(site) + 9) for _, site in self._keys)
+        width = self._arch.hidden_size
+        state = sum(4 * width * max(64, width // 8) for _, site in self._keys if site in INPUT_SITES)
+        return 2 * sample + state + 12 * 8 * width**2
 
     def rows(self, layer: int, site: str) -> Tensor:
-        """Sorted indices (per_site,) of the tokens that this site keeps."""
+        """Sorted indices of the tokens that this site keeps."""
         index = layer * len(INPUT_SITES + ("attn_out",)) + (*INPUT_SITES, "attn_out").index(site)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
-        return torch.randperm(self.tokens, generator=generator)[: self.per_site].sort().values
+        return torch.randperm(self.tokens, generator=generator)[: self._count(site)].sort().values
 
     def update(self, layer: int, site: str, x: Tensor, first: int) -> None:
         """Take what is wanted of a micro-batch.
@@ -68,9 +76,9 @@ class Statistics:
                 token of a sequence, are left out by the caller and not counted.
             first: index of the first row in the whole pass, 0 to `tokens`.
         """
-        if site not in self._sites:
-            return
         key = (layer, site)
+        if key not in self._keys:
+            return
         wanted = self.rows(layer, site)
         if key not in self._samples:
             self._samples[key] = torch.zeros(len(wanted), x.shape[1], dtype=torch.bfloat16)
@@ -107,10 +115,17 @@ class Statistics:
         if filled is None or not bool(filled.all()):
             seen = 0 if filled is None else int(filled.sum())
             raise TransformError(
-                f"statistics of layer {layer} {site} hold {seen} of {self.per_site} planned rows: the calibration pass "
+                f"statistics of layer {layer} {site} hold {seen} of {self._count(site)} planned rows: the calibration pass "
                 "ended early or counted its tokens differently."
             )
         return self._samples[layer, site]
+
+    def _width(self, site: str) -> int:
+        return self._arch.layers[0].site(site).width
+
+    def _count(self, site: str) -> int:
+        wanted = rows_per_site(site, self._width(site)) if self.per_site is None else self.per_site
+        return min(self.tokens, wanted)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All samples as tensors, keyed "{layer}.{site}.sample" and "{layer}.{site}.filled"."""
@@ -125,6 +140,18 @@ class Statistics:
             layer, site, kind = name.split(".")
             target = self._samples if kind == "sample" else self._filled
             target[int(layer), site] = value.clone()
+
+
+def sampled_layers(arch: Architecture) -> tuple[int, ...]:
+    """Indices of the layers whose inputs a residual rotation is fitted on: all, or `MAX_LAYERS` evenly spaced."""
+    count = len(arch.layers)
+    chosen = min(count, MAX_LAYERS)
+    return tuple((2 * i + 1) * count // (2 * chosen) for i in range(chosen))
+
+
+def rows_per_site(site: str, width: int) -> int:
+    """Rows to sample at a site: as many as help, fewer for wide models, whose many sites share one rotation."""
+    return min(8192, max(2048, (1 << 22) // width)) if site in INPUT_SITES else _HEAD_ROWS
 
 
 def needed_sites(name: str, arch: Architecture) -> tuple[str, ...]:

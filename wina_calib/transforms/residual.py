@@ -1,0 +1,120 @@
+"""The rotation of the residual stream: pooled covariance first, then learned on the cost of masking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from wina_calib.errors import TransformError
+from wina_calib.families import Architecture, Layer
+from wina_calib.transforms.apply import folded_gain
+from wina_calib.transforms.eigen import eigenvectors
+from wina_calib.transforms.learn import Problem, learn, low_rank
+from wina_calib.transforms.plan import INPUT_SITES
+from wina_calib.transforms.statistics import Statistics, sampled_layers
+
+# Pooled tokens a dimension below which a covariance is mostly noise.
+MIN_TOKENS_PER_DIMENSION = 4
+SITES_PER_STEP = 4
+STEPS = {"cpu": 400, "cuda": 2000}
+
+
+def default_steps(width: int, device: torch.device | str) -> int:
+    """Descent steps: more where they are cheap, fewer for narrow models, which need fewer."""
+    return min(STEPS.get(torch.device(device).type, STEPS["cpu"]), 2 * width)
+
+
+def rank_for(width: int) -> int:
+    """Rank at which W^T W is kept: an eighth of the width loses nothing that shows, small models keep more."""
+    return min(width, max(64, width // 8))
+
+
+def fit_residual(
+    arch: Architecture,
+    load_layer: Callable[[int], Mapping[str, Tensor]],
+    statistics: Statistics,
+    *,
+    steps: int | None,
+    seed: int,
+    device: torch.device | str,
+    report: Callable[[str], None],
+) -> Tensor:
+    """Fit the rotation (d, d) of the whole residual stream, float64 on the CPU.
+
+    Raises:
+        TransformError: too few sampled tokens for the model's width.
+    """
+    width = arch.hidden_size
+    tokens = sum(len(statistics.sample(index, site)) for index in sampled_layers(arch) for site in INPUT_SITES)
+    if tokens < MIN_TOKENS_PER_DIMENSION * width:
+        raise TransformError(
+            f"a rotation of {width} dimensions needs {MIN_TOKENS_PER_DIMENSION * width} sampled tokens and got {tokens}: "
+            "calibrate on more text, or use --transform none."
+        )
+    pooled = torch.zeros(width, width, dtype=torch.float64, device=device)
+    problems: list[Problem] = []
+    generator = torch.Generator().manual_seed(seed)
+    for index in sampled_layers(arch):
+        weights = load_layer(index)
+        for site in INPUT_SITES:
+            problem, energy = _problem(arch.layers[index], site, weights, statistics, generator, device)
+            problems.append(problem)
+            # Each site counts by its output's error relative to its output's energy, so its inputs by the gain of W.
+            for rows in problem.inputs[0].split(1024):
+                pooled.addmm_(rows.double().T, rows.double(), alpha=energy / problem.inputs.shape[1])
+        report(f"global: layer {index + 1} of {len(arch.layers)} read")
+    start = eigenvectors(pooled).to(device).unsqueeze(0)
+    found, _, _ = learn(
+        problems,
+        start,
+        steps=default_steps(width, device) if steps is None else steps,
+        sites_per_step=min(SITES_PER_STEP, len(problems)),
+        seed=seed,
+        progress=lambda line: report(f"global: {line}"),
+    )
+    return found[0].cpu()
+
+
+def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:
+    """The norm's output without its gain, float32. A channel with gain 0 carries nothing and stays 0."""
+    if gain is None:
+        return x.float()
+    scale = gain.to(x.device, torch.float32)
+    return torch.where(scale == 0, 0.0, x.float() / torch.where(scale == 0, 1.0, scale))
+
+
+def _problem(
+    layer: Layer,
+    site: str,
+    weights: Mapping[str, Tensor],
+    statistics: Statistics,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> tuple[Problem, float]:
+    """A site's problem, and trace(W^T W) over its output energy."""
+    gain = folded_gain(layer, site, weights)
+    inputs = unfold_gain(statistics.sample(layer.index, site).to(device), gain)
+    scale = 1.0 if gain is None else gain.to(device, torch.float32)
+    matrices = [weights[f"{p.module}.weight"] for p in layer.site(site).projections]
+
+    def times(block: Tensor) -> Tensor:
+        out = torch.zeros(block.shape, device=device)
+        right = block.to(device) * (scale if isinstance(scale, float) else scale.unsqueeze(1))
+        for matrix in matrices:
+            for start in range(0, len(matrix), 4096):
+                rows = matrix[start : start + 4096].to(device).float()
+                out.addmm_(rows.T, rows @ right)
+        return out * (scale if isinstance(scale, float) else scale.unsqueeze(1))
+
+    trace = energy = 0.0
+    for matrix in matrices:
+        for start in range(0, len(matrix), 4096):
+            rows = matrix[start : start + 4096].to(device).float() * scale
+            trace += float(rows.double().square().sum())
+            energy += float((inputs[:1024] @ rows.T).double().square().sum()) / min(1024, len(inputs))
+    factor, tail = low_rank(times, trace, layer.site(site).width, rank_for(layer.site(site).width), generator)
+    weight = torch.tensor([1.0 / max(energy, 1e-30)], device=factor.device)
+    problem = Problem(inputs.bfloat16().unsqueeze(0), factor.unsqueeze(0), tail.float().reshape(1), weight)
+    return problem, trace / max(energy, 1e-30)
