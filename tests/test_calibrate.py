@@ -214,3 +214,13 @@ def test_output_exists_or_cannot_be_written(tmp_path: Path, calibrated: Path) ->
         wina_calib.calibrate("demo", tmp_path / "file", overwrite=True)
     with pytest.raises(OutputError, match="does not exist"):
         wina_calib.calibrate("demo", tmp_path / "no" / "where")
+
+
+def test_a_head_of_its_own_in_a_tied_model_is_noticed(tmp_path: Path, text: Path) -> None:
+    tiny.save("llama", tmp_path / "m")
+    config = (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "config.json").write_text(
+        config.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    with pytest.raises(ModelFolderError, match=r"lm_head\.weight differs"):
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), **SMALL)

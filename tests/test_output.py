@@ -17,7 +17,7 @@ import pytest
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.errors import OutputError
-from wina_calib.output import output_folder, readable_errors
+from wina_calib.output import check_output, output_folder, readable_errors
 
 
 def names(folder: Path) -> list[str]:
@@ -62,6 +62,30 @@ def test_an_overwrite_that_died_between_its_renames_is_undone(tmp_path: Path) ->
         pass
     assert names(tmp_path / "out") == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_only_own_folders_are_replaced(tmp_path: Path, llama: Path, text: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("1")
+    options = {"data": str(text), "samples": 64, "seq_len": 128, "overwrite": True}
+    with pytest.raises(OutputError, match="not made by"):
+        wina_calib.calibrate(llama, tmp_path / "thesis", **options)
+    for target in (llama, llama.parent):
+        with pytest.raises(OutputError, match="read from"):
+            wina_calib.calibrate(llama, target, **options)
+    assert names(tmp_path / "thesis") == ["thesis.txt"]
+    with pytest.raises(OutputError, match="too long"):
+        check_output(tmp_path / ("x" * 300), overwrite=False)
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for content in "ab":
+        with output_folder(tmp_path / "link", overwrite=True) as folder:
+            (folder / content).write_text("1")
+    assert names(tmp_path) == ["link", "real"]
+    assert names(tmp_path / "real") == ["b"]
 
 
 def test_two_processes_on_one_folder(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch.nn.functional import linear
 
 import wina_calib
+from wina_calib.checkpoint import read_settings
 from wina_calib.errors import UsageError
 from wina_calib.runtime import kernels
 from wina_calib.runtime.load import runtime_state, sparse_sites
 from wina_calib.runtime.modules import SparseLinear
+from wina_calib.runtime.state import RuntimeState
 from wina_calib.score import mask_input
 
 IDS = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -22,7 +24,7 @@ IDS = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(3))
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiny weights be stored column-contiguous, as large ones are."""
-    monkeypatch.setattr(kernels, "CPU_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(kernels, "CPU_MIN_SAVED", 0)
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor = IDS, **kwargs: object) -> torch.Tensor:
@@ -215,3 +217,55 @@ def test_modules_are_linear_layers(calibrated: Path) -> None:
     modules = [m for m in model.modules() if isinstance(m, SparseLinear)]
     assert len(modules) == 21
     assert all(isinstance(m, torch.nn.Linear) for m in modules)
+
+
+def test_a_saved_model_says_what_it_runs(calibrated: Path, tmp_path: Path) -> None:
+    model = wina_calib.load(calibrated, 0.3, prefill="dense")
+    model.save_pretrained(tmp_path / "again")
+    settings = read_settings(tmp_path / "again")
+    assert (settings.sparsity, settings.prefill) == (0.3, "dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_first_token_with_prepared_masks(dtype: torch.dtype, wrap: bool) -> None:
+    """A static cache comes with masks (batch, 1, rows, keys), one for each attention type in some models."""
+    allowed = torch.ones(2, 1, 5, 9).tril().bool()
+    allowed[1, :, :, :2] = False
+    mask = allowed if dtype == torch.bool else torch.where(allowed, 0.0, float("-inf"))
+    state = RuntimeState()
+    state.begin((torch.ones(2, 5, dtype=torch.long),), {"attention_mask": {"full_attention": mask} if wrap else mask})
+    assert state.dense_rows.nonzero().tolist() == [[0, 0], [1, 2]]
+
+
+@pytest.mark.usefixtures("packing")
+def test_first_token_in_generation_with_a_static_cache(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    mask = torch.ones_like(IDS)
+    mask[1, :6] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
+    static = model.generate(IDS, cache_implementation="static", disable_compile=True, **kwargs)
+    assert torch.equal(static, model.generate(IDS, **kwargs))
+
+
+@pytest.mark.usefixtures("packing")
+def test_biases_are_not_stale_copies(tmp_path: Path, text: Path) -> None:
+    tiny.save("qwen2", tmp_path / "m")
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", budget="uniform", data=str(text), samples=64, seq_len=128)
+    model = wina_calib.load(tmp_path / "s")
+    before = logits(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.bias.add_(1.0)
+    after = logits(model)
+    assert error(after, before) > 1e-2
+    runtime_state(model).kernels = "reference"
+    assert error(after, logits(model)) < 1e-5
+
+
+@pytest.mark.usefixtures("packing")
+def test_inference_mode_leaves_a_model_that_can_be_trained(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    with torch.inference_mode():
+        model(IDS)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None

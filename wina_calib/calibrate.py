@@ -19,7 +19,7 @@ import wina_calib
 from wina_calib.allocation import Allocation, allocate, curve_tensors, scaled_curves, settle, stored_name
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import SiteTensors, model_names, open_checkpoint, write_calibration, write_weights
+from wina_calib.checkpoint import WINA_FILE, SiteTensors, model_names, open_checkpoint, write_calibration, write_weights
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.estimate import Estimate, estimate
@@ -37,6 +37,8 @@ from wina_calib.tables import site_sparsity, threshold_between
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites, plan
 
 BASE_TOKENS = 16_384
+BASE_SEQ_LEN = 2048
+TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
 _MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 _SPILL_BYTES = 4 << 30
 _BACKWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -99,6 +101,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     check_output(target, overwrite=chosen.overwrite)
     source = open_source(str(model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     by_reference = chosen.weights == "reference"
+    check_output(target, overwrite=chosen.overwrite, keep=source.folder, made=(WINA_FILE,))
     transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
     if by_reference:
         check_possible(transform)
@@ -118,8 +121,9 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         report=progress or Silent(),
     )
     job.report.planned(job.estimate())
-    with output_folder(target, overwrite=chosen.overwrite) as folder:
-        settings = job.run(folder, base_blocks(tokenizer, seq_len))
+    # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
+    with output_folder(target, overwrite=chosen.overwrite) as folder, torch.inference_mode(False), torch.enable_grad():
+        settings = job.run(folder, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN)))
         open_checkpoint(folder)
         write_card(folder)
     return Result(target, settings)
@@ -127,7 +131,9 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
 
 def base_blocks(tokenizer: Any, seq_len: int) -> Blocks:
     """The stated sample on which the original model's perplexity is kept: built-in held-out text."""
-    return load_blocks(HELDOUT_DATA, tokenizer, samples=max(1, BASE_TOKENS // seq_len), seq_len=seq_len, seed=0, min_tokens=1)
+    return load_blocks(
+        HELDOUT_DATA, tokenizer, samples=max(1, BASE_TOKENS // seq_len), seq_len=seq_len, seed=0, min_tokens=1
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -136,8 +142,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -173,6 +179,7 @@ class Job:
     report: Progress
 
     def estimate(self) -> Estimate:
+        """What the work will take."""
         return estimate(
             self.source,
             tokens=self.blocks.tokens,
@@ -184,7 +191,24 @@ class Job:
             requested=self.blocks.requested,
         )
 
+    @property
+    def _transform_ids(self) -> Tensor:
+        """Blocks that a transform is fitted on."""
+        return self.blocks.ids[: self._split or None]
+
+    @property
+    def _threshold_ids(self) -> Tensor:
+        """Blocks that thresholds are fitted on: not the transform's, on which scores are smaller than on new text."""
+        return self.blocks.ids[self._split :]
+
+    @property
+    def _split(self) -> int:
+        if len(self.blocks.ids) < 2 or not needed_sites(self.transform.name, self.source.architecture):
+            return 0
+        return max(1, len(self.blocks.ids) // TRANSFORM_SHARE)
+
     def run(self, folder: Path, base: Blocks) -> Settings:
+        """Write the whole checkpoint into `folder`, the card left out; returns its settings."""
         base_ppl = self._perplexity(base)
         rotations = self._rotations(folder)
         dense, untied = self._write_weights(rotations, folder)
@@ -225,9 +249,7 @@ class Job:
     def _stream(self, source: Source, ids: Tensor, folder: Path | None) -> LayerStream:
         hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)
         spill = folder if folder is not None and hidden > _SPILL_BYTES else None
-        return LayerStream(
-            source, ids, micro_batch=self.micro_batch, dtype=self.dtype, device=self.device, spill=spill
-        )
+        return LayerStream(source, ids, micro_batch=self.micro_batch, dtype=self.dtype, device=self.device, spill=spill)
 
     def _perplexity(self, blocks: Blocks) -> float:
         stream = self._stream(self.source, blocks.ids, None)
@@ -238,7 +260,7 @@ class Job:
         arch = self.source.architecture
         statistics: Statistics | None = None
         if needed_sites(self.transform.name, arch):
-            ids = self.blocks.ids
+            ids = self._transform_ids
             statistics = Statistics(
                 arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed
             )
@@ -274,7 +296,7 @@ class Job:
         return hidden
 
     def _budget(self, source: Source, folder: Path) -> Allocation:
-        arch, ids = source.architecture, self.blocks.ids
+        arch, ids = source.architecture, self._threshold_ids
         seq_len = ids.shape[1]
 
         def stream(tokens: int) -> LayerStream:
@@ -297,9 +319,7 @@ class Job:
     def _rule(self) -> MaskRule:
         return MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
 
-    def fit(
-        self, source: Source, chosen: Allocation, folder: Path | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def fit(self, source: Source, chosen: Allocation, folder: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Fit thresholds in closed loop at every anchor.
 
         Args:
@@ -311,7 +331,7 @@ class Job:
             The tensors to store, and for the provenance what was measured.
         """
         arch, anchors, rows, rule = source.architecture, self.options.anchors, chosen.rows, self._rule
-        stream = self._stream(source, self.blocks.ids, folder)
+        stream = self._stream(source, self._threshold_ids, folder)
         self.report.phase("fit thresholds", len(arch.layers))
         start = stream.embed()
         states = [start, *(stream.store() for _ in anchors[1:])]
@@ -340,6 +360,7 @@ class Job:
         self, masked: MaskedLayer, site: str, fits: list[SiteFit], budget: np.ndarray[Any, Any]
     ) -> SiteTensors:
         anchors, groups = self.options.anchors, masked.groups[site]
+        budget = budget.astype(np.float32)  # as it is stored, so that loading computes the same thresholds
         tables = {g.name: torch.stack([f.tables[g.key] for f in fits]) for g in groups}
         asked = site_sparsity(anchors, budget, self.options.sparsity)
         return SiteTensors(
@@ -381,4 +402,6 @@ class Job:
 
 def _command() -> str:
     name = Path(sys.argv[0]).name if sys.argv else ""
-    return shlex.join(["wina-calib", *sys.argv[1:]]) if name in ("wina-calib", "__main__.py") else "wina_calib.calibrate"
+    return (
+        shlex.join(["wina-calib", *sys.argv[1:]]) if name in ("wina-calib", "__main__.py") else "wina_calib.calibrate"
+    )

@@ -13,7 +13,10 @@ def count_cells(arch: Architecture, transform: str) -> Cells:
     """Element counts that budgets and read fractions are computed from."""
     weights = np.array([[site.weights for site in layer.sites] for layer in arch.layers])
     norms = sum(
-        arch.hidden_size for layer in arch.layers for norm in (layer.attn_norm, layer.mlp_norm, *layer.post_norms) if norm
+        arch.hidden_size
+        for layer in arch.layers
+        for norm in (layer.attn_norm, layer.mlp_norm, *layer.post_norms)
+        if norm
     )
     biases = sum(p.out_features for _, site in arch.sites for p in site.projections if p.bias)
     return Cells(

@@ -319,11 +319,24 @@ class Checkpoint:
             shards = Shards.open(folder)
             names = model_names(shards, self.architecture)
         found = shards.fingerprint(names)
-        if found != self.settings.weights:
+        if found != self.settings.weights and not self._is_cast_of_the_weights(shards):
             raise CheckpointError(
                 f"{folder}: the weights are not those that the calibration was made for (fingerprint {found[:12]}, "
                 f"expected {self.settings.weights[:12]}). Calibrate these weights again."
             )
+
+    def _is_cast_of_the_weights(self, shards: Shards) -> bool:
+        """Whether the weights have the stored norms in another dtype, as a model saved after a cast has."""
+        if self.settings.score != "wina" or self.settings.transform == "paper":
+            return False
+        for layer, site in self.architecture.sites:
+            stored = self.site(layer, site)
+            for group in self.settings.rule.groups(site):
+                weights = [shards.load(f"{layer.prefix}{p.module}.weight") for p in group.projections]
+                exact = norms_match(stored.norms[group.name], weights, self.settings.exponent, tolerance=1e-6)
+                if exact or not norms_match(stored.norms[group.name], weights, self.settings.exponent):
+                    return False
+        return True
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -392,10 +405,10 @@ def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def norms_match(stored: Tensor, weights: list[Tensor], exponent: float) -> bool:
+def norms_match(stored: Tensor, weights: list[Tensor], exponent: float, tolerance: float = 2e-2) -> bool:
     """Whether stored norms belong to these weights, up to rounding of the weights to another dtype."""
     fresh = column_norms(weights).pow(exponent)
-    return bool(torch.allclose(fresh, stored.to(fresh.device), rtol=2e-2, atol=1e-6))
+    return bool(torch.allclose(fresh, stored.to(fresh.device), rtol=tolerance, atol=1e-6))
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.cells import count_cells
-from wina_calib.corpus import HELDOUT_DATA, load_blocks, text_hashes
+from wina_calib.corpus import HELDOUT_DATA, is_local, load_blocks, text_hashes
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
@@ -161,10 +161,8 @@ def evaluate_model(
         read_fraction_decoder=cells.read_fraction_at(real, lm_head=False),
         tokens=count,
         data=data,
-        sites=tuple(
-            SiteSparsity(s.layer, s.site.name, s.asked, a) for s, a in zip(sites, achieved, strict=True)
-        ),
-        warnings=_warnings(settings, data, asked, real),
+        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, a) for s, a in zip(sites, achieved, strict=True)),
+        warnings=find_warnings(settings, data, asked, real),
     )
 
 
@@ -178,9 +176,7 @@ def _block(model: PreTrainedModel, ids: Tensor) -> Tensor:
     sparse = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
     head = Head(model, base)
     out = torch.zeros(4, dtype=torch.float64)
-    for d, s, target in zip(
-        dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True
-    ):
+    for d, s, target in zip(dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True):
         p, q = (log_softmax(head(h)[0].float(), dim=-1) for h in (d, s))
         if not bool(torch.isfinite(q).all()):
             raise NumericError("the model's logits are NaN or infinite. Try --dtype float32.")
@@ -195,7 +191,8 @@ def _block(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return out
 
 
-def _warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float) -> tuple[str, ...]:
+def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float) -> tuple[str, ...]:
+    """What makes an evaluation doubtful, with the remedy."""
     found = []
     if abs(real - asked) > DRIFT:
         found.append(
@@ -210,8 +207,8 @@ def _warnings(settings: Settings, data: tuple[str, ...], asked: float, real: flo
 
 def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
     """Share of the longer lines that are in the calibration data too, where both are at hand."""
-    local = [s for s in calibration if s.startswith("builtin") or Path(s.partition(":")[0]).exists()]
-    here = [s for s in data if s.startswith("builtin") or Path(s.partition(":")[0]).exists()]
+    local = [s for s in calibration if is_local(s)]
+    here = [s for s in data if is_local(s)]
     if not local or not here:
         return 0.0
     mine = text_hashes(here)

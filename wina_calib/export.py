@@ -8,14 +8,13 @@ from wina_calib.checkpoint import (
     copy_side_files,
     header_metadata,
     open_checkpoint,
-    read_index,
     write_index,
     write_json,
 )
 from wina_calib.errors import UnsupportedModel
 from wina_calib.output import check_output, output_folder
 from wina_calib.shards import ShardWriter, read_json
-from wina_calib.source import is_added
+from wina_calib.source import is_added, is_reference, weights_folder
 
 
 def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:
@@ -29,14 +28,16 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
     Raises:
         UnsupportedModel: the checkpoint needs run-time matrices.
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, keep=folder, made=("config.json",))
     opened = open_checkpoint(folder)
+    if is_reference(folder):
+        raise UnsupportedModel(f"{folder} holds no weights: the dense model is {weights_folder(folder)} itself.")
     if any(name.endswith(".rotation") for name in opened.shards):
         raise UnsupportedModel(
             f"{folder} needs run-time matrices (transform {opened.settings.transform}); no plain dense model equals it. "
             "Calibrate with --transform global or none."
         )
-    files = {name: file for name, file in read_index(folder).items() if not is_added(name)}
+    files = {name: info.file.name for name, info in opened.shards.items() if not is_added(name)}
     with output_folder(output, overwrite=overwrite) as target:
         for file in sorted(set(files.values())):
             names = [name for name in opened.shards if files.get(name) == file]

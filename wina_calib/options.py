@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -87,6 +88,7 @@ class CalibrateOptions:
             (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
             (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
             (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
+            (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
             (len(self.data) > 0, "no data was given"),
         ]
         problems += [

@@ -81,7 +81,9 @@ def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[
     if keep is not None and (keep.resolve() == target or target in keep.resolve().parents):
         raise OutputError(f"{target} holds what is read from. Give another folder.")
     if target.exists() and any(target.iterdir()) and made and not any((target / name).exists() for name in made):
-        raise OutputError(f"{target} was not made by this command, so it is not replaced. Remove it, or give another folder.")
+        raise OutputError(
+            f"{target} was not made by this command, so it is not replaced. Remove it, or give another folder."
+        )
     if os.path.ismount(target):
         raise OutputError(f"{target} is a mount point. Give a folder inside it.")
     if not target.parent.is_dir():

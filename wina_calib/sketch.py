@@ -24,7 +24,8 @@ class ScoreHistogram:
 
     def update(self, scores: Tensor) -> None:
         """Add scores (any shape, float32, not negative)."""
-        index = scores.reshape(-1).contiguous().view(torch.int32) >> _SHIFT
+        bits = scores.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
+        index = bits >> _SHIFT
         self.counts += torch.bincount(index, minlength=BINS)
 
     def merge(self, other: ScoreHistogram) -> None:

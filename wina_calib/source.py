@@ -21,6 +21,7 @@ RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need r
 REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint that refers to its base model's weights
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20
+_TIED_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the decoder's weights on disk."""
-        return self.shards[self.layer_names(0)[0]].dtype
+        layer = self.architecture.layers[0]
+        return self.shards[f"{layer.prefix}{layer.sites[0].projections[0].module}.weight"].dtype
 
     def meta_model(self, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
         """Build the model with weights on the meta device and real buffers."""
@@ -139,9 +141,9 @@ def resolve(
 def _root(
     model: str, revision: str | None, token: str | bool | None, subfolder: str, local_files_only: bool
 ) -> tuple[Path, str | None]:
-    if model == DEMO:
-        return demo_folder(), None
     path = Path(model).expanduser()
+    if model == DEMO and not (path / "config.json").is_file():
+        return demo_folder(), None
     if path.is_dir():
         return path, None
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -173,11 +175,14 @@ def open_source(
     folder, commit = resolve(model, revision=revision, token=token)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if not calibrated:
+        if is_reference(folder):
+            raise ModelFolderError(f"{folder} is calibrated already. Calibrate its base model.")
         _refuse_quantized(folder, config)
     meta = _meta_model(config, torch.float32, trust_remote_code, None)
     architecture = describe(meta)
     shards = Shards.open(folder)
     _check_tensors(folder, meta, architecture, shards)
+    _check_tied(folder, architecture, shards)
     return Source(model, folder, commit, config, architecture, shards, trust_remote_code)
 
 
@@ -326,6 +331,20 @@ def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architectu
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _check_tied(folder: Path, architecture: Architecture, shards: Shards) -> None:
+    """Refuse a tied model whose files hold another lm_head: transformers would use it."""
+    head, embed = f"{architecture.lm_head}.weight", f"{architecture.embed}.weight"
+    if not architecture.tied or head not in shards:
+        return
+    for first in range(0, architecture.vocab_size, _TIED_ROWS):
+        rows = slice(first, min(first + _TIED_ROWS, architecture.vocab_size))
+        if not torch.equal(shards.load(head, rows=rows), shards.load(embed, rows=rows)):
+            raise ModelFolderError(
+                f"{folder}: config.json ties lm_head to the embedding, but {head} differs from {embed}. Set "
+                '"tie_word_embeddings": false in config.json to keep both, or remove the tensor.'
+            )
 
 
 def layer_weights(layer: Layer, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:

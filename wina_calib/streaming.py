@@ -6,6 +6,7 @@ what each layer is called with here. Blocks have one length and no padding, so t
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from wina_calib.source import Source, load_into
 
 Kwargs = dict[str, Any]
+_HEAD_ROWS = 256  # rows whose logits are in memory at a time
 
 
 class HiddenStates:
@@ -37,8 +39,10 @@ class HiddenStates:
             return self._memory[index]
         dtype, shape = self._meta[index]
         flat = torch.empty(shape, dtype=dtype)
-        with (self._folder / str(index)).open("rb", buffering=0) as file:
-            file.readinto(flat.view(-1).view(torch.uint8).numpy().data)
+        raw = flat.view(-1).view(torch.uint8).numpy().data
+        with (self._folder / str(index)).open("rb") as file:
+            if file.readinto(raw) != len(raw):
+                raise OSError(errno.EIO, "hidden states on disk are cut short", file.name)
         return flat.to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
@@ -46,7 +50,7 @@ class HiddenStates:
             self._memory[index] = value.to(self._device)
             return
         self._meta[index] = value.dtype, tuple(value.shape)
-        with (self._folder / str(index)).open("wb", buffering=0) as file:
+        with (self._folder / str(index)).open("wb") as file:
             file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def copy_from(self, other: HiddenStates, count: int) -> None:
@@ -246,6 +250,7 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
     with stream.head() as head:
         for index, ids in enumerate(stream.batches):
             for row, tokens in zip(hidden[index], ids.to(stream.device), strict=True):
-                logits = head(row[None, :-1])[0].float()
-                losses.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
+                parts = zip(row[:-1].split(_HEAD_ROWS), tokens[1:].split(_HEAD_ROWS), strict=True)
+                nll = [nn.functional.cross_entropy(head(h[None])[0].float(), t, reduction="none") for h, t in parts]
+                losses.append(torch.cat(nll))
     return torch.stack(losses).cpu()

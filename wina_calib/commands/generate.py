@@ -17,7 +17,9 @@ from wina_calib.source import load_tokenizer, resolve
 @click.argument("checkpoint", metavar="DIR")
 @click.argument("prompt")
 @click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
-@click.option("--new", default=100, show_default=True, metavar="N", help="Tokens to generate at most.")
+@click.option(
+    "--new", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Tokens to generate at most."
+)
 @click.option("--sample/--greedy", default=False, help="Sample, or take the likeliest token.")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
 @device_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from wina_calib.checkpoint import read_settings
 from wina_calib.errors import UsageError
 from wina_calib.reference import complete_folder, keep_with
+from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import PREFILL
@@ -93,6 +95,7 @@ def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
     sites = sparse_sites(model)
     achieved = model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
     sites[0].state.refresh()
+    _update_config(model, sparsity=sparsity)
     return achieved
 
 
@@ -101,6 +104,7 @@ def set_prefill(model: torch.nn.Module, prefill: str) -> None:
     if prefill not in PREFILL:
         raise UsageError(f"prefill is {prefill!r}; expected one of {', '.join(PREFILL)}.")
     runtime_state(model).prefill = prefill
+    _update_config(model, prefill=prefill)
 
 
 def runtime_state(model: torch.nn.Module) -> RuntimeState:
@@ -120,3 +124,11 @@ def sparse_sites(model: torch.nn.Module) -> list[SiteState]:
             f"{type(model).__name__} has no sparse sites. Load a calibrated checkpoint with wina_calib.load."
         )
     return sites
+
+
+def _update_config(model: torch.nn.Module, **changes: Any) -> None:
+    """Let the config say what the model now does, so that a saved model is what was running."""
+    for module in model.modules():
+        quantization = getattr(getattr(module, "config", None), "quantization_config", None)
+        if isinstance(quantization, WinaConfig):
+            quantization.settings = replace(quantization.settings, **changes)

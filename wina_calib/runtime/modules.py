@@ -26,7 +26,7 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype and name != "rotation":
@@ -138,7 +138,8 @@ class SiteState(Float32Buffers):
         packed = self._packed.get(linear_.group)
         if self.state.counts is not None:
             self._count(linear_, turned)
-        if packed is None or self.state.kernels == "reference" or packed.weight_t.dtype != x.dtype:
+        trained = torch.is_grad_enabled() and linear_.weight.requires_grad  # gradients go to the modules' own weights
+        if packed is None or trained or self.state.kernels == "reference" or packed.weight_t.dtype != x.dtype:
             inputs = turned if self.state.all_dense else self._mask(linear_.group, turned)
             members = [m for m in self.linears if m.group == linear_.group] if linear_.leads else [linear_]
             if any(hasattr(m, "_hf_hook") for m in members):  # offloaded: only the caller's weight is here
@@ -159,7 +160,10 @@ class SiteState(Float32Buffers):
 
     def _dense_rows(self, x: Tensor) -> Tensor | None:
         rows = self.state.dense_rows
-        if rows is None or rows.shape == x.shape[:-1]:
+        if rows is None:
+            return None
+        rows = rows.to(x.device)  # another one where layers are spread over several
+        if rows.shape == x.shape[:-1]:
             return rows
         return rows.reshape(x.shape[:-1]) if rows.numel() == x.shape[:-1].numel() else None
 
@@ -195,11 +199,21 @@ class Packed:
         if any(b is not None for b in biases):
             zeros = (m.weight.new_zeros(m.out_features) for m in members)
             self.bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
+            for member, part in zip(members, self.bias.split(self.sizes), strict=True):
+                if member.bias is not None:
+                    member.bias = nn.Parameter(part, requires_grad=member.bias.requires_grad)
 
     def holds(self, members: Sequence[SparseLinear]) -> bool:
         """Whether the modules' weights still are views of this storage."""
-        pointers = [part.data_ptr() for part in self.weight_t.split(self.sizes, dim=1)]
-        return [m.weight.data_ptr() for m in members] == pointers and self.weight_t.device == members[0].weight.device
+        if self.weight_t.device != members[0].weight.device:
+            return False
+        held = [part.data_ptr() for part in self.weight_t.split(self.sizes, dim=1)]
+        found = [m.weight.data_ptr() for m in members]
+        if self.bias is not None:
+            parts = zip(members, self.bias.split(self.sizes), strict=True)
+            held += [part.data_ptr() for member, part in parts if member.bias is not None]
+            found += [m.bias.data_ptr() for m in members if m.bias is not None]
+        return held == found
 
 
 class SparseLinear(nn.Linear):
@@ -228,14 +242,17 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.site.state.stale = True
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        name = prefix + "weight"
-        if not keep_vars and not destination[name].is_contiguous():
-            destination[name] = destination[name].contiguous()
+        for name in (prefix + "weight", prefix + "bias"):
+            tensor = destination.get(name)
+            if tensor is None or keep_vars:
+                continue
+            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+                destination[name] = tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _packable(members: Sequence[SparseLinear]) -> bool:

@@ -8,32 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
+from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import METHOD, Settings
 from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
-
-
-@register_quantization_config(METHOD)
-class WinaConfig(QuantizationConfigMixin):
-    """`quantization_config` of a calibrated checkpoint; the fields are those of `Settings`."""
-
-    def __init__(self, **values: Any) -> None:
-        self.quant_method = METHOD
-        values.pop("quant_method", None)
-        self.settings = Settings.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object for config.json."""
-        return self.settings.to_dict()
 
 
 @register_quantizer(METHOD)

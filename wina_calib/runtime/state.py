@@ -68,7 +68,8 @@ class RuntimeState:
         """Look at the weights' storage again where something changed."""
         if self.stale:
             self.stale = False
-            with torch.no_grad():
+            # Weights that are made in inference mode could not be trained or loaded later.
+            with torch.inference_mode(False), torch.no_grad():
                 for site in self.sites:
                     site.pack()
 
@@ -111,7 +112,25 @@ def _first_tokens(tokens: Tensor, attention_mask: Any) -> Tensor:
     """The first row of each sequence that is not padding: (batch, seq) bool."""
     batch, seq = tokens.shape[:2]
     position = torch.arange(seq, device=tokens.device)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] == seq:
-        first = attention_mask.to(tokens.device).ne(0).int().argmax(dim=1)
-        return position == first.unsqueeze(1)
-    return (position == 0).expand(batch, seq)
+    real = _real_rows(attention_mask, seq)
+    if real is None:
+        return (position == 0).expand(batch, seq)
+    return position == real.to(tokens.device).int().argmax(dim=1, keepdim=True)
+
+
+def _real_rows(attention_mask: Any, seq: int) -> Tensor | None:
+    """Rows that are not padding, (batch or 1, seq) bool; None where the mask does not say.
+
+    A row of a prepared mask (batch, heads, seq, keys) is real where it may attend to itself: its key stands at its own
+    position, as the cache is empty. A mask for each attention type says the same in each.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((m for m in attention_mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 2 and attention_mask.shape[1] == seq:
+        return attention_mask.ne(0)
+    if attention_mask.dim() == 4 and attention_mask.shape[2] == seq <= attention_mask.shape[3]:
+        own = attention_mask[:, 0, :, :seq].diagonal(dim1=1, dim2=2)
+        return own if own.dtype == torch.bool else own.eq(0)
+    return None

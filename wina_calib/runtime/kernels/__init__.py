@@ -7,7 +7,7 @@
 | row-major | any | any | any | reference: masked dense product |
 | column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: sparse product of the kept columns |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
-| column-contiguous | CUDA with Triton | same | 1 or 2 | `triton`: compacted gather (it takes up to 8) |
+| column-contiguous | CUDA with Triton | same | 1 | `triton`: compacted gather (it takes up to 8) |
 | column-contiguous | CUDA with Triton | same | more | `triton`: mask in one pass, then the dense product |
 | column-contiguous | any other | any | any | reference |
 

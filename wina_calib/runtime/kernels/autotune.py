@@ -37,8 +37,6 @@ class Config:
 # Programs of one warp suit weights with few outputs; with many outputs larger blocks do as well and are fewer.
 NARROW_16_BIT = (
     Config(256, 32, 64, 1),
-    Config(64, 4, 512, 2),
-    Config(64, 8, 256, 1),
     Config(64, 8, 128, 1),
     Config(64, 8, 64, 1),
     Config(128, 8, 256, 1),
@@ -47,11 +45,16 @@ NARROW_16_BIT = (
     Config(128, 16, 128, 1),
     Config(256, 16, 64, 1),
     Config(256, 16, 128, 1),
-    Config(256, 16, 128, 2),
-    Config(256, 8, 256, 1),
-    Config(256, 16, 512, 4),
+    Config(64, 8, 512, 2),
+    Config(128, 16, 64, 2),
+    Config(256, 16, 64, 2),
+    Config(512, 32, 128, 2),
+    Config(128, 8, 1024, 4),
 )
 WIDE_16_BIT = (
+    Config(256, 8, 1024, 4),
+    Config(512, 16, 512, 4),
+    Config(256, 8, 512, 2),
     Config(128, 4, 256, 1),
     Config(256, 4, 128, 1),
     Config(128, 2, 256, 1),
@@ -60,7 +63,6 @@ WIDE_16_BIT = (
     Config(128, 4, 128, 1),
     Config(512, 16, 256, 2),
     Config(512, 16, 1024, 8),
-    Config(1024, 32, 256, 4),
     Config(128, 8, 256, 1),
     Config(256, 8, 256, 1),
     Config(256, 16, 512, 4),

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the kernels take. Which calls they are chosen for is MAX_CHOSEN_ROWS: each row has a mask of its own, so at half
 # sparsity two rows read 75 % of the columns and four 94 %, and the dense product wins.
 MAX_ROWS = 8
-MAX_CHOSEN_ROWS = 2
+MAX_CHOSEN_ROWS = 1
 COMBINE_STEP = 32
 MASK_BLOCK = 1024
 # Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
