@@ -161,6 +161,18 @@ def test_refit_is_what_calibrating_with_the_file_gives(folder: Path, llama: Path
     assert refitted.settings.provenance["interpolated_anchors"] == []
 
 
+def test_a_checkpoint_without_weights(llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stats"
+    wina_calib.calibrate(llama, folder, weights="reference", data=str(text), samples=64, seq_len=128)
+    assert not list(folder.glob("model-*.safetensors"))
+    for extra in ([], ["--refit"]):
+        found = read(folder, "-s", 0.42, "--apply", folder, *extra)
+        opened = open_checkpoint(folder)
+        assert opened.settings.sparsity == 0.42
+        np.testing.assert_allclose(opened.sparsities(0.42).reshape(-1), list(found["cells"].values()), atol=1e-6)
+    assert wina_calib.load(folder) is not None
+
+
 def test_refit_refuses_changed_text(folder: Path, tmp_path: Path) -> None:
     config = folder / "config.json"
     raw = json.loads(config.read_text())

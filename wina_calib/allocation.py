@@ -34,6 +34,7 @@ from wina_calib.streaming import HiddenStates, LayerStream
 METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
 GREEDY_TOKENS = 8192
+GREEDY_PASSES = 90.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
 SCALED_AT = 0.5  # model sparsity at whose anchor the curves are scaled to the measured loss rise
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -254,6 +255,14 @@ def model_key(arch: Architecture, cells: Cells) -> ModelKey:
 def is_file(budget: str) -> bool:
     """Whether a `--budget` value is a file rather than a method."""
     return budget not in METHODS
+
+
+def choice_passes(options: CalibrateOptions, tokens: int) -> float:
+    """Forward passes over `tokens` calibration tokens that choosing the budget is worth."""
+    if options.budget == "uniform":
+        return 0.0
+    used, passes = (GREEDY_TOKENS, GREEDY_PASSES) if options.budget == "greedy" else (MAX_TOKENS, PASSES)
+    return passes * min(1.0, used / tokens)
 
 
 def stored_name(options: CalibrateOptions) -> str:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 import wina_calib
-from wina_calib.allocation import Allocation, allocate, curve_tensors, scaled_curves, settle, stored_name
+from wina_calib.allocation import Allocation, allocate, choice_passes, curve_tensors, scaled_curves, settle, stored_name
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, SiteTensors, model_names, open_checkpoint, write_calibration, write_weights
@@ -189,6 +189,7 @@ class Job:
             transform=self.transform,
             dtype=self.dtype,
             requested=self.blocks.requested,
+            budget_passes=choice_passes(self.options, len(self._threshold_ids) * self.blocks.ids.shape[1]),
         )
 
     @property

@@ -52,8 +52,9 @@ def estimate(
     anchors: int,
     transform: Plan,
     dtype: torch.dtype,
+    budget_passes: float = 0.0,
 ) -> Estimate:
-    """Predict the cost of a calibration; see `Estimate`."""
+    """Predict the cost of a calibration; see `Estimate`. `budget_passes` is what choosing the budget takes of them."""
     arch = source.architecture
     statistics = 0
     if needed_sites(transform.name, arch):
@@ -63,7 +64,7 @@ def estimate(
     hidden = tokens * arch.hidden_size * dtype.itemsize * (anchors + 1)
     working = micro_batch * seq_len * (4 * width * 4 + arch.vocab_size * 4)
     weights = sum(site.weights for _, site in arch.sites)
-    passes = 1.0 + (1.0 if statistics else 0.0) + CLOSED_LOOP_PASSES * anchors
+    passes = 1.0 + (1.0 if statistics else 0.0) + CLOSED_LOOP_PASSES * anchors + budget_passes
     blocks = tokens // seq_len
     notes = (f"{requested} blocks asked, the text gives {blocks}; all are used",) if blocks < requested else ()
     return Estimate(

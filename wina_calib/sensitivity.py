@@ -27,7 +27,7 @@ from wina_calib.score import scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 
-CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(20))
+CURVE_LEVELS = tuple(round(0.025 * i, 3) for i in range(39))
 MAX_TOKENS = 32_768
 PASSES = 3.0  # forward passes that the work on these tokens is worth
 _ROWS = 256
@@ -186,15 +186,13 @@ def _layer_curves(
             taps = dict(tapped.taps)
             found = torch.autograd.grad(out, [hidden, *taps.values()], gradients[batch].to(out.dtype))
             gradients[batch] = found[0]
-            products = {
-                key: (g * taps[key].detach())[:, 1:].flatten(0, 1) for key, g in zip(taps, found[1:], strict=True)
-            }
+            felt = dict(zip(taps, found[1:], strict=True))
             for row, site in enumerate(layer.sites):
                 dropped: Tensor | float = 0.0
                 for group in tapped.groups[site.name]:
-                    x = taps[group.key].detach()[:, 1:].flatten(0, 1)
+                    x, g = (t[group.key].detach()[:, 1:].flatten(0, 1) for t in (taps, felt))
                     score = scores(x, tapped.norms[group.key], rule.score)
-                    dropped = dropped + dropped_sums(products[group.key].float(), score, thresholds[group.key])
+                    dropped = dropped + dropped_sums(g.float() * x.float(), score, thresholds[group.key])
                 assert isinstance(dropped, Tensor)
                 totals[row, 1:] += dropped.double().square().sum(0).cpu()
             tapped.taps.clear()

@@ -118,8 +118,9 @@ def command(
 ) -> None:
     """Show and choose how sparse every site of every layer is.
 
-    DIR is a calibrated checkpoint. Its wina.safetensors holds all that is needed here; the weights are read by --refit and
-    --measure only. Cells are named layers.LAYER.SITE; in patterns LAYER may be a list or range, and * stands for all.
+    DIR is a calibrated checkpoint. All that is needed here is in its wina.safetensors, so a checkpoint without weights,
+    from `calibrate --weights reference`, will do; only --refit and --measure read weights. Cells are named
+    layers.LAYER.SITE; in patterns LAYER may be a list or range, and * stands for all.
 
     \b
     Examples:
