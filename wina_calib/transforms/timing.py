@@ -23,8 +23,8 @@ def seconds(width: int, device: torch.device | str, *, steps: int = 3, svd: bool
         svd: also time the SVD of the square weight, which the fit avoids.
 
     Returns:
-        Seconds: "gram" of both weights, "eigh" of it, "svd" (if asked), "step" of the residual descent, checks included; all but the step
-        are paid once a site for `paper` and `stacked`, and "eigh" once a model for `global`.
+        Seconds: "gram" of both weights, "eigh" of it, "svd" (if asked), "step" of the residual descent, checks included.
+        `paper` and `stacked` pay gram and eigh for every site, `global` one eigh and its steps for the whole model.
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, width, generator=generator) for rows in (width, width * 7 // 2)]
