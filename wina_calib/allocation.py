@@ -34,7 +34,7 @@ from wina_calib.streaming import HiddenStates, LayerStream
 METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
 GREEDY_TOKENS = 8192
-GREEDY_PASSES = 90.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
+GREEDY_PASSES = 110.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
 SCALED_AT = 0.5  # model sparsity at whose anchor the curves are scaled to the measured loss rise
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -57,7 +57,7 @@ def _flag(f: Any) -> Callable[..., Any]:
     elif isinstance(f.default, bool):
         extra["is_flag"] = True
     elif meta.get("multiple"):
-        extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default)}
+        extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default) or False}
     elif isinstance(f.default, tuple):
         extra |= {"type": Fractions(), "metavar": meta["metavar"], "show_default": ",".join(map(str, f.default))}
     else:
