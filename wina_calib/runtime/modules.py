@@ -1,7 +1,7 @@
 """The modules of a sparse model: a state for every site, and linear layers that ask it for their product.
 
 A decoder layer calls q, k and v one after another with the same input. The first call computes what all projections of a
-mask group give, the others take their part of it.
+mask group give, the others take their part of it (`Packed`). Where that cannot be, each computes its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from wina_calib.families import MaskGroup, Site
 from wina_calib.runtime import kernels
+from wina_calib.runtime.packed import Packed, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount
 from wina_calib.score import keep_mask, mask_input
 from wina_calib.settings import Settings
@@ -71,8 +72,6 @@ class SiteState(Float32Buffers):
         self.asked = float("nan")
         self.linears: list[SparseLinear] = []  # a list, so that they are not children
         self._packed: dict[str, Packed] = {}
-        self._seen: Tensor | None = None
-        self._parts: dict[str, Tensor] = {}
 
     def group(self, name: str) -> GroupState:
         """State of a mask group: `shared` or a projection's name."""
@@ -94,82 +93,42 @@ class SiteState(Float32Buffers):
         return own
 
     def product(self, linear_: SparseLinear, x: Tensor) -> Tensor:
-        """Output (..., out) of one projection for the site's input x (..., in).
-
-        The first projection of a mask group computes the outputs of all of them, the others take theirs.
-        """
-        if linear_.leads or self._seen is not x:
-            self._seen, self._parts = x, {}
-        if linear_.name not in self._parts:
-            self._compute(linear_, x)
-        out = self._parts.pop(linear_.name)
-        if linear_.ends:
-            self._seen, self._parts = None, {}
-        return out
+        """Output (..., out) of one projection for the site's input x (..., in), by itself: masked, then dense."""
+        rotation = self._buffers.get("rotation")
+        turned = x if rotation is None else x @ rotation.to(x.dtype)
+        if self.state.counts is not None:
+            self._count(linear_, turned)
+        inputs = turned if self.state.all_dense else self._mask(linear_.group, turned)
+        return linear(inputs, linear_.weight, linear_.bias)
 
     def pack(self) -> None:
-        """Store each group's weights side by side and column-contiguous where a kernel gains by it, else row-major."""
+        """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
         for group in self.groups:
             members = [m for m in self.linears if m.group == group.name]
-            if not _packable(members):
+            if not _packable(members) or self.settings.score in ("weight", "random"):
                 self._packed.pop(group.name, None)
+                for member in members:
+                    member.packed = None
                 continue
             packed = self._packed.get(group.name)
-            held = packed is not None and packed.holds(members)
-            if held and members[0].weight.device.type == "cuda":
-                continue
-            if self.settings.score in ("weight", "random") or not self._pays(members):
-                self._packed.pop(group.name, None)
-                if held:
-                    for member in members:
-                        member.set_weight(member.weight.detach().contiguous())
-            elif not held:
-                self._packed[group.name] = Packed(members)
+            if packed is None or not _holds(packed, members) or not self._suits(packed, members):
+                packed = _pack(members, columns=self._pays(members))
+                self._packed[group.name] = packed
+            state = self.group(group.name)
+            packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
+
+    def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
+        """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""
+        return (packed.columns and members[0].weight.device.type == "cuda") or packed.columns == self._pays(members)
 
     def _pays(self, members: Sequence[SparseLinear]) -> bool:
         weight = members[0].weight
         out = sum(m.out_features for m in members)
         return kernels.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
 
-    def _compute(self, linear_: SparseLinear, x: Tensor) -> None:
-        """Put the outputs of a projection, and of all that can be computed with it, into `_parts`."""
-        rotation = self._buffers.get("rotation")
-        turned = x if rotation is None else x @ rotation.to(x.dtype)
-        packed = self._packed.get(linear_.group)
-        if self.state.counts is not None:
-            self._count(linear_, turned)
-        trained = torch.is_grad_enabled() and linear_.weight.requires_grad  # gradients go to the modules' own weights
-        if packed is None or trained or self.state.kernels == "reference" or packed.weight_t.dtype != x.dtype:
-            inputs = turned if self.state.all_dense else self._mask(linear_.group, turned)
-            members = [m for m in self.linears if m.group == linear_.group] if linear_.leads else [linear_]
-            if any(hasattr(m, "_hf_hook") for m in members):  # offloaded: only the caller's weight is here
-                members = [linear_]
-            for member in members:
-                self._parts[member.name] = linear(inputs, member.weight, member.bias)
-            return
-        rows = turned.reshape(-1, turned.shape[-1])
-        group = self.group(linear_.group)
-        if self.state.all_dense:
-            out = kernels.dense_site(rows, packed.weight_t, packed.bias)
-        else:
-            dense = self._dense_rows(x)
-            flat = None if dense is None else dense.reshape(-1)
-            out = kernels.sparse_site(rows, packed.weight_t, group.norm, group.threshold, flat, packed.bias)
-        parts = out.view(*x.shape[:-1], out.shape[-1]).split(packed.sizes, dim=-1)
-        self._parts.update(zip(packed.names, parts, strict=True))
-
-    def _dense_rows(self, x: Tensor) -> Tensor | None:
-        rows = self.state.dense_rows
-        if rows is None:
-            return None
-        rows = rows.to(x.device)  # another one where layers are spread over several
-        if rows.shape == x.shape[:-1]:
-            return rows
-        return rows.reshape(x.shape[:-1]) if rows.numel() == x.shape[:-1].numel() else None
-
     def _mask(self, name: str, x: Tensor) -> Tensor:
         group = self.group(name)
-        return mask_input(x, group.norm, group.threshold, self.settings.score, self._dense_rows(x))
+        return mask_input(x, group.norm, group.threshold, self.settings.score, rows_for(self.state.dense_rows, x))
 
     def _count(self, linear_: SparseLinear, x: Tensor) -> None:
         """Count inputs seen and dropped, weighted by the outputs that they reach."""
@@ -181,45 +140,15 @@ class SiteState(Float32Buffers):
         count.seen += x.numel() * outs
         if not self.state.all_dense:
             group = self.group(linear_.group)
-            keep = keep_mask(x, group.norm, group.threshold, self.settings.score, self._dense_rows(x))
+            keep = keep_mask(x, group.norm, group.threshold, self.settings.score, rows_for(self.state.dense_rows, x))
             count.dropped += (keep.numel() - int(keep.sum())) * outs
-
-
-class Packed:
-    """The weights of one mask group side by side: `weight_t` (in, sum of outs) contiguous; modules hold views of it."""
-
-    def __init__(self, members: Sequence[SparseLinear]) -> None:
-        self.names = tuple(m.name for m in members)
-        self.sizes = tuple(m.out_features for m in members)
-        self.weight_t = kernels.column_storage([m.weight.detach() for m in members])
-        for member, part in zip(members, self.weight_t.split(self.sizes, dim=1), strict=True):
-            member.set_weight(part.t())
-        biases = [m.bias for m in members]
-        self.bias: Tensor | None = None
-        if any(b is not None for b in biases):
-            zeros = (m.weight.new_zeros(m.out_features) for m in members)
-            self.bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)])
-            for member, part in zip(members, self.bias.split(self.sizes), strict=True):
-                if member.bias is not None:
-                    member.bias = nn.Parameter(part, requires_grad=member.bias.requires_grad)
-
-    def holds(self, members: Sequence[SparseLinear]) -> bool:
-        """Whether the modules' weights still are views of this storage."""
-        if self.weight_t.device != members[0].weight.device:
-            return False
-        held = [part.data_ptr() for part in self.weight_t.split(self.sizes, dim=1)]
-        found = [m.weight.data_ptr() for m in members]
-        if self.bias is not None:
-            parts = zip(members, self.bias.split(self.sizes), strict=True)
-            held += [part.data_ptr() for member, part in parts if member.bias is not None]
-            found += [m.bias.data_ptr() for m in members if m.bias is not None]
-        return held == found
 
 
 class SparseLinear(nn.Linear):
     """A projection of a sparse site. Saves and loads as the linear layer that it replaces."""
 
     site: SiteState
+    packed: Packed | None
 
     def __init__(self, dense: nn.Linear, site: SiteState, group: MaskGroup, position: int) -> None:
         with torch.device("meta"):
@@ -227,14 +156,17 @@ class SparseLinear(nn.Linear):
         self.weight, self.bias = dense.weight, dense.bias
         self.__dict__["site"] = site  # a neighbour, not a child: its buffers belong to the layer's `wina` module
         site.linears.append(self)
-        self.name, self.group = group.projections[position].name, group.name
-        projections = [p for g in site.groups for p in g.projections]
-        self.leads = group.projections[position] is projections[0]
-        self.ends = group.projections[position] is projections[-1]
+        self.name, self.group, self.position = group.projections[position].name, group.name, position
+        self.leads = group.projections[position] is site.site.projections[0]
+        self.packed = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
-        return self.site.product(self, input)
+        packed = self.packed
+        # Gradients go to the modules' own weights.
+        if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.site.product(self, input)
+        return packed.part(self.position, input)
 
     def set_weight(self, value: Tensor) -> None:
         """Replace the weight's storage and keep its other properties."""
@@ -253,6 +185,31 @@ class SparseLinear(nn.Linear):
                 continue
             if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
                 destination[name] = tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _pack(members: Sequence[SparseLinear], *, columns: bool) -> Packed:
+    """Put the members' weights and biases into one storage and make theirs views of it."""
+    packed = Packed([m.weight for m in members], [m.bias for m in members], columns=columns)
+    for member, part in zip(members, packed.parts_of(packed.weight), strict=True):
+        member.packed = packed
+        member.set_weight(part)
+    if packed.bias is not None:
+        for member, part in zip(members, packed.parts_of(packed.bias), strict=True):
+            if member.bias is not None:
+                member.bias = nn.Parameter(part, requires_grad=member.bias.requires_grad)
+    return packed
+
+
+def _holds(packed: Packed, members: Sequence[SparseLinear]) -> bool:
+    """Whether the modules' weights and biases still are views of the storage."""
+    if packed.weight.device != members[0].weight.device or any(m.packed is not packed for m in members):
+        return False
+    owned: list[Tensor | None] = [m.weight for m in members]
+    parts = packed.parts_of(packed.weight)
+    if packed.bias is not None:
+        owned += [m.bias for m in members]
+        parts += packed.parts_of(packed.bias)
+    return all(own is None or own.data_ptr() == part.data_ptr() for own, part in zip(owned, parts, strict=True))
 
 
 def _packable(members: Sequence[SparseLinear]) -> bool:

@@ -1,0 +1,163 @@
+"""The projections of one mask group as one: weights side by side, one mask, one product.
+
+A call looks up a handful of attributes and no modules: on small models and short prompts the time goes there, and a
+compiled step checks every attribute that it met before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from wina_calib.runtime import kernels
+from wina_calib.runtime.state import RuntimeState
+
+# On CUDA, rows of fewer inputs than this are masked by three small kernels: starting the one that does it in a single
+# pass takes longer.
+FEW_INPUTS = 1 << 20
+
+
+class Packed:
+    """Weights of one mask group in one storage; the modules hold views of it.
+
+    Attributes:
+        state: of the model.
+        sizes: outputs of each projection.
+        columns: whether `weight_t` (in, sum of outs) is contiguous, for the sparse kernels; else `weight` is, its
+            transpose, for dense products of masked inputs.
+        bias: (sum of outs,) or None.
+        norm: (in,) float32, the group's.
+        threshold: () float32, the group's.
+        rotation: run-time matrix (in, in) or None.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
+        self.sizes = tuple(w.shape[0] for w in weights)
+        self.columns = columns
+        self.weight_t = kernels.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
+        self.weight = self.weight_t.t()
+        self.dtype = self.weight.dtype
+        self.bias: Tensor | None = None
+        if any(b is not None for b in biases):
+            both = zip(biases, self.sizes, strict=True)
+            self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
+        self._seen: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def attach(self, state: RuntimeState, norm: Tensor, threshold: Tensor, rotation: Tensor | None) -> None:
+        """Take what else the product needs, and look at the threshold."""
+        self.state, self.norm, self.threshold = state, norm, threshold
+        self.rotation = None if rotation is None else rotation.to(self.dtype)
+        if not self.columns or norm.device.type == "cuda":
+            self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
+            self._limit_now()
+
+    def parts_of(self, storage: Tensor) -> tuple[Tensor, ...]:
+        """The parts of weight (sum of outs, in) or bias (sum of outs,) that belong to each projection."""
+        parts: tuple[Tensor, ...] = storage.split(self.sizes)
+        return parts
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the model's state lets this compute the product of x."""
+        state = self.state
+        return state.kernels == "auto" and state.counts is None and x.dtype == self.dtype
+
+    def part(self, position: int, x: Tensor) -> Tensor:
+        """Output (..., out) of one projection for x (..., in).
+
+        The first that is asked for x computes all; the others take theirs, the last one clears up.
+        """
+        if len(self.sizes) == 1:
+            return self.product(x)
+        if position == 0 or self._seen is not x:
+            self._seen, self._parts = x, self.product(x).split(self.sizes, dim=-1)
+        out = self._parts[position]
+        if position == len(self.sizes) - 1:
+            self._seen, self._parts = None, ()
+        return out
+
+    def product(self, x: Tensor) -> Tensor:
+        """Outputs (..., sum of outs) of all projections for x (..., in)."""
+        if self.rotation is not None:
+            x = x @ self.rotation
+        if not self.columns:
+            return linear(x if self.state.all_dense else self.mask(x), self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.state.all_dense:
+            out = kernels.dense_site(rows, self.weight_t, self.bias)
+        elif rows.shape[0] > 1 and x.numel() < FEW_INPUTS and x.device.type == "cuda":
+            return linear(self.mask(x), self.weight, self.bias)
+        else:
+            dense = rows_for(self.state.dense_rows, x)
+            flat = None if dense is None else dense.reshape(-1)
+            out = kernels.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def mask(self, x: Tensor) -> Tensor:
+        """`score.mask_input` of x (..., in), bit for bit, in fewer passes."""
+        if not torch.compiler.is_compiling() and self._version != _version(self.threshold):
+            self._limit_now()
+        dropped = x.abs() <= self.limit
+        dense = rows_for(self.state.dense_rows, x)
+        if dense is not None:
+            dropped &= dense.logical_not().unsqueeze(-1)
+        return torch.where(dropped, self.zero, x)
+
+    def _limit_now(self) -> None:
+        """Compute the limit again, in place, for the threshold as it is; a compiled step sees it too."""
+        limit = magnitude_limit(self.norm, self.threshold)
+        known = getattr(self, "limit", None)
+        if known is not None and known.device == limit.device:
+            known.copy_(limit)
+        else:
+            self.limit = limit
+        self._version = _version(self.threshold)
+
+
+def _rows(weights: Sequence[Tensor]) -> Tensor:
+    """The weights (out_i, in) below each other; a single one as it is."""
+    if len(weights) == 1:
+        return weights[0].detach().contiguous()
+    return torch.cat([w.detach() for w in weights])
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes with every write to a tensor, -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def magnitude_limit(norm: Tensor, threshold: Tensor) -> Tensor:
+    """Per input the largest magnitude that is dropped: `abs(x) * norm <= threshold` just where `abs(x) <= limit`.
+
+    The product is rounded to float32, so the quotient alone is off by a step here and there; it is moved until both
+    sides agree.
+
+    Args:
+        norm: (in,) float32, not negative.
+        threshold: () float32; a negative one drops nothing.
+
+    Returns:
+        (in,) float32.
+    """
+    largest = torch.finfo(torch.float32).max
+    limit = (threshold / norm).nan_to_num(nan=largest, posinf=largest)
+    up, down = torch.full_like(norm, torch.inf), torch.full_like(norm, -torch.inf)
+    for _ in range(2):
+        limit = torch.where(limit * norm > threshold, torch.nextafter(limit, down), limit)
+    for _ in range(2):
+        above = torch.nextafter(limit, up)
+        limit = torch.where((above * norm <= threshold) & above.isfinite(), above, limit)
+    return limit
+
+
+def rows_for(rows: Tensor | None, x: Tensor) -> Tensor | None:
+    """The pass's dense rows (batch, seq) in the leading shape of x (..., in); None where they are not x's."""
+    if rows is None:
+        return None
+    rows = rows.to(x.device)  # another one where layers are spread over several
+    if rows.shape == x.shape[:-1]:
+        return rows
+    return rows.reshape(x.shape[:-1]) if rows.numel() == x.shape[:-1].numel() else None
