@@ -20,8 +20,8 @@ PROMPTS = ("The history of the city", "def read_file(path):")
 @click.option(
     "-o", "--output", default="demo-sparse", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
 )
-@click.option("--samples", default=64, show_default=True, metavar="N", help="Blocks of calibration text.")
-@click.option("--seq-len", default=1024, show_default=True, metavar="N", help="Tokens a block.")
+@click.option("--samples", default=48, show_default=True, metavar="N", help="Blocks of calibration text.")
+@click.option("--seq-len", default=512, show_default=True, metavar="N", help="Tokens a block.")
 @json_option
 def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     """Calibrate the bundled 5.5 M-parameter model at 50 %, evaluate it, and let it write.
