@@ -4,12 +4,16 @@ import pytest
 import torch
 from test_transforms import EXACT, IDS, layer_weights, orthogonal, relative_difference, transformed
 from tiny import make
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wina_calib.corpus import load_blocks
 from wina_calib.errors import TransformError
 from wina_calib.families import describe
+from wina_calib.source import demo_folder
 from wina_calib.transforms import Statistics, fit, needed_sites
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, held_out_cost, learn, low_rank, orthogonalised
+from wina_calib.transforms.residual import default_steps
 from wina_calib.transforms.statistics import sampled_layers
 from wina_calib.transforms.timing import seconds
 
@@ -30,7 +34,7 @@ def collect(model, arch, name="global+head", *, cuts=(4, 4, 4, 4), **options):
 
 
 @torch.no_grad()
-def feed(model, arch, statistics, ids, cuts, first_block=0):
+def feed(model, arch, statistics, ids, cuts, first_block=0, width=127):
     start = first_block
     for part in ids.split(cuts):
         handles = []
@@ -38,7 +42,7 @@ def feed(model, arch, statistics, ids, cuts, first_block=0):
             for site in layer.sites:
 
                 def hook(_, args, key=(layer.index, site.name), start=start):
-                    statistics.update(*key, args[0][:, 1:].flatten(0, 1), start * 127)
+                    statistics.update(*key, args[0][:, 1:].flatten(0, 1), start * width)
 
                 module = model.get_submodule(layer.prefix + site.projections[0].module)
                 handles.append(module.register_forward_pre_hook(hook))
@@ -264,6 +268,32 @@ def test_a_start_that_cannot_be_improved_is_kept():
 def test_orthogonalised_keeps_order_and_sign():
     exact = orthogonal(20, 3)
     torch.testing.assert_close(orthogonalised(exact + 1e-7), exact, rtol=0, atol=1e-5)
+
+
+def test_steps_follow_width_and_device():
+    assert [default_steps(width, "cpu") for width in (64, 384, 1024, 4096)] == [128, 400, 400, 100]
+    assert [default_steps(width, "cuda") for width in (64, 4096)] == [128, 2000]
+
+
+@torch.no_grad()
+def test_the_demo_model_in_bfloat16_and_what_learning_gains_on_it():
+    """Rounded to bfloat16 after the transform, and computed in float32, the model loses less than 1 % of perplexity."""
+    model = AutoModelForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    arch = describe(model)
+    ids = load_blocks(("builtin",), tokenizer, samples=24, seq_len=256, seed=0, min_tokens=0).ids
+    test = load_blocks(("builtin:heldout",), tokenizer, samples=32, seq_len=256, seed=0, min_tokens=0).ids
+    statistics = Statistics(arch, "global+head", tokens=len(ids) * 255, per_site=1024)
+    feed(model, arch, statistics, ids, (8, 8, 8), width=255)
+    lines = []
+    rotations = fit("global+head", arch, loader(model, arch), statistics, steps=40, progress=lines.append)
+    last = [float(line.rsplit(" ", 1)[1]) for line in lines if "held-out" in line][-1]
+    assert last < 0.97
+    out = transformed(model, arch, rotations)
+    for parameter in out.parameters():
+        parameter.copy_(parameter.bfloat16())
+    dense, turned = (float(m(test, labels=test).loss) for m in (model, out))
+    assert abs(turned - dense) < 0.01
 
 
 def test_timings_name_every_part():

@@ -19,11 +19,15 @@ from wina_calib.transforms.statistics import Statistics, sampled_layers
 MIN_TOKENS_PER_DIMENSION = 4
 SITES_PER_STEP = 4
 STEPS = {"cpu": 400, "cuda": 2000}
+# On a CPU a step of a model wider than this takes many seconds: it gets proportionally fewer.
+_WIDE = 1024
 
 
 def default_steps(width: int, device: torch.device | str) -> int:
     """Descent steps: more where they are cheap, fewer for narrow models, which need fewer."""
-    return min(STEPS.get(torch.device(device).type, STEPS["cpu"]), 2 * width)
+    if torch.device(device).type == "cuda":
+        return min(STEPS["cuda"], 2 * width)
+    return min(STEPS["cpu"], 2 * width, STEPS["cpu"] * _WIDE // width)
 
 
 def rank_for(width: int) -> int:
