@@ -86,7 +86,8 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path, llama: Path, text: Path
 
 
 @needs_shared
-@pytest.mark.parametrize("model", ["demo", pytest.param("ref-llama-14m", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo", "ref-llama-14m"])
 def test_asked_sparsity_is_met_on_held_out_text(model: str, tmp_path: Path) -> None:
     """Calibrated on one half of a collection of texts, the model sparsity holds within 0.01 on the other."""
     path = model if model == "demo" else SHARED / "models" / model
