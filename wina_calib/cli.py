@@ -22,6 +22,7 @@ COMMANDS = (
     "info",
     "report",
     "lm-eval",
+    "bench",
     "flops",
     "bounds",
 )

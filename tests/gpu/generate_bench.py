@@ -1,0 +1,178 @@
+"""End-to-end decoding on a GPU: compiled dense against compiled sparse, and where the time goes. Needs a GPU.
+
+    python tests/gpu/generate_bench.py [--out FOLDER] [--models llama-3-8b,llama-2-7b] [--seconds 400]
+
+For each shape: `wina_calib.bench` with torch.compile (static cache, CUDA graphs), counts of compiled graphs, recompiles
+and CUDA graph skips, a check of the results, kernel times of one step; then `generate` with a static cache.
+What does not fit in the time is left out, and said.
+"""
+# ruff: noqa: T201, PTH123
+
+import argparse
+import collections
+import json
+import os
+import time
+
+import torch
+from torch._dynamo.utils import counters
+
+import wina_calib
+from wina_calib.bench import compare, decode, models, products
+from wina_calib.bench.instruments import seconds
+
+START = time.monotonic()
+SPARSITIES = (0.5, 0.65)
+PROMPT, NEW = 64, 64
+DEVICE = torch.device("cuda")
+
+
+def left(options):
+    return options.seconds - (time.monotonic() - START)
+
+
+def say(*what):
+    print(f"[{time.monotonic() - START:5.0f} s]", *what, flush=True)
+
+
+def graphs():
+    return {
+        "graphs": counters["stats"].get("unique_graphs", 0),
+        "breaks": sum(counters["graph_break"].values()),
+        "cudagraph_skips": counters["inductor"].get("cudagraph_skips", 0),
+    }
+
+
+def check(pair, ids):
+    """Relative error of the sparse model's logits at sparsity 0 against the dense model's, and of compiled ones."""
+    with torch.no_grad():
+        wina_calib.set_sparsity(pair.sparse, 0.0)
+        dense, sparse = (m(ids[:, :PROMPT]).logits.float() for m in (pair.dense, pair.sparse))
+        found = {"sparsity 0, prompt": float((dense - sparse).norm() / dense.norm())}
+        steps = {}
+        for name, model in (("dense", pair.dense), ("sparse", pair.sparse)):
+            run = decode.session(model, ids, PROMPT, compiled=False)
+            run.prefill()
+            out = model(input_ids=ids[:, PROMPT : PROMPT + 1], past_key_values=run.cache, use_cache=True)
+            steps[name] = out.logits.float()
+        found["sparsity 0, one token"] = float((steps["dense"] - steps["sparse"]).norm() / steps["dense"].norm())
+    return found
+
+
+def profile(session, name, report):
+    """Kernel times of one compiled step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with torch.no_grad():
+        session.prefill()
+        session.steps(4)
+        torch.cuda.synchronize()
+        with profiler(activities=[ProfilerActivity.CUDA]) as found:
+            session.steps(4)
+            torch.cuda.synchronize()
+    times, counts = collections.Counter(), collections.Counter()
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.device_time_total / 4
+            counts[event.name] += 1 / 4
+    report[name] = [(n, round(t, 1), counts[n]) for n, t in times.most_common(30)]
+    print(f"kernels of one {name} step: {sum(times.values()):.0f} us in {sum(counts.values()):.0f} launches")
+    for kernel, t in times.most_common(14):
+        print(f"  {t:8.1f} us {counts[kernel]:6.1f} x {kernel[:110]}")
+
+
+def generate(model, ids, new):
+    """Milliseconds a token of `generate` with a static cache: the slope between two lengths."""
+    options = {"do_sample": False, "cache_implementation": "static", "pad_token_id": 0, "eos_token_id": None}
+    prompt = ids[:, :PROMPT]
+
+    def run(count):
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, **options
+        )
+
+    for _ in range(2):
+        run(new)
+    long = [seconds(lambda: run(new), DEVICE) for _ in range(5)]
+    short = [seconds(lambda: run(2), DEVICE) for _ in range(5)]
+    return 1e3 * (sorted(long)[2] - sorted(short)[2]) / (new - 2)
+
+
+def one(name, options, report):
+    pair = models.random_pair(name, device=DEVICE, dtype=torch.bfloat16, seed=0)
+    ids = torch.randint(pair.dense.config.vocab_size, (1, PROMPT + NEW), device=DEVICE)
+    say(name, "made")
+    models.fit(pair, SPARSITIES, ids, PROMPT)
+    say("fitted;", check(pair, ids))
+    counters.clear()
+    groups = decode.make_variants(pair, SPARSITIES, ids, PROMPT, compiled=True)
+    result = compare(pair, SPARSITIES, ids, PROMPT, rounds=7, compiled=True, groups=groups)
+    say("compared;", graphs())
+    print(result.render())
+    entry = report.setdefault(name, {"bench": result.to_dict(), "graphs": graphs()})
+    save(report, options)
+    return pair, ids, entry, groups
+
+
+def save(report, options):
+    with open(os.path.join(options.out, "generate_bench.json"), "w") as file:  # noqa: PTH118
+        json.dump(report, file, indent=1)
+
+
+def prompts(pair, vocabulary):
+    """Prefill times, dense and sparse, at several lengths."""
+    found = {}
+    for length in (64, 512, 2048):
+        ids = torch.randint(vocabulary, (1, length), device=DEVICE)
+        times = {"dense": [], "sparse": []}
+        with torch.no_grad():
+            for turn in range(8):
+                for key, model in (("dense", pair.dense), ("sparse", pair.sparse)):
+                    took = seconds(lambda model=model, ids=ids: model(ids, logits_to_keep=1), DEVICE)
+                    if turn:
+                        times[key].append(1e3 * took)
+        dense, sparse = (sorted(times[key])[3] for key in ("dense", "sparse"))
+        found[length] = (dense, sparse, sparse / dense)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=".")
+    parser.add_argument("--models", default="llama-3-8b,llama-2-7b")
+    parser.add_argument("--seconds", type=float, default=400.0)
+    options = parser.parse_args()
+    report = {}
+    names = options.models.split(",")
+    for name in names:
+        if left(options) < 130 and name != names[0]:
+            say("no time for", name)
+            continue
+        pair, ids, entry, groups = one(name, options, report)
+        alone = products(name, sparsities=(0.0, 0.5, 0.65), device=DEVICE, dtype=torch.bfloat16)
+        print(alone.render())
+        entry["products"] = alone.to_dict()
+        entry["prefill"] = prompts(pair, 32000)
+        say("prefill ms (dense, sparse, ratio):", entry["prefill"])
+        entry["kernels"] = {}
+        for kind, group in (("dense", groups[0]), ("sparse", groups[1])):
+            group[0].select()
+            profile(group[0].session, kind, entry["kernels"])
+        say("profiled")
+        save(report, options)
+        if left(options) > 110:
+            entry["generate"] = {"dense": generate(pair.dense, ids, 66)}
+            say("generate, dense:", entry["generate"])
+            for sparsity in SPARSITIES:
+                wina_calib.set_sparsity(pair.sparse, sparsity)
+                entry["generate"][str(sparsity)] = generate(pair.sparse, ids, 66)
+            say("generate ms/token:", entry["generate"], graphs())
+        save(report, options)
+        del pair, groups
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Clocks, memory and the roof of a device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+ROOF_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+ROOF_REPEATS = 9
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call until the device has finished it."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, bytes read and written counted; the median of several."""
+    count = ROOF_BYTES.get(device.type, 256 << 20)
+    source = torch.ones(count // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * count / statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(ROOF_REPEATS))
+
+
+class PeakMemory:
+    """What runs add, at their peak, to the memory in use when they start. Zero where the system does not say."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for the length of the context."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            torch.cuda.synchronize(self.device)
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self.device) - before)
+            return
+        before = _resident("VmRSS") if _reset_peak() else 0
+        yield
+        if before:
+            self.bytes = max(self.bytes, _resident("VmHWM") - before)
+
+
+def _reset_peak() -> bool:
+    """Let Linux count the peak of this process's resident memory from now on."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(key: str) -> int:
+    """A memory figure of this process in bytes; 0 where it is not known."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else str(device)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions that a figure depends on."""
+    import transformers
+
+    from wina_calib import __version__
+
+    found = {
+        "wina_calib": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            import triton
+
+            found["triton"] = str(triton.__version__)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
+    return found
+
+
+def warn_of_spinning_threads() -> str | None:
+    """What to say where idle OpenMP threads may stall the busy ones, as DESIGN's CPU measurements found."""
+    if sys.platform.startswith("linux") and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        return "set OMP_WAIT_POLICY=PASSIVE before timing on a CPU: spinning threads can stall a step by 8 ms or more"
+    return None

@@ -1,0 +1,90 @@
+"""`wina-calib bench`."""
+
+from __future__ import annotations
+
+import click
+import torch
+
+from wina_calib.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
+from wina_calib.calibrate import pick_device, pick_dtype
+from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option
+from wina_calib.errors import UsageError
+
+
+@click.command("bench")
+@click.argument("model", metavar="[DIR_OR_MODEL]", required=False)
+@click.option("--random", metavar="CONFIG", help="Random weights of this preset, config file, folder or Hub id.")
+@click.option(
+    "--sparsity",
+    "-s",
+    type=Fractions(),
+    default=",".join(map(str, SPARSITIES)),
+    show_default=True,
+    metavar="S,S,...",
+    help="Model sparsities.",
+)
+@click.option("--prompt", default=PROMPT, show_default=True, metavar="N", help="Tokens of the prompt.")
+@click.option("--new", default=NEW, show_default=True, metavar="N", help="Tokens to decode in a round.")
+@click.option("--rounds", default=ROUNDS, show_default=True, metavar="N", help="Rounds of all variants in turn.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=None, help="Decode compiled, both models; default: on CUDA."
+)
+@click.option("--kernel-only", is_flag=True, help="Only the site products of one layer (random weights).")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of random weights and tokens.")
+@device_option
+@click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    help="Of the weights; auto is the stored one (random: bfloat16) on a GPU, float32 on a CPU.",
+)
+@json_option
+def command(
+    model: str | None,
+    random: str | None,
+    sparsity: tuple[float, ...],
+    prompt: int,
+    new: int,
+    rounds: int,
+    compiled: bool | None,
+    kernel_only: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Time decoding, dense against sparse, in one process.
+
+    DIR_OR_MODEL is a calibrated checkpoint, or a plain model whose thresholds are then fitted to the tokens that are run.
+    The weights of both models are the same; measurements of the two take turns, medians and quartiles are shown.
+
+    \b
+    Examples:
+      wina-calib bench demo-sparse --sparsity 0.4
+      wina-calib bench --random llama-3-8b --device cuda
+      wina-calib bench --random llama-2-7b --kernel-only
+    """
+    if kernel_only:
+        name = random or model
+        if name is None:
+            raise UsageError("give a model, or --random CONFIG for the shapes of a config.")
+        place = pick_device(device)
+        weights = pick_dtype(dtype, torch.bfloat16, place)
+        alone = products(name, sparsities=sparsity, device=place, dtype=weights, seed=seed)
+        emit(alone.to_dict(), alone.render(), as_json=as_json)
+        return
+    with bar(0, "bench") as shown:
+        result = bench(
+            model,
+            random=random,
+            sparsities=sparsity,
+            device=device,
+            dtype=dtype,
+            prompt=prompt,
+            new=new,
+            rounds=rounds,
+            compiled=compiled,
+            seed=seed,
+            progress=shown.update,
+        )
+    emit(result.to_dict(), result.render(), as_json=as_json)
