@@ -117,7 +117,7 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert pack("hub:endless/stream", samples=50, seq_len=100).ids.shape == (50, 100)
-        assert served["rows"] <= corpus._SHUFFLE_DOCUMENTS + 50
+        assert served["rows"] <= corpus._SHUFFLE_DOCUMENTS + corpus._SPREAD * 50
 
     def test_chats(self, monkeypatch):
         rows = [
@@ -168,7 +168,7 @@ class TestPacking:
         (tmp_path / "a.txt").write_text("abcdefgh")
         blocks = pack(tmp_path, tokenizer=Framed(), samples=2, seq_len=6)
         assert blocks.ids[:, :2].tolist() == [[BOS, 0], [BOS, 0]]
-        assert blocks.ids[:, 2:].flatten().tolist() == [ord(c) + 3 for c in "abcdefgh"]
+        assert sorted(blocks.ids[:, 2:].flatten().tolist()) == [ord(c) + 3 for c in "abcdefgh"]
 
     def test_fewer_blocks_than_asked_are_used(self, tmp_path):
         (tmp_path / "a.txt").write_text("x" * 100)
@@ -209,6 +209,17 @@ class TestPacking:
         file = write_jsonl(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(300)))
         monkeypatch.chdir(tmp_path)
         assert pack("a.jsonl").fingerprint == pack(file).fingerprint
+
+    @pytest.mark.parametrize("samples", [7, 16, 50])
+    def test_every_beginning_is_spread_over_the_source(self, tmp_path, samples):
+        # One letter a block, 8 kinds of text in order: what is used of each differs by three blocks at most.
+        (tmp_path / "a.txt").write_text("".join(letter * 900 for letter in "abcdefgh"))
+        drawn = [
+            "".join(row)[1] for row in decoded(pack(tmp_path, tokenizer=Bare(), samples=samples, seq_len=9, seed=3))
+        ]
+        for first in range(1, samples + 1):
+            used = Counter(drawn[:first])
+            assert max(used.values()) - min(used[letter] for letter in "abcdefgh") <= 3
 
     def test_fingerprint_is_of_ids_and_shape(self):
         ids = torch.arange(6).reshape(2, 3)
@@ -274,7 +285,9 @@ class TestPacking:
         assert pack(file, samples=10**6, seq_len=4).ids.shape == (366_666, 4)
         assert time.perf_counter() - start < 10
 
-    def test_reading_stops_when_there_is_enough(self):
+    def test_reading_a_long_source_stops_when_there_is_enough(self, monkeypatch):
+        monkeypatch.setattr(corpus, "_SHUFFLE_CHARACTERS", 1000)
+
         class Counting(Characters):
             read = 0
 

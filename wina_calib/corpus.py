@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,8 @@ DEFAULT_DATA = ("builtin",)
 HELDOUT_DATA = ("builtin:heldout",)
 _SHUFFLE_DOCUMENTS = 10_000
 _SHUFFLE_CHARACTERS = 32_000_000
+_SPREAD = 4  # of a stream, so many times the blocks asked for are read, to take them from more documents
+_GOLDEN = (5**0.5 - 1) / 2
 _JOINED = 1 << 18
 _OVERLAP_LINE = 40
 
@@ -64,9 +66,11 @@ class Blocks:
 def load_blocks(
     data: Sequence[str], tokenizer: Tokenizer, *, samples: int, seq_len: int, seed: int, min_tokens: int = MIN_TOKENS
 ) -> Blocks:
-    """Read, shuffle, tokenize and pack text.
+    """Read, tokenize and pack text, and choose blocks evenly.
 
-    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Every block
+    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Blocks are chosen
+    at even distances through a whole source in its own order (through the first part of a long one, shuffled), and come
+    in an order whose every beginning is spread over all of it: what is sorted by kind is used in proportion. Every block
     starts with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding.
     Fewer blocks than asked are used as they are.
 
@@ -75,7 +79,7 @@ def load_blocks(
         tokenizer: the model's tokenizer.
         samples: number of blocks asked for.
         seq_len: tokens a block.
-        seed: order of the documents.
+        seed: which blocks, and their order.
         min_tokens: fewer tokens than this are an error.
 
     Raises:
@@ -85,9 +89,7 @@ def load_blocks(
     _check_request(data, samples, seq_len, min_tokens)
     shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
     readers = [_reader(spec) for spec in data]
-    packed = [
-        _pack(_shuffled(read(), seed), tokenizer, count, seq_len) for read, count in zip(readers, shares, strict=True)
-    ]
+    packed = [_choose(read(), tokenizer, count, seq_len, seed) for read, count in zip(readers, shares, strict=True)]
     for spec, (blocks, left) in zip(data, packed, strict=True):
         if not blocks:
             found = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
@@ -102,7 +104,7 @@ def load_blocks(
             f"data {', '.join(map(shown, data))}: only {tokens:,} tokens in whole blocks of {seq_len:,}; at least "
             f"{min_tokens:,} are needed. Give more text with --data, or a smaller --seq-len."
         )
-    ids = torch.tensor(rows, dtype=torch.int64)
+    ids = torch.stack(rows).long()
     return Blocks(ids, tuple(data), samples, fingerprint(ids))
 
 
@@ -266,6 +268,34 @@ def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: 
         )
 
 
+def _choose(
+    texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int, seed: int
+) -> tuple[list[Tensor], int]:
+    """Pack texts into blocks (seq_len,) and choose at most `count`; also the number of tokens that fill none."""
+    rng = random.Random(seed)
+    documents, whole = _buffered(texts, seed)
+    blocks, left = _pack(documents, tokenizer, None if whole else _SPREAD * count, seq_len)
+    if len(blocks) > count:
+        edges = [len(blocks) * i // count for i in range(count + 1)]
+        blocks = [blocks[rng.randrange(low, high)] for low, high in pairwise(edges)]
+    turn = rng.randrange(len(blocks)) if blocks else 0
+    blocks = blocks[turn:] + blocks[:turn]
+    # Indices whose multiple of the golden ratio has a fraction below any bound lie at even distances.
+    return [blocks[i] for i in sorted(range(len(blocks)), key=lambda i: i * _GOLDEN % 1.0)], left
+
+
+def _buffered(texts: Iterator[str], seed: int) -> tuple[Iterator[str], bool]:
+    """The texts in their own order, and True, if they fit in the shuffle's buffer; else shuffled, and False."""
+    buffer: list[str] = []
+    held = 0
+    for text in texts:
+        buffer.append(text)
+        held += len(text)
+        if len(buffer) >= _SHUFFLE_DOCUMENTS or held >= _SHUFFLE_CHARACTERS:
+            return _shuffled(chain(buffer, texts), seed), False
+    return iter(buffer), True
+
+
 def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
     """Shuffle through a buffer bounded in documents and in characters, so that a stream is never read whole."""
     rng = random.Random(seed)
@@ -283,8 +313,8 @@ def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
     yield from buffer
 
 
-def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int) -> tuple[list[list[int]], int]:
-    """Cut one stream of tokens into at most `count` blocks; also the number of tokens that fill none.
+def _pack(texts: Iterator[str], tokenizer: Tokenizer, limit: int | None, seq_len: int) -> tuple[list[Tensor], int]:
+    """Cut one stream of tokens into blocks (seq_len,) int32, at most `limit`; also the number of tokens that fill none.
 
     Raises:
         UsageError: a block has no room for text.
@@ -297,7 +327,7 @@ def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int) 
         )
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    blocks: list[list[int]] = []
+    blocks: list[Tensor] = []
     for text in texts:
         if not text.strip():
             continue
@@ -305,10 +335,11 @@ def _pack(texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int) 
             stream += between
         for piece in pieces(text):
             stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-            whole = min(len(stream) // body, count - len(blocks))
-            blocks += [start + stream[i * body : (i + 1) * body] for i in range(whole)]
+            whole = len(stream) // body if limit is None else min(len(stream) // body, limit - len(blocks))
+            rows = (stream[i * body : (i + 1) * body] for i in range(whole))
+            blocks += [torch.tensor(start + row, dtype=torch.int32) for row in rows]
             del stream[: whole * body]
-            if len(blocks) == count:
+            if len(blocks) == limit:
                 return blocks, len(stream)
     return blocks, len(stream)
 
