@@ -76,7 +76,7 @@ def test_config_is_pinned(calibrated: Path, llama: Path) -> None:
     assert config == json.loads((llama / "config.json").read_text())
     assert list(section) == [
         "quant_method", "sparsity", "anchors", "score", "masks", "exponent", "transform", "budget", "prefill",
-        "curve_levels", "weights", "provenance", "format_version",
+        "select", "first_token", "curve_levels", "weights", "provenance", "format_version",
     ]  # fmt: skip
     assert section["quant_method"] == "wina"
     assert section["format_version"] == FORMAT_VERSION == "1.0"

@@ -81,6 +81,11 @@ class TestBuiltin:
         assert list(documents("builtin:heldout")) == [d["text"] for d in BUILTIN if d["split"] == "heldout"]
         with pytest.raises(UsageError, match="builtin:heldout"):
             check_spec("builtin:train")
+        code = [d["text"] for d in BUILTIN if d["split"] == "calibration" and d["kind"] == "code"]
+        assert list(documents("builtin:code")) == list(documents("builtin:calibration:code")) == code
+        assert set(documents("builtin:heldout:essay")) < set(documents("builtin:heldout"))
+        with pytest.raises(UsageError, match="essay, fiction"):
+            check_spec("builtin:heldout:poem")
 
     def test_the_data_card_counts_what_is_there(self):
         card = (DATA / "README.md").read_text("utf-8")

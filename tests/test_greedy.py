@@ -44,7 +44,7 @@ def papers_rows(stream: LayerStream, rule: MaskRule) -> np.ndarray:
                     found.update(scores(x[:, 1:], masked.norms[group.key]))
 
             def outputs(sparsities, masked=masked, histograms=histograms, layer=layer, hidden=tuple(hidden)):
-                masked.thresholds = {
+                masked.cuts = {
                     group.key: torch.tensor(threshold_at(histograms[group.key].quantiles(LEVELS).float(), s))
                     for site, s in zip(layer.sites, sparsities, strict=True)
                     for group in masked.groups[site.name]

@@ -6,6 +6,8 @@ Importing it registers the checkpoint format with transformers: `AutoModelForCau
 __version__ = "0.1.0"
 
 from wina_calib.calibrate import Result, calibrate
+from wina_calib.compare import compare
+from wina_calib.comparison import Comparison
 from wina_calib.errors import WinaError
 from wina_calib.evaluate import Evaluation, evaluate
 from wina_calib.hub import push_to_hub
@@ -18,11 +20,13 @@ _REGISTERED = (_quantizer, _types)  # both make transformers know the format as 
 
 __all__ = [
     "CalibrateOptions",
+    "Comparison",
     "Evaluation",
     "Result",
     "WinaError",
     "__version__",
     "calibrate",
+    "compare",
     "evaluate",
     "load",
     "push_to_hub",

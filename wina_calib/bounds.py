@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import UsageError
+from wina_calib.score import keep_top
 from wina_calib.text import percent, table
 from wina_calib.transforms.eigen import eigenvectors, gram
 
@@ -67,12 +68,6 @@ def accumulated_bound(inherited: float, own: float) -> float:
         own: `||v||^2`; the theorem takes Lemma 3.1's value for it, which is exact where columns are orthogonal.
     """
     return (math.sqrt(inherited) + math.sqrt(own)) ** 2
-
-
-def keep_top(score: Tensor, keep: int) -> Tensor:
-    """Boolean mask (..., in) of the `keep` largest scores of each row."""
-    best = score.topk(keep, dim=-1).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def orthogonal_columns(weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.estimate import Estimate, estimate
 from wina_calib.families import SITES
-from wina_calib.fit import SiteFit, fit_layer
+from wina_calib.fit import SiteFit, dense_tables, fit_layer, run_layer
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, output_folder
@@ -221,6 +221,8 @@ class Job:
             anchors=self.options.anchors,
             score=self.options.score,
             masks=self.options.masks,
+            select=self.options.select,
+            first_token=self.options.first_token,
             exponent=self.options.exponent,
             transform=self.transform.name,
             budget=stored_name(self.options),
@@ -318,10 +320,13 @@ class Job:
 
     @property
     def _rule(self) -> MaskRule:
-        return MaskRule(self.options.score, self.options.masks, self.options.exponent, self.transform.name)
+        chosen = self.options
+        return MaskRule(
+            chosen.score, chosen.masks, chosen.exponent, self.transform.name, chosen.select, chosen.first_token
+        )
 
     def fit(self, source: Source, chosen: Allocation, folder: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Fit thresholds in closed loop at every anchor.
+        """Fit thresholds at every anchor.
 
         Args:
             source: the dense model with its transformed weights.
@@ -338,22 +343,30 @@ class Job:
         states = [start, *(stream.store() for _ in anchors[1:])]
         for state in states[1:]:
             state.copy_from(start, len(stream.batches))
+        dense = stream.store() if self.options.loop == "open" else None
+        if dense is not None:
+            dense.copy_from(start, len(stream.batches))
         tensors: dict[str, Tensor] = {}
         for index, module, _ in stream.layers():
             rotations = {s: q.to(self.device, self.dtype) for s, q in source.rotations(index).items()}
             layer = arch.layers[index]
             fits: list[dict[str, SiteFit]] = []
             with MaskedLayer(layer, module, rule, rotations) as masked:
+                tables = None if dense is None else dense_tables(stream, masked, dense, lambda histogram: None)
                 for a, hidden in enumerate(states):
                     targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
-                    fits.append(fit_layer(stream, masked, hidden, targets, lambda histogram: None))
+                    fits.append(
+                        fit_layer(stream, masked, hidden, targets, lambda histogram: None)
+                        if tables is None
+                        else run_layer(stream, masked, hidden, targets, tables)
+                    )
                 for s, site in enumerate(layer.sites):
                     stored = self._site_tensors(masked, site.name, [f[site.name] for f in fits], rows[:, index, s])
                     tensors |= stored.named(layer.prefix, site.name)
             worst = max(fits[-1].items(), key=lambda item: item[1].error)
             self.report.step(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
         curves, facts = scaled_curves(chosen, anchors, stream, states)
-        for state in states:
+        for state in (*states, *([dense] if dense is not None else [])):
             state.clear()
         return tensors | curve_tensors(arch, curves), facts
 
@@ -389,6 +402,7 @@ class Job:
             "blocks": len(self.blocks.ids),
             "seq_len": self.blocks.ids.shape[1],
             "seed": self.options.seed,
+            "loop": self.options.loop,
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "untied": untied,
             "command": _command(),

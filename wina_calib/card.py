@@ -226,7 +226,7 @@ def _figures(opened: Checkpoint) -> str:
     measured = read_evaluation(opened.folder)
     rows = [
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
-        ("score, masks", f"{settings.score}, {settings.masks}"),
+        ("score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"),
         ("budget", code(settings.budget)),
         ("sparsity asked", percent(settings.sparsity)),
     ]

@@ -13,6 +13,7 @@ COMMANDS = (
     "calibrate",
     "budget",
     "evaluate",
+    "compare",
     "inspect",
     "generate",
     "demo",

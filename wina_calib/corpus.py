@@ -1,7 +1,8 @@
 """Text to fixed-length blocks of tokens: built-in data, text files, Hub datasets.
 
 A data spec is one of
-- `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part;
+- `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part; `builtin:code` or
+  `builtin:heldout:fiction` are its documents of one kind;
 - a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
 - `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
 - the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text.
@@ -176,7 +177,7 @@ def _reader(spec: str) -> Callable[[], Iterator[str]]:
     """
     name, colon, rest = spec.partition(":")
     if name == "builtin":
-        return _builtin_reader(spec, rest if colon else "calibration")
+        return _builtin_reader(spec, rest.split(":") if colon else [])
     if name == "hub" and colon:
         entry = _hub_entry(rest, spec)
         return lambda: _hub_documents(entry, spec)
@@ -193,10 +194,17 @@ def _reader(spec: str) -> Callable[[], Iterator[str]]:
     return lambda: path_documents(path, field)
 
 
-def _builtin_reader(spec: str, part: str) -> Callable[[], Iterator[str]]:
-    if part not in ("calibration", "heldout"):
-        raise UsageError(f"data {shown(spec)}: the built-in text is builtin, or builtin:heldout for its held-out part.")
-    return lambda: (document["text"] for document in _builtin() if document["split"] == part)
+def _builtin_reader(spec: str, parts: list[str]) -> Callable[[], Iterator[str]]:
+    split = parts[0] if parts and parts[0] in ("calibration", "heldout") else "calibration"
+    kinds = parts[1:] if parts and parts[0] == split else parts
+    known = {document["kind"] for document in _builtin()}
+    if len(kinds) > 1 or not known.issuperset(kinds):
+        raise UsageError(
+            f"data {shown(spec)}: the built-in text is builtin, or builtin:heldout for its held-out part; of one kind, it is "
+            f"builtin:KIND or builtin:heldout:KIND with {', '.join(sorted(known))}."
+        )
+    wanted = set(kinds) or known
+    return lambda: (d["text"] for d in _builtin() if d["split"] == split and d["kind"] in wanted)
 
 
 @cache

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.cells import count_cells
-from wina_calib.corpus import HELDOUT_DATA, is_local, load_blocks, text_hashes
+from wina_calib.corpus import HELDOUT_DATA, Blocks, is_local, load_blocks, text_hashes
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
@@ -131,17 +131,14 @@ def evaluate_model(
     if budget is not None:
         for site in sites:
             site.set_sparsity(asked, float(budget[site.layer, SITES.index(site.site.name)]))
-    seq_len = min(int(settings.provenance.get("seq_len", 2048)), tokens)
-    blocks = load_blocks(
-        data, load_tokenizer(folder), samples=max(1, tokens // seq_len), seq_len=seq_len, seed=0, min_tokens=2
-    )
+    blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, int(settings.provenance.get("seq_len", 2048)))
     totals = torch.zeros(4, dtype=torch.float64)
     state = runtime_state(model)
     with state.counting() as counts:
         for index, ids in enumerate(blocks.ids):
             totals += _block(model, ids.to(model.device))
             progress(index + 1, len(blocks.ids))
-    count = len(blocks.ids) * (seq_len - 1)
+    count = blocks.tokens - len(blocks.ids)
     dense, sparse, divergence, agreement = (totals / count).tolist()
     cells = count_cells(describe(model), settings.transform)
     achieved = [counts[s.layer, s.site.name].sparsity for s in sites]
@@ -151,8 +148,8 @@ def evaluate_model(
     return Evaluation(
         sparsity=asked,
         model_sparsity=real,
-        dense_ppl=_perplexity(dense),
-        sparse_ppl=_perplexity(sparse),
+        dense_ppl=perplexity(dense),
+        sparse_ppl=perplexity(sparse),
         base_ppl=float(provenance.get("base_ppl", float("nan"))),
         base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
         kl=divergence,
@@ -166,15 +163,36 @@ def evaluate_model(
     )
 
 
+def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len: int) -> Blocks:
+    """The text that an evaluation reads: about so many tokens, in blocks of at most `seq_len`."""
+    length = min(seq_len, tokens)
+    return load_blocks(data, tokenizer, samples=max(1, tokens // length), seq_len=length, seed=0, min_tokens=2)
+
+
 @torch.no_grad()
 def _block(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Sums over one block (seq,): dense loss, sparse loss, KL divergence, agreement."""
-    state = runtime_state(model)
     base = model.get_decoder()
-    with state.densely():
+    with runtime_state(model).densely():
         dense = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
     sparse = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
-    head = Head(model, base)
+    return quality_sums(model, dense, sparse, ids)
+
+
+@torch.no_grad()
+def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Tensor) -> Tensor:
+    """Sums over the predicted tokens of one block: dense loss, sparse loss, KL divergence, agreement, float64.
+
+    Args:
+        model: the model, for its head.
+        dense: the decoder's output (1, seq - 1, hidden) when it computes everything.
+        sparse: the same with masks.
+        ids: the block (seq,).
+
+    Raises:
+        NumericError: sparse logits are NaN or infinite.
+    """
+    head = Head(model, model.get_decoder())
     out = torch.zeros(4, dtype=torch.float64)
     for d, s, target in zip(dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True):
         p, q = (log_softmax(head(h)[0].float(), dim=-1) for h in (d, s))
@@ -215,7 +233,8 @@ def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
     return len(mine & text_hashes(local)) / len(mine) if mine else 0.0
 
 
-def _perplexity(loss: float) -> float:
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token; finite."""
     return math.exp(min(loss, 700.0))
 
 

@@ -4,6 +4,8 @@ A layer is fitted for one sparsity in phases over all micro-batches. A phase run
 whose scores are collected; later phases mask the sites that are fitted already, and replay the attention block's output
 instead of computing it again. All phases together cost q, k, v, o and down once, gate and up twice: for a Llama layer about
 1.6 plain forward passes.
+
+In open loop, which the papers use, tables come from the dense model's inputs, one pass for all sparsities.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import NumericError
+from wina_calib.families import Layer, Site
 from wina_calib.masked import MaskedLayer
 from wina_calib.score import scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
-from wina_calib.tables import LEVELS, threshold_at
+from wina_calib.tables import LEVELS
 
 Reduce = Callable[[ScoreHistogram], None]
 
@@ -52,7 +55,7 @@ def fit_layer(
 
     Args:
         stream: batches and layer arguments.
-        masked: the layer; its thresholds are set on return.
+        masked: the layer; its cuts are set on return.
         hidden: the layer's inputs as the sparse layers before it make them.
         targets: sparsity of every site.
         reduce: adds a histogram's counts over all ranks, in place.
@@ -63,7 +66,7 @@ def fit_layer(
     layer, batches = masked.layer, range(len(stream.batches))
     o_proj = masked.module.get_submodule(layer.site("attn_out").projections[0].module)
     attention = stream.store()
-    masked.thresholds = {}
+    masked.cuts = {}
     fits: dict[str, SiteFit] = {}
     for site in layer.sites:
         histograms = {group.key: ScoreHistogram(stream.device) for group in masked.groups[site.name]}
@@ -76,28 +79,14 @@ def fit_layer(
             else:
                 x = masked.input_of(site.name, hidden[index], kwargs)
             for key, histogram in histograms.items():
-                histogram.update(scores(x[:, 1:], masked.norms[key], masked.rule.score))
+                histogram.update(scores(masked.rule.masked_rows(x), masked.norms[key], masked.rule.score))
             if site.name == "attn_out":
                 attention[index] = x
             sample = x[:1] if sample is None else sample
-        for histogram in histograms.values():
-            reduce(histogram)
-            if not histogram.finite:
-                raise NumericError(
-                    f"layer {layer.index}, {site.name}: inputs are NaN or infinite in {stream.dtype}. Try --dtype float32, or "
-                    "check the model with text."
-                )
-        tables = {key: histogram.quantiles(LEVELS).float() for key, histogram in histograms.items()}
-        for key, table in tables.items():
-            value = threshold_at(table, targets[site.name])
-            masked.thresholds[key] = torch.tensor(value, dtype=torch.float32, device=stream.device)
+        tables = _tables(stream, layer, site, histograms, reduce)
+        _set_cuts(stream, masked, site, tables, targets[site.name])
         assert sample is not None
-        error = masked.output_error(site, sample)
-        if not math.isfinite(error):
-            raise NumericError(
-                f"layer {layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32."
-            )
-        fits[site.name] = SiteFit(tables, targets[site.name], error)
+        fits[site.name] = SiteFit(tables, targets[site.name], _error(stream, masked, site, sample))
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]
             for index in batches:
@@ -107,3 +96,79 @@ def fit_layer(
             hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
     attention.clear()
     return fits
+
+
+@torch.no_grad()
+def dense_tables(
+    stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates, reduce: Reduce
+) -> dict[str, dict[str, Tensor]]:
+    """Score quantiles of one loaded layer on the dense model's inputs, by site and mask group; see `fit_layer`.
+
+    `hidden`, the layer's inputs, is replaced by its outputs.
+    """
+    layer = masked.layer
+    histograms = {s.name: {g.key: ScoreHistogram(stream.device) for g in masked.groups[s.name]} for s in layer.sites}
+
+    def observe(site: str, x: Tensor) -> None:
+        for key, histogram in histograms[site].items():
+            histogram.update(scores(masked.rule.masked_rows(x), masked.norms[key], masked.rule.score))
+
+    masked.cuts, masked.observe = {}, observe
+    for index in range(len(stream.batches)):
+        hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
+    masked.observe = None
+    return {site.name: _tables(stream, layer, site, histograms[site.name], reduce) for site in layer.sites}
+
+
+@torch.no_grad()
+def run_layer(
+    stream: LayerStream,
+    masked: MaskedLayer,
+    hidden: HiddenStates,
+    targets: Mapping[str, float],
+    tables: Mapping[str, dict[str, Tensor]],
+) -> dict[str, SiteFit]:
+    """Mask one loaded layer by given tables and replace `hidden` by its outputs; arguments and result as for `fit_layer`."""
+    layer, samples = masked.layer, dict[str, Tensor]()
+    for site in layer.sites:
+        _set_cuts(stream, masked, site, tables[site.name], targets[site.name])
+
+    def observe(site: str, x: Tensor) -> None:
+        samples.setdefault(site, x[:1])
+
+    masked.observe = observe
+    for index in range(len(stream.batches)):
+        hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
+    masked.observe = None
+    errors = {site.name: _error(stream, masked, site, samples[site.name]) for site in layer.sites}
+    return {name: SiteFit(tables[name], targets[name], error) for name, error in errors.items()}
+
+
+def _tables(
+    stream: LayerStream, layer: Layer, site: Site, histograms: Mapping[str, ScoreHistogram], reduce: Reduce
+) -> dict[str, Tensor]:
+    for histogram in histograms.values():
+        reduce(histogram)
+        if not histogram.finite:
+            raise NumericError(
+                f"layer {layer.index}, {site.name}: inputs are NaN or infinite in {stream.dtype}. Try --dtype float32, or "
+                "check the model with text."
+            )
+    return {key: histogram.quantiles(LEVELS).float() for key, histogram in histograms.items()}
+
+
+def _set_cuts(
+    stream: LayerStream, masked: MaskedLayer, site: Site, tables: Mapping[str, Tensor], sparsity: float
+) -> None:
+    for key, table in tables.items():
+        masked.cuts[key] = masked.rule.cut(table, sparsity, site.width, stream.device)
+
+
+def _error(stream: LayerStream, masked: MaskedLayer, site: Site, sample: Tensor) -> float:
+    """Relative output error of a masked site on a sample of its inputs (blocks, seq, width)."""
+    error = masked.output_error(site, sample)
+    if not math.isfinite(error):
+        raise NumericError(
+            f"layer {masked.layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32."
+        )
+    return error

@@ -25,7 +25,7 @@ from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.score import mask_input, scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
-from wina_calib.tables import LEVELS, threshold_at
+from wina_calib.tables import LEVELS
 
 STEP = 0.05  # rise of a site as large as a square matrix of the hidden size
 LAST_FRACTION = 0.25  # share of each block, its end, that the error is measured on
@@ -69,9 +69,9 @@ class _TailLayer(MaskedLayer):
     tail = False
 
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        if not self.tail or group.key not in self.thresholds:
+        if not self.tail or group.key not in self.cuts:
             return super().mask(group, x)
-        return mask_input(x, self.norms[group.key], self.thresholds[group.key], self.rule.score)
+        return mask_input(x, self.norms[group.key], self.cuts[group.key], self.rule.score)
 
     @contextmanager
     def on_tail(self) -> Iterator[None]:
@@ -163,11 +163,13 @@ class _Search:
         histograms = {group.key: ScoreHistogram(self.stream.device) for group in groups}
         self.state = {name: self.stream.store() for name in ("target", _ATTN_OUT, "attended", _MLP_OUT)}
         seen: dict[str, Tensor] = {}
+        rule = self.masked.rule
 
         def observe(site: str, x: Tensor) -> None:
             seen[site] = self._tail(x)
             for group in self.masked.groups[site]:
-                histograms[group.key].update(scores(x[:, 1:], self.masked.norms[group.key], self.masked.rule.score))
+                rows = rule.masked_rows(x)
+                histograms[group.key].update(scores(rows, self.masked.norms[group.key], rule.score))
 
         self.masked.observe = observe
         for batch in range(len(self.stream.batches)):
@@ -220,7 +222,7 @@ class _Search:
         position = SITES.index(site.name)
         changed = {_ATTN_IN: (_ATTN_OUT, "attended", _MLP_OUT), _ATTN_OUT: ("attended", _MLP_OUT), _MLP_IN: (_MLP_OUT,)}
         new = {name: self.stream.store() for name in changed.get(site.name, ())}
-        before = dict(self.masked.thresholds)
+        before = dict(self.masked.cuts)
         self._set(site, sparsity)
         total, count = 0.0, 0
         for batch in range(len(self.stream.batches)):
@@ -242,7 +244,7 @@ class _Search:
             errors = (out - self.state["target"][batch]).float().norm(dim=1)
             total += float(errors.double().sum())
             count += errors.numel()
-        self.masked.thresholds = before
+        self.masked.cuts = before
         sizes = [s.weights for s in self.layer.sites]
         fraction = self._tail_length / self.stream.batches[0].shape[1]
         everywhere = sizes[0] if position == 0 else 0
@@ -258,8 +260,8 @@ class _Search:
 
     def _set(self, site: Site, sparsity: float) -> None:
         for group in self.masked.groups[site.name]:
-            value = threshold_at(self.tables[group.key], sparsity)
-            self.masked.thresholds[group.key] = torch.tensor(value, dtype=torch.float32, device=self.stream.device)
+            table, rule = self.tables[group.key], self.masked.rule
+            self.masked.cuts[group.key] = rule.cut(table, sparsity, site.width, self.stream.device)
 
     def _product(self, site: str, x: Tensor) -> Tensor:
         """Output of a site with one projection for inputs on the last tokens, past the hooks."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
-from wina_calib.score import mask_input, stored_norm
+from wina_calib.score import Cut, kept_inputs, mask_input, stored_norm
+from wina_calib.tables import threshold_at
 from wina_calib.transforms import uses_norm
 
 
@@ -25,12 +26,16 @@ class MaskRule:
         masks: `shared` (one a site, joint norm) or `per-projection`.
         exponent: power of the column norms.
         transform: resolved transform, as the paper's uses norms on some projections only.
+        select: `threshold` keeps scores above a threshold, `topk` each token's highest.
+        first_token: whether the first token of a sequence is `dense` or masked as all others.
     """
 
     score: str = "wina"
     masks: str = "shared"
     exponent: float = 1.0
     transform: str = "none"
+    select: str = "threshold"
+    first_token: str = "dense"
 
     def groups(self, site: Site) -> tuple[MaskGroup, ...]:
         """Mask groups of a site."""
@@ -40,6 +45,20 @@ class MaskRule:
         """Norm vector (in,) float32 that a group's scores are computed with."""
         score = self.score if uses_norm(self.transform, group) else "teal"
         return stored_norm(score, weights, self.exponent)
+
+    def cut(self, table: Tensor, sparsity: float, width: int, device: torch.device) -> Cut:
+        """What a group of `width` inputs is masked with at a site sparsity; `table` (levels,) are its score quantiles."""
+        if self.select == "topk":
+            return kept_inputs(width, sparsity)
+        return torch.tensor(threshold_at(table, sparsity), dtype=torch.float32, device=device)
+
+    def masked_rows(self, x: Tensor) -> Tensor:
+        """The rows of x (batch, seq, ...) that masks are made for: first tokens are left out where they are dense."""
+        return x[:, 1:] if self.first_token == "dense" else x
+
+    def dense_rows(self, x: Tensor) -> Tensor | None:
+        """Rows of x (batch, seq, ...) that are never masked, (batch, seq) bool, or None."""
+        return first_token_rows(x) if self.first_token == "dense" else None
 
 
 class _Stop(Exception):
@@ -66,7 +85,7 @@ class MaskedLayer:
         self.norms = {
             group.key: rule.norm(group, self.weights(group)) for groups in self.groups.values() for group in groups
         }
-        self.thresholds: dict[str, Tensor] = {}
+        self.cuts: dict[str, Cut] = {}
         self.stop_at: str | None = None
         self.observe: Callable[[str, Tensor], None] | None = None
         self._handles: list[Any] = []
@@ -96,7 +115,7 @@ class MaskedLayer:
         return self.module.get_submodule(projection.module).weight  # type: ignore[return-value]
 
     def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The layer's output (batch, seq, hidden) with the thresholds set so far."""
+        """The layer's output (batch, seq, hidden) with the masks of the cuts set so far."""
         try:
             return self.module(hidden, **kwargs)  # type: ignore[no-any-return]
         finally:
@@ -124,11 +143,11 @@ class MaskedLayer:
             del attention.forward
 
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        """Return x (batch, seq, width) with the group's mask; the first token of each sequence is never masked."""
-        threshold = self.thresholds.get(group.key)
-        if threshold is None:
+        """Return x (batch, seq, width) with the group's mask; dense first tokens are never masked."""
+        cut = self.cuts.get(group.key)
+        if cut is None:
             return x
-        return mask_input(x, self.norms[group.key], threshold, self.rule.score, first_token_rows(x))
+        return mask_input(x, self.norms[group.key], cut, self.rule.score, self.rule.dense_rows(x))
 
     def output_error(self, site: Site, x: Tensor) -> float:
         """Relative error `||W (x - masked x)|| / ||W x||` of a site on some of its inputs (batch, seq, width)."""

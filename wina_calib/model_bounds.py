@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from wina_calib.bounds import accumulated_bound, column_lengths, keep_top, theoretical_error
+from wina_calib.bounds import accumulated_bound, column_lengths, theoretical_error
 from wina_calib.calibrate import fitting_length, pick_device, pick_dtype
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
-from wina_calib.score import scores
+from wina_calib.score import Cut, kept_inputs
 from wina_calib.settings import METHOD
 from wina_calib.source import Source, load_config, open_source, resolve
 from wina_calib.streaming import LayerStream
@@ -37,7 +37,7 @@ _ROUNDING = 1e-5
 _NOTHING = 1e-12
 _CALIBRATED = "calibrated"
 
-Thresholds = Callable[[Layer], Mapping[str, Tensor]]
+Cuts = Callable[[Layer], Mapping[str, Cut]]
 Progress = Callable[[int, int], None]
 
 
@@ -227,33 +227,36 @@ class _Run:
         settings = opened.settings
         asked = settings.sparsity if sparsity is None else sparsity
 
-        def thresholds(layer: Layer) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = {}
+        def cuts(layer: Layer) -> dict[str, Cut]:
+            found: dict[str, Cut] = {}
             for site in layer.sites:
                 stored = opened.site(layer, site)
                 own = site_sparsity(settings.anchors, stored.budget.numpy(), asked)
                 for group in settings.rule.groups(site):
                     value = threshold_between(stored.tables[group.name], settings.anchors, asked, own)
                     chosen = stored.thresholds[group.name] if sparsity is None else torch.tensor(value)
-                    found[group.key] = chosen.to(self.device, torch.float32)
+                    top = settings.select == "topk"
+                    found[group.key] = kept_inputs(site.width, own) if top else chosen.to(self.device, torch.float32)
             return found
 
-        sites = self._measure(self.source, settings.rule, thresholds, 0.0)
-        return self._result(settings.rule, "thresholds", asked, sites)
+        return self._result(settings.rule, asked, self._measure(self.source, settings.rule, cuts))
 
     def under(self, transform: str, share: float, score: str, masks: str) -> ModelBounds:
         source = see_through(self.source, transform, self.ids, device=self.device, dtype=self.dtype)
-        rule = MaskRule(score, masks, transform=source.transform)
-        return self._result(rule, "top-k", share, self._measure(source, rule, None, share))
+        rule = MaskRule(score, masks, transform=source.transform, select="topk")
 
-    def _result(self, rule: MaskRule, select: str, sparsity: float, sites: tuple[SiteBound, ...]) -> ModelBounds:
-        tokens = len(self.ids) * (self.ids.shape[1] - 1)
+        def cuts(layer: Layer) -> dict[str, Cut]:
+            groups = (group for site in layer.sites for group in rule.groups(site))
+            return {group.key: kept_inputs(group.projections[0].in_features, share) for group in groups}
+
+        return self._result(rule, share, self._measure(source, rule, cuts))
+
+    def _result(self, rule: MaskRule, sparsity: float, sites: tuple[SiteBound, ...]) -> ModelBounds:
+        tokens, select = len(self.ids) * (self.ids.shape[1] - 1), "top-k" if rule.select == "topk" else "thresholds"
         return ModelBounds(self.name, rule.transform, rule.score, rule.masks, select, sparsity, tokens, sites)
 
     @torch.no_grad()
-    def _measure(
-        self, source: Source, rule: MaskRule, thresholds: Thresholds | None, share: float
-    ) -> tuple[SiteBound, ...]:
+    def _measure(self, source: Source, rule: MaskRule, cuts: Cuts) -> tuple[SiteBound, ...]:
         arch = source.architecture
         stream = LayerStream(source, self.ids, micro_batch=1, dtype=self.dtype, device=self.device)
         dense, sparse = stream.embed(), stream.store()
@@ -262,8 +265,7 @@ class _Run:
         for index, module, _ in stream.layers():
             rotations = {site: q.to(self.device, self.dtype) for site, q in source.rotations(index).items()}
             with _Watched(arch.layers[index], module, rule, rotations) as layer:
-                layer.share = share if thresholds is None else None
-                layer.thresholds = {} if thresholds is None else dict(thresholds(arch.layers[index]))
+                layer.cuts = dict(cuts(arch.layers[index]))
                 sums = {group: _Sums(layer.weights(group)) for groups in layer.groups.values() for group in groups}
                 for batch in range(len(stream.batches)):
                     kwargs = stream.kwargs(index, batch)
@@ -277,9 +279,8 @@ class _Run:
 
 
 class _Watched(MaskedLayer):
-    """Keeps what every mask group reads, and what of it passes: all, what is above thresholds, or each token's top k."""
+    """Keeps what every mask group reads, and what of it passes: all, or what the masks let through."""
 
-    share: float | None = None
     sparse = False
 
     def __enter__(self) -> _Watched:
@@ -294,17 +295,9 @@ class _Watched(MaskedLayer):
         return self.run(hidden, kwargs), self.seen
 
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        kept = x
-        if self.sparse:
-            kept = super().mask(group, x) if self.share is None else self._top(group, x, self.share)
+        kept = super().mask(group, x) if self.sparse else x
         self.seen[group] = (x, kept)
         return kept
-
-    def _top(self, group: MaskGroup, x: Tensor, share: float) -> Tensor:
-        score = scores(x, self.norms[group.key], self.rule.score)
-        keep = keep_top(score, x.shape[-1] - round(share * x.shape[-1]))
-        keep[:, 0] = True
-        return x * keep
 
 
 class _Sums:

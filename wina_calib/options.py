@@ -10,11 +10,12 @@ from typing import Any
 
 from wina_calib.corpus import DEFAULT_DATA, check_spec
 from wina_calib.errors import UsageError
-from wina_calib.score import SCORES
-from wina_calib.settings import MASKS, PREFILL
+from wina_calib.score import SCORES, SELECT
+from wina_calib.settings import FIRST_TOKEN, MASKS, PREFILL
 from wina_calib.transforms import NAMES as TRANSFORMS
 
 WEIGHTS = ("full", "reference")
+LOOPS = ("closed", "open")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
 
@@ -65,6 +66,17 @@ class CalibrateOptions:
     score: str = option("wina", "What is compared with the threshold.", choices=SCORES)
     masks: str = option("shared", "One mask a site, or the papers' one a projection.", choices=MASKS)
     exponent: float = option(1.0, "Power of the column norms in the score.", metavar="P")
+    select: str = option(
+        "threshold",
+        "What is kept: scores above a threshold, or each token's highest (topk; exact sparsity, but no fast kernel).",
+        choices=SELECT,
+    )
+    loop: str = option(
+        "closed", "Fit thresholds on what the sparse model computes, or on the dense model's inputs.", choices=LOOPS
+    )
+    first_token: str = option(
+        "dense", "Whether the first token of a sequence is computed densely, or masked too.", choices=FIRST_TOKEN
+    )
     prefill: str = option("sparse", "Whether prompts are masked too, or computed densely.", choices=PREFILL)
     weights: str = option(
         "full",

@@ -34,7 +34,7 @@ def output_folder(target: Path, *, overwrite: bool = False, keep_partial: bool =
     """
     target = target.expanduser().resolve()
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    with readable_errors(target), _lock(target):
+    with readable_errors(target), lock(target):
         _recover(target, old)
         if target.exists() and not overwrite:
             raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
@@ -107,6 +107,21 @@ def readable_errors(target: Path) -> Iterator[None]:
         raise
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, and force it to disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with readable_errors(path):
+        try:
+            temporary.write_bytes(data)
+            replace_file(path, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, temporary: Path) -> None:
     """Put a finished temporary file in the place of `path` in one step, and force it to disk."""
     descriptor = os.open(temporary, os.O_RDONLY)
@@ -132,7 +147,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         OutputError: another process is at it, the folder cannot be written, or the disk is full.
     """
     partial, staged = folder / f"{_STAGED}.partial", folder / _STAGED
-    with readable_errors(folder), _lock(folder.absolute()):
+    with readable_errors(folder), lock(folder.absolute()):
         finish_staged(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -194,7 +209,12 @@ def _recover(target: Path, old: Path) -> None:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def lock(target: Path) -> Iterator[None]:
+    """Keep other processes from writing `target` for the length of the context.
+
+    Raises:
+        OutputError: another process is at it.
+    """
     path = target.with_name(f".{target.name}.lock")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

@@ -113,6 +113,33 @@ def frontier(
     return _png(draw, width=6.5, height=3.6)
 
 
+def tradeoffs(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], dense: float, title: str) -> bytes:
+    """Perplexity of several methods, one panel for each thing it is drawn against.
+
+    Args:
+        panels: label of the x axis to (x, perplexity) by method.
+        dense: the dense model's perplexity; the axis ends at four times it.
+        title: of the figure.
+    """
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (label, methods) in zip(grid, panels.items(), strict=True):
+            for number, (name, points) in enumerate(methods.items()):
+                axes.plot(
+                    *zip(*sorted(points), strict=True), marker="osv^D"[number // 10 % 5], markersize=4, label=name
+                )
+            axes.axhline(dense, color=_INK, linestyle="--", linewidth=1)
+            axes.set_ylim(0.97 * dense, 4 * dense)
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+        grid[0].set_ylabel("perplexity")
+        grid[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.suptitle(title)
+
+    return _png(draw, width=5.0 * len(panels), height=4.2)
+
+
 def _png(draw: Callable[[Any], None], *, width: float, height: float) -> bytes:
     """Run a drawing on a new figure and return it as PNG; no display and no global state is touched."""
     require()

@@ -344,7 +344,8 @@ def _refitted(
     device = pick_device(refit.device)
     options = make_options(
         {"sparsity": settings.sparsity, "grid": settings.anchors, "score": settings.score, "masks": settings.masks}
-        | {"exponent": settings.exponent, "data": data, "samples": samples, "seq_len": seq_len, "seed": seed}
+        | {"exponent": settings.exponent, "select": settings.select, "first_token": settings.first_token}
+        | {"loop": str(facts.get("loop", "closed")), "data": data, "samples": samples, "seq_len": seq_len, "seed": seed}
     )
     job = Job(
         source=source,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wina_calib.checkpoint import WINA_FILE, read_index
 from wina_calib.errors import CheckpointError
-from wina_calib.output import readable_errors, replace_file
+from wina_calib.output import write_file
 from wina_calib.shards import Shards, read_json
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ def save_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     values = _finite(asdict(evaluation))
     record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **values}
     path = folder / EVALUATION_FILE
-    temporary = folder / f".{EVALUATION_FILE}.partial"
-    with readable_errors(path):
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        replace_file(path, temporary)
+    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     return path
 
 

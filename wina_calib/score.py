@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 SCORES = ("wina", "teal", "weight", "random")
+SELECT = ("threshold", "topk")
 KEEP_ALL = -1.0
+Cut = Tensor | int  # a threshold, scalar float32, or how many inputs each row keeps
 _ROWS = 1024
 
 
@@ -59,27 +61,42 @@ def scores(x: Tensor, norm: Tensor, score: str = "wina") -> Tensor:
     return x.float().abs_() * norm if x.dtype != torch.float32 else x.abs() * norm
 
 
-def keep_mask(
-    x: Tensor, norm: Tensor, threshold: Tensor, score: str = "wina", dense_rows: Tensor | None = None
-) -> Tensor:
-    """Boolean mask of the inputs that are kept: score above the threshold, or anything in a dense row.
+def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows: Tensor | None = None) -> Tensor:
+    """Boolean mask of the inputs that are kept: score above the threshold or among the highest, or any in a dense row.
 
     Args:
         x: (..., in).
         norm: (in,) float32.
-        threshold: scalar float32 tensor; a negative one keeps everything.
+        cut: scalar float32 tensor, the threshold; a negative one keeps everything. Or how many each row keeps.
         score: one of `SCORES`.
         dense_rows: boolean tensor of the leading shape of x; rows that are never masked.
     """
-    keep = scores(x, norm, score) > threshold
+    found = scores(x, norm, score)
+    keep = found > cut if isinstance(cut, Tensor) else keep_top(found, cut)
     return keep if dense_rows is None else keep | dense_rows.unsqueeze(-1)
 
 
-def mask_input(
-    x: Tensor, norm: Tensor, threshold: Tensor, score: str = "wina", dense_rows: Tensor | None = None
-) -> Tensor:
+def mask_input(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows: Tensor | None = None) -> Tensor:
     """Return x with the inputs that are not kept set to zero. Kept values are unchanged, bit for bit."""
-    return x.masked_fill(~keep_mask(x, norm, threshold, score, dense_rows), 0)
+    return x.masked_fill(~keep_mask(x, norm, cut, score, dense_rows), 0)
+
+
+def kept_inputs(width: int, sparsity: float) -> int:
+    """How many of `width` inputs top-k selection keeps at a site sparsity: the nearest whole number, at least one."""
+    return max(1, width - int(sparsity * width + 0.5))
+
+
+def keep_top(score: Tensor, keep: int) -> Tensor:
+    """Boolean mask (..., in) of the `keep` largest scores of each row; among equal ones the first are kept.
+
+    A NaN counts as kept, so that it shows in the output as it does in a dense model.
+    """
+    if keep >= score.shape[-1]:
+        return torch.ones_like(score, dtype=torch.bool)
+    last = score.kthvalue(score.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    above, equal = (score <= last).logical_not_(), score == last
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
 
 
 def _hash_uniform(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from wina_calib.budgets import Curves
 from wina_calib.errors import NumericError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
-from wina_calib.score import scores
+from wina_calib.score import kept_inputs, scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 
@@ -132,7 +132,7 @@ def _forward(
             ) -> None:
                 for group in layer.groups[site]:
                     histogram = found.setdefault(group.key, ScoreHistogram(stream.device))
-                    histogram.update(scores(x[:, 1:], layer.norms[group.key], rule.score))
+                    histogram.update(scores(rule.masked_rows(x), layer.norms[group.key], rule.score))
 
             layer.observe = observe
             for batch in range(len(stream.batches)):
@@ -190,9 +190,11 @@ def _layer_curves(
             for row, site in enumerate(layer.sites):
                 dropped: Tensor | float = 0.0
                 for group in tapped.groups[site.name]:
-                    x, g = (t[group.key].detach()[:, 1:].flatten(0, 1) for t in (taps, felt))
-                    score = scores(x, tapped.norms[group.key], rule.score)
-                    dropped = dropped + dropped_sums(g.float() * x.float(), score, thresholds[group.key])
+                    x, g = (rule.masked_rows(t[group.key].detach()).flatten(0, 1) for t in (taps, felt))
+                    score, limits = scores(x, tapped.norms[group.key], rule.score), thresholds[group.key]
+                    if rule.select == "topk":
+                        score, limits = ranks(score), dropped_ranks(site.width).to(stream.device)
+                    dropped = dropped + dropped_sums(g.float() * x.float(), score, limits)
                 assert isinstance(dropped, Tensor)
                 totals[row, 1:] += dropped.double().square().sum(0).cpu()
             tapped.taps.clear()
@@ -215,6 +217,18 @@ def dropped_sums(values: Tensor, score: Tensor, thresholds: Tensor) -> Tensor:
     bins = values.new_zeros(len(values), len(thresholds) + 1)
     bins.scatter_add_(1, torch.bucketize(score, thresholds), values)
     return bins[:, :-1].cumsum(1)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Rank of each score (rows, in) in its row, float32, 1 for the one that top-k selection drops first."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    position = torch.arange(score.shape[1], 0, -1, dtype=torch.float32, device=score.device)
+    return torch.empty_like(score).scatter_(1, order, position.expand_as(score))
+
+
+def dropped_ranks(width: int) -> Tensor:
+    """Highest rank that top-k selection drops of `width` inputs at the levels above 0, (levels - 1,) float32."""
+    return torch.tensor([width - kept_inputs(width, level) for level in CURVE_LEVELS[1:]], dtype=torch.float32)
 
 
 def _rotations(stream: LayerStream, index: int) -> dict[str, Tensor]:

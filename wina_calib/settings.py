@@ -8,12 +8,13 @@ from typing import Any
 
 from wina_calib.errors import CheckpointError
 from wina_calib.masked import MaskRule
-from wina_calib.score import SCORES
+from wina_calib.score import SCORES, SELECT
 
 METHOD = "wina"
 FORMAT_VERSION = "1.0"
 MASKS = ("shared", "per-projection")
 PREFILL = ("sparse", "dense")
+FIRST_TOKEN = ("dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Settings:
         transform: resolved orthogonal transform.
         budget: how site sparsities were chosen.
         prefill: whether inputs that fill an empty cache are masked too.
+        select: whether scores above a threshold are kept, or each token's highest.
+        first_token: whether the first token of a sequence is computed densely.
         curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
         weights: fingerprint of the weights that this belongs to.
         provenance: base model, data, seed, versions, command, dense perplexity.
@@ -43,6 +46,8 @@ class Settings:
     transform: str = "none"
     budget: str = "uniform"
     prefill: str = "sparse"
+    select: str = "threshold"
+    first_token: str = "dense"
     curve_levels: tuple[float, ...] = ()
     weights: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +56,7 @@ class Settings:
     @property
     def rule(self) -> MaskRule:
         """How masks are made."""
-        return MaskRule(self.score, self.masks, self.exponent, self.transform)
+        return MaskRule(self.score, self.masks, self.exponent, self.transform, self.select, self.first_token)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
@@ -93,12 +98,19 @@ class Settings:
                 and list(self.anchors) == sorted(set(self.anchors)),
                 f"anchors are {self.anchors!r}, expected ascending numbers in [0, 1)",
             ),
-            (self.score in SCORES, f"score is {self.score!r}, expected one of {', '.join(SCORES)}"),
-            (self.masks in MASKS, f"masks is {self.masks!r}, expected one of {', '.join(MASKS)}"),
-            (self.prefill in PREFILL, f"prefill is {self.prefill!r}, expected one of {', '.join(PREFILL)}"),
             (isinstance(self.exponent, int | float) and math.isfinite(self.exponent), f"exponent is {self.exponent!r}"),
             (isinstance(self.provenance, dict), "provenance is not an object"),
             (isinstance(self.transform, str), f"transform is {self.transform!r}"),
+        ]
+        problems += [
+            (value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
+            for name, value, known in (
+                ("score", self.score, SCORES),
+                ("masks", self.masks, MASKS),
+                ("prefill", self.prefill, PREFILL),
+                ("select", self.select, SELECT),
+                ("first_token", self.first_token, FIRST_TOKEN),
+            )
         ]
         wrong = [message for fine, message in problems if not fine]
         if wrong:

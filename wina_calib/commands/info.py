@@ -50,7 +50,7 @@ def render(facts: RemoteFacts) -> str:
         ["weights", "the base model's, by reference" if facts.by_reference else weights],
         ["size", human_bytes(facts.total_bytes)],
         ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.anchors))})"],
-        ["score, masks", f"{settings.score}, {settings.masks}"],
+        ["score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"],
         ["transform", f"{settings.transform} ({facts.runtime_elements:,} run-time weights)"],
         ["budget", settings.budget],
         ["data", ", ".join(map(str, provenance.get("data", ())))],

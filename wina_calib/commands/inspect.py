@@ -72,7 +72,7 @@ def render(facts: dict[str, Any]) -> str:
         ["base model", str(settings["provenance"].get("base_model"))],
         ["structure", f"{facts['model_type']}, {facts['layers']} layers"],
         ["sparsity", f"{percent(settings['sparsity'])} (fitted at {', '.join(map(percent, settings['anchors']))})"],
-        ["score, masks", f"{settings['score']}, {settings['masks']}"],
+        ["score, masks, selection", ", ".join(settings[key] for key in ("score", "masks", "select"))],
         ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
         ["budget", settings["budget"]],
         ["read fraction", f"{percent(facts['read_fraction'])}, decoder {percent(facts['read_fraction_decoder'])}"],

@@ -17,7 +17,7 @@ from wina_calib.families import MaskGroup, Site
 from wina_calib.runtime import kernels
 from wina_calib.runtime.packed import Packed, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount
-from wina_calib.score import keep_mask, mask_input
+from wina_calib.score import Cut, keep_mask, kept_inputs, mask_input
 from wina_calib.settings import Settings
 from wina_calib.tables import LEVELS, site_sparsity, threshold_between
 
@@ -105,7 +105,7 @@ class SiteState(Float32Buffers):
         """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
         for group in self.groups:
             members = [m for m in self.linears if m.group == group.name]
-            if not _packable(members) or self.settings.score in ("weight", "random"):
+            if not _packable(members) or not self._has_kernels:
                 self._packed.pop(group.name, None)
                 for member in members:
                     member.packed = None
@@ -117,6 +117,11 @@ class SiteState(Float32Buffers):
             state = self.group(group.name)
             packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
 
+    @property
+    def _has_kernels(self) -> bool:
+        """Whether the masks are those that the kernels make: scores from magnitudes, above a threshold."""
+        return self.settings.score not in ("weight", "random") and self.settings.select == "threshold"
+
     def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
         """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""
         return (packed.columns and members[0].weight.device.type == "cuda") or packed.columns == self._pays(members)
@@ -127,8 +132,14 @@ class SiteState(Float32Buffers):
         return kernels.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
 
     def _mask(self, name: str, x: Tensor) -> Tensor:
-        group = self.group(name)
-        return mask_input(x, group.norm, group.threshold, self.settings.score, rows_for(self.state.dense_rows, x))
+        rows = rows_for(self.state.dense_rows, x)
+        return mask_input(x, self.group(name).norm, self._cut(name), self.settings.score, rows)
+
+    def _cut(self, name: str) -> Cut:
+        """What a group is masked with: its threshold, or how many inputs each row keeps."""
+        if self.settings.select == "topk":
+            return kept_inputs(self.site.width, self.asked)
+        return self.group(name).threshold
 
     def _count(self, linear_: SparseLinear, x: Tensor) -> None:
         """Count inputs seen and dropped, weighted by the outputs that they reach."""
@@ -139,8 +150,8 @@ class SiteState(Float32Buffers):
         count = self.state.counts.setdefault((self.layer, self.site.name), SiteCount())
         count.seen += x.numel() * outs
         if not self.state.all_dense:
-            group = self.group(linear_.group)
-            keep = keep_mask(x, group.norm, group.threshold, self.settings.score, rows_for(self.state.dense_rows, x))
+            rows, norm = rows_for(self.state.dense_rows, x), self.group(linear_.group).norm
+            keep = keep_mask(x, norm, self._cut(linear_.group), self.settings.score, rows)
             count.dropped += (keep.numel() - int(keep.sum())) * outs
 
 

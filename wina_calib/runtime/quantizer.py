@@ -64,7 +64,7 @@ class WinaQuantizer(HfQuantizer):
 
 def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
     """Give every decoder layer a `wina` module and replace its projections."""
-    state = RuntimeState(prefill=settings.prefill)
+    state = RuntimeState(prefill=settings.prefill, first_token=settings.first_token)
     rotated = plan(settings.transform, arch).sites
     layers = model.get_submodule(arch.layers_path)
     for described in arch.layers:

@@ -30,6 +30,7 @@ class RuntimeState:
 
     Attributes:
         prefill: whether rows that fill an empty cache are masked (`sparse`) or computed densely (`dense`).
+        first_token: whether the first row of each sequence is computed densely (`dense`) or masked (`sparse`).
         kernels: `auto` lets a fast kernel serve a site, `reference` always uses the masked dense product.
         dense: compute everything densely.
         dense_rows: (batch, seq) bool, rows of this forward pass that are never masked; None when there are none.
@@ -39,6 +40,7 @@ class RuntimeState:
     """
 
     prefill: str = "sparse"
+    first_token: str = "dense"
     kernels: str = "auto"
     dense: bool = False
     dense_rows: Tensor | None = None
@@ -62,7 +64,8 @@ class RuntimeState:
         if self.prefill == "dense":
             self.all_dense = True
             return
-        self.dense_rows = _first_tokens(tokens, kwargs.get("attention_mask"))
+        if self.first_token == "dense":
+            self.dense_rows = _first_tokens(tokens, kwargs.get("attention_mask"))
 
     def refresh(self) -> None:
         """Look at the weights' storage again where something changed."""

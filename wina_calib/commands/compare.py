@@ -1,0 +1,83 @@
+"""`wina-calib compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wina_calib.commands.calibrate import Bars
+from wina_calib.commands.common import Fractions, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.compare import DEFAULT_METHODS, SPARSITIES, compare
+from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA
+from wina_calib.methods import GROUPS, METHODS
+from wina_calib.text import table
+
+
+@click.command("compare")
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for cells and results.")
+@click.option(
+    "--methods",
+    default=",".join(DEFAULT_METHODS),
+    show_default=True,
+    metavar="NAME,...",
+    help="Methods or groups of them.",
+)
+@click.option("--list", "as_list", is_flag=True, help="Show the methods and their groups, and do nothing else.")
+@click.option(
+    "--sparsity", "-s", "sparsities", type=Fractions(), default=SPARSITIES, metavar="S,S,...",
+    show_default=",".join(map(str, SPARSITIES)), help="Model sparsities.",
+)  # fmt: skip
+@click.option(
+    "--data", multiple=True, default=DEFAULT_DATA, show_default=True, metavar="SPEC", help="Calibration text."
+)
+@click.option(
+    "--heldout", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
+)
+@click.option("--samples", default=128, show_default=True, metavar="N", help="Calibration blocks.")
+@click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Tokens a block.")
+@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to measure on.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of every random choice.")
+@click.option("--plots", "draw", is_flag=True, help="Draw compare.png too (extra plots).")
+@device_option
+@dtype_option
+@revision_option
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings. Read it first.")
+@json_option
+def command(
+    model: str | None,
+    output: Path | None,
+    methods: str,
+    as_list: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Put methods side by side: MODEL calibrated with each, measured on the same text at the same sparsities.
+
+    `papers` are WINA, TEAL, CATS and others; `ablation` changes one part of the defaults at a time. Every finished figure is
+    kept in the folder: run the same command again to go on after a stop, or with more methods or sparsities to add to it.
+    With other text, tokens, seed, dtype or versions figures are computed anew, and the old ones left aside.
+
+    \b
+    Examples:
+      wina-calib compare demo -o demo-compare --methods wina,teal,ours -s 0.5,0.65
+      wina-calib compare demo -o demo-compare --methods ablation
+    """
+    if as_list:
+        rows = [[m.name, m.group, m.about] for m in METHODS.values()]
+        listed = {name: [m.name for m in members] for name, members in GROUPS.items()}
+        about = {m.name: m.about for m in METHODS.values()}
+        emit({"methods": about, "groups": listed}, table(["method", "part of", "what it is"], rows), as_json=as_json)
+        return
+    if model is None or output is None:
+        raise click.UsageError("give MODEL and -o DIR, or --list.")
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    try:
+        with Bars() as progress:
+            found = compare(model, output, methods=names, progress=progress, **options)
+    except KeyboardInterrupt:
+        note(f"Interrupted; finished cells are kept in {output}. The same command goes on from there.")
+        raise click.exceptions.Exit(130) from None
+    emit(found.to_dict(), found.text(), as_json=as_json)

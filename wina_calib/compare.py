@@ -1,0 +1,462 @@
+"""Methods side by side under one protocol: the same text, the same measurement, one calibration a method.
+
+Each figure is a cell, (method, sparsity), kept as one small file that names everything it depends on. A finished cell is never
+computed twice: stopped at any moment, the same call goes on. Under another protocol the old cells stay and count for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import wina_calib
+from wina_calib import plots
+from wina_calib.allocation import choice_passes
+from wina_calib.calibrate import (
+    Progress,
+    Silent,
+    calibrate,
+    default_micro_batch,
+    fitting_length,
+    pick_device,
+    pick_dtype,
+)
+from wina_calib.cells import count_cells
+from wina_calib.checkpoint import model_names, open_checkpoint
+from wina_calib.comparison import Comparison, Row, Skipped
+from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.errors import CheckpointError, UsageError, WinaError
+from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate
+from wina_calib.evaluate import evaluate_model, evaluation_blocks, perplexity, quality_sums
+from wina_calib.gates import fit_gates, gated_share, masked_gates
+from wina_calib.methods import Method, find_methods
+from wina_calib.options import CalibrateOptions, make_options
+from wina_calib.output import lock, readable_errors, write_file
+from wina_calib.runtime.load import load
+from wina_calib.shards import read_json
+from wina_calib.source import Source, open_source
+from wina_calib.streaming import LayerStream
+from wina_calib.transforms import needed_sites, plan
+
+SPARSITIES = (0.25, 0.4, 0.5, 0.65)
+DEFAULT_METHODS = ("papers",)
+FORMAT = "wina-compare-cell/1"
+_IRRELEVANT = {"sparsity", "grid", "weights", "device", "micro_batch", "overwrite", "revision", "trust_remote_code"}
+
+
+def compare(
+    model: str | Path,
+    output: str | Path,
+    *,
+    methods: str | Method | Sequence[str | Method] = DEFAULT_METHODS,
+    sparsities: float | Sequence[float] = SPARSITIES,
+    data: str | Sequence[str] = DEFAULT_DATA,
+    heldout: str | Sequence[str] = HELDOUT_DATA,
+    samples: int = 128,
+    seq_len: int = 2048,
+    tokens: int = 32_768,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    draw: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Calibrate a model with several methods and measure each at several sparsities.
+
+    Args:
+        model: a Hugging Face model folder, a Hub repository id, or `demo`.
+        output: folder for the cells and the results; made where it is missing. Finished cells in it are used.
+        methods: names of `wina_calib.methods.METHODS`, of groups (`papers`, `ablation`), or `Method` objects.
+        sparsities: model sparsities in (0, 1).
+        data: calibration text, as for `calibrate`.
+        heldout: text to measure on.
+        samples: calibration blocks.
+        seq_len: tokens a block.
+        tokens: tokens to measure on.
+        seed: of every random choice.
+        device: compute device.
+        dtype: compute dtype.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that the model folder brings.
+        draw: also draw the plot.
+        progress: hears the plan, phases and steps.
+
+    Returns:
+        All rows asked for; `compare.json`, `compare.md` and, drawn, `compare.png` in the folder say the same.
+
+    Raises:
+        WinaError: model, text or options cannot be used, or no method can.
+
+    Example:
+        ```python
+        wina_calib.compare("demo", "demo-compare", methods=("teal", "ours"), sparsities=(0.5,)).rows
+        ```
+    """
+    if draw:
+        plots.require()
+    chosen = find_methods((methods,) if isinstance(methods, str | Method) else methods)
+    grid = (sparsities,) if isinstance(sparsities, int | float) else tuple(sparsities)
+    base = {
+        "sparsity": grid[0] if grid else 0.0, "grid": grid, "data": data, "samples": samples, "seq_len": seq_len,
+        "seed": seed, "device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    shared = make_options(base)  # refuses what is out of range before any work
+    if not grid or tokens < 2:
+        raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
+    held = (heldout,) if isinstance(heldout, str) else tuple(map(str, heldout))
+    source = open_source(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    place = pick_device(device)
+    bench = _Bench(
+        source=source,
+        folder=Path(output).expanduser(),
+        shared=shared,
+        heldout=held,
+        blocks=evaluation_blocks(held, source.tokenizer(), tokens, fitting_length(source, seq_len)),
+        weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
+        device=place,
+        dtype=pick_dtype(dtype, source.dtype, place),
+        report=progress or Silent(),
+    )
+    bench.text(shared)  # too short a text is refused at once
+    with readable_errors(bench.folder):
+        (bench.folder / "cells").mkdir(parents=True, exist_ok=True)
+    with lock(bench.folder.absolute()), torch.inference_mode(False), torch.enable_grad():
+        found = bench.run(chosen, tuple(sorted(set(grid))))
+        if not found.rows:
+            raise UsageError(
+                f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
+            )
+        write_file(bench.folder / "compare.json", _json(found.to_dict()))
+        write_file(bench.folder / "compare.md", found.markdown().encode())
+        if draw:
+            write_file(bench.folder / "compare.png", draw_comparison(found))
+    return found
+
+
+def draw_comparison(found: Comparison) -> bytes:
+    """Perplexity against model sparsity and against read fraction, a line a method, as a PNG."""
+    names = dict.fromkeys(row.method for row in found.rows)
+    lines = {name: [row for row in found.rows if row.method == name] for name in names}
+    panels = {
+        "model sparsity": {n: [(r.model_sparsity, r.ppl) for r in rows] for n, rows in lines.items()},
+        "read fraction (lm_head included)": {n: [(r.read_fraction, r.ppl) for r in rows] for n, rows in lines.items()},
+    }
+    return plots.tradeoffs(panels, found.rows[0].dense_ppl, found.model)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One method with what it needs: its options, the digest of all that its figures depend on, and its open cells."""
+
+    method: Method
+    options: CalibrateOptions
+    key: dict[str, Any]
+    text: Blocks
+    todo: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One comparison under way."""
+
+    source: Source
+    folder: Path
+    shared: CalibrateOptions
+    heldout: tuple[str, ...]
+    blocks: Blocks
+    weights: str
+    device: torch.device
+    dtype: torch.dtype
+    report: Progress
+    texts: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
+
+    def run(self, methods: Sequence[Method], sparsities: Sequence[float]) -> Comparison:
+        """Compute the cells that are missing and collect all."""
+        rows: dict[tuple[str, float], Row] = {}
+        skipped: list[Skipped] = []
+        tasks: list[_Task] = []
+        for method in methods:
+            try:
+                task = self._task(method, sparsities, rows)
+            except WinaError as error:
+                skipped.append(Skipped(method.name, None, str(error)))
+                continue
+            skipped += [Skipped(method.name, s, reason) for s, reason in self._impossible(method, task.todo)]
+            left = tuple(s for s in task.todo if not any((k.method, k.sparsity) == (method.name, s) for k in skipped))
+            if left:
+                tasks.append(_Task(method, task.options, task.key, task.text, left))
+        self.report.phase(self._plan(tasks, len(rows)), 0)
+        for task in tasks:
+            try:
+                for row in self._measure_gates(task) if task.method.gated else self._measure_sites(task):
+                    rows[row.method, row.sparsity] = row
+                    record = {"format": FORMAT, "key": task.key, "row": asdict(row)}
+                    write_file(self._cell(task.method, row.sparsity, task.key), _json(record))
+            except WinaError as error:
+                skipped.append(Skipped(task.method.name, None, str(error)))
+        shutil.rmtree(self.folder / "calibrations", ignore_errors=True)
+        order = [(m.name, s) for m in methods for s in sparsities]
+        return Comparison(
+            model=self.source.name,
+            protocol=self._protocol,
+            methods={m.name: m.about for m in methods},
+            rows=tuple(rows[key] for key in order if key in rows),
+            skipped=tuple(skipped),
+        )
+
+    # --- what is to be done -----------------------------------------------------------------------------------------
+
+    def _task(self, method: Method, sparsities: Sequence[float], rows: dict[tuple[str, float], Row]) -> _Task:
+        """The cells of a method that are still open; finished ones go to `rows`."""
+        own = {f.name: getattr(self.shared, f.name) for f in fields(CalibrateOptions)} | dict(method.options)
+        own["samples"] = max(1, round(own["samples"] * method.share))
+        options = make_options(own)
+        plan(options.transform, self.source.architecture)  # refuses a transform that is not exact here
+        text = self.text(options)
+        key = self._key(method, options, text)
+        known = {s: _read_cell(self._cell(method, s, key), key) for s in sparsities}
+        rows |= {(method.name, s): row for s, row in known.items() if row is not None}
+        return _Task(method, options, key, text, tuple(s for s, row in known.items() if row is None))
+
+    def text(self, options: CalibrateOptions) -> Blocks:
+        """The calibration text of some options, read once."""
+        wanted = (options.data, options.samples)
+        if wanted not in self.texts:
+            seq_len, tokenizer = fitting_length(self.source, options.seq_len), self.source.tokenizer()
+            found = load_blocks(options.data, tokenizer, samples=options.samples, seq_len=seq_len, seed=options.seed)
+            self.texts[wanted] = found
+        return self.texts[wanted]
+
+    def _key(self, method: Method, options: CalibrateOptions, text: Blocks) -> dict[str, Any]:
+        """Everything that a method's figures depend on, the sparsity left out."""
+        return _plain(  # type: ignore[no-any-return]
+            {
+                "weights": self.weights,
+                "method": "gates" if method.gated else "sites",
+                "options": {k: v for k, v in asdict(options).items() if k not in _IRRELEVANT},
+                "calibration_text": text.fingerprint,
+                "heldout_text": self.blocks.fingerprint,
+                "device": self.device.type,
+                "dtype": str(self.dtype),
+                "versions": self._protocol["versions"],
+            }
+        )
+
+    @property
+    def _protocol(self) -> dict[str, Any]:
+        return {
+            "data": list(self.shared.data),
+            "heldout": list(self.heldout),
+            "samples": self.shared.samples,
+            "seq_len": fitting_length(self.source, self.shared.seq_len),
+            "tokens": self.blocks.tokens,
+            "seed": self.shared.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {
+                "wina_calib": wina_calib.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _cell(self, method: Method, sparsity: float, key: Mapping[str, Any]) -> Path:
+        return self.folder / "cells" / f"{method.name}-{sparsity:g}-{_digest(key)}.json"
+
+    def _impossible(self, method: Method, sparsities: Sequence[float]) -> list[tuple[float, str]]:
+        most = gated_share(self.source.architecture) if method.gated else 1.0
+        reason = f"Masks of up and down alone reach model sparsities below {most:.3f}."
+        return [(s, reason) for s in sparsities if s >= most]
+
+    def _plan(self, tasks: Sequence[_Task], present: int) -> str:
+        """What there is and what will be computed, in words."""
+        cells = sum(len(task.todo) for task in tasks)
+        others = len(list((self.folder / "cells").glob("*.json"))) - present
+        parts = [f"plan: {cells} cells of {len(tasks)} methods to compute, {present} there already"]
+        if others:
+            parts.append(f"{others} of another protocol, method or sparsity left aside")
+        weights = 2.0 * sum(site.weights for _, site in self.source.architecture.sites)
+        flops = sum(weights * (self._passes(t) * t.text.tokens + 2 * len(t.todo) * self.blocks.tokens) for t in tasks)
+        return "; ".join([*parts, f"about {flops / 1e12:,.1f} TFLOP"]) if tasks else "; ".join(parts)
+
+    def _passes(self, task: _Task) -> float:
+        """Forward passes over the calibration text that a method's calibration is worth."""
+        if task.method.gated:
+            return 2.0 * len(task.todo)
+        transform = plan(task.options.transform, self.source.architecture).name
+        statistics = 1.0 if needed_sites(transform, self.source.architecture) else 0.0
+        return statistics + CLOSED_LOOP_PASSES * len(task.todo) + choice_passes(task.options, task.text.tokens)
+
+    # --- doing it ---------------------------------------------------------------------------------------------------
+
+    def _measure_sites(self, task: _Task) -> Iterator[Row]:
+        """Rows of a method that masks sites: a checkpoint is made, measured at each sparsity, and deleted at the end.
+
+        Where a run is stopped between two cells, the finished checkpoint is kept and used by the next.
+        """
+        name = task.method.name
+        place = self.folder / "calibrations" / f"{name}-{_digest(task.key)}"
+        checkpoint, took = place / "checkpoint", _finished(place, task.todo)
+        if took is None:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            values = {f.name: getattr(task.options, f.name) for f in fields(CalibrateOptions)}
+            values |= {"grid": task.todo, "sparsity": task.todo[0]}
+            start = time.monotonic()
+            calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
+            took = time.monotonic() - start
+            write_file(place / "seconds.json", _json(took))
+        model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
+        for sparsity in task.todo:
+            self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
+            start = time.monotonic()
+            found = evaluate_model(
+                model,
+                checkpoint,
+                self.heldout,
+                sparsity=sparsity,
+                tokens=self.blocks.tokens,
+                progress=lambda done, total: self.report.step(f"block {done} of {total}"),
+            )
+            yield Row(
+                method=name,
+                sparsity=sparsity,
+                model_sparsity=found.model_sparsity,
+                ppl=found.sparse_ppl,
+                dense_ppl=found.dense_ppl,
+                kl=found.kl,
+                top1_agreement=found.top1_agreement,
+                read_fraction=found.read_fraction,
+                read_fraction_decoder=found.read_fraction_decoder,
+                tokens=found.tokens,
+                seconds=time.monotonic() - start,
+                calibration_seconds=took,
+            )
+        shutil.rmtree(place, ignore_errors=True)
+
+    @torch.no_grad()
+    def _measure_gates(self, task: _Task) -> Iterator[Row]:
+        """Rows of a method that masks the MLP's gate."""
+        arch, share = self.source.architecture, gated_share(self.source.architecture)
+        self.report.phase(f"{task.method.name}: fit gates", 0)
+        start = time.monotonic()
+        stream = LayerStream(
+            self.source,
+            task.text.ids,
+            micro_batch=default_micro_batch(self.device, task.text.ids.shape[1]),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
+        took = time.monotonic() - start
+        model = AutoModelForCausalLM.from_pretrained(
+            self.source.folder, dtype=self.dtype, trust_remote_code=self.source.trust_remote_code
+        ).to(self.device)
+        cells = count_cells(arch, "none")
+        for sparsity, thresholds in zip(task.todo, fitted, strict=True):
+            self.report.phase(f"{task.method.name}: measure at {sparsity:g}", len(self.blocks.ids))
+            start = time.monotonic()
+            totals, dropped = self._gate_sums(model, thresholds)
+            count = self.blocks.tokens - len(self.blocks.ids)
+            dense, sparse, kl, agreement = (totals / count).tolist()
+            yield Row(
+                method=task.method.name,
+                sparsity=sparsity,
+                model_sparsity=dropped * share,
+                ppl=perplexity(sparse),
+                dense_ppl=perplexity(dense),
+                kl=kl,
+                top1_agreement=agreement,
+                read_fraction=cells.read_fraction_at(dropped * share),
+                read_fraction_decoder=cells.read_fraction_at(dropped * share, lm_head=False),
+                tokens=count,
+                seconds=time.monotonic() - start,
+                calibration_seconds=took,
+            )
+
+    def _gate_sums(self, model: PreTrainedModel, thresholds: Tensor) -> tuple[Tensor, float]:
+        """`quality_sums` over all blocks with masked gates, and the share of activations dropped."""
+        decoder = model.get_decoder()
+        totals, seen, dropped = torch.zeros(4, dtype=torch.float64), 0, 0
+        for index, ids in enumerate(self.blocks.ids.to(self.device)):
+            dense = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+            with masked_gates(model, self.source.architecture, thresholds) as count:
+                sparse = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+            totals += quality_sums(model, dense, sparse, ids)
+            seen, dropped = seen + count.seen, dropped + count.dropped
+            self.report.step(f"block {index + 1} of {len(self.blocks.ids)}")
+        return totals, dropped / seen
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Passes a calibration's progress on under the method's name."""
+
+    report: Progress
+    name: str
+
+    def planned(self, estimate: Estimate) -> None:
+        self.report.planned(estimate)
+
+    def phase(self, name: str, steps: int) -> None:
+        self.report.phase(f"{self.name}: {name}", steps)
+
+    def step(self, note: str) -> None:
+        self.report.step(note)
+
+
+def _finished(place: Path, sparsities: Sequence[float]) -> float | None:
+    """Seconds that the calibration kept at `place` took; None where there is none that has these sparsities."""
+    try:
+        seconds = read_json(place / "seconds.json")
+        anchors = open_checkpoint(place / "checkpoint").settings.anchors
+    except (WinaError, OSError):
+        return None
+    return seconds if isinstance(seconds, float) and set(sparsities) <= set(anchors) else None
+
+
+def _read_cell(path: Path, key: Mapping[str, Any]) -> Row | None:
+    """A finished cell; None where there is none, or the file is damaged or of another key."""
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("key") != key:
+            return None
+        values: dict[str, Any] = {name: math.inf if value is None else value for name, value in record["row"].items()}
+        return Row(**values)
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json(key)).hexdigest()[:12]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(_plain(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples, null for numbers that it cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

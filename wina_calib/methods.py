@@ -1,0 +1,117 @@
+"""The methods that `compare` knows: each a named set of calibration options over one protocol.
+
+Thresholds of all of them are fitted in closed loop and the first token is dense, unless a method says otherwise: what is
+compared is what they drop, not how well they meet the asked sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from wina_calib.errors import UsageError
+
+PAPERS = "papers"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose what is dropped.
+
+    Attributes:
+        name: in files and tables; letters, digits and dashes.
+        about: one line for people.
+        options: fields of `CalibrateOptions` that differ from the defaults; all else is the protocol's.
+        group: `papers`, or what an ablation changes.
+        share: share of the protocol's calibration blocks that it uses.
+        gated: masks are made from the MLP's gate, as CATS does, instead of at sites.
+    """
+
+    name: str
+    about: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    group: str = PAPERS
+    share: float = 1.0
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+
+_FREE: dict[str, Any] = {"transform": "none", "budget": "uniform"}
+OURS = Method("ours", "the defaults: free transform, joint norm, one mask a site, budgets by predicted loss")
+_PROSE = ("builtin:fiction", "builtin:encyclopaedic", "builtin:essay", "builtin:news")
+_TABLE = (
+    OURS,
+    Method("wina", "magnitude times joint column norm, one mask a site; no transform, uniform budget", _FREE),
+    Method(
+        "wina-paper",
+        "WINA as published: paper's transform with run-time matrices, a mask a projection, norms on k and gate, top-k, greedy",
+        {"transform": "paper", "masks": "per-projection", "select": "topk", "budget": "greedy"},
+    ),
+    Method(
+        "teal",
+        "TEAL: magnitudes, thresholds, greedy budget",
+        {"score": "teal", "transform": "none", "budget": "greedy"},
+    ),
+    Method("teal-uniform", "TEAL with a uniform budget", _FREE | {"score": "teal"}),
+    Method(
+        "rsparse", "norms on all seven projections, a mask each; uniform budget", _FREE | {"masks": "per-projection"}
+    ),
+    Method("cats", "CATS: the gate's activation masks up's outputs and down's inputs", gated=True),
+    Method("weight", "column norms alone: the same inputs for every token", _FREE | {"score": "weight"}),
+    Method("random", "any inputs", _FREE | {"score": "random"}),
+    Method("score-weight", "column norms alone", {"score": "weight"}, "score"),
+    Method("score-activation", "magnitudes alone", {"score": "teal"}, "score"),
+    Method("score-half", "magnitude times root of the norm", {"exponent": 0.5}, "score"),
+    Method("score-double", "magnitude times square of the norm", {"exponent": 2.0}, "score"),
+    Method("masks-each", "a mask for each projection", {"masks": "per-projection"}, "masks"),
+    Method("select-topk", "each token's highest scores", {"select": "topk"}, "selection"),
+    Method("transform-none", "no transform", {"transform": "none"}, "transform"),
+    Method("transform-head", "value heads rotated, free", {"transform": "head"}, "transform"),
+    Method("transform-global", "residual stream rotated, free", {"transform": "global"}, "transform"),
+    Method(
+        "transform-stacked", "each site rotated at run time, all its projections", {"transform": "stacked"}, "transform"
+    ),
+    Method("transform-paper", "each site rotated at run time, k or gate", {"transform": "paper"}, "transform"),
+    Method("budget-uniform", "the same sparsity everywhere", {"budget": "uniform"}, "budget"),
+    Method("budget-greedy", "the papers' block-wise greedy", {"budget": "greedy"}, "budget"),
+    Method("loop-open", "thresholds from the dense model's inputs", {"loop": "open"}, "loop"),
+    Method("first-masked", "the first token masked too", {"first_token": "sparse"}, "first token"),
+    Method("text-half", "half of the calibration text", group="amount of text", share=0.5),
+    Method("text-quarter", "a quarter of it", group="amount of text", share=0.25),
+    Method("text-code", "calibrated on built-in code", {"data": ("builtin:code",)}, "kind of text"),
+    Method("text-prose", "calibrated on built-in prose", {"data": _PROSE}, "kind of text"),
+    Method("text-builtin", "calibrated on all built-in text", {"data": ("builtin",)}, "kind of text"),
+)
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _TABLE})
+GROUPS: Mapping[str, tuple[Method, ...]] = MappingProxyType(
+    {
+        PAPERS: tuple(m for m in _TABLE if m.group == PAPERS),
+        "ablation": (OURS, *(m for m in _TABLE if m.group != PAPERS)),
+    }
+)
+
+
+def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
+    """Methods by their names or their groups' (`papers`, `ablation`), each once, in order; a `Method` stands for itself.
+
+    Raises:
+        UsageError: a name is not known.
+    """
+    found: dict[str, Method] = {}
+    for name in names:
+        if isinstance(name, Method):
+            chosen: tuple[Method, ...] = (name,)
+        elif name in GROUPS:
+            chosen = GROUPS[name]
+        elif name in METHODS:
+            chosen = (METHODS[name],)
+        else:
+            raise UsageError(f"method {name!r} is unknown; known: {', '.join((*METHODS, *GROUPS))}.")
+        found |= {method.name: method for method in chosen}
+    if not found:
+        raise UsageError(f"no method was given; known: {', '.join((*METHODS, *GROUPS))}.")
+    return tuple(found.values())
