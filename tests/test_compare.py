@@ -1,6 +1,9 @@
 """Comparison: every method's cell, resuming, other protocols, output; the methods themselves on the demo model."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from wina_calib.output import lock
 
 FAST = ("wina", "teal-uniform", "cats", "weight")
 SPARSITIES = (0.25, 0.5)
+ROOT = Path(__file__).parent.parent
 
 
 class Listening(Silent):
@@ -62,9 +66,18 @@ def test_methods_are_valid_options_and_differ() -> None:
 
 
 def test_groups_and_names() -> None:
-    assert {"wina", "wina-paper", "teal", "teal-uniform", "weight", "random", "cats", "rsparse", "ours"} == {
-        m.name for m in GROUPS["papers"]
-    }
+    assert {
+        "wina",
+        "wina-paper",
+        "wina-paper-uniform",
+        "teal",
+        "teal-uniform",
+        "weight",
+        "random",
+        "cats",
+        "rsparse",
+        "ours",
+    } == {m.name for m in GROUPS["papers"]}
     assert GROUPS["ablation"][0] is METHODS["ours"]
     wanted = {"score", "masks", "transform", "budget", "loop", "first token", "amount of text", "kind of text"}
     assert wanted <= {m.group for m in GROUPS["ablation"]}
@@ -168,7 +181,6 @@ def test_stopped_between_cells_it_goes_on(
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(wina_calib.compare.__globals__["calibrate"].__module__ + ".calibrate", refuse, raising=False)
         patch.setitem(wina_calib.compare.__globals__, "calibrate", refuse)
         found = wina_calib.compare(llama, tmp_path / "out", **options)  # type: ignore[arg-type]
     for row in found.rows:
@@ -294,6 +306,35 @@ def test_every_method_of_both_groups_has_a_cell(llama: Path, protocol: dict[str,
     assert torch.tensor([row.ppl for row in found.rows]).isfinite().all()
     with_matrices, without = found.row("wina-paper", 0.25), found.row("wina", 0.25)
     assert with_matrices.read_fraction > without.read_fraction + 0.1
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on(llama: Path, text: Path, protocol: dict[str, object], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wina_calib", "compare", str(llama), "-o", str(tmp_path / "out"), "-s", "0.25,0.5"]
+    command += ["--methods", "wina,teal-uniform", "--data", str(text), "--heldout", str(text), "--samples", "64"]
+    command += ["--seq-len", "128", "--tokens", "16384"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "wina: measure at 0.5" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    left = cells(tmp_path / "out")
+    assert [name[:9] for name in left] == ["wina-0.25"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "3 cells of 2 methods to compute, 1 there already" in done.stderr
+    assert "wina: fit thresholds" not in done.stderr  # the finished calibration is used
+    assert left.items() <= cells(tmp_path / "out").items() and len(cells(tmp_path / "out")) == 4
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cells", "compare.json", "compare.md"]
+    whole = wina_calib.compare(
+        llama,
+        tmp_path / "whole",
+        methods=("wina", "teal-uniform"),
+        sparsities=SPARSITIES,
+        **protocol | {"tokens": 16384},
+    )  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert [row["ppl"] for row in found] == [row.ppl for row in whole.rows]
 
 
 @pytest.mark.slow

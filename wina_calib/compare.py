@@ -315,7 +315,8 @@ class _Bench:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             values = {f.name: getattr(task.options, f.name) for f in fields(CalibrateOptions)}
-            values |= {"grid": task.todo, "sparsity": task.todo[0]}
+            untouched = plan(task.options.transform, self.source.architecture).name == "none"
+            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": "reference" if untouched else "full"}
             start = time.monotonic()
             calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
             took = time.monotonic() - start

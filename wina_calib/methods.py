@@ -52,6 +52,11 @@ _TABLE = (
         {"transform": "paper", "masks": "per-projection", "select": "topk", "budget": "greedy"},
     ),
     Method(
+        "wina-paper-uniform",
+        "WINA as published with a uniform budget",
+        {"transform": "paper", "masks": "per-projection", "select": "topk", "budget": "uniform"},
+    ),
+    Method(
         "teal",
         "TEAL: magnitudes, thresholds, greedy budget",
         {"score": "teal", "transform": "none", "budget": "greedy"},
