@@ -13,6 +13,7 @@ import wina_calib
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.masked import MaskRule
 from wina_calib.rebudget import Refit, Request, apply, choose
+from wina_calib.runtime import quantizer
 from wina_calib.runtime.load import runtime_state, sparse_sites
 from wina_calib.score import keep_mask, keep_top, kept_inputs, mask_input
 from wina_calib.sensitivity import CURVE_LEVELS, dropped_ranks, ranks
@@ -148,8 +149,12 @@ def test_evaluate_counts_the_top_k(topk: Path, text: Path) -> None:
     assert found.model_sparsity == pytest.approx(0.5 * 126 / 127, abs=1e-9)
 
 
-def test_no_kernel_serves_top_k(topk: Path) -> None:
+def test_no_kernel_serves_top_k(topk: Path, calibrated: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantizer._say_once.cache_clear()
+    wina_calib.load(calibrated)
+    assert "no kernel" not in caplog.text
     model = wina_calib.load(topk)
+    assert "select topk, score wina: no kernel serves this" in caplog.text
     runtime_state(model).refresh()
     assert all(member.packed is None for site in sparse_sites(model) for member in site.linears)
 

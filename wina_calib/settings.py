@@ -58,6 +58,11 @@ class Settings:
         """How masks are made."""
         return MaskRule(self.score, self.masks, self.exponent, self.transform, self.select, self.first_token)
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether masks are those that the fast kernels make: scores from magnitudes, above a threshold."""
+        return self.select == "threshold" and self.score in ("wina", "teal")
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
         return {"quant_method": METHOD} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -105,7 +105,7 @@ class SiteState(Float32Buffers):
         """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
         for group in self.groups:
             members = [m for m in self.linears if m.group == group.name]
-            if not _packable(members) or not self._has_kernels:
+            if not _packable(members) or not self.settings.has_kernels:
                 self._packed.pop(group.name, None)
                 for member in members:
                     member.packed = None
@@ -116,11 +116,6 @@ class SiteState(Float32Buffers):
                 self._packed[group.name] = packed
             state = self.group(group.name)
             packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
-
-    @property
-    def _has_kernels(self) -> bool:
-        """Whether the masks are those that the kernels make: scores from magnitudes, above a threshold."""
-        return self.settings.score not in ("weight", "random") and self.settings.select == "threshold"
 
     def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
         """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""

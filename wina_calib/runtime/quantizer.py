@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import METHOD, Settings
 from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantizer(METHOD)
@@ -113,6 +117,8 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
     check_values(model.name_or_path, here)
     for site in site_states(model):
         site.asked = site_sparsity(settings.anchors, site.budget.cpu().numpy(), settings.sparsity)
+    if not settings.has_kernels:
+        _say_once(f"select {settings.select}, score {settings.score}")
     if settings.score != "wina":
         return
     for layer in (arch.layers[0], arch.layers[-1]):
@@ -126,3 +132,9 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
                 f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made "
                 "for. Were they trained or replaced afterwards? Calibrate them again."
             )
+
+
+@cache
+def _say_once(what: str) -> None:
+    """One log line a process for masks that no kernel makes."""
+    logger.warning("%s: no kernel serves this; masked dense products are used, no faster than dense", what)
