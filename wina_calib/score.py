@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,10 +94,22 @@ def keep_top(score: Tensor, keep: int) -> Tensor:
     """
     if keep >= score.shape[-1]:
         return torch.ones_like(score, dtype=torch.bool)
-    last = score.kthvalue(score.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+    last = _ascending(score, score.shape[-1] - keep)
+    kept = (score < last).logical_not_()
+    if not torch.compiler.is_compiling() and int(kept.sum()) == keep * kept[..., 0].numel():
+        return kept  # no equal scores at the border, as nearly always
     above, equal = (score <= last).logical_not_(), score == last
     room = keep - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _ascending(score: Tensor, position: int) -> Tensor:
+    """The value (..., 1) at a position of each row in ascending order, NaN last."""
+    if score.device.type == "cpu" and score.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # NumPy's partition takes a tenth of the time of torch's selection.
+        parted = np.partition(score.detach().numpy(), position, axis=-1)
+        return torch.from_numpy(parted[..., position : position + 1])
+    return score.kthvalue(position + 1, dim=-1, keepdim=True).values
 
 
 def _hash_uniform(x: Tensor) -> Tensor:
