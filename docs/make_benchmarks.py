@@ -15,8 +15,8 @@ from typing import Any
 from transformers.utils import logging
 
 import wina_calib
-from wina_calib.calibrate import pick_device
 from wina_calib.evaluate import evaluate_model
+from wina_calib.placement import pick_device
 from wina_calib.text import percent, rise
 
 METHODS: dict[str, dict[str, Any]] = {

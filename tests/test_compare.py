@@ -13,12 +13,12 @@ from click.testing import CliRunner
 
 import wina_calib
 import wina_calib.compare
-from wina_calib.calibrate import Silent
 from wina_calib.cli import main
 from wina_calib.errors import CorpusError, OutputError, UsageError
 from wina_calib.methods import GROUPS, METHODS, Method, find_methods
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import lock
+from wina_calib.progress import Silent
 
 FAST = ("wina", "cats")
 SPARSITIES = (0.25, 0.5)

@@ -24,15 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import wina_calib
 from wina_calib import plots
 from wina_calib.allocation import choice_passes
-from wina_calib.calibrate import (
-    Progress,
-    Silent,
-    calibrate,
-    default_micro_batch,
-    fitting_length,
-    pick_device,
-    pick_dtype,
-)
+from wina_calib.calibrate import calibrate
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, open_checkpoint
 from wina_calib.comparison import Comparison, Row, Skipped
@@ -44,6 +36,8 @@ from wina_calib.gates import fit_gates, gated_share, masked_gates
 from wina_calib.methods import Method, find_methods
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import lock, readable_errors, write_file
+from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
+from wina_calib.progress import Progress, Silent
 from wina_calib.runtime.load import load
 from wina_calib.shards import read_json
 from wina_calib.source import Source, open_source

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.cells import count_cells
 from wina_calib.corpus import HELDOUT_DATA, Blocks, is_local, load_blocks, text_hashes
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
+from wina_calib.placement import pick_device, pick_dtype
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
 from wina_calib.settings import Settings
 from wina_calib.source import load_tokenizer, resolve

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wina_calib.bounds import accumulated_bound, column_lengths, theoretical_error
-from wina_calib.calibrate import fitting_length, pick_device, pick_dtype
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.placement import fitting_length, pick_device, pick_dtype
 from wina_calib.score import Cut, kept_inputs
 from wina_calib.settings import METHOD
 from wina_calib.source import Source, load_config, open_source, resolve

@@ -24,7 +24,6 @@ from wina_calib.budgets import (
     uniform,
 )
 from wina_calib.budgets.model import Floats
-from wina_calib.calibrate import Job, Progress, Silent, default_micro_batch, pick_device, pick_dtype
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import (
     WINA_FILE,
@@ -39,8 +38,11 @@ from wina_calib.checkpoint import (
 )
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
+from wina_calib.job import Job
 from wina_calib.options import make_options
 from wina_calib.output import staged_files
+from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
+from wina_calib.progress import Progress, Silent
 from wina_calib.settings import Settings
 from wina_calib.shards import read_json
 from wina_calib.source import REFERENCE_FILE, is_reference, load_tokenizer, open_source, weights_folder

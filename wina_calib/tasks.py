@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wina_calib.calibrate import pick_device
 from wina_calib.errors import UsageError
+from wina_calib.placement import pick_device
 from wina_calib.runtime.load import load, set_prefill, set_sparsity, sparse_sites
 from wina_calib.source import load_tokenizer, resolve
 from wina_calib.text import table

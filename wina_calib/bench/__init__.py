@@ -13,10 +13,10 @@ from wina_calib.bench.instruments import copy_bandwidth, device_name, versions, 
 from wina_calib.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.bench.site_products import products
-from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.flops import presets
+from wina_calib.placement import pick_device, pick_dtype
 from wina_calib.source import load_tokenizer, weights_folder
 
 __all__ = ["Bench", "Dense", "Products", "Sparse", "Timing", "bench", "compare", "products"]

@@ -6,9 +6,9 @@ import click
 import torch
 
 from wina_calib.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
-from wina_calib.calibrate import pick_device, pick_dtype
 from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option
 from wina_calib.errors import UsageError
+from wina_calib.placement import pick_device, pick_dtype
 
 
 @click.command("bench")

@@ -26,13 +26,13 @@ from wina_calib.budgets import (
     write_budget,
 )
 from wina_calib.budgets.file import file_kind
-from wina_calib.calibrate import pick_device
 from wina_calib.card import write_card
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.commands.calibrate import Bars
 from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
+from wina_calib.placement import pick_device
 from wina_calib.rebudget import Choice, Measure, Refit, Request, apply, choose, frontier
 from wina_calib.source import resolve
 from wina_calib.text import percent, table

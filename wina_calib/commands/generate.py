@@ -7,8 +7,8 @@ from typing import Any
 import click
 import torch
 
-from wina_calib.calibrate import pick_device
 from wina_calib.commands.common import device_option, emit, json_option, revision_option
+from wina_calib.placement import pick_device
 from wina_calib.runtime.load import load
 from wina_calib.source import load_tokenizer, resolve
 

@@ -1,0 +1,39 @@
+"""Where and how to compute: device, dtype, and how many blocks at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from wina_calib.errors import UsageError
+from wina_calib.source import Source
+
+_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is the stored dtype on an accelerator and float32 on a CPU, where 16-bit products are mostly slow."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def default_micro_batch(device: torch.device, seq_len: int) -> int:
+    """Blocks of this length that are computed together on a device."""
+    return max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len)
+
+
+def fitting_length(source: Source, seq_len: int) -> int:
+    """Cut a block length to what the model takes."""
+    return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
