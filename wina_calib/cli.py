@@ -14,6 +14,7 @@ COMMANDS = (
     "budget",
     "evaluate",
     "compare",
+    "transfer",
     "inspect",
     "generate",
     "demo",

@@ -21,6 +21,7 @@ from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
 from wina_calib.placement import pick_device, pick_dtype
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
+from wina_calib.runtime.modules import model_weighted
 from wina_calib.settings import Settings
 from wina_calib.source import load_tokenizer, resolve
 from wina_calib.streaming import Head
@@ -78,6 +79,19 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Quality of a sparse model on some blocks; figures as in `Evaluation`, `sites` achieved ones by (layer, site)."""
+
+    dense_ppl: float
+    ppl: float
+    kl: float
+    top1_agreement: float
+    model_sparsity: float
+    sites: dict[tuple[int, str], float]
+    tokens: int
+
+
 def evaluate(
     path_or_repo: str | Path,
     *,
@@ -132,35 +146,58 @@ def evaluate_model(
         for site in sites:
             site.set_sparsity(asked, float(budget[site.layer, SITES.index(site.site.name)]))
     blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, int(settings.provenance.get("seq_len", 2048)))
-    totals = torch.zeros(4, dtype=torch.float64)
-    state = runtime_state(model)
-    with state.counting() as counts:
-        for index, ids in enumerate(blocks.ids):
-            totals += _block(model, ids.to(model.device))
-            progress(index + 1, len(blocks.ids))
-    count = blocks.tokens - len(blocks.ids)
-    dense, sparse, divergence, agreement = (totals / count).tolist()
+    found = measure(model, blocks, progress)
     cells = count_cells(describe(model), settings.transform)
-    achieved = [counts[s.layer, s.site.name].sparsity for s in sites]
-    weights = [s.site.weights for s in sites]
-    real = sum(w * a for w, a in zip(weights, achieved, strict=True)) / sum(weights)
     provenance = settings.provenance
     return Evaluation(
         sparsity=asked,
-        model_sparsity=real,
-        dense_ppl=perplexity(dense),
-        sparse_ppl=perplexity(sparse),
+        model_sparsity=found.model_sparsity,
+        dense_ppl=found.dense_ppl,
+        sparse_ppl=found.ppl,
         base_ppl=float(provenance.get("base_ppl", float("nan"))),
         base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
-        kl=divergence,
-        top1_agreement=agreement,
-        read_fraction=cells.read_fraction_at(real),
-        read_fraction_decoder=cells.read_fraction_at(real, lm_head=False),
-        tokens=count,
+        kl=found.kl,
+        top1_agreement=found.top1_agreement,
+        read_fraction=cells.read_fraction_at(found.model_sparsity),
+        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
+        tokens=found.tokens,
         data=data,
-        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, a) for s, a in zip(sites, achieved, strict=True)),
-        warnings=find_warnings(settings, data, asked, real),
+        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
+        warnings=find_warnings(settings, data, asked, found.model_sparsity),
     )
+
+
+def measure(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    dense: Sequence[Tensor] | None = None,
+) -> Measured:
+    """Measure a loaded sparse model, as its thresholds are set now, against itself at sparsity 0.
+
+    Args:
+        model: the model.
+        blocks: text.
+        progress: called with blocks done and blocks in all.
+        dense: what `dense_states` gave for the same blocks, so that they are not computed again.
+    """
+    sites, totals = sparse_sites(model), torch.zeros(4, dtype=torch.float64)
+    with runtime_state(model).counting() as counts:
+        for index, ids in enumerate(blocks.ids.to(model.device)):
+            whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
+            totals += quality_sums(model, whole, _states(model, ids), ids)
+            progress(index + 1, len(blocks.ids))
+    count = blocks.tokens - len(blocks.ids)
+    base, sparse, divergence, agreement = (totals / count).tolist()
+    achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
+    real = model_weighted(sites, list(achieved.values()))
+    return Measured(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, count)
+
+
+def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The decoder's outputs (1, seq - 1, hidden) at sparsity 0 for each block of `ids` (blocks, seq)."""
+    with runtime_state(model).densely():
+        return [_states(model, row) for row in ids.to(model.device)]
 
 
 def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len: int) -> Blocks:
@@ -170,13 +207,10 @@ def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len:
 
 
 @torch.no_grad()
-def _block(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Sums over one block (seq,): dense loss, sparse loss, KL divergence, agreement."""
-    base = model.get_decoder()
-    with runtime_state(model).densely():
-        dense = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
-    sparse = base(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
-    return quality_sums(model, dense, sparse, ids)
+def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The decoder's output (1, seq - 1, hidden) for one block (seq,)."""
+    found: Tensor = model.get_decoder()(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ mask group give, the others take their part of it (`Packed`). Where that cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -85,12 +85,16 @@ class SiteState(Float32Buffers):
         """
         anchors = self.settings.anchors
         own = site_sparsity(anchors, self.budget.cpu().numpy(), model_sparsity) if sparsity is None else sparsity
-        for group in self.groups:
-            state = self.group(group.name)
-            state.threshold.fill_(threshold_between(state.table.cpu(), anchors, model_sparsity, own))
-        self.asked = own
-        self.state.stale = True
+        tables = {group.name: self.group(group.name).table.cpu() for group in self.groups}
+        self.set_thresholds(own, {n: threshold_between(t, anchors, model_sparsity, own) for n, t in tables.items()})
         return own
+
+    def set_thresholds(self, sparsity: float, thresholds: Mapping[str, float]) -> None:
+        """Set the threshold of every mask group by name, meant for a site sparsity of `sparsity`."""
+        for group in self.groups:
+            self.group(group.name).threshold.fill_(thresholds[group.name])
+        self.asked = sparsity
+        self.state.stale = True
 
     def product(self, linear_: SparseLinear, x: Tensor) -> Tensor:
         """Output (..., out) of one projection for the site's input x (..., in), by itself: masked, then dense."""

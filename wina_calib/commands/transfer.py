@@ -1,0 +1,72 @@
+"""`wina-calib transfer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wina_calib.budgets import write_budget
+from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option, note
+from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.transfer import SAMPLES, budget_file, render, transfer
+
+
+@click.command("transfer")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option(
+    "--sparsity", "-s", "sparsities", type=Fractions(), default=(), metavar="S,S,...",
+    help="Model sparsities; the one DST was calibrated for by default.",
+)  # fmt: skip
+@click.option(
+    "--heldout", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
+)
+@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to measure on.")
+@click.option(
+    "--data", multiple=True, metavar="SPEC", help="Text of the dense pass; DST's calibration text by default."
+)
+@click.option("--samples", default=SAMPLES, show_default=True, metavar="N", help="Blocks of the dense pass.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="Only write SRC's budget as a budget file for DST, which need not be calibrated.",
+)  # fmt: skip
+@device_option
+@dtype_option
+@json_option
+def command(
+    source: str,
+    target: str,
+    sparsities: tuple[float, ...],
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Put the budget and thresholds of one calibrated model on another, and measure what that costs.
+
+    Layers are matched by relative depth. SRC's budget is used with DST's own score tables, with quantiles of DST's dense
+    scores on a few blocks, and SRC's thresholds as they are, beside DST's own calibration. No folder is changed.
+
+    \b
+    Examples:
+      wina-calib transfer small-sparse large-sparse -s 0.5,0.65
+      wina-calib transfer small-sparse LARGE_MODEL -o budget.yaml
+      wina-calib calibrate LARGE_MODEL -o large-sparse --budget budget.yaml
+    """
+    if output is not None:
+        if len(sparsities) > 1:
+            raise click.UsageError("a budget file holds one sparsity: give one with -s.")
+        write_budget(output, budget_file(source, target, sparsities[0] if sparsities else None))
+        emit({"file": str(output)}, f"{output}: the budget of {source} for {target}", as_json=as_json)
+        return
+    with bar(0, "transfer") as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update()
+
+        found = transfer(source, target, sparsities=sparsities, progress=progress, **options)
+    for way, reason in found.skipped.items():
+        note(f"note: {way} is left out. {reason}")
+    emit(found.to_dict(), render(found), as_json=as_json)
