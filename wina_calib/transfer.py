@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from wina_calib.allocation import model_key, spread
 from wina_calib.budgets import Budget, BudgetFile, Cells, explicit
 from wina_calib.budgets.model import Floats
-from wina_calib.calibrate import default_micro_batch, pick_device, pick_dtype
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
@@ -29,6 +28,7 @@ from wina_calib.evaluate import Measured, dense_states, evaluation_blocks, measu
 from wina_calib.families import SITES
 from wina_calib.fit import dense_tables
 from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
 from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.source import Source, load_tokenizer, open_source, resolve, weights_folder
 from wina_calib.streaming import LayerStream
@@ -220,7 +220,8 @@ def matched_budget(giver: Checkpoint, cells: Cells, sparsity: float) -> Floats:
     Returns:
         (layers, sites) of the model that takes it.
     """
-    return spread([sparsity], cells, by_depth(giver.sparsities(sparsity), cells.layers))[0]
+    found: Floats = spread([sparsity], cells, by_depth(giver.sparsities(sparsity), cells.layers))[0]
+    return found
 
 
 def budget_file(source: str | Path, target: str | Path, sparsity: float | None = None) -> BudgetFile:
