@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads that spin slow down the busy ones on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint types docs results clean
+.PHONY: demo test test-all test-lm-eval lint types docs results clean
 
 demo: $(STAMP)
 	$(BIN)/wina-calib demo
@@ -17,6 +17,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+# The harness brings some forty packages, so the other targets leave its tests out.
+test-lm-eval: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm-eval]" -c constraints.txt
+	$(BIN)/python -m pytest tests/test_tasks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -32,6 +33,7 @@ class Hub:
         requests: (method, name of the route) of every request so far.
         hold_large: a large file whose upload begins while this is set waits until it is cleared; tests interrupt there.
         held: set when an upload waits.
+        together: commits wait here for one another, once.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None) -> None:
@@ -41,20 +43,32 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.hold_large: Callable[[bytes], bool] | None = None
         self.held, self.release = threading.Event(), threading.Event()
+        self.together: threading.Barrier | None = None
         self.lock = threading.RLock()
         self.changed = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._port = 0
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self._port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self._port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release.set()
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nobody listens at the hub's address inside the context."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def environment(self, cache: object, *, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """Environment of a client process; `cache` is its Hub home."""
@@ -259,6 +273,9 @@ def large_put(h: _Handler, oid: str) -> None:
 
 
 def commit(h: _Handler, repo: str, revision: str) -> None:
+    if h.hub.together is not None:
+        h.hub.together.wait()
+        h.hub.together = None
     with h.hub.lock:
         found = h.repo(repo, write=True)
         start = h.commit(repo, revision)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,19 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 WORKER = """
-import contextlib, io, json, os, sys, traceback
+import contextlib, importlib, importlib.util, io, json, os, signal, sys, traceback
 import wina_calib, wina_calib.cli, wina_calib.hub
+import transformers.models.llama.modeling_llama
+if importlib.util.find_spec("matplotlib"):
+    importlib.import_module("matplotlib.backends.backend_agg")
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a job's process; its answer ends with it
 for line in sys.stdin:
     job = json.loads(line)
-    read, write = os.pipe()
+    answer = os.open(job["answer"], os.O_WRONLY)
     if (child := os.fork()) == 0:
-        os.close(read)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.environ.update(job["env"])
+        os.chdir(job["folder"])
         sys.argv = ["-c", *job["args"]]
         out, err, status = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -60,21 +67,39 @@ for line in sys.stdin:
             except BaseException:
                 traceback.print_exc()
                 status = 1
-        with os.fdopen(write, "w") as pipe:
+        with os.fdopen(answer, "w") as pipe:
             json.dump([status, out.getvalue(), err.getvalue()], pipe)
         os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    print(answer, flush=True)
+    os.close(answer)
+    print(child, flush=True)
 """
+
+
+class Job:
+    """A piece of Python that runs in a fork of a worker."""
+
+    def __init__(self, process: int, answer: int, args: list[str]) -> None:
+        self._process, self._answer, self._args = process, answer, args
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """What it printed and how it ended."""
+        os.set_blocking(self._answer, True)
+        with os.fdopen(self._answer) as pipe:
+            status, out, err = json.loads(pipe.read())
+        return subprocess.CompletedProcess(self._args, status, out, err)
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        os.kill(self._process, signal.SIGKILL)
+        os.close(self._answer)
 
 
 class Worker:
     """A process that has imported wina_calib in an environment, and runs each job in a fork of itself."""
 
     def __init__(self, env: dict[str, str]) -> None:
+        self._answers = tempfile.TemporaryDirectory()
+        self._count = 0
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
@@ -84,14 +109,24 @@ class Worker:
             cwd=Path(__file__).parent,
         )
 
-    def run(self, code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """As `run`; `env` changes what is read when it is needed, such as HF_TOKEN."""
+    def start(self, code: str, *args: object, env: dict[str, str] | None = None, folder: object = ".") -> Job:
+        """Start a job; several run at the same time. `env` changes what is read when it is needed, such as HF_TOKEN."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        job = {"code": textwrap.dedent(code), "args": [*map(str, args)], "env": env or {}}
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        status, out, err = json.loads(self._process.stdout.readline())
-        return subprocess.CompletedProcess(job["args"], status, out, err)
+        self._count += 1
+        path = Path(self._answers.name) / str(self._count)
+        os.mkfifo(path)
+        answer = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        job = {"code": textwrap.dedent(code), "args": [*map(str, args)], "env": env or {}, "folder": str(folder)}
+        print(json.dumps(job | {"answer": str(path)}), file=self._process.stdin, flush=True)
+        return Job(int(self._process.stdout.readline()), answer, [*map(str, args)])
+
+    def run(
+        self, code: str, *args: object, env: dict[str, str] | None = None, folder: object = "."
+    ) -> subprocess.CompletedProcess[str]:
+        """Start a job and wait for it; as `run`."""
+        return self.start(code, *args, env=env, folder=folder).wait()
 
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
+        self._answers.cleanup()

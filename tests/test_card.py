@@ -96,6 +96,14 @@ def test_licence_comes_from_the_base_folders_card(folder: Path, llama: Path, tmp
     assert (data.license, data.license_name, data.license_link, data.language) == ("other", "mine", "LICENSE", "de")
 
 
+def test_the_bundled_models_licence_is_known(folder: Path) -> None:
+    provenance(folder, base_model="demo")
+    write_card(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.language, card.data.base_model) == ("apache-2.0", "en", None)
+    assert "`demo-llama-5m` with calibrated activation sparsity" in card.text
+
+
 def test_a_licence_file_alone_is_named(folder: Path) -> None:
     (folder / "LICENSE.txt").write_text("terms")
     write_card(folder)

@@ -1,16 +1,21 @@
 """The command line: results as JSON on standard output alone, errors as one message with an exit code."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import script
 import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging as transformers_logging
 
 import wina_calib
 from wina_calib.checkpoint import read_settings
 from wina_calib.cli import COMMANDS, main
+from wina_calib.commands.common import bar
 from wina_calib.evaluate import find_warnings
 
 
@@ -29,6 +34,74 @@ def test_every_command_has_help() -> None:
         result = run(command, "--help")
         assert result.exit_code == 0, command
         assert result.stdout.startswith("Usage: ")
+        assert f"\n    wina-calib {command}" in result.stdout.partition("Example")[2], command
+
+
+COMPLETE = """
+import os, sys
+os.environ |= {"_WINA_CALIB_COMPLETE": "bash_complete", "COMP_WORDS": sys.argv[1], "COMP_CWORD": sys.argv[2]}
+from wina_calib.cli import main
+try:
+    main(prog_name="wina-calib")
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_completion_of_commands_waits_for_no_import() -> None:
+    done = script.run(COMPLETE, "wina-calib in", 1)
+    assert done.stdout.split() == ["plain,inspect", "plain,info"]
+    assert done.stderr.split() == ["False"]
+
+
+def test_completion_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_WINA_CALIB_COMPLETE": "bash_complete", "COMP_WORDS": "wina-calib push x --pr"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", "3")
+    done = CliRunner().invoke(main, prog_name="wina-calib")
+    assert done.stdout.split() == ["plain,--private"]
+
+
+def test_quiet_leaves_standard_error_empty(calibrated: Path, text: Path) -> None:
+    arguments = ["evaluate", calibrated, "--data", text, "--tokens", 256]
+    assert "warning: " in run(*arguments).stderr
+    done = run("--quiet", *arguments)
+    assert done.stderr == ""
+    assert "perplexity" in done.stdout
+    assert run("-q", "inspect", "/no/such/folder").stderr.startswith("Error: ")  # what failed is always said
+    assert run("-q", "-v", "inspect", calibrated).exit_code == 2
+
+
+def test_verbose_logs_to_standard_error_alone(calibrated: Path) -> None:
+    try:
+        done = run("--verbose", "generate", calibrated, "a text", "--new", 2, "--json")
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+        assert json.loads(done.stdout)["text"].startswith("a text")
+    finally:
+        run("flops", "demo")
+    assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+
+
+@pytest.mark.parametrize(("value", "plain"), [(None, False), ("1", True)])
+def test_no_color_draws_plain_bars(monkeypatch: pytest.MonkeyPatch, value: str | None, plain: bool) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_COLOR", value)
+    with bar(4, "work") as shown:
+        shown.update(2)
+        shown.refresh()
+    assert "work: " in terminal.getvalue()
+    assert terminal.getvalue().isascii() is plain
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_version() -> None:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,9 @@ with torch.no_grad():
     logits = model(torch.arange(4, 28).view(2, 12)).logits
 print(json.dumps({"sum": logits.double().sum().item(), "name": model.name_or_path}))
 """
+
+
+NOT_HERE = 'wina_calib.load("me/never-fetched")'
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,11 @@ def test_push_load_push_again_and_offline(
     assert online == load("me/first", revision=first["commit"])
     requests = len(hub.requests)
     assert load("me/first", local_files_only=True) == online
-    offline = hub.environment(home, offline=True)
-    assert script.run_json(LOAD, "me/first", "{}", env=offline) == online
+    # The setting is read when huggingface_hub is imported, so a new process is needed.
+    done = script.run(LOAD + NOT_HERE, "me/first", "{}", env=hub.environment(home, offline=True))
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == online
+    assert "HF_HUB_OFFLINE is set" in done.stderr.splitlines()[-1]
     assert len(hub.requests) == requests
     assert load(str(folder))["sum"] == online["sum"]
 
@@ -135,10 +140,23 @@ def test_revisions_are_pinned_and_stale_files_go(
     assert load("me/pinned", revision=first["commit"]) == before
 
 
-def test_branches_and_pull_requests(hub: Hub, folder: Path, push: Callable[..., Any]) -> None:
+def test_a_folder_inside_a_repository(hub: Hub, folder: Path, client: script.Worker, load: Callable[..., Any]) -> None:
+    upload = """
+        import sys, huggingface_hub
+        huggingface_hub.create_repo("me/nested")
+        huggingface_hub.upload_folder(repo_id="me/nested", folder_path=sys.argv[1], path_in_repo="inner/sparse")
+    """
+    assert client.run(upload, folder).returncode == 0
+    assert load("me/nested", subfolder="inner/sparse")["sum"] == load(str(folder))["sum"]
+    done = client.run(LOAD, "me/nested", json.dumps({"subfolder": "elsewhere"}))
+    assert "me/nested has no folder 'elsewhere'" in done.stderr.splitlines()[-1]
+
+
+def test_branches_and_pull_requests(hub: Hub, folder: Path, push: Callable[..., Any], load: Callable[..., Any]) -> None:
     assert push(folder, "me/branches", "--revision", "v1")["url"] == f"{hub.url}/me/branches/tree/v1"
     assert "wina.safetensors" in hub.files("me/branches", "v1")
     assert "wina.safetensors" not in hub.files("me/branches")
+    assert load("me/branches", revision="v1")["sum"] == load(str(folder))["sum"]
     assert push(folder, "me/branches", "--create-pr")["url"] == f"{hub.url}/me/branches/discussions/1"
     assert "wina.safetensors" in hub.files("me/branches", "refs/pr/1")
     assert "wina.safetensors" not in hub.files("me/branches")
@@ -149,6 +167,9 @@ def test_a_private_repository_keeps_strangers_out(
 ) -> None:
     push(folder, "me/hidden", "--private")
     assert hub.repos["me/hidden"].private
+    given = client.run(LOAD, "me/hidden", json.dumps({"token": SECRET}), env={"HF_TOKEN": ""})
+    assert given.returncode == 0, given.stderr[-2000:]
+    assert SECRET not in given.stdout + given.stderr
     said = {}
     for name, token in {"stranger": STRANGER, "nobody": "", "wrong": "hf_madeUp"}.items():
         done = client.run(LOAD, "me/hidden", "{}", env={"HF_TOKEN": token})
@@ -195,34 +216,25 @@ def test_a_damaged_checkpoint_is_not_uploaded(hub: Hub, folder: Path, client: sc
     assert len(hub.requests) == requests
 
 
-def test_without_a_network_it_says_so(folder: Path, tmp_path: Path) -> None:
-    with Hub({SECRET: "me"}) as stopped:
-        env = stopped.environment(tmp_path / "home", token=SECRET)
-    done = script.run(PUSH, folder, "me/sparse", env=env)
-    assert done.returncode == 1
-    assert "did not answer. Check the network" in done.stderr.splitlines()[-1]
-
-
-def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
-    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = script.run("import wina_calib; wina_calib.load('me/sparse')", env=env)
-    assert done.returncode == 1
-    assert "HF_HUB_OFFLINE is set" in done.stderr.splitlines()[-1]
+def test_without_a_network_it_says_so(hub: Hub, folder: Path, client: script.Worker) -> None:
+    with hub.away():
+        for command in ([PUSH, folder, "me/away"], [CLI, "list", "me"], [CLI, "info", "me/away"]):
+            done = client.run(*command)
+            assert done.returncode == 1
+            assert "did not answer. Check the network" in done.stderr.splitlines()[-1]
 
 
 def test_an_interrupted_push_goes_on_where_it_stopped(
-    hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
+    hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     big = next(folder.glob("model-*.safetensors")).read_bytes()
     hub.large.clear()  # what other tests sent
     hub.hold_large = lambda body: body == big
-    command = [sys.executable, "-c", PUSH, str(folder), "me/interrupted"]
-    env = script.environment(hub.environment(home, token=SECRET))
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        assert hub.held.wait(script.TIMEOUT)
-        small = (folder / "wina.safetensors").read_bytes()
-        assert hub.wait_for(lambda: small in hub.large.values())
-        process.kill()
+    job = client.start(PUSH, folder, "me/interrupted")
+    assert hub.held.wait(script.TIMEOUT)
+    small = (folder / "wina.safetensors").read_bytes()
+    assert hub.wait_for(lambda: small in hub.large.values())
+    job.kill()
     hub.hold_large = None
     hub.release.set()
     assert big not in hub.large.values()
@@ -235,22 +247,21 @@ def test_an_interrupted_push_goes_on_where_it_stopped(
     assert load("me/interrupted")["name"] == "me/interrupted"
 
 
-def test_pushes_at_the_same_time_leave_one_whole_checkpoint(hub: Hub, home: Path, folder: Path, tmp_path: Path) -> None:
+def test_pushes_at_the_same_time_leave_one_whole_checkpoint(
+    hub: Hub, folder: Path, client: script.Worker, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"]["prefill"] = "dense"
     (other / "config.json").write_text(json.dumps(config))
     (other / "only-here.txt").write_text("other")
-    env = script.environment(hub.environment(home, token=SECRET))
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PUSH, str(source), "me/together"], env=env, stdout=subprocess.PIPE, text=True
-        )
-        for source in (folder, other)
-    ]
-    said = [process.communicate(timeout=script.TIMEOUT)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert all(f"{hub.url}/me/together" in text for text in said)
+    commits = hub.count("commit")
+    hub.together = threading.Barrier(2, timeout=60)
+    running = [client.start(PUSH, source, "me/together") for source in (folder, other)]
+    done = [job.wait() for job in running]
+    assert hub.count("commit") == commits + 3  # both on the same parent, and the later one again
+    assert [one.returncode for one in done] == [0, 0]
+    assert all(f"{hub.url}/me/together" in one.stdout for one in done)
     stored = hub.files("me/together")
     assert stored["only-here.txt"] == b"other"
     assert stored["wina.safetensors"] == (folder / "wina.safetensors").read_bytes()
@@ -303,7 +314,7 @@ def test_a_checkpoint_by_reference_takes_its_weights_from_the_hub(
     commit = hub.repos["me/base"].at(None).sha
     calibrate = """
         import sys, wina_calib
-        options = {"data": sys.argv[1], "samples": 80, "seq_len": 128, "budget": "uniform"}
+        options = {"data": sys.argv[1], "samples": 80, "seq_len": 128, "budget": "uniform", "grid": [0.5]}
         wina_calib.calibrate("me/base", sys.argv[2], weights="reference", **options)
         wina_calib.calibrate("me/base", sys.argv[3], transform="none", **options)
     """

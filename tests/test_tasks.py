@@ -67,7 +67,7 @@ needs_harness = pytest.mark.filterwarnings("ignore")  # the harness and what it 
 
 @needs_harness
 def test_sparse_and_dense_side_by_side(calibrated: Path, task_files: Path) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
     found = evaluate_tasks(
         calibrated, ["wina_arc", "wina_lambada"], sparsity=0.0, limit=10, include_path=task_files, dtype="float32"
     )
@@ -78,7 +78,7 @@ def test_sparse_and_dense_side_by_side(calibrated: Path, task_files: Path) -> No
 
 @needs_harness
 def test_command_prints_one_table(calibrated: Path, task_files: Path) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
     arguments = ["evaluate", str(calibrated), "--tasks", "wina_arc", "--limit", "6", "--include-path", str(task_files)]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
@@ -88,13 +88,13 @@ def test_command_prints_one_table(calibrated: Path, task_files: Path) -> None:
 
 @needs_harness
 def test_an_unknown_task_is_named(calibrated: Path, task_files: Path) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
     with pytest.raises(UsageError, match="no task nowhere"):
         evaluate_tasks(calibrated, ["nowhere"], include_path=task_files)
 
 
 def test_the_harness_runs_on_a_checkpoint(calibrated: Path, task_files: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
     code = "import sys; from wina_calib.cli import main; main(['lm-eval', *sys.argv[1:]])"
     flags = ["run", "--model", "hf", "--model_args", f"pretrained={calibrated},dtype=float32", "--tasks", "wina_arc"]
     flags += ["--include_path", task_files, "--limit", "6", "--device", "cpu", "--output_path", tmp_path]

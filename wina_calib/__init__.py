@@ -5,18 +5,21 @@ Importing it registers the checkpoint format with transformers: `AutoModelForCau
 
 __version__ = "0.1.0"
 
-from wina_calib.calibrate import Result, calibrate
-from wina_calib.compare import compare
-from wina_calib.comparison import Comparison
-from wina_calib.errors import WinaError
-from wina_calib.evaluate import Evaluation, evaluate
-from wina_calib.hub import push_to_hub
-from wina_calib.options import CalibrateOptions
-from wina_calib.runtime import quantizer as _quantizer
-from wina_calib.runtime import types as _types
-from wina_calib.runtime.load import load, set_prefill, set_sparsity
+import os as _os
 
-_REGISTERED = (_quantizer, _types)  # both make transformers know the format as they are imported
+if not _os.environ.get("_WINA_CALIB_COMPLETE"):  # a shell that completes a command line does not wait for torch
+    from wina_calib.calibrate import Result, calibrate
+    from wina_calib.compare import compare
+    from wina_calib.comparison import Comparison
+    from wina_calib.errors import WinaError
+    from wina_calib.evaluate import Evaluation, evaluate
+    from wina_calib.hub import push_to_hub
+    from wina_calib.options import CalibrateOptions
+    from wina_calib.runtime import quantizer as _quantizer
+    from wina_calib.runtime import types as _types
+    from wina_calib.runtime.load import load, set_prefill, set_sparsity
+
+    _REGISTERED = (_quantizer, _types)  # both make transformers know the format as they are imported
 
 __all__ = [
     "CalibrateOptions",

@@ -13,14 +13,15 @@ from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.errors import UsageError
 from wina_calib.job import Job
-from wina_calib.options import make_options
+from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, output_folder
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
 from wina_calib.reference import check_possible
 from wina_calib.settings import Settings
-from wina_calib.source import open_source
+from wina_calib.source import has_own_code, open_source, remote_code
 from wina_calib.transforms import plan
 
 BASE_TOKENS = 16_384
@@ -53,14 +54,24 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         ```
     """
     chosen = make_options(options)
-    target = Path(output)
+    with remote_code(chosen.trust_remote_code):
+        return _calibrate(str(model), Path(output), chosen, progress or Silent())
+
+
+def _calibrate(model: str, target: Path, chosen: CalibrateOptions, progress: Progress) -> Result:
     check_output(target, overwrite=chosen.overwrite)
-    source = open_source(str(model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    source = open_source(model, revision=chosen.revision)
     by_reference = chosen.weights == "reference"
     check_output(target, overwrite=chosen.overwrite, keep=source.folder, made=(WINA_FILE,))
     transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
     if by_reference:
         check_possible(transform)
+    if has_own_code(source.folder) and (by_reference or not transform.is_free):
+        what = "weights by reference" if by_reference else f"the run-time matrices of transform {transform.name}"
+        raise UsageError(
+            f"{model} runs Python code of its own, which does not go with {what}. Leave --weights reference out, and take "
+            "--transform none, global, head or auto."
+        )
     chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
@@ -74,7 +85,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         device=device,
         dtype=pick_dtype(chosen.dtype, source.dtype, device),
         micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len),
-        report=progress or Silent(),
+        report=progress,
     )
     job.report.planned(job.estimate())
     # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.

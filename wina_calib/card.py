@@ -24,7 +24,7 @@ from wina_calib.output import readable_errors
 from wina_calib.remote import fetch
 from wina_calib.results import read_evaluation
 from wina_calib.settings import Settings
-from wina_calib.source import is_reference
+from wina_calib.source import DEMO, demo_folder, has_own_code, is_reference
 from wina_calib.text import percent, rise
 
 CARD = "README.md"
@@ -161,7 +161,7 @@ def find_base(folder: Path, settings: Settings) -> Base:
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
     if not isinstance(commit, str):
-        local = Path(name).expanduser()
+        local = demo_folder() if name == DEMO else Path(name).expanduser()
         return Base(None, None, local.name or name, _card_of(local))
     try:
         cached: Path | None = fetch(name, revision=commit, local_files_only=True)[0]
@@ -187,8 +187,8 @@ def made_text(opened: Checkpoint, base: Base, name: str) -> str:
     parts = [
         f"{_base_link(base)} with calibrated activation sparsity: at every linear layer of the decoder, inputs whose "
         f"score is below a fitted threshold are skipped, {percent(settings.sparsity, 0)} of them by default, and the "
-        "weight columns that they would meet are not read. Made by "
-        "[wina_calib](https://arxiv.org/abs/2505.19427).",
+        "weight columns that they would meet are not read. Made by wina_calib with the method of "
+        "[WINA](https://arxiv.org/abs/2505.19427).",
         _loading(folder, settings, name),
         _figures(opened),
         _budget(opened),
@@ -203,12 +203,15 @@ def _base_link(base: Base) -> str:
 
 
 def _loading(folder: Path, settings: Settings, name: str) -> str:
+    own_code = has_own_code(folder)
     lines = [
         "import wina_calib",
-        f'model = wina_calib.load("{name}")',
+        f'model = wina_calib.load("{name}"{", trust_remote_code=True" if own_code else ""})',
         f"wina_calib.set_sparsity(model, {settings.sparsity})",
     ]
     text = "## Load it\n\n`pip install wina-calib`, then\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
+    if own_code:
+        text += "The model's class is Python code in this repository, which then runs: read it first.\n\n"
     if is_reference(folder):
         return text + (
             "This repository holds the calibration only, a few megabytes; loading takes the weights from the base model "

@@ -30,6 +30,7 @@ from wina_calib.source import (
     RUNTIME_TYPE,
     Source,
     describe_config,
+    has_own_code,
     is_added,
     is_derived,
     is_reference,
@@ -50,7 +51,7 @@ WINA_FILE = "wina.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
 _ROW_BYTES = 64 << 20
-_SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".py", ".lock")
+_SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")
 _REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore")
 
 
@@ -249,9 +250,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence and other small files as they are."""
+    """Copy tokenizer, chat template, generation config, licence and other small files as they are.
+
+    Python files are copied where the model needs them; nothing runs them.
+    """
+    skipped = _SKIPPED if has_own_code(source) else (*_SKIPPED, ".py")
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in _SKIPPED and path.name not in _REWRITTEN:
+        if path.is_file() and path.suffix not in skipped and path.name not in _REWRITTEN:
             if path.name.endswith(".index.json"):
                 continue
             shutil.copyfile(path, folder / path.name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 COMMANDS = (
     "calibrate",
@@ -31,7 +33,7 @@ COMMANDS = (
 
 
 class _Lazy(click.Group):
-    """Imports a command's module when it is needed: `--help` and `--version` stay quick."""
+    """Imports a command's module when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,6 +43,12 @@ class _Lazy(click.Group):
             return None
         module = importlib.import_module(f"wina_calib.commands.{cmd_name.replace('-', '_')}")
         return module.command  # type: ignore[no-any-return]
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the names of commands from the table alone: a shell waits for it."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
         from wina_calib.errors import WinaError
@@ -93,13 +101,27 @@ def main(verbose: bool, quiet: bool) -> None:
     Start with:
       wina-calib demo
       wina-calib calibrate MODEL -o DIR --sparsity 0.5
+
+    Completion of commands, options and files in bash; zsh_source and fish_source serve other shells:
+
+    \b
+      eval "$(_WINA_CALIB_COMPLETE=bash_source wina-calib)"
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet do not go together.")
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s")
+    logging.getLogger("wina_calib").setLevel(level)
+    if quiet:
+        warnings.simplefilter("ignore")
     from transformers.utils import logging as hf
 
-    if not verbose:
-        hf.set_verbosity_error()
+    (hf.set_verbosity_info if verbose else hf.set_verbosity_error)()
     hf.disable_progress_bar()
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 if __name__ == "__main__":

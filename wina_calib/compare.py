@@ -40,7 +40,7 @@ from wina_calib.placement import default_micro_batch, fitting_length, pick_devic
 from wina_calib.progress import Progress, Silent
 from wina_calib.runtime.load import load
 from wina_calib.shards import read_json
-from wina_calib.source import Source, open_source
+from wina_calib.source import Source, code_is_trusted, open_source, remote_code
 from wina_calib.streaming import LayerStream
 from wina_calib.transforms import needed_sites, plan
 
@@ -112,33 +112,34 @@ def compare(
     if not grid or tokens < 2:
         raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
     held = (heldout,) if isinstance(heldout, str) else tuple(map(str, heldout))
-    source = open_source(str(model), revision=revision, trust_remote_code=trust_remote_code)
-    place = pick_device(device)
-    bench = _Bench(
-        source=source,
-        folder=Path(output).expanduser(),
-        shared=shared,
-        heldout=held,
-        blocks=evaluation_blocks(held, source.tokenizer(), tokens, fitting_length(source, seq_len)),
-        weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
-        device=place,
-        dtype=pick_dtype(dtype, source.dtype, place),
-        report=progress or Silent(),
-    )
-    bench.text(shared)  # too short a text is refused at once
-    with readable_errors(bench.folder):
-        (bench.folder / "cells").mkdir(parents=True, exist_ok=True)
-    with lock(bench.folder.absolute()), torch.inference_mode(False), torch.enable_grad():
-        found = bench.run(chosen, tuple(sorted(set(grid))))
-        if not found.rows:
-            raise UsageError(
-                f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
-            )
-        write_file(bench.folder / "compare.json", _json(found.to_dict()))
-        write_file(bench.folder / "compare.md", found.markdown().encode())
-        if draw:
-            write_file(bench.folder / "compare.png", draw_comparison(found))
-    return found
+    with remote_code(trust_remote_code):
+        source = open_source(str(model), revision=revision)
+        place = pick_device(device)
+        bench = _Bench(
+            source=source,
+            folder=Path(output).expanduser(),
+            shared=shared,
+            heldout=held,
+            blocks=evaluation_blocks(held, source.tokenizer(), tokens, fitting_length(source, seq_len)),
+            weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
+            device=place,
+            dtype=pick_dtype(dtype, source.dtype, place),
+            report=progress or Silent(),
+        )
+        bench.text(shared)  # too short a text is refused at once
+        with readable_errors(bench.folder):
+            (bench.folder / "cells").mkdir(parents=True, exist_ok=True)
+        with lock(bench.folder.absolute()), torch.inference_mode(False), torch.enable_grad():
+            found = bench.run(chosen, tuple(sorted(set(grid))))
+            if not found.rows:
+                raise UsageError(
+                    f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
+                )
+            write_file(bench.folder / "compare.json", _json(found.to_dict()))
+            write_file(bench.folder / "compare.md", found.markdown().encode())
+            if draw:
+                write_file(bench.folder / "compare.png", draw_comparison(found))
+        return found
 
 
 def draw_comparison(found: Comparison) -> bytes:
@@ -359,7 +360,7 @@ class _Bench:
         fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
         took = time.monotonic() - start
         model = AutoModelForCausalLM.from_pretrained(
-            self.source.folder, dtype=self.dtype, trust_remote_code=self.source.trust_remote_code
+            self.source.folder, dtype=self.dtype, trust_remote_code=code_is_trusted()
         ).to(self.device)
         cells = count_cells(arch, "none")
         for sparsity, thresholds in zip(task.todo, fitted, strict=True):

@@ -136,8 +136,7 @@ class Job:
         untied = write_weights(
             self.source, self.transform, rotations, folder, device=self.device, progress=self.report.step
         )
-        trust = self.options.trust_remote_code
-        return open_source(str(folder), trust_remote_code=trust, calibrated=True), untied
+        return open_source(str(folder), calibrated=True), untied
 
     def _stream(self, source: Source, ids: Tensor, folder: Path | None) -> LayerStream:
         hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)

@@ -10,7 +10,7 @@ from huggingface_hub import constants, errors, snapshot_download
 
 from wina_calib.errors import HubError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 CONFLICT = 412
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
 

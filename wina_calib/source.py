@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from wina_calib.shards import Shards, read_json
 DEMO = "demo"
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
 REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint that refers to its base model's weights
+_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20
 _TIED_ROWS = 8192
@@ -34,7 +38,6 @@ class Source:
     config: PreTrainedConfig
     architecture: Architecture
     shards: Shards
-    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +47,7 @@ class Source:
 
     def meta_model(self, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
         """Build the model with weights on the meta device and real buffers."""
-        return _meta_model(self.config, dtype, self.trust_remote_code, attention)
+        return _meta_model(self.config, dtype, attention)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a decoder layer's tensors on disk, in file order."""
@@ -85,10 +88,45 @@ class Source:
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer; see `load_tokenizer`."""
-        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.folder)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+@contextmanager
+def remote_code(trusted: bool) -> Iterator[None]:
+    """Let model folders run Python code of their own inside the context; without it, and by default, none runs.
+
+    Args:
+        trusted: whether it may; False leaves things as they are.
+    """
+    before = _TRUSTED.set(trusted or _TRUSTED.get())
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(before)
+
+
+def code_is_trusted() -> bool:
+    """Whether model folders may run Python code of their own here."""
+    return _TRUSTED.get()
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether a model folder has a model type that only Python code in the folder knows."""
+    path = folder / ("config.json" if not is_reference(folder) else REFERENCE_FILE)
+    raw = read_json(path, max_bytes=_CONFIG_BYTES) if path.is_file() else None
+    return isinstance(raw, dict) and _needs_code(raw)
+
+
+def check_code(folder: Path) -> None:
+    """Raise UnsupportedModel where a model folder needs Python code of its own and may not run it."""
+    if not code_is_trusted() and has_own_code(folder):
+        raise UnsupportedModel(
+            f"{folder} needs Python code of its own, of which nothing has run. Read it, then give --trust-remote-code, or "
+            "trust_remote_code=True in Python."
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder.
 
     Raises:
@@ -96,7 +134,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     folder = weights_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
     except Exception as error:
         raise ModelFolderError(
             f"{folder} has no tokenizer that can be loaded ({_first_line(error)}). Copy tokenizer.json and "
@@ -156,7 +194,6 @@ def open_source(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    trust_remote_code: bool = False,
     calibrated: bool = False,
 ) -> Source:
     """Open a model for calibration and check it against its config.
@@ -165,7 +202,6 @@ def open_source(
         model: a folder, a Hub id or `demo`.
         revision: branch, tag or commit on the Hub.
         token: as huggingface_hub takes it.
-        trust_remote_code: whether the folder's own Python code may run.
         calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
 
     Raises:
@@ -173,20 +209,20 @@ def open_source(
         UnsupportedModel: the structure has no sparse sites.
     """
     folder, commit = resolve(model, revision=revision, token=token)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder)
     if not calibrated:
         if is_reference(folder):
             raise ModelFolderError(f"{folder} is calibrated already. Calibrate its base model.")
         _refuse_quantized(folder, config)
-    meta = _meta_model(config, torch.float32, trust_remote_code, None)
+    meta = _meta_model(config, torch.float32, None)
     architecture = describe(meta)
     shards = Shards.open(folder)
     _check_tensors(folder, meta, architecture, shards)
     _check_tied(folder, architecture, shards)
-    return Source(model, folder, commit, config, architecture, shards, trust_remote_code)
+    return Source(model, folder, commit, config, architecture, shards)
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(folder: Path) -> PreTrainedConfig:
     """Read config.json of a folder, bounded in size, and let transformers parse it."""
     path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
     if not path.is_file():
@@ -196,20 +232,19 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         raw = raw.get("config")
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path} holds no JSON object.")
-    if raw.get("auto_map") and not trust_remote_code and raw.get("model_type") not in _known_types():
-        raise UnsupportedModel(f"{folder} needs its own Python code. Read it, then pass --trust-remote-code.")
+    check_code(folder)
     base = str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE)
     try:
         if base in _known_types():
             return AutoConfig.for_model(**(raw | {"model_type": base}))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=code_is_trusted())
     except Exception as error:
         raise ModelFolderError(f"{path} cannot be read as a model config: {_first_line(error)}") from error
 
 
-def describe_config(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Architecture:
+def describe_config(config: PreTrainedConfig) -> Architecture:
     """Describe the model of a config, without weights."""
-    return describe(_meta_model(config, torch.float32, trust_remote_code, None))
+    return describe(_meta_model(config, torch.float32, None))
 
 
 def is_reference(folder: Path) -> bool:
@@ -262,22 +297,24 @@ def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.d
     layer.requires_grad_(False)
 
 
+def _needs_code(raw: dict[str, Any]) -> bool:
+    return bool(raw.get("auto_map")) and str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE) not in _known_types()
+
+
 def _known_types() -> set[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return set(CONFIG_MAPPING.keys())
 
 
-def _meta_model(
-    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
-) -> PreTrainedModel:
+def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     extra = {"attn_implementation": attention} if attention else {}
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+                config, dtype=dtype, trust_remote_code=code_is_trusted(), **extra
             ).eval()
     except Exception as error:
         raise UnsupportedModel(

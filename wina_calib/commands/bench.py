@@ -6,7 +6,7 @@ import click
 import torch
 
 from wina_calib.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
-from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option
+from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option, trust_option
 from wina_calib.errors import UsageError
 from wina_calib.placement import pick_device, pick_dtype
 
@@ -38,6 +38,7 @@ from wina_calib.placement import pick_device, pick_dtype
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),
     help="Of the weights; auto is the stored one (random: bfloat16) on a GPU, float32 on a CPU.",
 )
+@trust_option
 @json_option
 def command(
     model: str | None,

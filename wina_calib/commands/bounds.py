@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from wina_calib.bounds import Setting, render_synthetic, synthetic
-from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, revision_option
+from wina_calib.commands.common import (
+    bar,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    revision_option,
+    trust_option,
+)
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.model_bounds import TOKENS, TRANSFORMS, model_bounds, render
@@ -45,6 +53,7 @@ from wina_calib.transforms import NAMES
 @device_option
 @dtype_option
 @revision_option
+@trust_option
 @json_option
 def command(
     model: str | None,

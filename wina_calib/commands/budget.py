@@ -29,7 +29,16 @@ from wina_calib.budgets.file import file_kind
 from wina_calib.card import write_card
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.commands.calibrate import Bars
-from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.commands.common import (
+    bar,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    note,
+    revision_option,
+    trust_option,
+)
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
 from wina_calib.placement import pick_device
@@ -92,6 +101,7 @@ class Share(click.ParamType[float]):
 @device_option
 @dtype_option
 @revision_option
+@trust_option
 @json_option
 def command(
     checkpoint: str,

@@ -14,6 +14,7 @@ import click
 from tqdm import tqdm
 
 from wina_calib.options import CalibrateOptions
+from wina_calib.source import remote_code
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
@@ -22,6 +23,21 @@ dtype_option = click.option(
     default="auto",
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),
     help="Compute dtype; auto is the stored one on a GPU, float32 on a CPU.",
+)
+
+
+def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """Trust code for as long as the command runs."""
+    if value:
+        context.with_resource(remote_code(True))
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run Python code that the model folder brings. Read it first.",
 )
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 

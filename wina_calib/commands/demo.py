@@ -7,11 +7,13 @@ from pathlib import Path
 import click
 
 from wina_calib.calibrate import calibrate
+from wina_calib.card import write_card
 from wina_calib.commands.calibrate import Bars, summary
 from wina_calib.commands.common import emit, json_option, note
 from wina_calib.commands.evaluate import render
 from wina_calib.commands.generate import generate
 from wina_calib.evaluate import evaluate
+from wina_calib.results import save_evaluation
 
 PROMPTS = ("The history of the city", "def read_file(path):")
 
@@ -27,11 +29,17 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     """Calibrate the bundled 5.5 M-parameter model at 50 %, evaluate it, and let it write.
 
     An existing output folder is replaced. Nothing is downloaded.
+
+    \b
+    Example:
+      wina-calib demo -o demo-sparse
     """
     with Bars() as progress:
         result = calibrate("demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True)
     note("evaluate")
     quality = evaluate(output, tokens=16_384)
+    save_evaluation(output, quality)
+    write_card(output)
     texts = [generate(str(output), prompt, new=40, sample=True) for prompt in PROMPTS]
     shown = "\n\n".join(
         [

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import bar, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.card import write_card
+from wina_calib.commands.common import (
+    bar,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    note,
+    revision_option,
+    trust_option,
+)
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.evaluate import Evaluation, evaluate
@@ -30,6 +40,7 @@ from wina_calib.text import percent, rise, table
 @device_option
 @dtype_option
 @revision_option
+@trust_option
 @json_option
 def command(
     checkpoint: str,
@@ -68,7 +79,9 @@ def command(
         )
         emit({"tasks": [asdict(score) for score in scores]}, render_tasks(scores), as_json=as_json)
         return
-    folder, _ = resolve(checkpoint, revision=revision)
+    folder, commit = resolve(checkpoint, revision=revision)
+    if save and commit is not None:
+        raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
     with bar(0, "evaluate") as shown:
 
         def progress(done: int, total: int) -> None:
@@ -88,6 +101,7 @@ def command(
         note(f"warning: {warning}")
     if save:
         note(f"kept in {save_evaluation(folder, result)}")
+        write_card(folder)
     emit(result.to_dict(), render(result), as_json=as_json)
 
 

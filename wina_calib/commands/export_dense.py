@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.commands.common import emit, json_option, revision_option, trust_option
 from wina_calib.export import export_dense
 from wina_calib.source import resolve
 
@@ -16,6 +16,7 @@ from wina_calib.source import resolve
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @revision_option
+@trust_option
 @json_option
 def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Write the checkpoint DIR as a plain dense model, for tools that do not know wina_calib.

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import torch
 
-from wina_calib.commands.common import device_option, emit, json_option, revision_option
+from wina_calib.commands.common import device_option, emit, json_option, revision_option, trust_option
 from wina_calib.placement import pick_device
 from wina_calib.runtime.load import load
 from wina_calib.source import load_tokenizer, resolve
@@ -24,6 +24,7 @@ from wina_calib.source import load_tokenizer, resolve
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
 @device_option
 @revision_option
+@trust_option
 @json_option
 def command(
     checkpoint: str,

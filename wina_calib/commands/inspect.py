@@ -9,7 +9,7 @@ import click
 
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
-from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.commands.common import emit, json_option, revision_option, trust_option
 from wina_calib.source import resolve
 from wina_calib.tables import site_sparsity
 from wina_calib.text import percent, table
@@ -19,6 +19,7 @@ from wina_calib.text import percent, table
 @click.argument("checkpoint", metavar="DIR")
 @click.option("--weights/--no-weights", default=True, show_default=True, help="Read all weights to verify them.")
 @revision_option
+@trust_option
 @json_option
 def command(checkpoint: str, weights: bool, revision: str | None, as_json: bool) -> None:
     """Say what is in a calibrated checkpoint, verified.

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, json_option
+from wina_calib.commands.common import emit, json_option, note, trust_option
 from wina_calib.hub import push
+from wina_calib.results import read_evaluation
 
 
 @click.command("push")
@@ -18,6 +19,7 @@ from wina_calib.hub import push
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if it does not exist.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--message", "-m", metavar="TEXT", help="Message of the commit.")
+@trust_option
 @json_option
 def command(
     folder: Path,
@@ -40,4 +42,8 @@ def command(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of unchanged files is said below
     done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
+    if read_evaluation(folder) is None:
+        note(
+            f"note: the card has no measured quality. `wina-calib evaluate {folder} --save` measures it; then push again."
+        )
     emit({"url": done.url, "commit": done.commit, "changed": done.changed}, text, as_json=as_json)

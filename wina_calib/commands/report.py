@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.commands.common import emit, json_option, revision_option, trust_option
 from wina_calib.report import write_report
 from wina_calib.source import resolve
 
@@ -16,6 +16,7 @@ from wina_calib.source import resolve
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @revision_option
+@trust_option
 @json_option
 def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Draw the checkpoint DIR: budget, scores and thresholds, errors and quality, as PNG and one HTML page.

@@ -16,7 +16,7 @@ from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import PREFILL
-from wina_calib.source import resolve
+from wina_calib.source import check_code, code_is_trusted, remote_code, resolve
 
 
 def load(
@@ -31,6 +31,7 @@ def load(
     subfolder: str = "",
     local_files_only: bool = False,
     base: str | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a calibrated checkpoint as a sparse model.
@@ -46,6 +47,7 @@ def load(
         subfolder: folder of the checkpoint inside the folder or repository.
         local_files_only: take what the cache has, without a look at the network.
         base: where the base model's weights are, for a checkpoint that refers to them; None is where it says.
+        trust_remote_code: run Python code that the checkpoint brings. Read it first.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -64,8 +66,11 @@ def load(
         name, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     read_settings(folder)
-    whole, kept = complete_folder(folder, base=base, token=token, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
+    with remote_code(trust_remote_code):
+        check_code(folder)
+        whole, kept = complete_folder(folder, base=base, token=token, local_files_only=local_files_only)
+        kwargs["trust_remote_code"] = code_is_trusted()
+        model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
     keep_with(model, kept)
     if commit is not None or kept is not None:
         # What is derived from the model, such as an adapter's base, is to name what was asked for and not its cache.
