@@ -28,7 +28,7 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(README, "python")
     assert len([line for line in example.splitlines() if line.strip()]) == 3
-    small = example.replace("sparsity=0.5)", "sparsity=0.5, samples=24, seq_len=512)")
+    small = example.replace("sparsity=0.5)", "sparsity=0.5, samples=24, seq_len=512, grid=(0.5,))")
     assert small != example
     names: dict = {}
     exec(small, names)
