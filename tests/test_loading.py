@@ -139,13 +139,12 @@ def test_sampling_is_reproducible(model: PreTrainedModel) -> None:
     assert drawn[0].shape == (2, 16)
 
 
-def test_beams_with_a_cache_find_what_beams_without_one_find(model: PreTrainedModel, greedy: torch.Tensor) -> None:
+def test_beams_with_a_cache_find_what_beams_without_one_find(model: PreTrainedModel) -> None:
     options = GENERATE | {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
     cached = model.generate(IDS, **options)
     plain = model.generate(IDS, use_cache=False, **options)
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores)
-    assert not torch.equal(cached.sequences[:1], greedy)  # else three beams would show nothing that one does not
 
 
 # --- saving, copying, casting ----------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def dropped_sums(values: Tensor, score: Tensor, thresholds: Tensor) -> Tensor:
     if values.is_cuda:  # a scatter there adds in no fixed order
         return torch.stack([torch.where(score <= t, values, 0).sum(1) for t in thresholds], dim=1)
     bins = values.new_zeros(len(values), len(thresholds) + 1)
-    bins.scatter_add_(1, torch.bucketize(score, thresholds), values)
+    bins.scatter_add_(1, torch.bucketize(score.contiguous(), thresholds), values)
     return bins[:, :-1].cumsum(1)
 
 
