@@ -119,7 +119,7 @@ def main(verbose: bool, quiet: bool) -> None:
     (hf.set_verbosity_info if verbose else hf.set_verbosity_error)()
     hf.disable_progress_bar()
     if quiet:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
 
