@@ -17,6 +17,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "transfer",
+    "diagnose",
     "inspect",
     "generate",
     "demo",

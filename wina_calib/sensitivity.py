@@ -32,6 +32,8 @@ MAX_TOKENS = 32_768
 PASSES = 3.0  # forward passes that the work on these tokens is worth
 _ROWS = 256
 
+Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Rise:
@@ -54,7 +56,12 @@ class _Tapped(MaskedLayer):
 
 
 def measure_curves(
-    stream: LayerStream, rule: MaskRule, *, seed: int, progress: Callable[[str], None] = lambda _: None
+    stream: LayerStream,
+    rule: MaskRule,
+    *,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+    observe: Observe = lambda layer, group, x, g: None,
 ) -> tuple[Curves, HiddenStates]:
     """Predict the loss rise of every site alone at `CURVE_LEVELS`.
 
@@ -63,6 +70,8 @@ def measure_curves(
         rule: how masks are made.
         seed: of the sampled labels.
         progress: called twice a layer.
+        observe: sees what each mask group reads and the loss's gradient there, (rows, in) each, as
+            `observe(layer, group, x, g)`; rows that are never masked are left out.
 
     Returns:
         The curves in nats a token, and the dense model's last hidden states.
@@ -76,7 +85,7 @@ def measure_curves(
     arch = stream.source.architecture
     loss = np.zeros((len(arch.layers), len(arch.layers[0].sites), len(CURVE_LEVELS)))
     for index, module, _ in stream.layers(backward=True):
-        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index])
+        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
         inputs[index].clear()
         progress(f"sensitivity of layer {index + 1}")
     gradients.clear()
@@ -173,6 +182,7 @@ def _layer_curves(
     inputs: HiddenStates,
     gradients: HiddenStates,
     thresholds: dict[str, Tensor],
+    observe: Observe,
 ) -> np.ndarray:
     """Curves (sites, levels) of one layer; `gradients` at its outputs become those at its inputs."""
     layer = stream.source.architecture.layers[index]
@@ -191,6 +201,7 @@ def _layer_curves(
                 dropped: Tensor | float = 0.0
                 for group in tapped.groups[site.name]:
                     x, g = (rule.masked_rows(t[group.key].detach()).flatten(0, 1) for t in (taps, felt))
+                    observe(index, group, x, g)
                     score, limits = scores(x, tapped.norms[group.key], rule.score), thresholds[group.key]
                     if rule.select == "topk":
                         score, limits = ranks(score), dropped_ranks(site.width).to(stream.device)

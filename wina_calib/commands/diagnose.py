@@ -1,0 +1,76 @@
+"""`wina-calib diagnose`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option
+from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
+
+
+@click.command("diagnose")
+@click.argument("checkpoint", metavar="DIR")
+@click.option("--what", default=",".join(WHAT), show_default=True, metavar="NAME,...", help="Parts to do.")
+@click.option(
+    "--sparsity", "-s", type=float, metavar="S",
+    help="Model sparsity of propagation and texts; the calibrated one by default.",
+)  # fmt: skip
+@click.option(
+    "--extreme", type=Fractions(), default=EXTREMES, metavar="S,S,...",
+    show_default=",".join(map(str, EXTREMES)), help="Model sparsities of the extremes.",
+)  # fmt: skip
+@click.option(
+    "--inputs", default=INPUTS, show_default=True, metavar="N",
+    help="Inputs of every site that importance drops one by one.",
+)  # fmt: skip
+@click.option(
+    "--amounts", type=Fractions(), default=AMOUNTS, metavar="N,N,...",
+    show_default=",".join(map(str, AMOUNTS)), help="Numbers of blocks that texts fits on.",
+)  # fmt: skip
+@click.option("--fit-seq-len", type=int, metavar="N", help="Tokens of such a block; the calibration's by default.")
+@click.option(
+    "--data", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
+)
+@click.option("--tokens", default=TOKENS, show_default=True, metavar="N", help="Tokens to measure on.")
+@device_option
+@dtype_option
+@json_option
+def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: bool, **options: Any) -> None:
+    """Look behind the figures of a calibrated checkpoint.
+
+    \b
+    importance   whether column norms tell which inputs matter: rank correlations with the output's error, the loss's
+                 gradient, and the KL divergence when inputs are really dropped
+    propagation  errors of single sparse layers, at once and at the end, against all layers sparse
+    extremes     where and how it breaks at high sparsity
+    texts        thresholds fitted on code and on prose, tested on both; fitted on few and on many blocks
+
+    \b
+    Examples:
+      wina-calib diagnose demo-sparse
+      wina-calib diagnose demo-sparse --what propagation -s 0.65 --json
+    """
+    if any(amount != int(amount) for amount in amounts):
+        raise click.UsageError("--amounts are whole numbers of blocks, such as 1,16,256.")
+    parts = [name.strip() for name in what.split(",") if name.strip()]
+    bars: dict[str, Any] = {}
+
+    def progress(name: str, done: int, total: int) -> None:
+        shown = bars.get(name)
+        if shown is None:
+            for old in bars.values():
+                old.close()
+            shown = bars[name] = bar(total, name)
+        shown.update()
+
+    try:
+        found = diagnose(
+            checkpoint, what=parts, amounts=tuple(int(amount) for amount in amounts), progress=progress, **options
+        )
+    finally:
+        for shown in bars.values():
+            shown.close()
+    emit(found.to_dict(), found.text(), as_json=as_json)
