@@ -84,6 +84,11 @@ def test_groups_and_names() -> None:
     for method in GROUPS["ablation"][1:]:  # one part at a time
         assert len(method.options) + (method.share != 1) == 1
     assert find_methods(["ours", "papers"]) == (METHODS["ours"], *(m for m in GROUPS["papers"] if m.name != "ours"))
+    papers = [m.name for m in GROUPS["papers"] if m.name not in ("teal", "cats")]
+    assert [m.name for m in find_methods(["papers", "-teal", "-cats"])] == papers
+    assert find_methods(["ours", "-papers", "cats"]) == (METHODS["cats"],)
+    with pytest.raises(UsageError, match="'tael' is unknown; known: ours"):
+        find_methods(["ours", "-tael"])
     with pytest.raises(UsageError, match="'tael' is unknown; known: ours"):
         find_methods(["tael"])
     with pytest.raises(UsageError, match="no method"):

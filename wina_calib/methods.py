@@ -103,20 +103,24 @@ GROUPS: Mapping[str, tuple[Method, ...]] = MappingProxyType(
 def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
     """Methods by their names or their groups' (`papers`, `ablation`), each once, in order; a `Method` stands for itself.
 
+    A name or group after a minus is taken out of those before it: `papers`, `-teal`.
+
     Raises:
         UsageError: a name is not known.
     """
     found: dict[str, Method] = {}
     for name in names:
         if isinstance(name, Method):
-            chosen: tuple[Method, ...] = (name,)
-        elif name in GROUPS:
-            chosen = GROUPS[name]
-        elif name in METHODS:
-            chosen = (METHODS[name],)
+            found[name.name] = name
+            continue
+        plain = name.removeprefix("-")
+        chosen = GROUPS.get(plain) or ((METHODS[plain],) if plain in METHODS else ())
+        if not chosen:
+            raise UsageError(f"method {plain!r} is unknown; known: {', '.join((*METHODS, *GROUPS))}.")
+        if name == plain:
+            found |= {method.name: method for method in chosen}
         else:
-            raise UsageError(f"method {name!r} is unknown; known: {', '.join((*METHODS, *GROUPS))}.")
-        found |= {method.name: method for method in chosen}
+            found = {key: method for key, method in found.items() if method not in chosen}
     if not found:
         raise UsageError(f"no method was given; known: {', '.join((*METHODS, *GROUPS))}.")
     return tuple(found.values())

@@ -23,7 +23,7 @@ from wina_calib.text import table
     default=",".join(DEFAULT_METHODS),
     show_default=True,
     metavar="NAME,...",
-    help="Methods or groups of them.",
+    help="Methods or groups of them; -NAME takes one out of those before it.",
 )
 @click.option("--list", "as_list", is_flag=True, help="Show the methods and their groups, and do nothing else.")
 @click.option(
