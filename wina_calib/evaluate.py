@@ -203,7 +203,8 @@ def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len: int) -> Blocks:
     """The text that an evaluation reads: about so many tokens, in blocks of at most `seq_len`."""
     length = min(seq_len, tokens)
-    return load_blocks(data, tokenizer, samples=max(1, tokens // length), seq_len=length, seed=0, min_tokens=2)
+    samples = max(len(data), tokens // length)  # at least one of each
+    return load_blocks(data, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=2)
 
 
 @torch.no_grad()
