@@ -68,13 +68,14 @@ def test_examples_run_in_order(hub: Hub, client: script.Worker, llama: Path, tex
             data = ["--data", str(text)] if words[0] in ("calibrate", "evaluate") else []
             result = client.run(CLI, *words, *SMALL.get(words[0], []), *data, folder=tmp_path)
         assert result.returncode == 0, f"{example}: {result.stderr[-2000:]}"
-        done.append(result.stdout)
+        done.append(result)
     assert len(done) == 12
     assert {"me/demo-sparse", "me/demo-small"} <= set(hub.repos)
     assert hub.repos["me/demo-sparse"].private
     assert sum(map(len, hub.files("me/demo-small").values())) < 200_000
     assert (tmp_path / "demo-dense" / "config.json").is_file()
-    listed, facts = done[-3:-1]
+    assert ["no measured quality" in done[push].stderr for push in (2, 7)] == [False, True]
+    listed, facts = (result.stdout for result in done[-3:-1])
     assert "me/demo-sparse" in listed and "me/demo-small" in listed
     assert "me/demo-sparse at" in facts
     card = hub.files("me/demo-sparse")["README.md"].decode()

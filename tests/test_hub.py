@@ -87,7 +87,12 @@ def local_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_push_load_push_again_and_offline(
-    hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
+    hub: Hub,
+    home: Path,
+    folder: Path,
+    client: script.Worker,
+    push: Callable[..., Any],
+    load: Callable[..., Any],
 ) -> None:
     weights = hashlib.sha256((folder / "wina.safetensors").read_bytes()).hexdigest()
     first = push(folder, "me/first")
@@ -107,6 +112,9 @@ def test_push_load_push_again_and_offline(
     online = load("me/first")
     assert online["name"] == "me/first"
     assert online == load("me/first", revision=first["commit"])
+    kept = client.run(CLI, "evaluate", "me/first", "--save")
+    assert kept.returncode == 2
+    assert "give a local one" in kept.stderr  # the cache is the Hub's, and no place to write
     requests = len(hub.requests)
     assert load("me/first", local_files_only=True) == online
     # The setting is read when huggingface_hub is imported, so a new process is needed.
@@ -119,7 +127,7 @@ def test_push_load_push_again_and_offline(
 
 
 def test_revisions_are_pinned_and_stale_files_go(
-    hub: Hub, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
+    hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
     first = push(folder, "me/pinned")
     before = load("me/pinned")
@@ -127,6 +135,7 @@ def test_revisions_are_pinned_and_stale_files_go(
     config["quantization_config"]["prefill"] = "dense"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "notes.txt").write_text("kept")
+    (folder / "modeling_own.py").write_text("# a model's own code comes along\n")
     hub.repos["me/pinned"].at(None).files["model.safetensors"] = (
         hub.repos["me/pinned"].at(None).files["wina.safetensors"]
     )
@@ -137,6 +146,7 @@ def test_revisions_are_pinned_and_stale_files_go(
     assert "model.safetensors" not in commit.files  # transformers would read it in place of the index
     assert commit.files["notes.txt"].data == b"kept"
     assert load("me/pinned")["sum"] != before["sum"]
+    assert list(home.rglob("modeling_own.py"))
     assert load("me/pinned", revision=first["commit"]) == before
 
 

@@ -74,6 +74,13 @@ def test_text_of_a_checkpoint_does_not_become_markup(calibrated: Path, tmp_path:
     assert "<img src=x" not in write_report(folder, tmp_path / "report").read_text()
 
 
+def test_no_local_folder_is_told(calibrated: Path, llama: Path, text: Path, tmp_path: Path) -> None:
+    page = write_report(calibrated, tmp_path / "report").read_text()
+    assert text.name in page
+    assert str(text.parent) not in page
+    assert str(llama.parent) not in page
+
+
 def test_an_existing_folder_is_kept(calibrated: Path, tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     with pytest.raises(OutputError, match="exists"):

@@ -104,6 +104,15 @@ def test_the_harness_runs_on_a_checkpoint(calibrated: Path, task_files: Path, tm
     assert list(tmp_path.rglob("results_*.json"))
 
 
+def test_the_harness_alone_refuses_a_checkpoint(calibrated: Path, task_files: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
+    code = "import sys; from lm_eval.__main__ import cli_evaluate; sys.argv[0] = 'lm_eval'; cli_evaluate()"
+    flags = ["run", "--model", "hf", "--model_args", f"pretrained={calibrated}", "--tasks", "wina_arc"]
+    done = script.run(code, *flags, "--include_path", task_files, "--limit", "2", "--device", "cpu")
+    assert done.returncode != 0
+    assert "Unknown quantization type, got wina" in done.stderr
+
+
 def test_without_the_harness_it_says_what_to_install(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     for arguments in (["evaluate", str(calibrated), "--tasks", "arc_easy"], ["lm-eval", "ls", "tasks"]):

@@ -84,19 +84,26 @@ def densities(quantiles: Mapping[str, Floats], levels: Floats, thresholds: Mappi
             axes.bar(edges[:-1] * top, share, width=top / 40, align="edge", color=_ACCENT)
             if thresholds[group] >= 0:
                 axes.axvline(thresholds[group], color=_SECOND, linewidth=1.5)
-            axes.set_title(group, fontsize=9)
+            dropped = float(np.interp(thresholds[group], scores, levels)) if thresholds[group] >= 0 else 0.0
+            axes.set_title(f"{group}: {dropped:.0%} dropped", fontsize=9)
             axes.tick_params(labelsize=7)
             axes.set_yticks([])
         figure.suptitle(title)
+        figure.supxlabel("score", fontsize=8)
 
     rows = -(-len(quantiles) // 4)
-    return _png(draw, width=9.0, height=0.8 + 1.7 * rows)
+    return _png(draw, width=9.0, height=1.0 + 1.7 * rows)
 
 
 def frontier(
     predicted: Sequence[tuple[float, float]], measured: Sequence[tuple[float, float]], dense: float, title: str
 ) -> bytes:
-    """Perplexity over read fraction: (read fraction, perplexity) as predicted and as measured, and the dense model's."""
+    """Perplexity over read fraction: (read fraction, perplexity) as predicted and as measured, and the dense model's.
+
+    The axis ends at four times the dense model's perplexity, or above what was measured: what grows beyond would flatten
+    the part that is of use.
+    """
+    highest = [ppl for _, ppl in measured] + [min(ppl, 4 * dense) for _, ppl in predicted]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -107,6 +114,7 @@ def frontier(
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label="dense")
         axes.set_xlabel("read fraction (lm_head included)")
         axes.set_ylabel("perplexity")
+        axes.set_ylim(0.9 * dense, 1.05 * max(highest, default=dense) + 0.05 * dense)
         axes.set_title(title)
         axes.legend(frameon=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wina_calib import plots
+from wina_calib.card import without_folders
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.families import SITES
@@ -26,6 +27,7 @@ _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2933}"
     "img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#52606d}"
     "table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}"
+    "th{font-weight:600;min-width:9rem}"
     "td:last-child{overflow-wrap:anywhere}"
 )
 
@@ -93,9 +95,7 @@ def draw(opened: Checkpoint) -> Iterator[Figure]:
                 quantiles[key] = scores[anchor].double().numpy()
                 thresholds[key] = float(stored.thresholds[name])
         png = plots.densities(quantiles, levels, thresholds, f"layer {layer.index}: scores and thresholds")
-        caption = (
-            f"Layer {layer.index}: how the scores of inputs spread, and the threshold below which they are dropped."
-        )
+        caption = f"Layer {layer.index}: how the scores of inputs spread; below the line they are dropped."
         yield Figure(f"scores-{layer.index:03d}.png", caption, png)
 
 
@@ -127,7 +127,8 @@ def _frontier(opened: Checkpoint) -> Figure | None:
     if not predicted and not points:
         return None
     caption = (
-        "Perplexity over the share of bytes read for a token: the line is predicted by calibration, the dot measured."
+        "Perplexity over the share of bytes read for a token: the line is predicted by calibration, the dot measured. Drawn up "
+        "to four times the dense model's."
     )
     return Figure("frontier.png", caption, plots.frontier(predicted, points, dense, "quality over read fraction"))
 
@@ -139,13 +140,13 @@ def _anchor(opened: Checkpoint) -> int:
 
 def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
     """The page, pictures within. Nothing of it runs, and no text of the checkpoint becomes markup."""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _facts(opened))
+    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in _facts(opened))
     shown = "".join(
         f'<figure><img alt="{escape(f.caption)}" src="data:image/png;base64,{base64.b64encode(f.png).decode()}">'
-        f"<figcaption>{escape(f.caption)}</figcaption></figure>\n"
+        f"<figcaption>{_text(f.caption)}</figcaption></figure>\n"
         for f in figures
     )
-    name = escape(str(opened.settings.provenance.get("base_model", opened.folder.name)))
+    name = escape(without_folders(str(opened.settings.provenance.get("base_model", opened.folder.name))))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -156,6 +157,11 @@ def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
     )
 
 
+def _text(value: str) -> str:
+    """Text for the page; a number and its % stay on one line."""
+    return escape(value).replace(" %", "&nbsp;%")
+
+
 def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
     settings, facts = opened.settings, opened.settings.provenance
     cells = count_cells(opened.architecture, settings.transform)
@@ -164,8 +170,8 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
         ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
         ("score, masks, budget", f"{settings.score}, {settings.masks}, {settings.budget}"),
-        ("data", ", ".join(map(str, facts.get("data", ())))),
-        ("command", facts.get("command")),
+        ("data", without_folders(", ".join(map(str, facts.get("data", ()))))),
+        ("command", without_folders(str(facts.get("command", "unknown")))),
     ]
     measured = read_evaluation(opened.folder)
     if measured is not None:
