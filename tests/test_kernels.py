@@ -27,6 +27,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["bags", "sparse product"])
+def each_product(request, monkeypatch):
+    """Runs a test with each product that a processor may be given."""
+    monkeypatch.setattr(cpu, "bags_pay", lambda dtype: request.param == "bags")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "out"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
@@ -45,7 +51,8 @@ def test_both_layouts_match_float64(dtype, width, out, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ADVERSARIAL)
 @pytest.mark.parametrize(("width", "out"), [(1024, 512), (333, 130)])
-def test_adversarial_inputs(dtype, case, width, out):
+def test_adversarial_inputs(dtype, case, width, out, threads, each_product):
+    threads(2)
     args = adversarial(case, width, out, dtype)
     y = kernels.sparse_site(*args)
     assert error(y, exact(*args)) <= LIMITS[dtype]
@@ -55,7 +62,7 @@ def test_adversarial_inputs(dtype, case, width, out):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_number_of_threads(dtype, count, threads):
+def test_every_number_of_threads(dtype, count, threads, each_product):
     threads(count)
     for width, out in SHAPES:
         args = operands(1, width, out, dtype)
@@ -138,7 +145,7 @@ def test_dense_site(dtype, rows, columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_partial_results_that_cancel(dtype, threads):
+def test_partial_results_that_cancel(dtype, threads, each_product):
     """The halves of the inputs cancel to a fortieth: partial results rounded to 16 bits would show."""
     threads(2)
     x, weight_t, norm, threshold = operands(1, 1024, 256, dtype, seed=5)
@@ -146,6 +153,28 @@ def test_partial_results_that_cancel(dtype, threads):
     weight_t[512:] = -weight_t[:512] * 0.96875
     args = (x, weight_t, norm, threshold)
     assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "pays"),
+    [
+        (torch.bfloat16, "AVX512", True),
+        (torch.float16, "AVX512", True),
+        (torch.float32, "AVX512", False),
+        (torch.bfloat16, "AVX2", False),
+        (torch.bfloat16, "DEFAULT", False),
+    ],
+)
+def test_bags_only_where_they_pay(monkeypatch, dtype, capability, pays):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu.bags_pay.__wrapped__(dtype) is pays
+
+
+def test_results_are_the_same_run_to_run(threads, each_product):
+    threads(2)
+    args = operands(1, 1024, 512, torch.bfloat16)
+    first = kernels.sparse_site(*args)
+    assert all(torch.equal(first, kernels.sparse_site(*args)) for _ in range(5))
 
 
 def test_column_storage_copies_the_transpose():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.bench.decode import Variant, achieved, make_variants, measure
-from wina_calib.bench.instruments import copy_bandwidth, device_name, versions, warn_of_spinning_threads
+from wina_calib.bench.instruments import copy_bandwidth, device_name, versions
 from wina_calib.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.bench.site_products import products
@@ -117,8 +117,6 @@ def compare(
     pair.state.dense = False
     total = (pair.cells.sparse_total + pair.cells.other_decoder + pair.cells.lm_head) * _dtype(pair).itemsize
     rows = tuple(_row(v, dense, pair, total, roof, r) for v, r in zip(sparse, real, strict=True))
-    if place.type == "cpu" and (warning := warn_of_spinning_threads()):
-        logger.warning(warning)
     return Bench(
         model=pair.name,
         device=device_name(place),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,10 +120,3 @@ def versions(device: torch.device) -> dict[str, str]:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
     return found
-
-
-def warn_of_spinning_threads() -> str | None:
-    """What to say where idle OpenMP threads may stall the busy ones, as DESIGN's CPU measurements found."""
-    if sys.platform.startswith("linux") and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        return "set OMP_WAIT_POLICY=PASSIVE before timing on a CPU: spinning threads can stall a step by 8 ms or more"
-    return None

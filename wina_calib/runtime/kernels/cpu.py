@@ -1,9 +1,9 @@
-"""CPU kernels on column-contiguous weights: a sparse-dense product over the kept columns, float32 blocks for many rows.
+"""CPU kernels on column-contiguous weights: a product with the kept columns alone, float32 blocks for many rows.
 
-`torch.sparse.mm(..., reduce="sum")` of a sparse row, the kept inputs, with the weight reads only the kept rows of the
-weight, each from its beginning to its end, and accumulates in float32. It ships with torch and was faster than
-`embedding_bag`, which walks down all kept rows for every few columns, in each shape, dtype and sparsity measured
-(docs/performance.md). It works in parallel over sparse rows, so the kept inputs are dealt out to several.
+Two operators that ship with torch read only the kept rows of the weight and accumulate in float32: `embedding_bag`, with
+the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` of a sparse row. Which is faster depends on
+the processor (`bags_pay`, docs/performance.md). Both work in parallel over bags or sparse rows, so the kept inputs are
+dealt out to several of them.
 
 Dense 16-bit products on a column-contiguous weight go through oneDNN only where the processor has 16-bit arithmetic;
 elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the product is done in
@@ -76,24 +76,34 @@ def gather_row(x: Tensor, weight_t: Tensor, kept: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     values = x.take(kept)
     if threads == 1:
-        return _sparse_rows(values, kept, weight_t, 1)
-    parts = _sparse_rows(values, kept, weight_t, 2 * threads)
+        return _shares(values, kept, weight_t, 1)
+    parts = _shares(values, kept, weight_t, 2 * threads)
     y = parts.sum(0, keepdim=True, dtype=torch.float32)
     if x.dtype == torch.float32:
         return y
     if parts.norm().item() > MAX_CANCELLATION * y.norm().item():
-        return _sparse_rows(values, kept, weight_t, 1)
+        return _shares(values, kept, weight_t, 1)
     return y.to(x.dtype)
 
 
-def _sparse_rows(values: Tensor, kept: Tensor, weight_t: Tensor, parts: int) -> Tensor:
+def _shares(values: Tensor, kept: Tensor, weight_t: Tensor, parts: int) -> Tensor:
     """Products (parts, out) of consecutive shares of the kept inputs; their sum is the whole product."""
-    _warn_no_more()
     count = kept.numel()
-    bounds = torch.frombuffer(array("q", [count * part // parts for part in range(parts + 1)]), dtype=torch.int64)
-    shares = torch.sparse_csr_tensor(bounds, kept, values, (parts, weight_t.shape[0]), check_invariants=False)
+    bounds = [count * part // parts for part in range(parts + 1)]
+    if bags_pay(values.dtype):
+        starts = torch.frombuffer(array("q", bounds[:-1]), dtype=torch.int64)
+        return torch.embedding_bag(weight_t, kept, starts, mode=0, per_sample_weights=values)[0]
+    _warn_no_more()
+    ends = torch.frombuffer(array("q", bounds), dtype=torch.int64)
+    shares = torch.sparse_csr_tensor(ends, kept, values, (parts, weight_t.shape[0]), check_invariants=False)
     product: Tensor = torch.sparse.mm(shares, weight_t, reduce="sum")
     return product
+
+
+@cache
+def bags_pay(dtype: torch.dtype) -> bool:
+    """Whether `embedding_bag` beats the sparse product: in 16 bits where torch has 512-bit vectors for it."""
+    return dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
