@@ -123,7 +123,7 @@ def test_a_full_disk(tmp_path: Path, llama: Path, text: Path) -> None:
     with mounted(tmp_path / "small", "size=300k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
             wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
-        assert names(folder) == []
+        assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
 def test_a_disk_that_fills_while_the_fit_is_written(tmp_path: Path, llama: Path, text: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_while_the_fit_is_written(tmp_path: Path, llama: Path,
     with mounted(tmp_path / "small", f"size={weights // 4096 * 4 + 40}k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
             wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
-        assert names(folder) == []
+        assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
 def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
@@ -170,7 +170,7 @@ def test_killed_at_random_moments_leaves_no_half_folder(
         else:
             assert (tmp_path / ".out.old").is_dir()
         if sig == signal.SIGINT:
-            assert names(tmp_path) == ["out"]
+            assert set(names(tmp_path)) <= {"out", ".out.state"}
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     assert names(tmp_path) == ["out"]
     open_checkpoint(target).verify_weights()

@@ -26,6 +26,7 @@ from wina_calib.budgets import (
 from wina_calib.errors import BudgetError
 from wina_calib.families import Architecture
 from wina_calib.greedy import greedy
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
 from wina_calib.sensitivity import CURVE_LEVELS, MAX_TOKENS, PASSES, Rise, measure_curves, measured_rises
@@ -123,6 +124,8 @@ def allocate(
     cells: Cells,
     rule: MaskRule,
     stream: Callable[[int], LayerStream],
+    *,
+    phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Allocation:
     """Choose the site sparsities of every anchor.
@@ -133,6 +136,7 @@ def allocate(
         cells: its element counts.
         rule: how masks are made.
         stream: opens the transformed dense model on at most so many calibration tokens.
+        phase: where the choice is saved on the way.
         progress: called for every layer and pass.
 
     Raises:
@@ -142,10 +146,10 @@ def allocate(
     if options.budget == "uniform":
         return Allocation(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
     if options.budget == "greedy":
-        found = greedy(stream(GREEDY_TOKENS), rule, options.anchors, progress=progress)
+        found = greedy(stream(GREEDY_TOKENS), rule, options.anchors, phase=phase, progress=progress)
         return Allocation(found.rows, facts={"greedy": asdict(found.cost)})
     tokens = stream(MAX_TOKENS)
-    curves, dense = measure_curves(tokens, rule, seed=options.seed, progress=progress)
+    curves, dense = measure_curves(tokens, rule, seed=options.seed, phase=phase, progress=progress)
     if is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, arch, cells)[0])
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
-from wina_calib.errors import UsageError
+from wina_calib.errors import HubError, OutputError, RankError, UsageError, WinaError
+from wina_calib.identity import identity
 from wina_calib.job import Job
+from wina_calib.journal import Background, Journal, open_journal
 from wina_calib.options import CalibrateOptions, make_options
-from wina_calib.output import check_output, output_folder
+from wina_calib.output import check_output, claimed, publish
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
+from wina_calib.ranks import Ranks, shared_ranks
 from wina_calib.reference import check_possible
 from wina_calib.settings import Settings
 from wina_calib.source import has_own_code, open_source, remote_code
@@ -54,11 +59,27 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         ```
     """
     chosen = make_options(options)
-    with remote_code(chosen.trust_remote_code):
-        return _calibrate(str(model), Path(output), chosen, progress or Silent())
+    with remote_code(chosen.trust_remote_code), shared_ranks() as ranks:
+        try:
+            job, base = ranks.agree(lambda: prepare(str(model), Path(output), chosen, progress, ranks))
+            if ranks.is_first:
+                job.report.planned(job.estimate())
+            # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
+            with torch.inference_mode(False), torch.enable_grad():
+                return Result(Path(output), _run(job, base, Path(output)))
+        except BaseException as error:
+            error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened
+            raise
 
 
-def _calibrate(model: str, target: Path, chosen: CalibrateOptions, progress: Progress) -> Result:
+def prepare(
+    model: str, target: Path, chosen: CalibrateOptions, progress: Progress | None, ranks: Ranks
+) -> tuple[Job, Blocks]:
+    """Check everything that can be checked before the work, and read the text.
+
+    Returns:
+        The job, and the text of the original model's perplexity.
+    """
     check_output(target, overwrite=chosen.overwrite)
     source = open_source(model, revision=chosen.revision)
     by_reference = chosen.weights == "reference"
@@ -76,24 +97,66 @@ def _calibrate(model: str, target: Path, chosen: CalibrateOptions, progress: Pro
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
     seq_len = fitting_length(source, chosen.seq_len)
-    blocks = load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed)
     job = Job(
         source=source,
         options=chosen,
         transform=transform,
-        blocks=blocks,
+        blocks=load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed),
         device=device,
         dtype=pick_dtype(chosen.dtype, source.dtype, device),
         micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len),
-        report=progress,
+        report=progress if progress is not None and ranks.is_first else Silent(),
+        ranks=ranks,
     )
-    job.report.planned(job.estimate())
-    # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
-    with output_folder(target, overwrite=chosen.overwrite) as folder, torch.inference_mode(False), torch.enable_grad():
-        settings = job.run(folder, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN)))
-        open_checkpoint(folder)
-        write_card(folder)
-    return Result(target, settings)
+    return job, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN))
+
+
+def _run(job: Job, base: Blocks, output: Path) -> Settings:
+    """Do the work under a lock on the output, with its state beside it."""
+    ranks = job.ranks
+    target = output.expanduser().resolve()
+    state = target.with_name(f".{target.name}.state")
+    work, spill = state / "output", state / "spill"
+    with ExitStack() as held:
+
+        def begin() -> Journal:
+            held.enter_context(claimed(target, overwrite=job.options.overwrite))
+            known = Background(lambda: identity(job, base))
+            journal = open_journal(state, known, restart=job.options.restart, ranks=ranks, report=job.report)
+            shutil.rmtree(spill, ignore_errors=True)
+            for folder in (work, spill):
+                folder.mkdir(exist_ok=True)
+            return journal
+
+        def end(settings: Settings) -> Settings:
+            open_checkpoint(work)
+            write_card(work)
+            publish(work, target)
+            if not job.options.keep_state:
+                shutil.rmtree(state)
+            return settings
+
+        journal = ranks.agree(lambda: begin() if ranks.is_first else Journal(state, ranks=ranks))
+        try:
+            settings = replace(job, journal=journal, spill=spill).run(work, base)
+            return ranks.first(lambda _: end(settings))
+        except BaseException as error:
+            if ranks.is_first:
+                _leave(error, state, journal, job.report)
+            raise
+
+
+def _leave(error: BaseException, state: Path, journal: Journal, report: Progress) -> None:
+    """Keep the state of a run that failed if the same command may go on with it, and say so."""
+    hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError)
+    if hopeless or not journal.useful:
+        shutil.rmtree(state, ignore_errors=True)
+        return
+    shutil.rmtree(state / "spill", ignore_errors=True)
+    text = f"what is finished is kept in {state}: the same command goes on from there"
+    if isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"Stopped; {text}.") from error
+    report.note(text)
 
 
 def base_blocks(tokenizer: Any, seq_len: int) -> Blocks:

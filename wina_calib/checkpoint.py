@@ -21,6 +21,7 @@ from torch import Tensor
 import wina_calib
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture, Layer, MaskGroup, Site
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import FORMAT_VERSION, METHOD, Settings
@@ -126,9 +127,20 @@ def write_weights(
     *,
     device: torch.device,
     max_shard: int = SHARD_BYTES,
+    phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> bool:
     """Write the transformed weights, config and side files as a dense model folder; one layer is in memory at a time.
+
+    Args:
+        source: the original model.
+        plan: the transform.
+        rotations: its matrices.
+        folder: an empty folder, or one with as much as `phase` says.
+        device: where the weights are transformed.
+        max_shard: bytes a file.
+        phase: where it is saved which tensors are written.
+        progress: called for every layer.
 
     Returns:
         Whether embedding and lm_head had to be untied.
@@ -151,18 +163,30 @@ def write_weights(
         specs[head] = specs[f"{arch.embed}.weight"]
     shards = plan_shards(_by_layer(specs, arch), max_shard)
     files = {name: _shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
+    names = [_shard_file(i, len(shards)) for i in range(len(shards))]
+    if phase.step and not all((folder / name).exists() for name in names):
+        phase.forget()
+    written: list[str] = phase.values.get("written", [])
     writers = {
-        _shard_file(i, len(shards)): ShardWriter(folder / _shard_file(i, len(shards)), shard, header_metadata())
-        for i, shard in enumerate(shards)
+        name: ShardWriter(folder / name, shard, header_metadata(), [n for n in written if n in shard])
+        for name, shard in zip(names, shards, strict=True)
     }
+
+    def sync() -> None:
+        for writer in writers.values():
+            writer.sync()
+
     try:
-        for index, layer in enumerate(arch.layers):
+        for layer in () if phase.finished else arch.layers[phase.step :]:
+            index = layer.index
             done = apply_layer(arch, index, source.load_layer(index), rotations, device=device)
             for path, tensor in done.items():
                 name = layer.prefix + path
                 writers[files[name]].write(name, tensor.to(specs[name][0]))
+                written.append(name)
+            phase.save(index + 1, values={"written": written}, prepare=sync)
             progress(f"weights: layer {index + 1} of {len(arch.layers)}")
-        for name in source.end_names():
+        for name in () if phase.finished else source.end_names():
             if name == norm_name:
                 writers[files[name]].write(name, norm)
                 continue
@@ -175,11 +199,16 @@ def write_weights(
                 elif name == head and rotations.residual is not None:
                     out = head_rows(rows, gain, rotations, device=device)
                 writers[files[name]].write_rows(name, first, out)
+        if not phase.finished:
+            phase.finish(values={"written": list(specs)}, prepare=sync)
         for writer in writers.values():
             writer.close()
     except BaseException:
         for writer in writers.values():
-            writer.abort()
+            if phase.is_saved:
+                writer.suspend()
+            else:
+                writer.abort()
         raise
     write_index(folder, files, {name: _nbytes(spec) for name, spec in specs.items()})
     write_config(source, folder, untied=untied, settings=None, runtime=False)
@@ -250,16 +279,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence and other small files as they are.
+    """Copy tokenizer, chat template, generation config, licence and other small files as they are."""
+    for path in side_files(source):
+        shutil.copyfile(path, folder / path.name)
 
-    Python files are copied where the model needs them; nothing runs them.
+
+def side_files(folder: Path) -> list[Path]:
+    """The small files of a model folder that a checkpoint takes over as they are.
+
+    Python files are among them where the model needs them; nothing runs them.
     """
-    skipped = _SKIPPED if has_own_code(source) else (*_SKIPPED, ".py")
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in skipped and path.name not in _REWRITTEN:
-            if path.name.endswith(".index.json"):
-                continue
-            shutil.copyfile(path, folder / path.name)
+    skipped = _SKIPPED if has_own_code(folder) else (*_SKIPPED, ".py")
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix not in skipped
+        and path.name not in _REWRITTEN
+        and not path.name.endswith(".index.json")
+    ]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

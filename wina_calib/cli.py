@@ -57,10 +57,12 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except WinaError as error:
-            click.echo(f"Error: {error}", err=True)
+            if not getattr(error, "silent", False):
+                click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+        except KeyboardInterrupt as interrupt:
+            if not getattr(interrupt, "silent", False):
+                click.echo(str(interrupt) or "Interrupted; nothing was left behind.", err=True)
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):

@@ -47,7 +47,10 @@ from wina_calib.transforms import needed_sites, plan
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 DEFAULT_METHODS = ("papers",)
 FORMAT = "wina-compare-cell/1"
-_IRRELEVANT = {"sparsity", "grid", "weights", "device", "micro_batch", "overwrite", "revision", "trust_remote_code"}
+_IRRELEVANT = {
+    "sparsity", "grid", "weights", "device", "micro_batch", "overwrite", "restart", "keep_state", "revision",
+    "trust_remote_code",
+}  # fmt: skip
 
 
 def compare(
@@ -413,6 +416,9 @@ class _Named:
 
     def step(self, note: str) -> None:
         self.report.step(note)
+
+    def note(self, text: str) -> None:
+        self.report.note(text)
 
 
 def _finished(place: Path, sparsities: Sequence[float]) -> float | None:

@@ -45,6 +45,16 @@ class OutputError(WinaError):
     """The output folder exists, cannot be written, is locked or ran out of space."""
 
 
+class StateError(WinaError):
+    """The state of a calibration that was stopped is of another one, or damaged."""
+
+
+class RankError(WinaError):
+    """Another process of a calibration that several share has stopped; `told` where that one says why."""
+
+    told = False
+
+
 class RuntimeLoadError(WinaError):
     """A checkpoint cannot be loaded as a sparse model."""
 

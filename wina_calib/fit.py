@@ -11,7 +11,7 @@ In open loop, which the papers use, tables come from the dense model's inputs, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,6 @@ from wina_calib.score import scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
-
-Reduce = Callable[[ScoreHistogram], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ def fit_layer(
     masked: MaskedLayer,
     hidden: HiddenStates,
     targets: Mapping[str, float],
-    reduce: Reduce,
 ) -> dict[str, SiteFit]:
     """Fit all sites of one loaded layer for one anchor and replace `hidden` by the sparse layer's outputs.
 
@@ -58,12 +55,11 @@ def fit_layer(
         masked: the layer; its cuts are set on return.
         hidden: the layer's inputs as the sparse layers before it make them.
         targets: sparsity of every site.
-        reduce: adds a histogram's counts over all ranks, in place.
 
     Raises:
         NumericError: a site's input is NaN or infinite.
     """
-    layer, batches = masked.layer, range(len(stream.batches))
+    layer, batches = masked.layer, stream.mine
     o_proj = masked.module.get_submodule(layer.site("attn_out").projections[0].module)
     attention = stream.store()
     masked.cuts = {}
@@ -83,9 +79,8 @@ def fit_layer(
             if site.name == "attn_out":
                 attention[index] = x
             sample = x[:1] if sample is None else sample
-        tables = _tables(stream, layer, site, histograms, reduce)
+        tables = _tables(stream, layer, site, histograms)
         _set_cuts(stream, masked, site, tables, targets[site.name])
-        assert sample is not None
         fits[site.name] = SiteFit(tables, targets[site.name], _error(stream, masked, site, sample))
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]
@@ -99,9 +94,7 @@ def fit_layer(
 
 
 @torch.no_grad()
-def dense_tables(
-    stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates, reduce: Reduce
-) -> dict[str, dict[str, Tensor]]:
+def dense_tables(stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates) -> dict[str, dict[str, Tensor]]:
     """Score quantiles of one loaded layer on the dense model's inputs, by site and mask group; see `fit_layer`.
 
     `hidden`, the layer's inputs, is replaced by its outputs.
@@ -114,10 +107,10 @@ def dense_tables(
             histogram.update(scores(masked.rule.masked_rows(x), masked.norms[key], masked.rule.score))
 
     masked.cuts, masked.observe = {}, observe
-    for index in range(len(stream.batches)):
+    for index in stream.mine:
         hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
     masked.observe = None
-    return {site.name: _tables(stream, layer, site, histograms[site.name], reduce) for site in layer.sites}
+    return {site.name: _tables(stream, layer, site, histograms[site.name]) for site in layer.sites}
 
 
 @torch.no_grad()
@@ -137,18 +130,18 @@ def run_layer(
         samples.setdefault(site, x[:1])
 
     masked.observe = observe
-    for index in range(len(stream.batches)):
+    for index in stream.mine:
         hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
     masked.observe = None
-    errors = {site.name: _error(stream, masked, site, samples[site.name]) for site in layer.sites}
+    errors = {site.name: _error(stream, masked, site, samples.get(site.name)) for site in layer.sites}
     return {name: SiteFit(tables[name], targets[name], error) for name, error in errors.items()}
 
 
 def _tables(
-    stream: LayerStream, layer: Layer, site: Site, histograms: Mapping[str, ScoreHistogram], reduce: Reduce
+    stream: LayerStream, layer: Layer, site: Site, histograms: Mapping[str, ScoreHistogram]
 ) -> dict[str, Tensor]:
     for histogram in histograms.values():
-        reduce(histogram)
+        stream.ranks.add(histogram.counts)
         if not histogram.finite:
             raise NumericError(
                 f"layer {layer.index}, {site.name}: inputs are NaN or infinite in {stream.dtype}. Try --dtype float32, or "
@@ -164,9 +157,10 @@ def _set_cuts(
         masked.cuts[key] = masked.rule.cut(table, sparsity, site.width, stream.device)
 
 
-def _error(stream: LayerStream, masked: MaskedLayer, site: Site, sample: Tensor) -> float:
-    """Relative output error of a masked site on a sample of its inputs (blocks, seq, width)."""
-    error = masked.output_error(site, sample)
+def _error(stream: LayerStream, masked: MaskedLayer, site: Site, sample: Tensor | None) -> float:
+    """Relative output error of a masked site on the first process's sample of its inputs (blocks, seq, width)."""
+    mine = masked.output_error(site, sample) if stream.ranks.is_first and sample is not None else 0.0
+    error = stream.ranks.from_first(mine)
     if not math.isfinite(error):
         raise NumericError(
             f"layer {masked.layer.index}, {site.name}: outputs overflow in {stream.dtype}. Try --dtype float32."

@@ -70,7 +70,7 @@ def fit_gates(stream: LayerStream, sparsities: Sequence[float]) -> Tensor:
     arch, start = stream.source.architecture, stream.embed()
     states = [start, *(stream.store() for _ in sparsities[1:])]
     for state in states[1:]:
-        state.copy_from(start, len(stream.batches))
+        state.copy_from(start)
     thresholds = torch.zeros(len(sparsities), len(arch.layers))
     for index, module, _ in stream.layers():
         act = activation(arch.layers[index], module)

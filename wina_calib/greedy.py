@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from wina_calib.budgets.model import Floats
 from wina_calib.families import SITES, Layer, MaskGroup, Site
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.score import mask_input, scores
 from wina_calib.sketch import ScoreHistogram
@@ -101,6 +102,7 @@ def greedy(
     step: float = STEP,
     last_fraction: float = LAST_FRACTION,
     lazy: bool = True,
+    phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> GreedyBudget:
     """Search every layer's site sparsities on the dense model's inputs.
@@ -112,12 +114,17 @@ def greedy(
         step: rise of a site's sparsity where it is as large as a square matrix of the hidden size.
         last_fraction: share of each block that the error is measured on.
         lazy: try a candidate again only when it may be the best; without it every step tries all.
+        phase: where every layer's outputs and sparsities are saved.
         progress: called for every layer.
     """
     arch = stream.source.architecture
-    hidden, cost = stream.embed(), Cost()
+    hidden, cost = stream.embed(), Cost(**phase.values)
     rows = np.zeros((len(anchors), len(arch.layers), len(SITES)))
-    for index, module, _ in stream.layers():
+    for name, value in phase.tensors().items():
+        rows[:, int(name)] = value.numpy()
+    if phase.step:
+        phase.restore("hidden", hidden, stream.mine)
+    for index, module, _ in stream.layers(phase.step):
         layer = arch.layers[index]
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         following = stream.store()
@@ -130,6 +137,8 @@ def greedy(
         hidden.clear()
         hidden = following
         rows[:, index] = _along(path, anchors)
+        new = {str(index): torch.from_numpy(rows[:, index].copy())}
+        phase.save(index + 1, tensors=new, values=asdict(cost), stores={"hidden": hidden})
         progress(f"greedy search of layer {index + 1}")
     hidden.clear()
     return GreedyBudget(rows, cost)
@@ -172,7 +181,7 @@ class _Search:
                 histograms[group.key].update(scores(rows, self.masked.norms[group.key], rule.score))
 
         self.masked.observe = observe
-        for batch in range(len(self.stream.batches)):
+        for batch in self.stream.mine:
             out = self.masked.run(self.hidden[batch], self.stream.kwargs(self.layer.index, batch))
             following[batch] = out
             self.state["target"][batch] = self._tail(out).clone()
@@ -180,6 +189,8 @@ class _Search:
                 self.state[site][batch] = seen[site].clone()
             self.state["attended"][batch] = self._product(_ATTN_OUT, seen[_ATTN_OUT])
         self.masked.observe = None
+        for histogram in histograms.values():
+            self.stream.ranks.add(histogram.counts)
         self.tables = {key: histogram.quantiles(LEVELS).float() for key, histogram in histograms.items()}
 
     def path(self, sparsity: float, *, lazy: bool) -> Floats:
@@ -224,8 +235,8 @@ class _Search:
         new = {name: self.stream.store() for name in changed.get(site.name, ())}
         before = dict(self.masked.cuts)
         self._set(site, sparsity)
-        total, count = 0.0, 0
-        for batch in range(len(self.stream.batches)):
+        found: list[tuple[float, int]] = []
+        for batch in self.stream.mine:
             hidden, kwargs = self.hidden[batch], self.stream.kwargs(self.layer.index, batch)
             if _ATTN_OUT in new:
                 new[_ATTN_OUT][batch] = self._tail(self.masked.input_of(_ATTN_OUT, hidden, kwargs)).clone()
@@ -242,14 +253,14 @@ class _Search:
                     with self.masked.replay_mlp(self._product(_MLP_OUT, self.state[_MLP_OUT][batch])):
                         out = self.masked.run(self._tail(hidden), kwargs)
             errors = (out - self.state["target"][batch]).float().norm(dim=1)
-            total += float(errors.double().sum())
-            count += errors.numel()
+            found.append((float(errors.double().sum()), errors.numel()))
         self.masked.cuts = before
         sizes = [s.weights for s in self.layer.sites]
         fraction = self._tail_length / self.stream.batches[0].shape[1]
         everywhere = sizes[0] if position == 0 else 0
         self.cost.passes += (everywhere + fraction * sum(sizes[max(position, 1) :])) / sum(sizes)
-        return _Trial(total / count, new)
+        found = self.stream.ranks.gather(found)
+        return _Trial(sum(total for total, _ in found) / sum(count for _, count in found), new)
 
     def _accept(self, site: Site, sparsity: float, trial: _Trial) -> None:
         self._set(site, sparsity)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, write_calibration, write_weights
 from wina_calib.corpus import Blocks
 from wina_calib.estimate import Estimate, estimate
+from wina_calib.journal import Journal, Phase
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
 from wina_calib.passes import dense_pass, fit_thresholds
 from wina_calib.progress import Progress
+from wina_calib.ranks import ALONE, Ranks
 from wina_calib.reference import write_reference
 from wina_calib.sensitivity import CURVE_LEVELS
 from wina_calib.settings import Settings
@@ -48,6 +51,9 @@ class Job:
     dtype: torch.dtype
     micro_batch: int
     report: Progress
+    journal: Journal = field(default_factory=Journal)
+    ranks: Ranks = ALONE
+    spill: Path | None = None
 
     def estimate(self) -> Estimate:
         """What the work will take."""
@@ -80,13 +86,54 @@ class Job:
         return max(1, len(self.blocks.ids) // TRANSFORM_SHARE)
 
     def run(self, folder: Path, base: Blocks) -> Settings:
-        """Write the whole checkpoint into `folder`, the card left out; returns its settings."""
+        """Write the whole checkpoint into `folder`, the card left out; returns its settings.
+
+        Every process of `ranks` calls this; the first one writes.
+        """
         base_ppl = self._perplexity(base)
-        rotations = self._rotations(folder)
-        dense, untied = self._write_weights(rotations, folder)
-        del rotations
-        chosen = self._budget(dense, folder)
-        tensors, curve_facts = self.fit(dense, chosen, folder)
+        dense, untied = self._transformed(folder)
+        chosen = self._budget(dense)
+        tensors, curve_facts = self.fit(dense, chosen)
+        return self.ranks.first(
+            lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
+        )
+
+    def fit(self, source: Source, chosen: Allocation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fit thresholds at every anchor.
+
+        Args:
+            source: the dense model with its transformed weights.
+            chosen: the site sparsities.
+
+        Returns:
+            The tensors to store, and for the provenance what was measured.
+        """
+        phase = self.journal.phase("thresholds")
+        if phase.finished:
+            return phase.tensors(), phase.values
+        stream = self._stream(source, self._threshold_ids)
+        self._phase("fit thresholds", len(source.architecture.layers), phase)
+        tensors, states = fit_thresholds(
+            stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report.step
+        )
+        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states)
+        added = curve_tensors(source.architecture, curves)
+        phase.finish(tensors=added, values=facts)
+        for state in states:
+            state.clear()
+        return tensors | added, facts
+
+    def _write(
+        self,
+        folder: Path,
+        dense: Source,
+        untied: bool,
+        chosen: Allocation,
+        tensors: dict[str, Tensor],
+        base: Blocks,
+        base_ppl: float,
+        curve_facts: dict[str, Any],
+    ) -> Settings:
         settings = Settings(
             sparsity=self.options.sparsity,
             anchors=self.options.anchors,
@@ -109,72 +156,98 @@ class Job:
             write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=runtime)
         return settings
 
-    def fit(self, source: Source, chosen: Allocation, folder: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Fit thresholds at every anchor.
+    def _phase(self, name: str, steps: int, saved: Phase) -> None:
+        """Report a phase that begins, or goes on after what is saved of it."""
+        self.report.phase(
+            name if not saved.step else f"{name}, going on after {saved.step} of {steps}", steps - saved.step
+        )
 
-        Args:
-            source: the dense model with its transformed weights.
-            chosen: the site sparsities.
-            folder: where hidden states may be spilled.
-
-        Returns:
-            The tensors to store, and for the provenance what was measured.
-        """
-        stream = self._stream(source, self._threshold_ids, folder)
-        self.report.phase("fit thresholds", len(source.architecture.layers))
-        tensors, states = fit_thresholds(stream, self._rule, self.options, chosen.rows, self.report.step)
-        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states)
-        for state in states:
-            state.clear()
-        return tensors | curve_tensors(source.architecture, curves), facts
-
-    def _write_weights(self, rotations: Rotations, folder: Path) -> tuple[Source, bool]:
+    def _transformed(self, folder: Path) -> tuple[Source, bool]:
         """The dense model to fit on, and whether its embeddings were untied: written here, or the source as it is."""
         if self.options.weights == "reference":
             return self.source, False
-        self.report.phase("write weights", len(self.source.architecture.layers))
-        untied = write_weights(
-            self.source, self.transform, rotations, folder, device=self.device, progress=self.report.step
-        )
+        # Only the first process fits and writes: what it saves, it saves alone.
+        transform, weights = (self.journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
+        statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
+        untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
         return open_source(str(folder), calibrated=True), untied
 
-    def _stream(self, source: Source, ids: Tensor, folder: Path | None) -> LayerStream:
+    def _write_weights(
+        self, folder: Path, statistics: Statistics | None, transform: Phase, weights: Phase, tick: Callable[[], None]
+    ) -> bool:
+        def step(line: str) -> None:
+            self.report.step(line)
+            tick()
+
+        rotations = self._rotations(statistics, transform, step)
+        self._phase("write weights", len(self.source.architecture.layers), weights)
+        return write_weights(
+            self.source, self.transform, rotations, folder, device=self.device, phase=weights, progress=step
+        )
+
+    def _stream(self, source: Source, ids: Tensor, *, spill: bool = True) -> LayerStream:
         hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)
-        spill = folder if folder is not None and hidden > _SPILL_BYTES else None
-        return LayerStream(source, ids, micro_batch=self.micro_batch, dtype=self.dtype, device=self.device, spill=spill)
+        return LayerStream(
+            source,
+            ids,
+            micro_batch=self.micro_batch,
+            dtype=self.dtype,
+            device=self.device,
+            spill=self.spill if spill and hidden > _SPILL_BYTES else None,
+            ranks=self.ranks,
+        )
 
     def _perplexity(self, blocks: Blocks) -> float:
-        stream = self._stream(self.source, blocks.ids, None)
-        self.report.phase("dense perplexity", len(self.source.architecture.layers))
-        return float(next_token_nll(stream, dense_pass(stream, progress=self.report.step)).double().mean().exp())
+        phase = self.journal.phase("dense-perplexity")
+        if phase.finished:
+            return float(phase.values["perplexity"])
+        stream = self._stream(self.source, blocks.ids, spill=False)
+        self._phase("dense perplexity", len(self.source.architecture.layers), phase)
+        hidden = dense_pass(stream, phase=phase, progress=self.report.step)
+        found = float(next_token_nll(stream, hidden).double().mean().exp())
+        phase.finish(values={"perplexity": found})
+        return found
 
-    def _rotations(self, folder: Path) -> Rotations:
-        arch = self.source.architecture
-        statistics: Statistics | None = None
-        if needed_sites(self.transform.name, arch):
-            ids = self._transform_ids
-            statistics = Statistics(
-                arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed
-            )
-            self.report.phase("statistics", len(arch.layers))
-            dense_pass(self._stream(self.source, ids, folder), statistics.update, self.report.step).clear()
-        self.report.phase(f"fit transform {self.transform.name}", 0)
-        return fit(
+    def _statistics(self) -> Statistics | None:
+        """What the fit of the transform needs to know of activations; None where it looks at weights alone."""
+        arch, ids = self.source.architecture, self._transform_ids
+        if not needed_sites(self.transform.name, arch):
+            return None
+        phase = self.journal.phase("statistics")
+        statistics = Statistics(arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed)
+        if phase.finished:
+            statistics.load_state_dict(phase.tensors())
+            return statistics
+        self._phase("statistics", len(arch.layers), phase)
+        dense_pass(self._stream(self.source, ids), statistics, phase=phase, progress=self.report.step).clear()
+        phase.finish()
+        return statistics
+
+    def _rotations(self, statistics: Statistics | None, phase: Phase, step: Callable[[str], None]) -> Rotations:
+        if not phase.finished:
+            self.report.phase(f"fit transform {self.transform.name}", 0)
+        found = fit(
             self.transform.name,
-            arch,
+            self.source.architecture,
             self.source.load_layer,
             statistics,
             seed=self.options.seed,
             device=self.device,
-            progress=self.report.step,
+            phase=phase,
+            progress=step,
         )
+        if not phase.finished:
+            phase.finish()
+        return found
 
-    def _budget(self, source: Source, folder: Path) -> Allocation:
+    def _budget(self, source: Source) -> Allocation:
         arch, ids = source.architecture, self._threshold_ids
         seq_len = ids.shape[1]
+        phase = self.journal.phase("budget")
 
         def stream(tokens: int) -> LayerStream:
-            self.report.phase("choose budget", 2 * len(arch.layers))
+            if not phase.finished:
+                self._phase("choose budget", 2 * len(arch.layers), phase)
             some = ids[: max(1, tokens // seq_len)]
             return LayerStream(
                 source,
@@ -182,12 +255,12 @@ class Job:
                 micro_batch=max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // seq_len),
                 dtype=self.dtype,
                 device=self.device,
-                spill=folder if some.numel() * arch.hidden_size * len(arch.layers) > _BACKWARD_SPILL else None,
+                spill=self.spill if some.numel() * arch.hidden_size * len(arch.layers) > _BACKWARD_SPILL else None,
+                ranks=self.ranks,
             )
 
-        return allocate(
-            self.options, arch, count_cells(arch, self.transform.name), self._rule, stream, self.report.step
-        )
+        cells = count_cells(arch, self.transform.name)
+        return allocate(self.options, arch, cells, self._rule, stream, phase=phase, progress=self.report.step)
 
     @property
     def _rule(self) -> MaskRule:
@@ -229,7 +302,6 @@ def versions() -> dict[str, str]:
 
 
 def _command() -> str:
-    name = Path(sys.argv[0]).name if sys.argv else ""
-    return (
-        shlex.join(["wina-calib", *sys.argv[1:]]) if name in ("wina-calib", "__main__.py") else "wina_calib.calibrate"
-    )
+    program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
+    ours = program.name == "wina-calib" or program.parts[-2:] == ("wina_calib", "__main__.py")
+    return shlex.join(["wina-calib", *sys.argv[1:]]) if ours else "wina_calib.calibrate"

@@ -260,7 +260,7 @@ class _Run:
         arch = source.architecture
         stream = LayerStream(source, self.ids, micro_batch=1, dtype=self.dtype, device=self.device)
         dense, sparse = stream.embed(), stream.store()
-        sparse.copy_from(dense, len(stream.batches))
+        sparse.copy_from(dense)
         found: list[SiteBound] = []
         for index, module, _ in stream.layers():
             rotations = {site: q.to(self.device, self.dtype) for site, q in source.rotations(index).items()}

@@ -87,6 +87,8 @@ class CalibrateOptions:
     dtype: str = option("auto", "Compute dtype; auto is the model's on a GPU, float32 on a CPU.", choices=DTYPES)
     micro_batch: int = option(0, "Blocks computed together; 0 chooses by length.", metavar="N")
     overwrite: bool = option(False, "Replace an existing output folder.")
+    restart: bool = option(False, "Drop the state of a run that was stopped, and start over.")
+    keep_state: bool = option(False, "Keep the state when done; it is in .NAME.state beside the output folder NAME.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
     trust_remote_code: bool = option(False, "Run Python code that the model folder brings. Read it first.")
 

@@ -1,8 +1,8 @@
 """An output folder that appears whole or not at all.
 
-Work goes to a hidden sibling, `.NAME.partial`, and one rename makes it NAME. With overwrite the old folder is first moved to
-`.NAME.old`; should the process die between the two renames, the next start moves it back. A lock file keeps two processes
-apart.
+Work goes to a hidden sibling, `.NAME.partial` or, in a calibration, `.NAME.state/output`, and one rename makes it NAME. With
+overwrite the old folder is first moved to `.NAME.old`; should the process die between the two renames, the next start moves
+it back. A lock file keeps two processes apart.
 """
 
 from __future__ import annotations
@@ -21,39 +21,61 @@ _STAGED = ".wina-staged"
 
 
 @contextmanager
-def output_folder(target: Path, *, overwrite: bool = False, keep_partial: bool = False) -> Iterator[Path]:
+def output_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write to that becomes `target` when the block ends, and vanishes when it raises.
 
     Args:
         target: the folder to make.
         overwrite: replace an existing folder.
-        keep_partial: leave the partial folder when the block raises, and hand it out again next time, for resuming.
 
     Raises:
         OutputError: the folder exists, is locked by another process, cannot be written, or the disk is full.
     """
-    target = target.expanduser().resolve()
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    with readable_errors(target), lock(target):
-        _recover(target, old)
-        if target.exists() and not overwrite:
-            raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
-        if partial.exists() and not keep_partial:
+    with claimed(target, overwrite=overwrite) as place:
+        partial = place.with_name(f".{place.name}.partial")
+        if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(exist_ok=True)
+        partial.mkdir()
         try:
             yield partial
-            sync_tree(partial)
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-            sync_folder(target.parent)
+            publish(partial, place)
         except BaseException:
-            _recover(target, old)
-            if not keep_partial:
-                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def claimed(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Keep other processes from making the folder `target` for the length of the context; gives its full path.
+
+    Raises:
+        OutputError: as for `output_folder`.
+    """
+    target = target.expanduser().resolve()
+    with readable_errors(target), lock(target):
+        _recover(target, _old(target))
+        if target.exists() and not overwrite:
+            raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
+        yield target
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Make a finished folder on the same disk the claimed `target`, in the place of what is there."""
+    old = _old(target)
+    sync_tree(folder)
+    try:
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+        sync_folder(target.parent)
+    except BaseException:
+        _recover(target, old)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def check_output(target: Path, *, overwrite: bool, keep: Path | None = None, made: tuple[str, ...] = ()) -> None:
@@ -124,11 +146,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, temporary: Path) -> None:
     """Put a finished temporary file in the place of `path` in one step, and force it to disk."""
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -181,12 +199,17 @@ def sync_tree(folder: Path) -> None:
     """Force all files of a folder to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(path)
     sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,38 +13,57 @@ from torch import Tensor
 from wina_calib.checkpoint import SiteTensors
 from wina_calib.families import SITES
 from wina_calib.fit import SiteFit, dense_tables, fit_layer, run_layer
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.options import CalibrateOptions
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import site_sparsity, threshold_between
-
-Observe = Callable[[int, str, Tensor, int], None]
+from wina_calib.transforms import Statistics
 
 
 @torch.no_grad()
 def dense_pass(
-    stream: LayerStream, observe: Observe | None = None, progress: Callable[[str], None] = lambda _: None
+    stream: LayerStream,
+    statistics: Statistics | None = None,
+    *,
+    phase: Phase = NOT_SAVED,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> HiddenStates:
     """Run the dense model and return its last hidden states.
 
     Args:
         stream: the model and the tokens.
-        observe: sees each site's inputs without first tokens, as `observe(layer, site, rows, first_row)`.
+        statistics: sees each site's inputs without first tokens.
+        phase: where every layer's outputs are saved.
         progress: called for every layer.
     """
     arch = stream.source.architecture
+    blocks, seq_len = stream.batches[0].shape
     hidden = stream.embed()
-    for index, module, _ in stream.layers():
-        first = 0
+    if phase.step:
+        phase.restore("hidden", hidden, stream.mine)
+        if statistics is not None:
+            statistics.load_state_dict(phase.tensors())
+    for index, module, _ in stream.layers(phase.step):
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
-            for batch, ids in enumerate(stream.batches):
-                rows = first
-                if observe is not None:
-                    layer.observe = lambda site, x: observe(index, site, x[:, 1:].flatten(0, 1), rows)  # noqa: B023
+            for batch in stream.mine:
+                if statistics is not None:
+                    first = batch * blocks * (seq_len - 1)
+                    layer.observe = partial(_observe, statistics, index, first)
                 hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
-                first += len(ids) * (ids.shape[1] - 1)
+        if statistics is not None:
+            statistics.reduce(index, stream.ranks)
+        phase.save(
+            index + 1,
+            tensors=None if statistics is None else statistics.state_dict(index),
+            stores={"hidden": hidden},
+        )
         progress(f"layer {index + 1}")
     return hidden
+
+
+def _observe(statistics: Statistics, layer: int, first: int, site: str, x: Tensor) -> None:
+    statistics.update(layer, site, x[:, 1:].flatten(0, 1), first)
 
 
 def fit_thresholds(
@@ -51,6 +71,8 @@ def fit_thresholds(
     rule: MaskRule,
     options: CalibrateOptions,
     rows: np.ndarray[Any, Any],
+    *,
+    phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Tensor], list[HiddenStates]]:
     """Fit thresholds at every anchor.
@@ -60,6 +82,7 @@ def fit_thresholds(
         rule: how masks are made.
         options: anchors, the asked sparsity and the kind of loop.
         rows: (anchors, layers, sites) site sparsities.
+        phase: where every layer's outputs and tensors are saved.
         progress: called for every layer.
 
     Returns:
@@ -69,28 +92,35 @@ def fit_thresholds(
     start = stream.embed()
     states = [start, *(stream.store() for _ in anchors[1:])]
     for state in states[1:]:
-        state.copy_from(start, len(stream.batches))
+        state.copy_from(start)
     dense = stream.store() if options.loop == "open" else None
     if dense is not None:
-        dense.copy_from(start, len(stream.batches))
-    tensors: dict[str, Tensor] = {}
-    for index, module, _ in stream.layers():
+        dense.copy_from(start)
+    stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
+    if phase.step:
+        for name, store in stores.items():
+            phase.restore(name, store, stream.mine)
+    tensors: dict[str, Tensor] = phase.tensors()
+    for index, module, _ in stream.layers(phase.step):
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         layer = arch.layers[index]
         fits: list[dict[str, SiteFit]] = []
         with MaskedLayer(layer, module, rule, rotations) as masked:
-            tables = None if dense is None else dense_tables(stream, masked, dense, lambda histogram: None)
+            tables = None if dense is None else dense_tables(stream, masked, dense)
             for a, hidden in enumerate(states):
                 targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
                 fits.append(
-                    fit_layer(stream, masked, hidden, targets, lambda histogram: None)
+                    fit_layer(stream, masked, hidden, targets)
                     if tables is None
                     else run_layer(stream, masked, hidden, targets, tables)
                 )
+            new: dict[str, Tensor] = {}
             for s, site in enumerate(layer.sites):
                 stored = site_tensors(masked, site.name, [f[site.name] for f in fits], rows[:, index, s], options)
-                tensors |= stored.named(layer.prefix, site.name)
+                new |= stored.named(layer.prefix, site.name)
+        tensors |= new
         worst = max(fits[-1].items(), key=lambda item: item[1].error)
+        phase.save(index + 1, tensors=new, stores=stores)
         progress(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
     if dense is not None:
         dense.clear()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from wina_calib.errors import UsageError
+from wina_calib.ranks import local_device
 from wina_calib.source import Source
 
 _MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the first CUDA device where there is one, else the CPU; of several processes each takes one of its own."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(local_device() if name in ("auto", "cuda") else name)
         torch.zeros(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from wina_calib.estimate import Estimate
+if TYPE_CHECKING:
+    from wina_calib.estimate import Estimate
 
 
 class Progress(Protocol):
@@ -19,6 +20,9 @@ class Progress(Protocol):
     def step(self, note: str) -> None:
         """One step of the phase is done."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
 
 class Silent:
     """Reports nothing."""
@@ -31,3 +35,6 @@ class Silent:
 
     def step(self, note: str) -> None:
         """Ignore the step."""
+
+    def note(self, text: str) -> None:
+        """Ignore the note."""

@@ -359,7 +359,7 @@ def _refitted(
         micro_batch=default_micro_batch(device, seq_len),
         report=report,
     )
-    tensors, _ = job.fit(source, Allocation(rows), None)
+    tensors, _ = job.fit(source, Allocation(rows))
     curves = {name: tensor for name, tensor in opened.tensors.items() if name.endswith(".curve")}
     changed = {"data": list(data), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
     return tensors | curves, changed

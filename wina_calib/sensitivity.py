@@ -11,7 +11,7 @@ input. That is three forward passes' work over the tokens used, with one layer i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from wina_calib.budgets import Curves
 from wina_calib.errors import NumericError
 from wina_calib.families import Layer, MaskGroup
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.score import kept_inputs, scores
 from wina_calib.sketch import ScoreHistogram
@@ -60,6 +61,7 @@ def measure_curves(
     rule: MaskRule,
     *,
     seed: int,
+    phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
     observe: Observe = lambda layer, group, x, g: None,
 ) -> tuple[Curves, HiddenStates]:
@@ -69,6 +71,7 @@ def measure_curves(
         stream: the dense model, transformed already, and the tokens to use.
         rule: how masks are made.
         seed: of the sampled labels.
+        phase: where every layer's inputs, and on the way back the gradients, are saved; after that the result.
         progress: called twice a layer.
         observe: sees what each mask group reads and the loss's gradient there, (rows, in) each, as
             `observe(layer, group, x, g)`; rows that are never masked are left out.
@@ -79,16 +82,15 @@ def measure_curves(
     Raises:
         NumericError: logits or gradients are NaN or infinite.
     """
-    thresholds, inputs = _forward(stream, rule, progress)
-    last = inputs.pop()
-    gradients = _loss_gradients(stream, last, seed)
-    arch = stream.source.architecture
-    loss = np.zeros((len(arch.layers), len(arch.layers[0].sites), len(CURVE_LEVELS)))
-    for index, module, _ in stream.layers(backward=True):
-        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
-        inputs[index].clear()
-        progress(f"sensitivity of layer {index + 1}")
-    gradients.clear()
+    count = len(stream.source.architecture.layers)
+    if phase.finished:
+        last, loss = stream.store(), phase.tensors()["curves"].numpy()
+        phase.restore("last", last, stream.mine)
+    else:
+        thresholds, inputs = _forward(stream, rule, phase, progress)
+        last = inputs.pop(count)
+        loss = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
+        phase.finish(tensors={"curves": torch.from_numpy(loss)}, stores={"last": last})
     if not np.isfinite(loss).all():
         raise NumericError(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
@@ -101,37 +103,51 @@ def measured_rises(
     dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: Sequence[HiddenStates]
 ) -> list[Rise]:
     """Compare last hidden states of sparse models with the dense one's, on the blocks that both streams begin with."""
-    totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
-    count = 0
+    ids = torch.cat(dense_stream.batches)
+    kept, masked = _Blocks(dense_stream, dense), [_Blocks(sparse_stream, states) for states in sparse]
+    mine: list[Tensor] = []
     with dense_stream.head() as head:
 
         def log_probabilities(states: Tensor) -> Tensor:
             return log_softmax(head(states[None])[0].float(), dim=-1)
 
-        masked = zip(*(_blocks(sparse_stream, states) for states in sparse), strict=True)
-        for (ids, kept), rows in zip(_blocks(dense_stream, dense), masked, strict=False):
-            for first in range(0, len(ids) - 1, _ROWS):
-                labels = ids[first + 1 : first + 1 + _ROWS, None]
+        for block, tokens in enumerate(ids.to(dense_stream.device)):
+            expected = kept.everywhere(block)
+            if not masked[0].has(block):
+                continue
+            totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
+            rows = [states[block] for states in masked]
+            for first in range(0, len(tokens) - 1, _ROWS):
+                labels = tokens[first + 1 : first + 1 + _ROWS, None]
                 chunk = slice(first, first + len(labels))
-                p = log_probabilities(kept[chunk])
-                for total, (_, states) in zip(totals, rows, strict=True):
+                p = log_probabilities(expected[chunk])
+                for total, states in zip(totals, rows, strict=True):
                     q = log_probabilities(states[chunk])
                     rise = (p - q).gather(1, labels).double().sum()
                     divergence = kl_div(q, p, reduction="none", log_target=True).double().sum()
                     total += torch.stack([rise, divergence]).cpu()
-                count += len(labels)
-    return [Rise(loss, kl) for loss, kl in (totals / count).tolist()]
+            mine.append(totals)
+    totals = _summed(dense_stream.ranks.gather(mine), torch.zeros(len(sparse), 2, dtype=torch.float64))
+    return [Rise(loss, kl) for loss, kl in (totals / (len(ids) * (ids.shape[1] - 1))).tolist()]
 
 
 def _forward(
-    stream: LayerStream, rule: MaskRule, progress: Callable[[str], None]
-) -> tuple[list[dict[str, Tensor]], list[HiddenStates]]:
+    stream: LayerStream, rule: MaskRule, phase: Phase, progress: Callable[[str], None]
+) -> tuple[dict[int, dict[str, Tensor]], dict[int, HiddenStates]]:
     """Thresholds (levels - 1,) at the levels above 0 of every layer's mask groups; every layer's inputs, and outputs."""
     levels = torch.tensor(CURVE_LEVELS[1:], dtype=torch.float64)
-    thresholds: list[dict[str, Tensor]] = []
-    inputs = [stream.embed()]
     arch = stream.source.architecture
-    for index, module, _ in stream.layers():
+    thresholds: dict[int, dict[str, Tensor]] = {}
+    inputs = {0: stream.embed()}
+    if phase.step:
+        inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
+        for i, store in inputs.items():
+            phase.restore(f"input{i}", store, stream.mine)
+        for name, value in phase.tensors().items():
+            kind, where, key = name.split(":")
+            if kind == "threshold":
+                thresholds.setdefault(int(where), {})[key] = value.to(stream.device)
+    for index, module, _ in stream.layers(min(phase.step, len(arch.layers))):
         outputs = stream.store()
         histograms: dict[str, ScoreHistogram] = {}
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, _rotations(stream, index)) as layer:
@@ -140,27 +156,79 @@ def _forward(
                 site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
             ) -> None:
                 for group in layer.groups[site]:
-                    histogram = found.setdefault(group.key, ScoreHistogram(stream.device))
-                    histogram.update(scores(rule.masked_rows(x), layer.norms[group.key], rule.score))
+                    found[group.key].update(scores(rule.masked_rows(x), layer.norms[group.key], rule.score))
 
             layer.observe = observe
-            for batch in range(len(stream.batches)):
-                outputs[batch] = layer.run(inputs[-1][batch], stream.kwargs(index, batch))
-        thresholds.append({key: h.quantiles(levels).float().to(stream.device) for key, h in histograms.items()})
-        inputs.append(outputs)
+            for group in (g for groups in layer.groups.values() for g in groups):
+                histograms[group.key] = ScoreHistogram(stream.device)
+            for batch in stream.mine:
+                outputs[batch] = layer.run(inputs[index][batch], stream.kwargs(index, batch))
+        for histogram in histograms.values():
+            stream.ranks.add(histogram.counts)
+        thresholds[index] = {key: h.quantiles(levels).float().to(stream.device) for key, h in histograms.items()}
+        inputs[index + 1] = outputs
+        phase.save(
+            index + 1,
+            tensors={f"threshold:{index}:{key}": value for key, value in thresholds[index].items()},
+            stores=_named(inputs),
+        )
         progress(f"dense pass of layer {index + 1}")
     return thresholds, inputs
 
 
+def _backward(
+    stream: LayerStream,
+    rule: MaskRule,
+    seed: int,
+    thresholds: dict[int, dict[str, Tensor]],
+    inputs: dict[int, HiddenStates],
+    last: HiddenStates,
+    phase: Phase,
+    progress: Callable[[str], None],
+    observe: Observe,
+) -> np.ndarray:
+    """Curves (layers, sites, levels); the inputs are cleared on the way."""
+    arch = stream.source.architecture
+    count = len(arch.layers)
+    loss = np.zeros((count, len(arch.layers[0].sites), len(CURVE_LEVELS)))
+    done = max(phase.step - count, 0)
+    if done:
+        gradients = stream.store()
+        phase.restore("gradients", gradients, stream.mine)
+        for name, value in phase.tensors().items():
+            kind, where, _ = name.split(":")
+            if kind == "loss":
+                loss[int(where)] = value.numpy()
+    else:
+        gradients = _loss_gradients(stream, last, seed)
+    for index, module, _ in stream.layers(0, count - done, backward=True):
+        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
+        inputs.pop(index).clear()
+        phase.save(
+            2 * count - index,
+            tensors={f"loss:{index}:": torch.from_numpy(loss[index].copy())},
+            stores=_named(inputs) | {f"input{count}": last, "gradients": gradients},
+        )
+        progress(f"sensitivity of layer {index + 1}")
+    gradients.clear()
+    return loss
+
+
+def _named(inputs: dict[int, HiddenStates]) -> dict[str, HiddenStates]:
+    return {f"input{index}": store for index, store in inputs.items()}
+
+
 def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> HiddenStates:
     """Gradients of the summed loss, with labels sampled from the model, at the last hidden states."""
-    generator = torch.Generator(stream.device).manual_seed(seed)
     gradients = stream.store()
     with stream.head() as head:
-        for batch in range(len(stream.batches)):
+        for batch in stream.mine:
             hidden = last[batch]
             out = torch.empty_like(hidden)
-            for row, gradient in zip(hidden, out, strict=True):
+            first = batch * len(stream.batches[0])
+            for block, (row, gradient) in enumerate(zip(hidden, out, strict=True), first):
+                # One generator a block: labels do not depend on which process draws them.
+                generator = torch.Generator(stream.device).manual_seed((seed + 1) * 1_000_003 + block)
                 for states, chunk in zip(row.split(_ROWS), gradient.split(_ROWS), strict=True):
                     leaf = states.detach()[None].requires_grad_()
                     logits = head(leaf)[0].float()
@@ -186,11 +254,12 @@ def _layer_curves(
 ) -> np.ndarray:
     """Curves (sites, levels) of one layer; `gradients` at its outputs become those at its inputs."""
     layer = stream.source.architecture.layers[index]
-    totals = torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
+    mine: list[Tensor] = []
     tokens = sum(ids.numel() for ids in stream.batches)
     tapped = _Tapped(layer, module, rule, _rotations(stream, index))
     with tapped:
-        for batch in range(len(stream.batches)):
+        for batch in stream.mine:
+            totals = torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
             hidden = inputs[batch].detach().requires_grad_()
             out = tapped.run(hidden, stream.kwargs(index, batch))
             taps = dict(tapped.taps)
@@ -207,8 +276,10 @@ def _layer_curves(
                         score, limits = ranks(score), dropped_ranks(site.width).to(stream.device)
                     dropped = dropped + dropped_sums(g.float() * x.float(), score, limits)
                 assert isinstance(dropped, Tensor)
-                totals[row, 1:] += dropped.double().square().sum(0).cpu()
+                totals[row, 1:] = dropped.double().square().sum(0).cpu()
+            mine.append(totals)
             tapped.taps.clear()
+    totals = _summed(stream.ranks.gather(mine), torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64))
     return (totals / (2 * tokens)).numpy()
 
 
@@ -246,7 +317,40 @@ def _rotations(stream: LayerStream, index: int) -> dict[str, Tensor]:
     return {site: q.to(stream.device, stream.dtype) for site, q in stream.source.rotations(index).items()}
 
 
-def _blocks(stream: LayerStream, hidden: HiddenStates) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every block's ids (seq,) and hidden states (seq, hidden)."""
-    for batch, ids in enumerate(stream.batches):
-        yield from zip(ids.to(stream.device), hidden[batch], strict=True)
+def _summed(parts: Sequence[Tensor], total: Tensor) -> Tensor:
+    """Sum in order, so that it does not depend on who has computed the parts."""
+    for part in parts:
+        total += part
+    return total
+
+
+class _Blocks:
+    """Hidden states (seq, hidden) by block; a micro-batch is read once for its blocks in a row."""
+
+    def __init__(self, stream: LayerStream, hidden: HiddenStates) -> None:
+        self._stream, self._hidden = stream, hidden
+        self._size = len(stream.batches[0])
+        self._read: tuple[int, Tensor] | None = None
+
+    def has(self, block: int) -> bool:
+        """Whether this process has the block."""
+        return block // self._size in self._stream.mine
+
+    def __getitem__(self, block: int) -> Tensor:
+        batch, row = divmod(block, self._size)
+        if self._read is None or self._read[0] != batch:
+            self._read = batch, self._hidden[batch]
+        return self._read[1][row]
+
+    def everywhere(self, block: int) -> Tensor:
+        """A block of any process."""
+        stream = self._stream
+        if stream.ranks.size == 1:
+            return self[block]
+        shape = (stream.batches[0].shape[1], stream.source.architecture.hidden_size)
+        own = (
+            self[block].contiguous()
+            if self.has(block)
+            else torch.empty(shape, dtype=stream.dtype, device=stream.device)
+        )
+        return stream.ranks.from_owner(own, stream.ranks.owner(block // self._size, len(stream.batches)))

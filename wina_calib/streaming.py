@@ -7,8 +7,10 @@ what each layer is called with here. Blocks have one length and no padding, so t
 from __future__ import annotations
 
 import errno
+import math
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from wina_calib.ranks import ALONE, Ranks
 from wina_calib.source import Source, load_into
 
 Kwargs = dict[str, Any]
@@ -33,39 +36,82 @@ class HiddenStates:
         self._memory: dict[int, Tensor] = {}
         self._folder = None if folder is None else Path(tempfile.mkdtemp(prefix="hidden-", dir=folder))
         self._meta: dict[int, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._files: dict[int, Path] = {}  # where a micro-batch is on disk as it is now
 
     def __getitem__(self, index: int) -> Tensor:
         if self._folder is None:
             return self._memory[index]
-        dtype, shape = self._meta[index]
-        flat = torch.empty(shape, dtype=dtype)
-        raw = flat.view(-1).view(torch.uint8).numpy().data
-        with (self._folder / str(index)).open("rb") as file:
-            if file.readinto(raw) != len(raw):
-                raise OSError(errno.EIO, "hidden states on disk are cut short", file.name)
-        return flat.to(self._device)
+        return _read(self._folder / str(index), *self._meta[index]).to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
+        self._meta[index] = value.dtype, tuple(value.shape)
+        self._files.pop(index, None)
         if self._folder is None:
             self._memory[index] = value.to(self._device)
-            return
-        self._meta[index] = value.dtype, tuple(value.shape)
-        with (self._folder / str(index)).open("wb") as file:
-            file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            self._files[index] = self._folder / str(index)
+            self._files[index].unlink(missing_ok=True)  # its bytes may be part of a saved state under another name
+            _write(self._files[index], value)
 
-    def copy_from(self, other: HiddenStates, count: int) -> None:
-        """Copy the first `count` micro-batches of another store."""
-        for index in range(count):
+    @property
+    def indices(self) -> list[int]:
+        """The micro-batches that are here."""
+        return list(self._meta)
+
+    @property
+    def form(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype of all, and shape of one block, (seq, hidden)."""
+        dtype, shape = next(iter(self._meta.values()))
+        return dtype, shape[1:]
+
+    def write_to(self, index: int, path: Path) -> None:
+        """Put a micro-batch into a new file and force it to disk; what is on disk already is linked where possible."""
+        try:
+            path.hardlink_to(self._files[index])  # not there if that save was given up
+        except (KeyError, OSError):
+            _write(path, self[index])
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        if self._folder is None:
+            self._files[index] = path
+
+    def read_from(self, index: int, path: Path, dtype: torch.dtype, row: Sequence[int]) -> None:
+        """Take a micro-batch of blocks of shape `row` from such a file."""
+        blocks, rest = divmod(path.stat().st_size, math.prod(row) * dtype.itemsize)
+        if rest:
+            raise OSError(errno.EIO, "hidden states on disk are cut short", str(path))
+        self[index] = _read(path, dtype, (blocks, *row))
+        if self._folder is None:
+            self._files[index] = path
+
+    def copy_from(self, other: HiddenStates) -> None:
+        """Copy all micro-batches of another store."""
+        for index in other.indices:
             self[index] = other[index].clone()
 
     def clear(self) -> None:
         """Forget everything and free the space."""
         self._memory.clear()
         self._meta.clear()
+        self._files.clear()
         if self._folder is not None:
             for file in self._folder.iterdir():
                 file.unlink()
             self._folder.rmdir()
+
+
+def _read(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    flat = torch.empty(shape, dtype=dtype)
+    raw = flat.view(-1).view(torch.uint8).numpy().data
+    with path.open("rb") as file:
+        if file.readinto(raw) != len(raw):
+            raise OSError(errno.EIO, "hidden states on disk are cut short", str(path))
+    return flat
+
+
+def _write(path: Path, value: Tensor) -> None:
+    with path.open("xb") as file:
+        file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class LayerStream:
@@ -78,6 +124,11 @@ class LayerStream:
         dtype: compute dtype.
         device: compute device.
         spill: folder for hidden states that do not fit in memory, or None to keep them in memory.
+        ranks: the processes that share the micro-batches.
+
+    Attributes:
+        batches: the tokens of all micro-batches.
+        mine: which of them are this process's.
     """
 
     def __init__(
@@ -89,12 +140,15 @@ class LayerStream:
         dtype: torch.dtype,
         device: torch.device,
         spill: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.source = source
         self.device = device
         self.dtype = dtype
         self.spill = spill
+        self.ranks = ranks
         self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
+        self.mine = ranks.share(len(self.batches))
         self.model: PreTrainedModel = source.meta_model(dtype)
         self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)
         base_path = source.architecture.layers_path.rpartition(".")[0]
@@ -110,23 +164,25 @@ class LayerStream:
 
     @torch.no_grad()
     def embed(self) -> HiddenStates:
-        """Hidden states before the first layer, for every micro-batch."""
+        """Hidden states before the first layer, for every micro-batch of this process."""
         hidden = self.store()
-        for index, ids in enumerate(self.batches):
-            hidden[index] = self._record(ids)
+        for index in self.mine:
+            hidden[index] = self._record(self.batches[index])
         return hidden
 
     def kwargs(self, layer: int, batch: int) -> Kwargs:
         """Keyword arguments that the model's own forward gives to a layer."""
         return self._kwargs[len(self.batches[batch])][layer]
 
-    def layers(self, first: int = 0, *, backward: bool = False) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
-        """Load each layer from `first` on; yield its index, its module with weights, and its tensors as on disk.
+    def layers(
+        self, first: int = 0, stop: int | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
+        """Load each layer from `first` to before `stop`; yield its index, module with weights, and tensors as on disk.
 
         The next layer is read while the current one is computed; at most two are in memory. `backward` goes from the last
-        layer down to `first`.
+        one down.
         """
-        order = list(range(first, len(self.modules)))
+        order = list(range(first, len(self.modules) if stop is None else stop))
         if backward:
             order.reverse()
         with ThreadPoolExecutor(1, thread_name_prefix="load-layer") as pool:
@@ -248,9 +304,9 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
     """Negative log-likelihood in nats of every predicted token, from the last layer's hidden states: (blocks, seq_len - 1)."""
     losses = []
     with stream.head() as head:
-        for index, ids in enumerate(stream.batches):
-            for row, tokens in zip(hidden[index], ids.to(stream.device), strict=True):
+        for index in stream.mine:
+            for row, tokens in zip(hidden[index], stream.batches[index].to(stream.device), strict=True):
                 parts = zip(row[:-1].split(_HEAD_ROWS), tokens[1:].split(_HEAD_ROWS), strict=True)
                 nll = [nn.functional.cross_entropy(head(h[None])[0].float(), t, reduction="none") for h, t in parts]
-                losses.append(torch.cat(nll))
-    return torch.stack(losses).cpu()
+                losses.append(torch.cat(nll).cpu())
+    return torch.stack(stream.ranks.gather(losses))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +31,30 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     Example:
       wina-calib calibrate demo -o demo-sparse --sparsity 0.5
     """
-    with Bars() as progress:
+    with Bars() as progress, stoppable():
         result = calibrate(model, output, progress=progress, **options)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+        return
     emit(summary(result), f"{result.folder}: calibrated for {result.settings.sparsity:.0%} sparsity.", as_json=as_json)
 
 
 def summary(result: Result) -> dict[str, Any]:
     """A finished calibration for JSON."""
     return {"folder": str(result.folder), **result.settings.to_dict()}
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Take a request to end, as schedulers and torchrun send it, like Ctrl-C: what is finished stays usable."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Bars:
@@ -70,6 +90,10 @@ class Bars:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        note(f"note: {text}")
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -35,7 +35,9 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
       wina-calib demo -o demo-sparse
     """
     with Bars() as progress:
-        result = calibrate("demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True)
+        result = calibrate(
+            "demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True, restart=True
+        )
     note("evaluate")
     quality = evaluate(output, tokens=16_384)
     save_evaluation(output, quality)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wina_calib.errors import TransformError
 from wina_calib.families import Architecture, Layer
+from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors, gram
 from wina_calib.transforms.heads import fit_heads
@@ -18,6 +19,7 @@ from wina_calib.transforms.statistics import Statistics
 
 LoadLayer = Callable[[int], Mapping[str, Tensor]]
 Progress = Callable[[str], None]
+_DESCENT = "descent."  # what a descent under way is saved under
 # The paper takes the singular vectors of one projection of each site.
 _PAPER_PROJECTION = {"attn_in": ("k_proj", "qkv_proj"), "mlp_in": ("gate_proj", "gate_up_proj")}
 
@@ -31,6 +33,7 @@ def fit(
     seed: int = 0,
     steps: int | None = None,
     device: torch.device | str = "cpu",
+    phase: Phase = NOT_SAVED,
     progress: Progress | None = None,
 ) -> Rotations:
     """Fit the rotations of a transform.
@@ -44,6 +47,7 @@ def fit(
         seed: of the random choices of the fit.
         steps: descent steps for the learned rotations, None for each one's default, 0 for covariance eigenvectors.
         device: where decompositions and products run.
+        phase: where every matrix is saved.
         progress: called with a short line after each step.
 
     Raises:
@@ -51,26 +55,43 @@ def fit(
     """
     wanted = plan(name, arch)
     report = progress or (lambda _: None)
-    sites: dict[tuple[int, str], Tensor] = {}
-    if wanted.sites:
-        for layer in arch.layers:
+    found = phase.tensors()
+
+    def keep(new: Mapping[str, Tensor], line: str | None = None) -> None:
+        found.update(new)
+        phase.save(phase.step + 1, tensors=new)
+        if line is not None:
+            report(line)
+
+    for layer in arch.layers if wanted.sites else ():
+        if f"{layer.index}.{wanted.sites[-1]}" not in found:
             weights = load_layer(layer.index)
-            for site in wanted.sites:
-                sites[layer.index, site] = _site_rotation(wanted.name, layer, site, weights, device)
-            report(f"{wanted.name}: layer {layer.index + 1} of {len(arch.layers)}")
-    if wanted.is_free and wanted.name != "none" and statistics is None:
+            new = {f"{layer.index}.{s}": _site_rotation(wanted.name, layer, s, weights, device) for s in wanted.sites}
+            keep(new, f"{wanted.name}: layer {layer.index + 1} of {len(arch.layers)}")
+    if wanted.is_free and wanted.name != "none" and statistics is None and not phase.finished:
         raise TransformError(f"transform {wanted.name!r} needs the statistics of a dense pass.")
-    residual = heads = None
-    if wanted.residual and statistics is not None:
-        residual = fit_residual(arch, load_layer, statistics, steps=steps, seed=seed, device=device, report=report)
-    if wanted.heads and statistics is not None:
-        found = []
-        for layer in arch.layers:
-            weights = load_layer(layer.index)
-            found.append(fit_heads(layer, weights, statistics, steps=steps, seed=seed, device=device))
-            report(f"head: layer {layer.index + 1} of {len(arch.layers)}")
-        heads = tuple(found)
-    return Rotations(residual=residual, heads=heads, sites=sites)
+    if wanted.residual and "residual" not in found and statistics is not None:
+        fitted = fit_residual(
+            arch,
+            load_layer,
+            statistics,
+            steps=steps,
+            seed=seed,
+            device=device,
+            report=report,
+            saved={name.removeprefix(_DESCENT): value for name, value in found.items() if name.startswith(_DESCENT)},
+            save=lambda state: keep({_DESCENT + name: value for name, value in state.items()}),
+        )
+        keep({"residual": fitted})
+    for layer in arch.layers if wanted.heads else ():
+        if f"{layer.index}.heads" not in found and statistics is not None:
+            turned = fit_heads(layer, load_layer(layer.index), statistics, steps=steps, seed=seed, device=device)
+            keep({f"{layer.index}.heads": turned}, f"head: layer {layer.index + 1} of {len(arch.layers)}")
+    return Rotations(
+        residual=found.get("residual"),
+        heads=tuple(found[f"{layer.index}.heads"] for layer in arch.layers) if wanted.heads else None,
+        sites={(layer.index, site): found[f"{layer.index}.{site}"] for layer in arch.layers for site in wanted.sites},
+    )
 
 
 def _site_rotation(

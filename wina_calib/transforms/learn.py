@@ -12,7 +12,7 @@ for heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,8 @@ def learn(
     steps: int,
     sites_per_step: int,
     seed: int,
+    saved: Mapping[str, Tensor] | None = None,
+    save: Callable[[dict[str, Tensor]], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Descend from `start` by Adam on the rotation planes with Cayley steps; keep what does best on held-out rows.
@@ -110,20 +112,28 @@ def learn(
         steps: descent steps.
         sites_per_step: problems drawn, without replacement until all have been, for each step.
         seed: of the draws.
+        saved: the state of the same descent at one of its checks, to go on from.
+        save: called with that state at each check.
         progress: called with a line at each held-out check.
 
     Returns:
         rotations (groups, d, d) float64, orthogonal to rounding; their held-out cost (groups,); that of `start`.
     """
-    width = start.shape[-1]
+    width, device = start.shape[-1], start.device
     generator = torch.Generator().manual_seed(seed)
-    identity = torch.eye(width, device=start.device)
-    rotation = start.float()
-    best, best_cost = start.clone(), held_out_cost(problems, start)
-    first_cost = best_cost.clone()
-    moment, scale = torch.zeros_like(rotation), torch.zeros_like(rotation)
-    order: list[int] = []
-    for step in range(1, steps + 1):
+    identity = torch.eye(width, device=device)
+    done, order = 0, list[int]()
+    if saved:
+        generator.set_state(saved["generator"])
+        done, order = int(saved["step"]), saved["order"].tolist()
+        rotation, moment, scale = (saved[name].to(device) for name in ("rotation", "moment", "scale"))
+        best, best_cost, first_cost = (saved[name].to(device) for name in ("best", "best_cost", "first_cost"))
+    else:
+        rotation = start.float()
+        best, best_cost = start.clone(), held_out_cost(problems, start)
+        first_cost = best_cost.clone()
+        moment, scale = torch.zeros_like(rotation), torch.zeros_like(rotation)
+    for step in range(done + 1, steps + 1):
         drawn = []
         for _ in range(sites_per_step):
             order = order or torch.randperm(len(problems), generator=generator).tolist()
@@ -145,6 +155,10 @@ def learn(
             better = cost < best_cost
             best = torch.where(better[:, None, None], exact, best)
             best_cost = torch.minimum(cost, best_cost)
+            if save is not None:
+                state = {"rotation": rotation, "moment": moment, "scale": scale, "best": best, "best_cost": best_cost}
+                state |= {"first_cost": first_cost, "order": torch.tensor(order, dtype=torch.int64)}
+                save(state | {"generator": generator.get_state(), "step": torch.tensor(step)})
             if progress is not None:
                 progress(f"step {step} of {steps}: held-out cost {float(cost.mean() / first_cost.mean()):.3f}")
     return best, best_cost, first_cost

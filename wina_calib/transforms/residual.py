@@ -44,8 +44,10 @@ def fit_residual(
     seed: int,
     device: torch.device | str,
     report: Callable[[str], None],
+    saved: Mapping[str, Tensor] | None = None,
+    save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
-    """Fit the rotation (d, d) of the whole residual stream, float64 on the CPU.
+    """Fit the rotation (d, d) of the whole residual stream, float64 on the CPU; `saved` and `save` as for `learn`.
 
     Raises:
         TransformError: too few sampled tokens for the model's width.
@@ -76,6 +78,8 @@ def fit_residual(
         steps=default_steps(width, device) if steps is None else steps,
         sites_per_step=min(SITES_PER_STEP, len(problems)),
         seed=seed,
+        saved=saved,
+        save=save,
         progress=lambda line: report(f"global: {line}"),
     )
     return found[0].cpu()

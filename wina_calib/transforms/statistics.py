@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wina_calib.errors import TransformError
 from wina_calib.families import Architecture
+from wina_calib.ranks import Ranks
 from wina_calib.transforms.plan import INPUT_SITES, plan
 
 # Layers whose inputs are sampled for a residual rotation: neighbours are alike, so deep models need not sample all.
@@ -105,6 +106,19 @@ class Statistics:
             self._samples[key][filled] = sample[filled]
             self._filled[key] |= filled
 
+    def reduce(self, layer: int, ranks: Ranks) -> None:
+        """Give every rank the rows of a layer that any of them has seen."""
+        for key in sorted(self._keys):
+            if key[0] != layer or ranks.size == 1:
+                continue
+            if key not in self._samples:
+                rows = len(self.rows(*key))
+                self._samples[key] = torch.zeros(rows, self._width(key[1]), dtype=torch.bfloat16)
+                self._filled[key] = torch.zeros(rows, dtype=torch.bool)
+            # A row is zero in all ranks but one, so adding bytes is exact.
+            ranks.add(self._samples[key].view(torch.uint8))
+            ranks.add(self._filled[key].view(torch.uint8))
+
     def sample(self, layer: int, site: str) -> Tensor:
         """The sampled inputs (rows, width) of a site in bfloat16, in order of the tokens.
 
@@ -127,10 +141,14 @@ class Statistics:
         wanted = rows_per_site(site, self._width(site)) if self.per_site is None else self.per_site
         return min(self.tokens, wanted)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All samples as tensors, keyed "{layer}.{site}.sample" and "{layer}.{site}.filled"."""
-        state = {f"{layer}.{site}.sample": value for (layer, site), value in self._samples.items()}
-        return state | {f"{layer}.{site}.filled": value for (layer, site), value in self._filled.items()}
+    def state_dict(self, layer: int | None = None) -> dict[str, Tensor]:
+        """Samples as tensors, of all layers or one, keyed "{layer}.{site}.sample" and "{layer}.{site}.filled"."""
+        return {
+            f"{index}.{site}.{kind}": value
+            for kind, values in (("sample", self._samples), ("filled", self._filled))
+            for (index, site), value in values.items()
+            if layer is None or index == layer
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace all samples by those of a `state_dict`."""

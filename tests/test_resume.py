@@ -1,0 +1,330 @@
+"""A calibration that is stopped goes on at the last finished layer, and its result is the same to the byte."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+import wina_calib
+from wina_calib import journal
+from wina_calib.cli import main
+from wina_calib.errors import NumericError, OutputError, StateError
+from wina_calib.journal import Journal, Phase, check_same, open_journal
+from wina_calib.progress import Silent
+from wina_calib.streaming import HiddenStates
+
+SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,)}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "open loop": {"loop": "open", "budget": "uniform", "transform": "none"},
+    "greedy, run-time matrices": {"budget": "greedy", "transform": "stacked"},
+    "by reference": {"weights": "reference", "budget": "uniform", "grid": (0.25, 0.5)},
+}
+
+
+class Stopping(Silent):
+    """Counts steps; raises after so many."""
+
+    def __init__(self, after: int = 10**9, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.after, self.error, self.steps, self.notes = after, error, list[str](), list[str]()
+
+    def step(self, note: str) -> None:
+        self.steps.append(note)
+        if len(self.steps) >= self.after:
+            raise self.error("stopped by the test")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0.0)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    a, b = contents(found), contents(expected)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_again_and_again_the_result_is_the_same(case: str, tmp_path: Path, llama: Path, text: Path) -> None:
+    options = SMALL | {"data": str(text)} | CASES[case]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = Stopping()
+    wina_calib.calibrate(llama, tmp_path / "a" / "out", progress=whole, **options)
+    assert names(tmp_path / "a") == ["out"]
+    heard, runs = list[str](), 0
+    while True:
+        progress = Stopping(after=6)
+        try:
+            wina_calib.calibrate(llama, tmp_path / "b" / "out", progress=progress, **options)
+        except KeyboardInterrupt as error:
+            assert "the same command goes on" in str(error)
+            assert names(tmp_path / "b") == [".out.state"]
+            runs += 1
+            assert runs < 20
+            heard += progress.steps
+            continue
+        break
+    heard += progress.steps
+    assert runs >= 2
+    # No step is done twice, but for reading the layers before a descent.
+    assert [s for s in heard if not s.endswith(" read")] == [s for s in whole.steps if not s.endswith(" read")]
+    assert names(tmp_path / "b") == ["out"]
+    assert_equal(tmp_path / "b" / "out", tmp_path / "a" / "out")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, text: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """A model, and an output whose calibration was stopped in the first phase."""
+    tiny.save("llama", tmp_path / "m")
+    options = SMALL | {"data": str(text), "budget": "uniform", "transform": "none"}
+    with pytest.raises(KeyboardInterrupt):
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "out", progress=Stopping(after=3), **options)
+    return tmp_path / "m", tmp_path / "out", options
+
+
+def _other_weights(model: Path) -> None:
+    tiny.save("llama", model, seed=1)
+
+
+def _other_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda model, options: _other_weights(model), r"model\.weights was"),
+        (lambda model, options: _other_config(model), r"model\.config was"),
+        (lambda model, options: options.update(sparsity=0.6), r"options\.sparsity was 0\.5, is 0\.6"),
+        (lambda model, options: options.update(samples=70), r"text\.calibration was"),
+        (lambda model, options: options.update(micro_batch=5), r"compute\.micro_batch was 32, is 5"),
+        (lambda model, options: options.update(dtype="bfloat16"), r'compute\.dtype was "float32", is "bfloat16"'),
+    ],
+)
+def test_what_changed_is_said(
+    change: Callable[[Path, dict[str, Any]], None],
+    told: str,
+    stopped: tuple[Path, Path, dict[str, Any]],
+) -> None:
+    model, out, options = stopped
+    change(model, options)
+    before = contents(out.with_name(".out.state") / "dense-perplexity" / "0002")
+    with pytest.raises(StateError, match=told) as error:
+        wina_calib.calibrate(model, out, **options)
+    assert "--restart" in str(error.value)
+    assert contents(out.with_name(".out.state") / "dense-perplexity" / "0002") == before
+    progress = Stopping()
+    wina_calib.calibrate(model, out, progress=progress, restart=True, **options)
+    assert progress.steps[0] == "layer 1"
+    assert names(out.parent) == ["m", "out"]
+
+
+def test_another_version_is_noticed(
+    stopped: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, options = stopped
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    with pytest.raises(StateError, match=r'versions\.torch was "2.*is "99\.0"'):
+        wina_calib.calibrate(model, out, **options)
+
+
+def test_a_damaged_state_is_refused(stopped: tuple[Path, Path, dict[str, Any]]) -> None:
+    model, out, options = stopped
+    part = out.with_name(".out.state") / "dense-perplexity" / "0002" / "hidden.0"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(StateError, match="--restart"):
+        wina_calib.calibrate(model, out, **options)
+
+
+def test_state_is_kept_when_asked(tmp_path: Path, llama: Path, text: Path) -> None:
+    options = SMALL | {"data": str(text), "budget": "uniform", "keep_state": True}
+    wina_calib.calibrate(llama, tmp_path / "out", **options)
+    first = contents(tmp_path / "out")
+    assert names(tmp_path) == [".out.state", "out"]
+    progress = Stopping()
+    wina_calib.calibrate(llama, tmp_path / "out", progress=progress, overwrite=True, **options)
+    assert contents(tmp_path / "out") == first
+    assert all(step.startswith("weights") for step in progress.steps)  # the only thing that was moved away
+
+
+def test_what_would_fail_again_leaves_nothing(tmp_path: Path, llama: Path, text: Path) -> None:
+    progress = Stopping(after=5, error=NumericError)
+    with pytest.raises(NumericError):
+        wina_calib.calibrate(llama, tmp_path / "out", progress=progress, data=str(text), **SMALL)
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_disk_keeps_the_state(tmp_path: Path, llama: Path, text: Path) -> None:
+    progress = Stopping(after=5, error=OutputError)
+    with pytest.raises(OutputError):
+        wina_calib.calibrate(llama, tmp_path / "out", progress=progress, data=str(text), **SMALL)
+    assert names(tmp_path) == [".out.state"]
+    assert "the same command goes on" in progress.notes[0]
+
+
+def test_interrupted_on_the_command_line(tmp_path: Path, llama: Path, text: Path, monkeypatch: Any) -> None:
+    steps = Stopping(after=5)
+    monkeypatch.setattr("wina_calib.commands.calibrate.Bars.step", lambda self, text: steps.step(text))
+    command = ["calibrate", str(llama), "-o", str(tmp_path / "out"), "--data", str(text), "--samples", "64"]
+    result = CliRunner().invoke(main, ["--quiet", *command, "--seq-len", "128"])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [
+        f"Stopped; what is finished is kept in {tmp_path}/.out.state: the same command goes on from there."
+    ]
+
+
+# --- the journal itself ----------------------------------------------------------------------------------------------
+
+
+def filled(values: list[torch.Tensor], folder: Path | None = None) -> HiddenStates:
+    store = HiddenStates(folder, torch.device("cpu"))
+    for index, value in enumerate(values):
+        store[index] = value
+    return store
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_a_save_keeps_what_was_and_shares_what_stays(spilled: bool, tmp_path: Path) -> None:
+    spill = tmp_path if spilled else None
+    kept = open_journal(tmp_path / "s", lambda: {"a": 1})
+    values = [torch.randn(2, 3, 4).bfloat16(), torch.randn(1, 3, 4).bfloat16()]
+    store, phase = filled(values, spill), kept.phase("p")
+    phase.save(1, tensors={"x": torch.tensor([1.0])}, values={"f": 0.1}, stores={"h": store})
+    inode = (tmp_path / "s" / "p" / "0001" / "h.1").stat().st_ino
+    store[0] = -values[0]  # after the save, before the next
+    again = HiddenStates(spill, torch.device("cpu"))
+    reopened = Journal(tmp_path / "s").phase("p")
+    reopened.restore("h", again, range(2))
+    assert torch.equal(again[0], values[0])
+    assert torch.equal(again[1], values[1])
+    phase.save(2, tensors={"y": torch.tensor([2])}, values={"f": 0.2}, stores={"h": store})
+    assert names(tmp_path / "s" / "p") == ["0001.safetensors", "0002", "0002.safetensors", "state.json"]
+    assert (tmp_path / "s" / "p" / "0002" / "h.1").stat().st_ino == inode
+    reopened = Journal(tmp_path / "s").phase("p")
+    assert (reopened.step, reopened.values, reopened.finished) == (2, {"f": 0.2}, False)
+    assert reopened.tensors() == {"x": torch.tensor([1.0]), "y": torch.tensor([2])}
+    reopened.restore("h", again, range(2))
+    assert torch.equal(again[0], -values[0])
+
+
+def test_saving_costs_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 20.0)
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    phase = open_journal(tmp_path / "s", dict).phase("p")
+    saved = []
+    for step in range(1, 60):
+
+        def prepare() -> None:
+            clock[0] += 1.0  # what a save takes
+
+        clock[0] += 4.0  # what a layer takes
+        phase.save(step, tensors={str(step): torch.tensor(step)}, prepare=prepare)
+        if phase.step == step:
+            saved.append(step)
+    assert saved == list(range(1, 60, 5))
+    assert sorted(map(int, Journal(tmp_path / "s").phase("p").tensors())) == list(range(1, 57))
+
+
+def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Stopping()
+    phase = open_journal(tmp_path / "s", dict, report=report).phase("p")
+    phase.save(1, tensors={"a": torch.tensor(1)})
+
+    def full() -> None:
+        raise OSError(28, os.strerror(28))
+
+    phase.save(2, tensors={"b": torch.tensor(2)}, prepare=full)
+    assert "too full" in report.notes[0]
+    assert Journal(tmp_path / "s").phase("p").step == 1
+    phase.save(3, tensors={"c": torch.tensor(3)})
+    reopened = Journal(tmp_path / "s").phase("p")
+    assert (reopened.step, sorted(reopened.tensors())) == (3, ["a", "b", "c"])
+
+
+def test_differences_are_listed(tmp_path: Path) -> None:
+    kept = open_journal(tmp_path / "s", lambda: {"options": {"a": 1, "b": [1, 2]}, "gone": "x"})
+    kept.phase("p").save(1)
+    check_same(tmp_path / "s", {"options": {"b": (1, 2), "a": 1}, "gone": "x"})
+    with pytest.raises(StateError, match=r'gone was "x", is nothing; options\.a was 1, is 2; options\.c was nothing'):
+        check_same(tmp_path / "s", {"options": {"a": 2, "b": [1, 2], "c": None}})
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    phase = Journal().phase("p")
+    phase.save(1, tensors={"a": torch.tensor(1)})
+    phase.finish()
+    assert isinstance(phase, Phase)
+    assert (phase.step, phase.finished, phase.tensors()) == (0, False, {})
+
+
+# --- killed for real -------------------------------------------------------------------------------------------------
+
+_WORK = """
+import sys
+from wina_calib import journal
+journal.PATIENCE = 0.0
+sys.argv[0] = "wina-calib"
+from wina_calib.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_a_loop_at_random_moments(tmp_path: Path, llama: Path, text: Path) -> None:
+    command = [sys.executable, "-c", _WORK, "calibrate", str(llama), "-o", "out", "--data", str(text)]
+    command += ["--samples", "96", "--seq-len", "128", "--micro-batch", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    start = time.monotonic()
+    subprocess.run(command, check=True, cwd=tmp_path / "a", env=environment)
+    whole = time.monotonic() - start
+    rng, kills = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(command, cwd=tmp_path / "b", env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            _, said = process.communicate(timeout=rng.uniform(0.3, 0.9) * whole)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            assert kills < 100
+            continue
+        assert process.returncode == 0, said
+        break
+    assert kills >= 2
+    assert names(tmp_path / "b") == ["out"]
+    assert_equal(tmp_path / "b" / "out", tmp_path / "a" / "out")
+
+
+def test_options_that_do_not_count_are_options() -> None:
+    from wina_calib.identity import _LEFT_OUT
+
+    assert {f.name for f in dataclasses.fields(wina_calib.options.CalibrateOptions)} >= _LEFT_OUT

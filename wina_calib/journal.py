@@ -1,0 +1,361 @@
+"""Finished work on disk, so that a calibration that was stopped goes on where it was.
+
+The folder holds `job.json`, which says what the work is, and a folder for each phase:
+
+    PHASE/state.json          the last save: steps done, small values, names of the files below
+    PHASE/0003.safetensors    tensors that are new since the save before
+    PHASE/0003/NAME.7         micro-batch 7 of a store of hidden states, raw bytes
+
+`state.json` is replaced in one step when all the others are on disk, so a save counts whole or not at all.
+
+A step is saved where the time since the last save is at least `PATIENCE` times what that save took: saving costs at most 5 %
+of the time. What has not changed since the last save, or is on disk already, is linked instead of written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wina_calib.errors import OutputError, StateError
+from wina_calib.output import sync_file, sync_folder, write_file
+from wina_calib.progress import Progress, Silent
+from wina_calib.ranks import ALONE, Ranks
+from wina_calib.streaming import HiddenStates
+
+PATIENCE = 20.0
+JOB, STATE = "job.json", "state.json"
+_EMPTY: Mapping[str, Any] = {"step": 0, "finished": False, "values": {}, "serial": 0, "tensors": [], "stores": {}}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class Journal:
+    """The folder of one calibration; without a folder nothing is kept.
+
+    Attributes:
+        folder: where to keep finished work.
+        identity: gives what the work is, once it is needed; see `identity.py`.
+        ranks: the processes that share the work; all of them see the folder.
+        report: hears of a save that did not fit on the disk.
+    """
+
+    folder: Path | None = None
+    identity: Callable[[], Mapping[str, Any]] = dict
+    ranks: Ranks = ALONE
+    report: Progress = field(default_factory=Silent)
+    saved: float = -1.0  # when the last save ended, and how long it took
+    took: float = 0.0
+
+    def phase(self, name: str, *, ranks: Ranks | None = None) -> Phase:
+        """Open a phase: what was saved of it, and the way to save more. `ranks` are those that take part in it."""
+        return Phase(self, None if self.folder is None else self.folder / name, self.ranks if ranks is None else ranks)
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return self.saved < 0 or time.monotonic() - self.saved >= PATIENCE * self.took
+
+    def begin(self) -> None:
+        """Say what the work is, before anything of it counts."""
+        assert self.folder is not None
+        if not (self.folder / JOB).exists():
+            write_file(self.folder / JOB, encode(self.identity()))
+
+    @property
+    def useful(self) -> bool:
+        """Whether anything is saved."""
+        return self.folder is not None and is_useful(self.folder)
+
+
+class Phase:
+    """What is saved of one phase.
+
+    Attributes:
+        step: steps done at the last save.
+        finished: whether the phase is done.
+        values: small things that JSON can hold, of the last save.
+    """
+
+    def __init__(self, journal: Journal, folder: Path | None, ranks: Ranks) -> None:
+        self._journal, self._folder, self._ranks = journal, folder, ranks
+        self._pending: dict[str, Tensor] = {}
+        self._take(_EMPTY if folder is None or not (folder / STATE).exists() else _read_json(folder / STATE))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether what is done may be found by a later run."""
+        return self._folder is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that were saved."""
+        found: dict[str, Tensor] = {}
+        for name in self._files:
+            assert self._folder is not None
+            with _readable(self._folder):
+                found |= load_file(self._folder / name)
+        return found
+
+    def has(self, store: str) -> bool:
+        """Whether a store of this name was saved."""
+        return store in self._stores
+
+    def restore(self, name: str, store: HiddenStates, batches: range) -> None:
+        """Fill a store with its micro-batches as they were saved."""
+        assert self._folder is not None
+        meta = self._stores[name]
+        with _readable(self._folder):
+            for index in batches:
+                path = self._folder / f"{self._serial:04d}" / f"{name}.{index}"
+                store.read_from(index, path, getattr(torch, meta["dtype"]), meta["block"])
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Any] | None = None,
+        stores: Mapping[str, HiddenStates] | None = None,
+        prepare: Callable[[], None] | None = None,
+        finished: bool = False,
+    ) -> None:
+        """Save if it is time to.
+
+        Args:
+            step: steps done.
+            tensors: what is new since the last call; kept until it is saved.
+            values: all small values.
+            stores: all stores that the next steps need.
+            prepare: called before a save, to force to disk what it relies on.
+            finished: the phase is done, so it is always saved.
+        """
+        if self._folder is None:
+            return
+        self._pending |= tensors or {}
+        if not self._ranks.from_first(finished or self._journal.due()):
+            return
+        start = time.monotonic()
+        serial = self._serial + 1
+        files = [f"{serial:04d}.safetensors"] if self._pending else []
+        state = {
+            "step": step,
+            "finished": finished,
+            "values": dict(values or {}),
+            "serial": serial,
+            "tensors": self._files + files,
+            "stores": {name: _form(store) for name, store in (stores or {}).items()} if self._ranks.is_first else {},
+        }
+        if self._write(self._ranks.from_first(state), stores or {}, prepare):
+            self._pending.clear()
+        elif self._ranks.is_first:
+            self._journal.report.note(f"the disk is too full to save the state of this run in {self._journal.folder}")
+        self._journal.saved = time.monotonic()
+        self._journal.took = self._journal.saved - start
+
+    def finish(
+        self,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Any] | None = None,
+        stores: Mapping[str, HiddenStates] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        """Save the phase's result; arguments as for `save`."""
+        self.save(self.step, tensors=tensors, values=values, stores=stores, prepare=prepare, finished=True)
+
+    def forget(self) -> None:
+        """Drop all that was saved of the phase."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._take(_EMPTY)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.step, self.finished = int(state["step"]), bool(state["finished"])
+            self.values: dict[str, Any] = dict(state["values"])
+            self._serial, self._files = int(state["serial"]), [str(name) for name in state["tensors"]]
+            self._stores: dict[str, dict[str, Any]] = dict(state["stores"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{self._folder} is damaged: {error!r}. Add --restart to start over.") from error
+
+    def _write(
+        self, state: Mapping[str, Any], stores: Mapping[str, HiddenStates], prepare: Callable[[], None] | None
+    ) -> bool:
+        """Write a save, which counts with its last step; whether there was room for it."""
+        assert self._folder is not None
+        first, place = self._ranks.is_first, self._folder / f"{state['serial']:04d}"
+        old = self._folder / f"{self._serial:04d}"
+        fits = self._where_it_fits(lambda: self._begin(place) if first else None)
+        fits = fits and self._where_it_fits(lambda: self._put(place, stores, prepare))
+        fits = fits and self._where_it_fits(lambda: write_file(place.parent / STATE, encode(state)) if first else None)
+        if fits:
+            self._take(state)
+        if first:
+            shutil.rmtree(old if fits else place, ignore_errors=True)
+        return fits
+
+    def _begin(self, place: Path) -> None:
+        self._journal.begin()
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+
+    def _put(self, place: Path, stores: Mapping[str, HiddenStates], prepare: Callable[[], None] | None) -> None:
+        if prepare is not None:
+            prepare()
+        for name, store in stores.items():
+            for index in store.indices:
+                store.write_to(index, place / f"{name}.{index}")
+        if self._ranks.is_first and self._pending:
+            path = place.with_suffix(".safetensors")
+            save_file({name: t.detach().cpu().contiguous() for name, t in self._pending.items()}, path)
+            sync_file(path)
+        sync_folder(place)
+        sync_folder(place.parent)
+
+    def _where_it_fits(self, work: Callable[[], None]) -> bool:
+        """Do a part of a save; whether the disk had room for it in all processes."""
+        fits = True
+        try:
+            work()
+        except (OSError, OutputError, SafetensorError) as error:
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            # The safetensors library has an error of its own, with the system's in its text.
+            if getattr(cause, "errno", None) not in _FULL and "No space left" not in str(cause):
+                raise
+            fits = False
+        return all(self._ranks.gather([fits]))
+
+
+NOT_SAVED = Journal().phase("nothing")
+
+
+def open_journal(
+    folder: Path,
+    identity: Callable[[], Mapping[str, Any]],
+    *,
+    restart: bool = False,
+    ranks: Ranks = ALONE,
+    report: Progress | None = None,
+) -> Journal:
+    """Open the folder of a calibration, to go on with it or to begin.
+
+    Args:
+        folder: where finished work is kept.
+        identity: says what the work is: a nested dictionary of plain values.
+        restart: drop what is there.
+        ranks: the processes that share the work; the first one alone looks at the folder here.
+        report: hears where it goes on.
+
+    Raises:
+        StateError: what is there is of other work; the message says what differs.
+    """
+    report = report or Silent()
+    if ranks.is_first:
+        if restart or not is_useful(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            check_same(folder, identity())
+            report.note(f"going on with the run that was stopped; its state is in {folder}")
+        folder.mkdir(exist_ok=True)
+    return Journal(folder, identity, ranks, report)
+
+
+def is_useful(folder: Path) -> bool:
+    """Whether a folder holds finished work."""
+    return any(folder.glob(f"*/{STATE}"))
+
+
+def check_same(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on with other work.
+
+    Raises:
+        StateError: naming what was and is.
+    """
+    old, new = flat(_read_json(folder / JOB)), flat(identity)
+    differences = [
+        f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise StateError(
+            f"{folder} is the state of a run that was stopped, and this is another: {'; '.join(differences)}. Run the same "
+            "again to go on with it, or add --restart to start over."
+        )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dictionaries as one, with names like `options.sparsity` and values as short JSON."""
+    out: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = encode(value).decode().strip()
+    return out
+
+
+def _short(text: str | None) -> str:
+    return "nothing" if text is None else text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
+
+
+def encode(value: Any) -> bytes:
+    """Plain values as JSON; floats come back as they were."""
+    return json.dumps(value, sort_keys=True, default=list).encode() + b"\n"
+
+
+def _form(store: HiddenStates) -> dict[str, Any]:
+    dtype, block = store.form
+    return {"dtype": str(dtype).removeprefix("torch."), "block": list(block)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _readable(path):
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error
+
+
+class Background:
+    """A value that is computed in a thread of its own, which ends with the process."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def __call__(self) -> Any:
+        """The value; waits for it, and raises what the work has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._result = work()
+        except BaseException as error:
+            self._error = error
