@@ -78,7 +78,7 @@ def test_stopped_again_and_again_the_result_is_the_same(case: str, tmp_path: Pat
     assert names(tmp_path / "a") == ["out"]
     heard, runs = list[str](), 0
     while True:
-        progress = Stopping(after=6)
+        progress = Stopping(after=6 if case == "default" else 3)
         try:
             wina_calib.calibrate(llama, tmp_path / "b" / "out", progress=progress, **options)
         except KeyboardInterrupt as error:
@@ -103,7 +103,7 @@ def stopped(tmp_path: Path, text: Path) -> tuple[Path, Path, dict[str, Any]]:
     tiny.save("llama", tmp_path / "m")
     options = SMALL | {"data": str(text), "budget": "uniform", "transform": "none"}
     with pytest.raises(KeyboardInterrupt):
-        wina_calib.calibrate(tmp_path / "m", tmp_path / "out", progress=Stopping(after=3), **options)
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "out", progress=Stopping(after=2), **options)
     return tmp_path / "m", tmp_path / "out", options
 
 

@@ -12,7 +12,7 @@ from wina_calib.calibrate import calibrate
 from wina_calib.errors import NumericError
 from wina_calib.masked import MaskRule
 from wina_calib.score import scores
-from wina_calib.sensitivity import CURVE_LEVELS, dropped_sums, measure_curves, measured_rises
+from wina_calib.sensitivity import CURVE_LEVELS, dropped_sums, label_generator, measure_curves, measured_rises
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.source import open_source
 from wina_calib.streaming import LayerStream
@@ -52,9 +52,9 @@ def expected_curves(model: torch.nn.Module, stream: LayerStream, rule: MaskRule,
     model.requires_grad_(False)
     embedded = model.get_input_embeddings()(ids).requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-    generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    for row in logits:
+    for block, row in enumerate(logits):
+        generator = label_generator(seed, block, stream.device)
         labels = torch.multinomial(row.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = loss + torch.nn.functional.cross_entropy(row, labels, reduction="sum")
     gradients = dict(zip(tapped, torch.autograd.grad(loss, list(tapped.values())), strict=True))

@@ -227,8 +227,7 @@ def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> Hidde
             out = torch.empty_like(hidden)
             first = batch * len(stream.batches[0])
             for block, (row, gradient) in enumerate(zip(hidden, out, strict=True), first):
-                # One generator a block: labels do not depend on which process draws them.
-                generator = torch.Generator(stream.device).manual_seed((seed + 1) * 1_000_003 + block)
+                generator = label_generator(seed, block, stream.device)
                 for states, chunk in zip(row.split(_ROWS), gradient.split(_ROWS), strict=True):
                     leaf = states.detach()[None].requires_grad_()
                     logits = head(leaf)[0].float()
@@ -240,6 +239,11 @@ def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> Hidde
                     chunk.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0][0])
             gradients[batch] = out
     return gradients
+
+
+def label_generator(seed: int, block: int, device: torch.device) -> torch.Generator:
+    """The generator of one block's labels: they do not depend on which process draws them."""
+    return torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + block)
 
 
 def _layer_curves(

@@ -187,7 +187,7 @@ class LayerStream:
             order.reverse()
         with ThreadPoolExecutor(1, thread_name_prefix="load-layer") as pool:
             pending: Future[dict[str, Tensor]] | None = pool.submit(self.source.load_layer, order[0]) if order else None
-            for index, following in zip(order, [*order[1:], None], strict=True):
+            for index, following in zip(order, [*order[1:], None], strict=False):
                 assert pending is not None
                 tensors = pending.result()
                 pending = None if following is None else pool.submit(self.source.load_layer, following)

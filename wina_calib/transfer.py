@@ -328,7 +328,7 @@ def dense_scores(source: Source, stream: LayerStream, rule: MaskRule) -> list[di
     for index, module, _ in stream.layers():
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in source.rotations(index).items()}
         with MaskedLayer(source.architecture.layers[index], module, rule, rotations) as masked:
-            sites = dense_tables(stream, masked, hidden, lambda histogram: None)
+            sites = dense_tables(stream, masked, hidden)
         found.append({key: table for tables in sites.values() for key, table in tables.items()})
     hidden.clear()
     return found
