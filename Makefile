@@ -7,13 +7,13 @@ export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads that spin slow down the busy ones on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-lm-eval lint types docs results clean
+.PHONY: demo test test-all test-lm-eval audit lint types docs results clean
 
 demo: $(STAMP)
 	$(BIN)/wina-calib demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
@@ -33,6 +33,14 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
 
+# Asks the package index and its vulnerability database about every pinned version.
+audit: $(VENV)-audit
+	$(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --desc
+
+$(VENV)-audit:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
@@ -40,4 +48,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(VENV)-audit .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

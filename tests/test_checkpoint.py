@@ -213,3 +213,13 @@ def test_expected_tensors_follow_the_masks(calibrated: Path) -> None:
     names = expected_tensors(opened.architecture, separate)
     assert names["model.layers.0.wina.attn_in.k_proj.table"] == (1, 201)
     assert names["model.layers.0.wina.mlp_in.curve"] == (2,)
+
+
+def test_a_link_out_of_the_model_folder_is_not_copied(tmp_path: Path, llama: Path, text: Path) -> None:
+    """A published checkpoint must not hold a private file that a stranger's model folder linked to."""
+    shutil.copytree(llama, tmp_path / "m")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "m" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="leaves the folder"):
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), samples=64, seq_len=128, budget="uniform")
+    assert not (tmp_path / "s").exists()

@@ -234,6 +234,37 @@ def test_without_a_network_it_says_so(hub: Hub, folder: Path, client: script.Wor
             assert "did not answer. Check the network" in done.stderr.splitlines()[-1]
 
 
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    hub: Hub, tmp_path: Path, folder: Path, push: Callable[..., Any]
+) -> None:
+    push(folder, "me/broken")
+    hub.drops = 2
+    try:
+        loaded = script.run_json(LOAD, "me/broken", "{}", env=hub.environment(tmp_path / "home", token=SECRET))
+    finally:
+        hub.drops = 0
+    assert sum(name.startswith("broken ") for _, name in hub.requests) == 2
+    assert loaded == script.run_json(LOAD, "me/broken", "{}", env=hub.environment(tmp_path / "home", offline=True))
+
+
+@pytest.mark.slow
+def test_a_network_that_stays_broken_is_named_and_leaves_nothing_half_read(
+    hub: Hub, tmp_path: Path, folder: Path, push: Callable[..., Any]
+) -> None:
+    push(folder, "me/gone")
+    env = hub.environment(tmp_path / "home", token=SECRET)
+    hub.drops = 10_000
+    try:
+        done = script.run(LOAD, "me/gone", "{}", env=env)
+    finally:
+        hub.drops = 0
+    assert done.returncode == 1
+    assert "HubError: me/gone: " in done.stderr.splitlines()[-1]
+    assert "Check the network" in done.stderr.splitlines()[-1]
+    assert script.run(LOAD, "me/gone", "{}", env=hub.environment(tmp_path / "home", offline=True)).returncode == 1
+    assert script.run_json(LOAD, "me/gone", "{}", env=env)["name"] == "me/gone"
+
+
 def test_an_interrupted_push_goes_on_where_it_stopped(
     hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:

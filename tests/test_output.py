@@ -1,8 +1,8 @@
 """An output folder appears whole or not at all, whenever the process dies."""
 
 import errno
+import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import script
 
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
@@ -140,37 +141,135 @@ def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
         wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
 
 
-_WORK = """
-import sys, torch
+_KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
 torch.set_num_threads(1)
 import wina_calib
-wina_calib.calibrate(sys.argv[1], sys.argv[2], data=sys.argv[3], samples=64, seq_len=128, overwrite=True, budget="uniform")
+from wina_calib.checkpoint import open_checkpoint
+
+model, target, data, number, rounds = sys.argv[1:]
+target, sig, rng = Path(target), signal.Signals(int(number)), random.Random(int(number))
+
+def begin():
+    # a process of its own, without the seconds that its imports would take
+    child = os.fork()
+    if child:
+        return child
+    try:
+        wina_calib.calibrate(model, target, data=data, samples=64, seq_len=128, overwrite=True, budget="uniform")
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+start = time.monotonic()
+assert os.waitpid(begin(), 0)[1] == 0
+whole = time.monotonic() - start
+killed = 0
+for _ in range(int(rounds)):
+    child = begin()
+    time.sleep(rng.uniform(0.02, 1.0) * whole)
+    os.kill(child, sig)
+    killed += os.waitpid(child, 0)[1] != 0
+    if target.exists():
+        open_checkpoint(target).verify_weights()
+    else:
+        assert (target.parent / ".out.old").is_dir()
+    if sig == signal.SIGINT:
+        assert set(os.listdir(target.parent)) <= {"out", ".out.state"}
+assert killed > int(rounds) // 4, killed
+assert os.waitpid(begin(), 0)[1] == 0
+assert os.listdir(target.parent) == ["out"]
+open_checkpoint(target).verify_weights()
+print(killed)
 """
 
 
+@pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_random_moments_leaves_no_half_folder(
-    sig: signal.Signals, tmp_path: Path, llama: Path, text: Path
+    sig: signal.Signals, rounds: int, tmp_path: Path, llama: Path, text: Path
 ) -> None:
-    rng = random.Random(int(sig))
-    target = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(_WORK), str(llama), str(target), str(text)]
-    start = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    whole = time.monotonic() - start
-    for _ in range(3 if sig == signal.SIGKILL else 2):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0.4, 1.0) * whole)
-        except subprocess.TimeoutExpired:
-            process.send_signal(sig)
-            process.wait()
-        if target.exists():
-            open_checkpoint(target).verify_weights()
-        else:
-            assert (tmp_path / ".out.old").is_dir()
-        if sig == signal.SIGINT:
-            assert set(names(tmp_path)) <= {"out", ".out.state"}
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    done = script.run(_KILLER, llama, tmp_path / "out", text, int(sig), rounds)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_on_one_output_folder(tmp_path: Path, llama: Path, text: Path) -> None:
+    """The second one is refused at once and leaves the first one's work alone."""
+    code = """
+    import sys, torch
+    torch.set_num_threads(1)
+    import wina_calib
+
+    class Wait:
+        def __getattr__(self, name):
+            return lambda *args: None
+        def phase(self, name, steps):
+            if name == "fit thresholds":
+                print("half way", flush=True)
+                sys.stdin.readline()
+
+    wina_calib.calibrate(*sys.argv[1:3], data=sys.argv[3], samples=64, seq_len=128, budget="uniform", progress=Wait())
+    """
+    first = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(llama), str(tmp_path / "out"), str(text)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=script.environment(),
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    assert first.stdout.readline() == "half way\n"
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="another process"):
+            wina_calib.calibrate(
+                llama, tmp_path / "out", data=str(text), samples=64, seq_len=128, budget="uniform", overwrite=overwrite
+            )
+    first.communicate("go on\n", timeout=120)
+    assert first.returncode == 0
     assert names(tmp_path) == ["out"]
-    open_checkpoint(target).verify_weights()
+    open_checkpoint(tmp_path / "out").verify_weights()
+
+
+def test_a_folder_without_the_right_to_write(tmp_path: Path, llama: Path, text: Path) -> None:
+    """As a user who is not root, for whom the system ignores permissions."""
+    (tmp_path / "closed").mkdir(mode=0o555)
+    code = """
+    import os, sys
+    from pathlib import Path
+    from wina_calib.errors import OutputError
+    from wina_calib.output import check_output, output_folder
+    if os.getuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    path = Path(sys.argv[1])
+    for attempt in (lambda: check_output(path, overwrite=False), lambda: output_folder(path).__enter__()):
+        try:
+            attempt()
+        except OutputError as error:
+            assert "writ" in str(error), error
+        else:
+            raise SystemExit("was written")
+    """
+    for folder in (*tmp_path.parents, tmp_path):
+        if folder.stat().st_uid == os.getuid() and str(folder).startswith(str(tmp_path.parent.parent)):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    done = script.run(code, tmp_path / "closed" / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert names(tmp_path / "closed") == []
+
+
+def test_a_clock_that_jumps(tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wall time jumps back by years and forth again at every look; neither result nor bytes change."""
+    options = {"data": str(text), "samples": 64, "seq_len": 128, "budget": "uniform"}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    wina_calib.calibrate(llama, tmp_path / "a" / "out", **options)
+    real, jumps = time.time, itertools.cycle([-4e8, 0.0, 4e8])
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int((real() + next(jumps)) * 1e9))
+    wina_calib.calibrate(llama, tmp_path / "b" / "out", **options)
+    assert names(tmp_path / "a") == names(tmp_path / "b") == ["out"]
+    for name in names(tmp_path / "a" / "out"):
+        assert (tmp_path / "a" / "out" / name).read_bytes() == (tmp_path / "b" / "out" / name).read_bytes(), name

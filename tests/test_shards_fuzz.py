@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import struct
 import time
 import tracemalloc
@@ -12,59 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import ODD, only_our_errors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from wina_calib.errors import CheckpointError, WinaError
+from wina_calib.errors import CheckpointError
 from wina_calib.shards import Shards, read_json
 from wina_calib.shards.files import MAX_JSON_BYTES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CASES = 1100
-MAX_SECONDS = 5.0
-MAX_BYTES = 50_000_000
 
-# Values that a reader may trust by mistake.
-ODD = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    3,
-    2**31,
-    2**62,
-    2**63,
-    2**64,
-    10**400,
-    -0.0,
-    1.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "\0",
-    "F32",
-    "BF16",
-    "F8_E4M3",
-    "é\U0001f600",
-    "../x.safetensors",
-    "/dev/zero",
-    "b.safetensors",
-    "x" * 5000,
-    [],
-    {},
-    [0, 0],
-    [0, 2**63],
-    [2**40] * 3,
-    [0, 2**62],
-    [[[[]]]],
-    {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
-    {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
-]
 TOKENS = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\ud800", b"\xff", b"\0", b"-", b"1e999", b"NaN", b"null"]
 
 
@@ -150,28 +109,9 @@ def read_everything(folder: Path) -> None:
     assert len(shards.fingerprint(shards)) == 64
 
 
-def only_our_errors(action: Callable[[], object]) -> bool:
-    """Run `action`; True when it was refused. Any error but ours (MemoryError too) or a long run fails the test."""
-    start = time.perf_counter()
-    try:
-        action()
-        refused = False
-    except WinaError as error:
-        refused = True
-        assert 0 < len(str(error).encode()) < 20_000
-        assert "no memory" not in str(error)
-    assert time.perf_counter() - start < MAX_SECONDS
-    return refused
-
-
-@pytest.fixture
-def little_memory():
-    """The system refuses the process more than 50 MB above what it has: Python's memory and torch's alike."""
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_BYTES, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, old)
+def reading(action: Callable[[], object]) -> bool:
+    """Whether reading was refused, in the little memory that files of some hundred bytes may take."""
+    return only_our_errors(action, extra=50_000_000)
 
 
 @pytest.fixture
@@ -181,7 +121,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize(
     ("file", "valid", "change"),
     [
@@ -199,7 +138,7 @@ def test_mutated_files(folder, file, valid, change):
         mutated = change(random.Random(seed), valid())
         (folder / file).write_bytes(mutated)
         try:
-            refused += only_our_errors(lambda: read_everything(folder))
+            refused += reading(lambda: read_everything(folder))
         except BaseException as error:
             error.add_note(f"seed {seed}: {mutated[:300]!r}")
             raise
@@ -222,7 +161,6 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.usefixtures("little_memory")
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=JSON, data=st.binary(max_size=40), as_index=st.booleans())
 def test_generated_json(folder, header, data, as_index):
@@ -231,17 +169,16 @@ def test_generated_json(folder, header, data, as_index):
     (folder / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + data)
     if as_index:
         (folder / INDEX).write_bytes(text)
-    only_our_errors(lambda: read_everything(folder))
+    reading(lambda: read_everything(folder))
 
 
-@pytest.mark.usefixtures("little_memory")
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=80) | st.text(max_size=40).map(str.encode))
 def test_generated_bytes(folder, data):
     (folder / "c.json").write_bytes(data)
-    only_our_errors(lambda: read_json(folder / "c.json", max_bytes=60))
+    reading(lambda: read_json(folder / "c.json", max_bytes=60))
     (folder / SINGLE).write_bytes(data)
-    assert only_our_errors(lambda: read_everything(folder))
+    assert reading(lambda: read_everything(folder))
 
 
 @pytest.mark.parametrize(

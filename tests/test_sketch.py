@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wina_calib.sketch import BINS, RELATIVE_ERROR, ScoreHistogram
+from wina_calib.sketch import BINS, RELATIVE_ERROR, ScoreHistogram, windowed_counts
 
 scores = st.lists(
     st.floats(min_value=2.0**-100, max_value=2.0**100, width=32, allow_nan=False), min_size=1, max_size=300
@@ -65,3 +65,14 @@ def test_zeros_and_size() -> None:
     assert float(histogram.quantiles(torch.tensor([0.5], dtype=torch.float64))[0]) < 1e-38
     assert histogram.counts.shape == (BINS,)
     assert ScoreHistogram().quantiles(torch.tensor([0.5], dtype=torch.float64)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 80.0])
+def test_counting_in_a_window_is_exact(spread: float) -> None:
+    """As on a GPU: also where many scores are zero or far below the largest."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.exp2(torch.randn(5000, generator=generator) * spread).clamp(max=1e38)
+    scores[::7] = 0.0
+    index = scores.view(torch.int32) >> 15
+    assert torch.equal(windowed_counts(index), torch.bincount(index, minlength=BINS))
+    assert int(windowed_counts(index[:0]).sum()) == 0

@@ -19,6 +19,7 @@ from wina_calib.errors import HubError, OutputError, RankError, UsageError, Wina
 from wina_calib.identity import identity
 from wina_calib.job import Job
 from wina_calib.journal import Background, Journal, open_journal
+from wina_calib.memory import advice
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, claimed, publish
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
@@ -65,7 +66,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
             if ranks.is_first:
                 job.report.planned(job.estimate())
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
-            with torch.inference_mode(False), torch.enable_grad():
+            with advice(job.micro_batch, job.blocks.ids.shape), torch.inference_mode(False), torch.enable_grad():
                 return Result(Path(output), _run(job, base, Path(output)))
         except BaseException as error:
             error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened

@@ -25,7 +25,7 @@ from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import FORMAT_VERSION, METHOD, Settings
-from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json
+from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json, safe_path
 from wina_calib.source import (
     REFERENCE_FILE,
     RUNTIME_TYPE,
@@ -279,9 +279,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence and other small files as they are."""
+    """Copy tokenizer, chat template, generation config, licence and other small files as they are.
+
+    Raises:
+        CheckpointError: one is a link that leaves the folder: a checkpoint may be published.
+    """
     for path in side_files(source):
-        shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(safe_path(source, path.name), folder / path.name)
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -53,6 +53,7 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from wina_calib.errors import WinaError
+        from wina_calib.memory import ran_out
 
         try:
             return super().invoke(ctx)
@@ -65,22 +66,13 @@ class _Lazy(click.Group):
                 click.echo(str(interrupt) or "Interrupted; nothing was left behind.", err=True)
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not ran_out(error):
                 raise
             click.echo("Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.", err=True)
             ctx.exit(1)
         except OSError as error:
             click.echo(f"Error: {error.filename or ''}: {error.strerror or error}", err=True)
             ctx.exit(1)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python or torch says that memory ran out; importing torch for its class would be slow."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

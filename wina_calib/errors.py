@@ -41,6 +41,10 @@ class NumericError(WinaError):
     """A weight or an activation is NaN or infinite; the message names the site."""
 
 
+class OutOfMemoryError(WinaError):
+    """Memory ran out; the message names the option to change and its value."""
+
+
 class OutputError(WinaError):
     """The output folder exists, cannot be written, is locked or ran out of space."""
 

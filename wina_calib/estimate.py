@@ -12,6 +12,7 @@ from wina_calib.transforms import Plan, Statistics, needed_sites
 
 BASE_BYTES = 600 << 20
 CLOSED_LOOP_PASSES = 1.6
+_LOGIT_ROWS = 1024  # 256 rows of logits, their probabilities and gradients
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def layer_elements(arch: Architecture) -> int:
     return max(sum(site.weights for site in layer.sites) for layer in arch.layers)
 
 
+def hidden_bytes(arch: Architecture, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one hidden state of all tokens."""
+    return tokens * arch.hidden_size * dtype.itemsize
+
+
 def estimate(
     source: Source,
     *,
@@ -50,25 +56,42 @@ def estimate(
     seq_len: int,
     micro_batch: int,
     anchors: int,
+    states: int,
+    in_memory: bool,
     transform: Plan,
     dtype: torch.dtype,
     budget_passes: float = 0.0,
 ) -> Estimate:
-    """Predict the cost of a calibration; see `Estimate`. `budget_passes` is what choosing the budget takes of them."""
+    """Predict the cost of a calibration.
+
+    Args:
+        source: the model.
+        tokens: calibration tokens.
+        requested: blocks asked for.
+        seq_len: tokens a block.
+        micro_batch: blocks computed together.
+        anchors: model sparsities to fit.
+        states: hidden states of all tokens that the fit holds at a time.
+        in_memory: whether in memory rather than in files.
+        transform: the transform to fit.
+        dtype: compute dtype.
+        budget_passes: forward passes that choosing the budget is worth.
+    """
     arch = source.architecture
     statistics = 0
     if needed_sites(transform.name, arch):
         statistics = Statistics(arch, transform.name, tokens=tokens).nbytes()
     layer = layer_elements(arch) * max(dtype.itemsize, source.dtype.itemsize)
+    head = arch.vocab_size * arch.hidden_size * dtype.itemsize
     width = max(arch.hidden_size, *(s.width for _, s in arch.sites))
-    hidden = tokens * arch.hidden_size * dtype.itemsize * (anchors + 1)
-    working = micro_batch * seq_len * (4 * width * 4 + arch.vocab_size * 4)
+    hidden = states * hidden_bytes(arch, tokens, dtype)
+    working = micro_batch * seq_len * 4 * width * 4 + _LOGIT_ROWS * arch.vocab_size * 4
     weights = sum(site.weights for _, site in arch.sites)
     passes = 1.0 + (1.0 if statistics else 0.0) + CLOSED_LOOP_PASSES * anchors + budget_passes
     blocks = tokens // seq_len
     notes = (f"{requested} blocks asked, the text gives {blocks}; all are used",) if blocks < requested else ()
     return Estimate(
-        memory_bytes=BASE_BYTES + 2 * layer + hidden + working + statistics,
+        memory_bytes=BASE_BYTES + max(2 * layer, head) + (hidden if in_memory else 0) + working + statistics,
         hidden_bytes=hidden,
         disk_bytes=sum(info.nbytes for info in source.shards.values()),
         tokens=tokens,

@@ -25,6 +25,8 @@ from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
 
+COUNTED_TOKENS = 1 << 16  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
+
 
 @dataclass(frozen=True)
 class SiteFit:
@@ -75,7 +77,7 @@ def fit_layer(
             else:
                 x = masked.input_of(site.name, hidden[index], kwargs)
             for key, histogram in histograms.items():
-                histogram.update(scores(masked.rule.masked_rows(x), masked.norms[key], masked.rule.score))
+                histogram.update(scores(_counted(stream, masked, x), masked.norms[key], masked.rule.score))
             if site.name == "attn_out":
                 attention[index] = x
             sample = x[:1] if sample is None else sample
@@ -104,7 +106,7 @@ def dense_tables(stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates)
 
     def observe(site: str, x: Tensor) -> None:
         for key, histogram in histograms[site].items():
-            histogram.update(scores(masked.rule.masked_rows(x), masked.norms[key], masked.rule.score))
+            histogram.update(scores(_counted(stream, masked, x), masked.norms[key], masked.rule.score))
 
     masked.cuts, masked.observe = {}, observe
     for index in stream.mine:
@@ -135,6 +137,11 @@ def run_layer(
     masked.observe = None
     errors = {site.name: _error(stream, masked, site, samples.get(site.name)) for site in layer.sites}
     return {name: SiteFit(tables[name], targets[name], error) for name, error in errors.items()}
+
+
+def _counted(stream: LayerStream, masked: MaskedLayer, x: Tensor) -> Tensor:
+    """The rows of x (batch, seq, width) whose scores are counted: those that are masked, of long texts evenly some."""
+    return masked.rule.masked_rows(x)[:, :: max(1, stream.tokens // COUNTED_TOKENS)]
 
 
 def _tables(

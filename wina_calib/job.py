@@ -19,11 +19,12 @@ from wina_calib.allocation import Allocation, allocate, choice_passes, curve_ten
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, write_calibration, write_weights
 from wina_calib.corpus import Blocks
-from wina_calib.estimate import Estimate, estimate
+from wina_calib.estimate import Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
 from wina_calib.passes import dense_pass, fit_thresholds
+from wina_calib.placement import keep_in_memory
 from wina_calib.progress import Progress
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.reference import write_reference
@@ -34,9 +35,7 @@ from wina_calib.streaming import LayerStream, next_token_nll
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
-_SPILL_BYTES = 4 << 30
 _BACKWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
-_BACKWARD_SPILL = 64 << 20  # elements of all layers' inputs
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Job:
             seq_len=self.blocks.ids.shape[1],
             micro_batch=self.micro_batch,
             anchors=len(self.options.anchors),
+            states=self._fit_states,
+            in_memory=self._in_memory(self._threshold_ids, self._fit_states),
             transform=self.transform,
             dtype=self.dtype,
             requested=self.blocks.requested,
@@ -111,7 +112,7 @@ class Job:
         phase = self.journal.phase("thresholds")
         if phase.finished:
             return phase.tensors(), phase.values
-        stream = self._stream(source, self._threshold_ids)
+        stream = self._stream(source, self._threshold_ids, states=self._fit_states)
         self._phase("fit thresholds", len(source.architecture.layers), phase)
         tensors, states = fit_thresholds(
             stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report.step
@@ -185,17 +186,25 @@ class Job:
             self.source, self.transform, rotations, folder, device=self.device, phase=weights, progress=step
         )
 
-    def _stream(self, source: Source, ids: Tensor, *, spill: bool = True) -> LayerStream:
-        hidden = ids.numel() * source.architecture.hidden_size * self.dtype.itemsize * (len(self.options.anchors) + 1)
+    def _stream(self, source: Source, ids: Tensor, *, states: int = 1, spill: bool = True) -> LayerStream:
+        """A stream of which `states` hidden states are held at a time."""
         return LayerStream(
             source,
             ids,
             micro_batch=self.micro_batch,
             dtype=self.dtype,
             device=self.device,
-            spill=self.spill if spill and hidden > _SPILL_BYTES else None,
+            spill=self.spill if spill and not self._in_memory(ids, states) else None,
             ranks=self.ranks,
         )
+
+    def _in_memory(self, ids: Tensor, states: int) -> bool:
+        return keep_in_memory(self.device, states, hidden_bytes(self.source.architecture, ids.numel(), self.dtype))
+
+    @property
+    def _fit_states(self) -> int:
+        """Hidden states during the fit: one an anchor, the attention block's outputs, in open loop the dense model's."""
+        return len(self.options.anchors) + 1 + (self.options.loop == "open")
 
     def _perplexity(self, blocks: Blocks) -> float:
         phase = self.journal.phase("dense-perplexity")
@@ -255,7 +264,7 @@ class Job:
                 micro_batch=max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // seq_len),
                 dtype=self.dtype,
                 device=self.device,
-                spill=self.spill if some.numel() * arch.hidden_size * len(arch.layers) > _BACKWARD_SPILL else None,
+                spill=None if self._in_memory(some, len(arch.layers) + 1) else self.spill,
                 ranks=self.ranks,
             )
 

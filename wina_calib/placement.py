@@ -8,6 +8,7 @@ from wina_calib.errors import UsageError
 from wina_calib.ranks import local_device
 from wina_calib.source import Source
 
+SPARE_BYTES = 64 << 20
 _MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
 
@@ -33,6 +34,16 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
 def default_micro_batch(device: torch.device, seq_len: int) -> int:
     """Blocks of this length that are computed together on a device."""
     return max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len)
+
+
+def keep_in_memory(device: torch.device, states: int, nbytes: int) -> bool:
+    """Whether so many hidden states of `nbytes` bytes each stay in memory; else they go to files.
+
+    On a CPU two of them may, and a little more; on an accelerator up to 40 % of the memory that is free.
+    """
+    if device.type == "cuda":
+        return states * nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]
+    return (states - 2) * nbytes <= SPARE_BYTES
 
 
 def fitting_length(source: Source, seq_len: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -76,11 +76,13 @@ class Settings:
         """
         version = str(raw.get("format_version", ""))
         major = version.partition(".")[0]
-        if not major.isdigit():
-            raise CheckpointError(f"quantization_config: format_version is {version!r}, expected {FORMAT_VERSION!r}.")
+        if not re.fullmatch("[0-9]{1,4}", major):
+            raise CheckpointError(
+                f"quantization_config: format_version is {version!r:.40}, expected {FORMAT_VERSION!r}."
+            )
         if int(major) > int(FORMAT_VERSION.partition(".")[0]):
             raise CheckpointError(
-                f"the checkpoint has format {version}, this wina_calib reads up to {FORMAT_VERSION}. "
+                f"the checkpoint has format {version:.40}, this wina_calib reads up to {FORMAT_VERSION}. "
                 "Update: pip install -U wina-calib."
             )
         known = {f.name for f in fields(cls)}
@@ -95,20 +97,29 @@ class Settings:
     def check(self) -> None:
         """Raise CheckpointError where a value is out of its range."""
         problems = [
-            (_sparsity(self.sparsity), f"sparsity is {self.sparsity!r}, expected a number in [0, 1)"),
+            (_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}, expected a number in [0, 1)"),
             (
                 isinstance(self.anchors, tuple)
                 and len(self.anchors) > 0
                 and all(map(_sparsity, self.anchors))
                 and list(self.anchors) == sorted(set(self.anchors)),
-                f"anchors are {self.anchors!r}, expected ascending numbers in [0, 1)",
+                f"anchors are {self.anchors!r:.80}, expected ascending numbers in [0, 1)",
             ),
-            (isinstance(self.exponent, int | float) and math.isfinite(self.exponent), f"exponent is {self.exponent!r}"),
+            (
+                isinstance(self.exponent, int | float) and abs(self.exponent) < 1e9,
+                f"exponent is {self.exponent!r:.80}",
+            ),
+            (
+                isinstance(self.curve_levels, tuple) and all(map(_sparsity, self.curve_levels)),
+                f"curve_levels are {self.curve_levels!r:.80}, expected numbers in [0, 1)",
+            ),
             (isinstance(self.provenance, dict), "provenance is not an object"),
-            (isinstance(self.transform, str), f"transform is {self.transform!r}"),
+            (isinstance(self.weights, str), f"weights is {self.weights!r:.80}, expected a fingerprint"),
+            (isinstance(self.budget, str), f"budget is {self.budget!r:.80}"),
+            (isinstance(self.transform, str), f"transform is {self.transform!r:.80}"),
         ]
         problems += [
-            (value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
+            (value in known, f"{name} is {value!r:.80}, expected one of {', '.join(known)}")
             for name, value, known in (
                 ("score", self.score, SCORES),
                 ("masks", self.masks, MASKS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,11 @@ REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint t
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _CONFIG_BYTES = 4 << 20
+_MAX_SIZE, _MAX_COUNT = 1 << 24, 1024  # of numbers in config.json that sizes are made of, and of repeated modules
+_SIZES = re.compile(
+    r"(hidden|intermediate|embedding|inner|ffn|head|d|model|kv|q|lora).*(size|dim|rank|heads)|n_(embd|head|inner)"
+)
+_COUNTS = re.compile(r"n_layers?|num_.*(layers|blocks|experts)")
 _TIED_ROWS = 8192
 
 
@@ -214,7 +220,7 @@ def open_source(
         if is_reference(folder):
             raise ModelFolderError(f"{folder} is calibrated already. Calibrate its base model.")
         _refuse_quantized(folder, config)
-    meta = _meta_model(config, torch.float32, None)
+    meta = _skeleton(config)
     architecture = describe(meta)
     shards = Shards.open(folder)
     _check_tensors(folder, meta, architecture, shards)
@@ -233,6 +239,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path} holds no JSON object.")
     check_code(folder)
+    _check_sizes(path, raw)
     base = str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE)
     try:
         if base in _known_types():
@@ -244,7 +251,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def describe_config(config: PreTrainedConfig) -> Architecture:
     """Describe the model of a config, without weights."""
-    return describe(_meta_model(config, torch.float32, None))
+    return describe(_skeleton(config))
 
 
 def is_reference(folder: Path) -> bool:
@@ -307,15 +314,34 @@ def _known_types() -> set[str]:
     return set(CONFIG_MAPPING.keys())
 
 
+def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse a config whose model could not be built in reasonable time and memory, before it is parsed."""
+    for name, value in raw.items():
+        limit = _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None
+        if limit is not None and isinstance(value, int | float) and not abs(value) <= limit:
+            raise ModelFolderError(
+                f"{path}: {name} is {value!s:.40}; at most {limit} is supported. Download the model again."
+            )
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules with everything, buffers too, on the meta device: whatever the config says, no memory."""
+    with torch.device("meta"):
+        return _build(config, torch.float32, {})
+
+
 def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
-    extra = {"attn_implementation": attention} if attention else {}
+    with init_empty_weights(include_buffers=False):
+        return _build(config, dtype, {"attn_implementation": attention} if attention else {})
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrainedModel:
     try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=code_is_trusted(), **extra
-            ).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=code_is_trusted(), **extra
+        ).eval()
     except Exception as error:
         raise UnsupportedModel(
             f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {_first_line(error)}"

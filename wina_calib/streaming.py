@@ -26,6 +26,7 @@ from wina_calib.source import Source, load_into
 
 Kwargs = dict[str, Any]
 _HEAD_ROWS = 256  # rows whose logits are in memory at a time
+_LOAD_ROWS = 4096  # rows of lm_head that are read at a time
 
 
 class HiddenStates:
@@ -147,6 +148,7 @@ class LayerStream:
         self.dtype = dtype
         self.spill = spill
         self.ranks = ranks
+        self.tokens = ids.numel()
         self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
         self.mine = ranks.share(len(self.batches))
         self.model: PreTrainedModel = source.meta_model(dtype)
@@ -206,7 +208,7 @@ class LayerStream:
         lm_head = self.model.get_submodule(arch.lm_head)
         weight = arch.embed if arch.tied else arch.lm_head
         load_into(norm, {"weight": self.source.load(f"{arch.final_norm.module}.weight")}, self.dtype, self.device)
-        state = {"weight": self.source.load(f"{weight}.weight")}
+        state = {"weight": self._converted(f"{weight}.weight")}
         if arch.lm_head_bias:
             state["bias"] = self.source.load(f"{arch.lm_head}.bias")
         load_into(lm_head, state, self.dtype, self.device)
@@ -215,6 +217,15 @@ class LayerStream:
         finally:
             norm.to("meta")
             lm_head.to("meta")
+
+    def _converted(self, name: str) -> Tensor:
+        """A matrix in the compute dtype on the compute device, converted by rows so that it is never in memory twice."""
+        shape = self.source.shards[name].shape
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for first in range(0, shape[0], _LOAD_ROWS):
+            rows = slice(first, min(first + _LOAD_ROWS, shape[0]))
+            out[rows] = self.source.load(name, rows)
+        return out
 
     def _record(self, ids: Tensor) -> Tensor:
         """Run the model's forward on one micro-batch with recorders for layers; keep the first layer's input."""

@@ -1,0 +1,220 @@
+"""Peak memory stays below its bound and near its prediction; running out of it says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_model
+import script
+import torch
+from hostile import memory_limit
+
+import wina_calib
+from wina_calib.errors import OutOfMemoryError
+from wina_calib.fit import MaskedLayer
+from wina_calib.placement import keep_in_memory
+from wina_calib.streaming import LayerStream
+
+LIMIT = 2_500_000_000
+CGROUPS = Path("/sys/fs/cgroup/memory")
+MB = 1_000_000
+# Calibrates on fewer tokens than the least that is allowed, as a model of gigabytes takes seconds a token on a small CPU.
+CALIBRATE = """
+import functools, json, sys
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+import wina_calib
+from wina_calib.transforms import Statistics
+module = sys.modules["wina_calib.calibrate"]
+module.load_blocks = functools.partial(module.load_blocks, min_tokens=1)
+module.BASE_TOKENS = 256
+
+class Listen:
+    def __getattr__(self, name):
+        return lambda *args: None
+    def planned(self, estimate):
+        self.predicted = estimate.memory_bytes
+
+heard = Listen()
+wina_calib.calibrate(sys.argv[1], sys.argv[2], progress=heard, **json.loads(sys.argv[3]))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"peak": int(peak.split()[1]) * 1024, "predicted": heard.predicted}))
+"""
+
+
+@contextmanager
+def limited(limit: int) -> Iterator[list[Any]]:
+    """Yields what to call with a process id so that the system holds it to a limit, in a control group or by a watch."""
+    group = CGROUPS / f"wina-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        yield [lambda pid: threading.Thread(target=_watch, args=(pid, limit), daemon=True).start()]
+        return
+    try:
+        yield [lambda pid: (group / "cgroup.procs").write_text(str(pid))]
+    finally:
+        group.rmdir()
+
+
+def _watch(pid: int, limit: int) -> None:
+    """End a process whose resident memory grows above a limit."""
+    while True:
+        try:
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except OSError:
+            return
+        if pages * os.sysconf("SC_PAGE_SIZE") > limit:
+            os.kill(pid, 9)
+        time.sleep(0.02)
+
+
+def calibrate(model: Path, out: Path, *, limit: int = 1 << 62, threads: int = 1, **options: Any) -> dict[str, int]:
+    """Calibrate in a process of its own; its peak resident bytes and the predicted ones."""
+    with limited(limit) as (hold,):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(CALIBRATE), str(model), str(out), json.dumps(options), str(threads)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=script.environment({"OMP_NUM_THREADS": str(threads)}),
+        )
+        hold(process.pid)
+        stdout, stderr = process.communicate(timeout=900)
+    assert process.returncode == 0, f"exit {process.returncode} {stderr[-3000:]}"
+    return json.loads(stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_4_gb_in_2_5_gb(tmp_path: Path, text: Path) -> None:
+    """Default options; the bound is twice a layer, two hidden states, the transform's state, and 600 MB."""
+    shape = {"hidden": 1024, "inner": 16384, "heads": 16, "kv_heads": 4, "vocab": 8192}
+    model = random_model.write(tmp_path / "m", layers=38, **shape)
+    assert sum(p.stat().st_size for p in model.iterdir()) > 4_000 * MB
+    found = calibrate(
+        model, tmp_path / "s", limit=LIMIT, threads=2, data=str(text), samples=2, seq_len=128, micro_batch=1, grid=[0.5]
+    )
+    layer = 4 * (1024 * 1024 * 2 + 1024 * 256 * 2 + 3 * 1024 * 16384)
+    sampled = 2 * 32 * 2 * 127 * (2 * 1024 + 9) + 32 * 2 * 4 * 1024 * 128 + 12 * 8 * 1024**2
+    assert found["peak"] < 2 * layer + 2 * 256 * 1024 * 4 + sampled + 600 * MB
+    assert found["predicted"] == pytest.approx(found["peak"], rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"layers": 2, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 4, "vocab": 2048}, {}),
+        ({"layers": 3, "hidden": 512, "inner": 16384, "heads": 8, "kv_heads": 4, "vocab": 512}, {"transform": "none"}),
+        (
+            {"layers": 2, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 4, "vocab": 150_000},
+            {"transform": "none"},
+        ),
+        ({"layers": 12, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8, "vocab": 512}, {"micro_batch": 8}),
+    ],
+    ids=["tiny", "large layers", "large vocabulary", "many layers"],
+)
+def test_the_prediction_holds(shape: dict[str, int], options: dict[str, Any], tmp_path: Path, text: Path) -> None:
+    model = random_model.write(tmp_path / "m", **shape)
+    found = calibrate(model, tmp_path / "s", data=str(text), samples=16, seq_len=256, **options)
+    assert found["predicted"] == pytest.approx(found["peak"], rel=0.25), found
+
+
+def test_hidden_states_beyond_two_go_to_files() -> None:
+    cpu = torch.device("cpu")
+    assert keep_in_memory(cpu, 4, 30 * MB)
+    assert not keep_in_memory(cpu, 4, 40 * MB)
+    assert keep_in_memory(cpu, 2, 10_000 * MB)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_files_of_hidden_states_change_nothing(
+    budget: str, tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"data": str(text), "samples": 64, "seq_len": 128, "budget": budget}
+    used = []
+    real = LayerStream.store
+    monkeypatch.setattr(LayerStream, "store", lambda self: used.append(self.spill is not None) or real(self))
+    for name, spare in (("memory", 64 << 20), ("files", -(1 << 40))):
+        monkeypatch.setattr("wina_calib.placement.SPARE_BYTES", spare)
+        used.clear()
+        (tmp_path / name).mkdir()
+        wina_calib.calibrate(llama, tmp_path / name / "s", **options)
+        assert any(used) == (name == "files")
+    for path in (tmp_path / "memory" / "s").iterdir():
+        assert path.read_bytes() == (tmp_path / "files" / "s" / path.name).read_bytes(), path.name
+    # The files of hidden states are gone.
+    for name in ("memory", "files"):
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"micro_batch": 8}, "--micro-batch 4."),
+        ({"micro_batch": 1}, "--samples 32."),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+    ids=["python", "torch", "cuda"],
+)
+def test_out_of_memory_names_the_option_and_its_value(
+    error: Exception,
+    options: dict[str, Any],
+    advice: str,
+    tmp_path: Path,
+    llama: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MaskedLayer, "run", fail)
+    with pytest.raises(OutOfMemoryError, match=advice):
+        wina_calib.calibrate(llama, tmp_path / "s", data=str(text), samples=64, seq_len=128, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_really_runs_out(tmp_path: Path, llama: Path, text: Path) -> None:
+    class Listen(wina_calib.progress.Silent):
+        def planned(self, estimate: object) -> None:
+            self.limit = memory_limit(12 * MB)
+            self.limit.__enter__()
+
+    heard = Listen()
+    try:
+        with pytest.raises(OutOfMemoryError, match="--micro-batch 32"):
+            wina_calib.calibrate(
+                llama, tmp_path / "s", data=str(text), samples=64, seq_len=256, micro_batch=64, progress=heard
+            )
+    finally:
+        heard.limit.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_through(tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(MaskedLayer, "run", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        wina_calib.calibrate(llama, tmp_path / "s", data=str(text), samples=64, seq_len=128)
