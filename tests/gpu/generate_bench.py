@@ -2,8 +2,8 @@
 
     python tests/gpu/generate_bench.py [--out FOLDER] [--models llama-3-8b,llama-2-7b] [--seconds 400]
 
-For each shape: `wina_calib.bench` with torch.compile (static cache, CUDA graphs), counts of compiled graphs, recompiles
-and CUDA graph skips, a check of the results, kernel times of one step; then `generate` with a static cache.
+For each shape: a check of the results; `generate` with a static cache; site products; prompts; then `wina_calib.bench` with
+torch.compile, counts of compiled graphs and CUDA graph skips, kernel times of one step.
 What does not fit in the time is left out, and said.
 """
 # ruff: noqa: T201, PTH123
@@ -100,19 +100,49 @@ def generate(model, ids, new):
 
 
 def one(name, options, report):
+    """Everything for one shape, the most wanted first."""
     pair = models.random_pair(name, device=DEVICE, dtype=torch.bfloat16, seed=0)
     ids = torch.randint(pair.dense.config.vocab_size, (1, PROMPT + NEW), device=DEVICE)
     say(name, "made")
     models.fit(pair, SPARSITIES, ids, PROMPT)
-    say("fitted;", check(pair, ids))
+    entry = report.setdefault(name, {"check": check(pair, ids)})
+    say("fitted;", entry["check"])
+    counters.clear()
+    entry["generate"] = generated(pair, ids)
+    say("generate ms/token:", entry["generate"], graphs())
+    save(report, options)
+    alone = products(name, sparsities=(0.0, 0.5, 0.65), device=DEVICE, dtype=torch.bfloat16)
+    print(alone.render())
+    entry["products"] = alone.to_dict()
+    entry["prefill"] = {policy: prompts(pair, policy) for policy in ("sparse", "dense")}
+    say("prefill ms (dense, sparse, ratio):", entry["prefill"])
+    save(report, options)
+    if left(options) < 100:
+        say("no time for the steps alone")
+        return
     counters.clear()
     groups = decode.make_variants(pair, SPARSITIES, ids, PROMPT, compiled=True)
-    result = compare(pair, SPARSITIES, ids, PROMPT, rounds=7, compiled=True, groups=groups)
+    result = compare(pair, SPARSITIES, ids, PROMPT, rounds=5, compiled=True, groups=groups)
     say("compared;", graphs())
     print(result.render())
-    entry = report.setdefault(name, {"bench": result.to_dict(), "graphs": graphs()})
+    entry |= {"bench": result.to_dict(), "graphs": graphs(), "kernels": {}}
+    for kind, group in (("dense", groups[0]), ("sparse", groups[1])):
+        group[0].select()
+        profile(group[0].session, kind, entry["kernels"])
     save(report, options)
-    return pair, ids, entry, groups
+
+
+def generated(pair, ids):
+    """Milliseconds a token of `generate`: everything the sparse model has without sparsity, sparse, and stock dense."""
+    found = {}
+    pair.state.dense = True
+    found["dense, merged"] = generate(pair.sparse, ids, 66)
+    pair.state.dense = False
+    for sparsity in SPARSITIES:
+        wina_calib.set_sparsity(pair.sparse, sparsity)
+        found[str(sparsity)] = generate(pair.sparse, ids, 66)
+    found["dense"] = generate(pair.dense, ids, 66)
+    return found
 
 
 def save(report, options):
@@ -120,20 +150,22 @@ def save(report, options):
         json.dump(report, file, indent=1)
 
 
-def prompts(pair, vocabulary):
+def prompts(pair, policy):
     """Prefill times, dense and sparse, at several lengths."""
     found = {}
+    wina_calib.set_prefill(pair.sparse, policy)
     for length in (64, 512, 2048):
-        ids = torch.randint(vocabulary, (1, length), device=DEVICE)
+        ids = torch.randint(32000, (1, length), device=DEVICE)
         times = {"dense": [], "sparse": []}
         with torch.no_grad():
-            for turn in range(8):
+            for turn in range(10):
                 for key, model in (("dense", pair.dense), ("sparse", pair.sparse)):
                     took = seconds(lambda model=model, ids=ids: model(ids, logits_to_keep=1), DEVICE)
                     if turn:
                         times[key].append(1e3 * took)
-        dense, sparse = (sorted(times[key])[3] for key in ("dense", "sparse"))
-        found[length] = (dense, sparse, sparse / dense)
+        dense, sparse = (sorted(times[key])[4] for key in ("dense", "sparse"))
+        found[length] = (round(dense, 2), round(sparse, 2), round(sparse / dense, 3))
+    wina_calib.set_prefill(pair.sparse, "sparse")
     return found
 
 
@@ -146,30 +178,10 @@ def main():
     report = {}
     names = options.models.split(",")
     for name in names:
-        if left(options) < 130 and name != names[0]:
+        if left(options) < 100 and name != names[0]:
             say("no time for", name)
             continue
-        pair, ids, entry, groups = one(name, options, report)
-        alone = products(name, sparsities=(0.0, 0.5, 0.65), device=DEVICE, dtype=torch.bfloat16)
-        print(alone.render())
-        entry["products"] = alone.to_dict()
-        entry["prefill"] = prompts(pair, 32000)
-        say("prefill ms (dense, sparse, ratio):", entry["prefill"])
-        entry["kernels"] = {}
-        for kind, group in (("dense", groups[0]), ("sparse", groups[1])):
-            group[0].select()
-            profile(group[0].session, kind, entry["kernels"])
-        say("profiled")
-        save(report, options)
-        if left(options) > 110:
-            entry["generate"] = {"dense": generate(pair.dense, ids, 66)}
-            say("generate, dense:", entry["generate"])
-            for sparsity in SPARSITIES:
-                wina_calib.set_sparsity(pair.sparse, sparsity)
-                entry["generate"][str(sparsity)] = generate(pair.sparse, ids, 66)
-            say("generate ms/token:", entry["generate"], graphs())
-        save(report, options)
-        del pair, groups
+        one(name, options, report)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

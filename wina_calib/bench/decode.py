@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from wina_calib.bench.instruments import PeakMemory, seconds
 from wina_calib.bench.models import Pair
+from wina_calib.runtime.compiling import compiled_call
 from wina_calib.runtime.load import runtime_state, set_sparsity
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Session:
 def session(model: PreTrainedModel, ids: Tensor, prompt: int, *, compiled: bool) -> Session:
     """Make a session; a compiled one decodes as `generate(cache_implementation="static")` does on a GPU."""
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
-    forward = torch.compile(model.__call__, fullgraph=True, mode="reduce-overhead") if compiled else model.__call__
+    forward = compiled_call(model) if compiled else model.__call__
     return Session(model, ids, prompt, cache, forward)
 
 

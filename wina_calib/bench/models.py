@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def stock_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = model.get_input_embeddings().weight.dtype
-    twin = empty_model(config, dtype)
+    twin = empty_model(copy.deepcopy(config), dtype)
     own = {layer.prefix + p.module + ".weight" for layer, site in describe(twin).sites for p in site.projections}
     state = {
         name: tensor.clone(memory_format=torch.contiguous_format) if name in own else tensor

@@ -7,6 +7,7 @@ mask group give, the others take their part of it (`Packed`). Where that cannot 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.families import MaskGroup, Site
-from wina_calib.runtime import kernels
+from wina_calib.runtime import kernels, step
 from wina_calib.runtime.packed import Packed, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount
 from wina_calib.score import Cut, keep_mask, kept_inputs, mask_input
@@ -112,7 +113,7 @@ class SiteState(Float32Buffers):
             if not _packable(members) or not self.settings.has_kernels:
                 self._packed.pop(group.name, None)
                 for member in members:
-                    member.packed = None
+                    member.packed, member.number = None, step.UNNUMBERED
                 continue
             packed = self._packed.get(group.name)
             if packed is None or not _holds(packed, members) or not self._suits(packed, members):
@@ -120,6 +121,9 @@ class SiteState(Float32Buffers):
                 self._packed[group.name] = packed
             state = self.group(group.name)
             packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
+            starts = [0, *accumulate(packed.sizes)]
+            for member, start in zip(members, starts, strict=False):
+                member.number, member.start = packed.number, start
 
     def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
         """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""
@@ -169,9 +173,12 @@ class SparseLinear(nn.Linear):
         self.name, self.group, self.position = group.projections[position].name, group.name, position
         self.leads = group.projections[position] is site.site.projections[0]
         self.packed = None
+        self.number, self.start = step.UNNUMBERED, 0  # of the group among all, of the first output in it
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
+        if torch.compiler.is_compiling() and step.serves(self.number, input):
+            return step.part(self.number, self.start, self.start + self.out_features, input)
         packed = self.packed
         # Gradients go to the modules' own weights.
         if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self.weight.requires_grad):

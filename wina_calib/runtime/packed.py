@@ -7,17 +7,18 @@ compiled step checks every attribute that it met before it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from wina_calib.runtime import kernels
+from wina_calib.runtime import kernels, step
 from wina_calib.runtime.state import RuntimeState
 
-# On CUDA, rows of fewer inputs than this are masked by three small kernels: starting the one that does it in a single
-# pass takes longer.
-FEW_INPUTS = 1 << 20
+# On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
+# one product for all saves.
+SEPARATE_ROWS = 1024
 
 
 class Packed:
@@ -32,6 +33,7 @@ class Packed:
         norm: (in,) float32, the group's.
         threshold: () float32, the group's.
         rotation: run-time matrix (in, in) or None.
+        number: by which a compiled step finds it, see `step`; only of a column-contiguous one.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
@@ -44,13 +46,28 @@ class Packed:
         if any(b is not None for b in biases):
             both = zip(biases, self.sizes, strict=True)
             self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
+        self.number = step.UNNUMBERED
+        self._given: tuple[object, ...] = ()
         self._seen: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
 
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """A copy holds other tensors, so the number is not its own."""
+        self.__dict__.update(values, number=step.UNNUMBERED, _given=())
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all projections."""
+        return int(self.weight_t.shape[1])
+
     def attach(self, state: RuntimeState, norm: Tensor, threshold: Tensor, rotation: Tensor | None) -> None:
         """Take what else the product needs, and look at the threshold."""
+        given = (state, norm, threshold, rotation)
+        if self.columns and (not self._given or any(a is not b for a, b in zip(given, self._given, strict=True))):
+            self.number, self._given = step.new_number(self, state.number), given
         self.state, self.norm, self.threshold = state, norm, threshold
         self.rotation = None if rotation is None else rotation.to(self.dtype)
+        self.kernel = kernels.mask_of(norm, threshold, self.dtype)
         if not self.columns or norm.device.type == "cuda":
             self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
             self._limit_now()
@@ -73,28 +90,57 @@ class Packed:
         if len(self.sizes) == 1:
             return self.product(x)
         if position == 0 or self._seen is not x:
-            self._seen, self._parts = x, self.product(x).split(self.sizes, dim=-1)
+            self._seen, self._parts = x, self.parts(x)
         out = self._parts[position]
         if position == len(self.sizes) - 1:
             self._seen, self._parts = None, ()
         return out
 
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs (..., out) of each projection for x (..., in)."""
+        if self.kernel is None or x.numel() < SEPARATE_ROWS * x.shape[-1] or torch.compiler.is_compiling():
+            shares: tuple[Tensor, ...] = self.product(x).split(self.sizes, dim=-1)
+            return shares
+        x = self.masked(x if self.rotation is None else x @ self.rotation)
+        biases = (None,) * len(self.sizes) if self.bias is None else self.parts_of(self.bias)
+        return tuple(linear(x, w, b) for w, b in zip(self.parts_of(self.weight), biases, strict=True))
+
     def product(self, x: Tensor) -> Tensor:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""
         if self.rotation is not None:
             x = x @ self.rotation
-        if not self.columns:
-            return linear(x if self.state.all_dense else self.mask(x), self.weight, self.bias)
+        if not self.columns or (self.kernel is not None and x.numel() != x.shape[-1]):
+            return linear(self.masked(x), self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         if self.state.all_dense:
             out = kernels.dense_site(rows, self.weight_t, self.bias)
-        elif rows.shape[0] > 1 and x.numel() < FEW_INPUTS and x.device.type == "cuda":
-            return linear(self.mask(x), self.weight, self.bias)
         else:
             dense = rows_for(self.state.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
             out = kernels.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def whole(self, x: Tensor, *, dense: bool) -> Tensor:
+        """Outputs (..., sum of outs) for one row x (..., in), masked or dense, whatever the state says."""
+        row = x.reshape(1, -1)
+        if self.rotation is not None:
+            row = row @ self.rotation
+        if dense:
+            out = kernels.dense_site(row, self.weight_t, self.bias)
+        else:
+            out = kernels.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def masked(self, x: Tensor) -> Tensor:
+        """The input x (..., in) of a dense product: as it is, or with its dropped values at zero."""
+        if self.state.all_dense:
+            return x
+        kernel = self.kernel
+        if kernel is None or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return self.mask(x)
+        if x.numel() == 0 or x.device.index != torch.cuda.current_device():
+            return self.mask(x)
+        return kernel(x, rows_for(self.state.dense_rows, x))
 
     def mask(self, x: Tensor) -> Tensor:
         """`score.mask_input` of x (..., in), bit for bit, in fewer passes."""
@@ -157,7 +203,8 @@ def rows_for(rows: Tensor | None, x: Tensor) -> Tensor | None:
     """The pass's dense rows (batch, seq) in the leading shape of x (..., in); None where they are not x's."""
     if rows is None:
         return None
-    rows = rows.to(x.device)  # another one where layers are spread over several
+    if rows.device != x.device:  # where layers are spread over several
+        rows = rows.to(x.device)
     if rows.shape == x.shape[:-1]:
         return rows
     return rows.reshape(x.shape[:-1]) if rows.numel() == x.shape[:-1].numel() else None

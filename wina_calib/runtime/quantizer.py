@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
+from wina_calib.runtime import attention, compiling
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
@@ -91,6 +92,8 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     base = model.get_submodule(arch.layers_path.rpartition(".")[0])
     base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
     model.__dict__["wina_state"] = state
+    compiling.prefer(model)
+    attention.prefer(model)
 
 
 @dataclass

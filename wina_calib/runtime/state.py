@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wina_calib.runtime import step
+
 
 @dataclass
 class SiteCount:
@@ -37,6 +39,7 @@ class RuntimeState:
         counts: kept and dropped inputs by (layer, site), where counting is on.
         stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
         sites: all sites, in order.
+        number: of this state among all in the process.
     """
 
     prefill: str = "sparse"
@@ -48,11 +51,22 @@ class RuntimeState:
     counts: dict[tuple[int, str], SiteCount] | None = field(default=None, repr=False)
     stale: bool = True
     sites: list[Any] = field(default_factory=list, repr=False)
+    number: int = field(default_factory=step.new_owner, repr=False)
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """A copy is a state of its own, whose weights get numbers of their own."""
+        self.__dict__.update(values, number=step.new_owner(), stale=True)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note at the start of the decoder's forward pass which of its rows are never masked."""
         if not torch.compiler.is_compiling():  # first, so that a compiled step has no guard on what follows
             self.refresh()
+        self._note(args, kwargs)
+        served = self.kernels == "auto" and self.counts is None and self.dense_rows is None
+        step.current.owner = self.number
+        step.current.mode = "" if not served else "dense" if self.all_dense else "sparse"
+
+    def _note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.all_dense, self.dense_rows = self.dense, None
         if self.dense:
             return

@@ -27,9 +27,19 @@ from torch import Tensor
 
 from wina_calib.runtime.kernels import cpu, cuda, reference
 from wina_calib.runtime.kernels.cpu import column_storage
+from wina_calib.runtime.kernels.cuda import mask_of
 from wina_calib.runtime.kernels.reference import keep_mask, mask_input
 
-__all__ = ["choose", "column_layout_pays", "column_storage", "dense_site", "keep_mask", "mask_input", "sparse_site"]
+__all__ = [
+    "choose",
+    "column_layout_pays",
+    "column_storage",
+    "dense_site",
+    "keep_mask",
+    "mask_input",
+    "mask_of",
+    "sparse_site",
+]
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -132,7 +142,7 @@ def sparse_site(
     columns = weight_t.is_contiguous()
     kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
     if kernel == "reference":
-        if columns and not needs_gradient and _masks_in_one_pass(x):
+        if columns and _masks_in_one_pass(x):
             return torch.nn.functional.linear(cuda.mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     if not torch.compiler.is_compiling():
@@ -143,8 +153,8 @@ def sparse_site(
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:
-    """Whether the mask of many rows has a kernel. A compiler fuses the reference's passes by itself."""
-    if torch.compiler.is_compiling() or x.device.type != "cuda":
+    """Whether the mask of many rows has a kernel. A compiler fuses the reference's passes; a gradient needs them."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return x.dtype in cuda.DTYPES and cuda.available()
 

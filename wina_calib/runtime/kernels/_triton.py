@@ -58,8 +58,12 @@ def gather_row(
     inner = tl.arange(0, SLICE)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     steps = tl.arange(0, BLOCK_K)
+    if EVEN_K:
+        norm = tl.load(NORM + first + inner, eviction_policy="evict_last")
+    else:
+        norm = tl.load(NORM + first + inner, mask=first + inner < K, other=0.0, eviction_policy="evict_last")
     if PDL:
-        # Nothing that an earlier kernel may have written is touched before this.
+        # Nothing that an earlier kernel of a forward pass may have written is touched before this.
         gdc_wait()
         gdc_launch_dependents()
     threshold = tl.load(THRESHOLD)
@@ -67,12 +71,10 @@ def gather_row(
         threshold = tl.where(tl.load(DENSE) != 0, -1.0, threshold)
     if EVEN_K:
         x = tl.load(X + first + inner)
-        norm = tl.load(NORM + first + inner, eviction_policy="evict_last")
         keep = (tl.abs(x.to(tl.float32)) * norm <= threshold) == 0
     else:
         valid = first + inner < K
         x = tl.load(X + first + inner, mask=valid, other=0.0)
-        norm = tl.load(NORM + first + inner, mask=valid, other=0.0, eviction_policy="evict_last")
         keep = ((tl.abs(x.to(tl.float32)) * norm <= threshold) == 0) & valid
     ones = keep.to(tl.int32)
     count = tl.sum(ones, 0)
@@ -207,7 +209,6 @@ def mask_rows(
     DENSE,
     Y,
     K,
-    stride,
     BLOCK: tl.constexpr,
     HAS_DENSE: tl.constexpr,
 ):
@@ -218,7 +219,56 @@ def mask_rows(
     threshold = tl.load(THRESHOLD)
     if HAS_DENSE:
         threshold = tl.where(tl.load(DENSE + row) != 0, -1.0, threshold)
-    x = tl.load(X + row.to(tl.int64) * stride + at, mask=inside, other=0.0)
+    x = tl.load(X + row.to(tl.int64) * K + at, mask=inside, other=0.0)
     norm = tl.load(NORM + at, mask=inside, other=0.0, eviction_policy="evict_last")
     dropped = tl.abs(x.to(tl.float32)) * norm <= threshold
     tl.store(Y + row.to(tl.int64) * K + at, tl.where(dropped, 0.0, x).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attend(
+    Q,
+    KEYS,
+    VALUES,
+    MASK,
+    OUT,
+    LENGTH,
+    HEADS,
+    SCALE,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """One query a sequence. Q, OUT (batch, HEADS * GROUP, SIZE); KEYS, VALUES (batch, HEADS, LENGTH, SIZE).
+
+    MASK (batch, LENGTH) bool says which keys are seen. A program computes the GROUP query heads of one key head.
+    """
+    head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    group = tl.arange(0, PADDED)
+    inner = tl.arange(0, SIZE)
+    steps = tl.arange(0, BLOCK)
+    pair = sequence.to(tl.int64) * HEADS + head
+    own = (pair * GROUP + group)[:, None] * SIZE + inner[None, :]
+    q = tl.load(Q + own, mask=(group < GROUP)[:, None], other=0.0)
+    highest = tl.full([PADDED], -1e30, tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    y = tl.zeros([PADDED, SIZE], tl.float32)
+    for i in range(0, LENGTH, BLOCK):
+        at = i + steps
+        seen = at < LENGTH
+        places = (pair * LENGTH + at)[:, None] * SIZE + inner[None, :]
+        k = tl.load(KEYS + places, mask=seen[:, None], other=0.0)
+        v = tl.load(VALUES + places, mask=seen[:, None], other=0.0)
+        if HAS_MASK:
+            seen = seen & (tl.load(MASK + sequence.to(tl.int64) * LENGTH + at, mask=seen, other=0) != 0)
+        score = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * SCALE, -1e30)
+        above = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.where(seen[None, :], tl.exp(score - above[:, None]), 0.0)
+        before = tl.exp(highest - above)
+        total = total * before + tl.sum(weight, 1)
+        y = y * before[:, None] + tl.dot(weight.to(v.dtype), v)
+        highest = above
+    tl.store(OUT + own, (y / total[:, None]).to(OUT.dtype.element_ty), mask=(group < GROUP)[:, None])

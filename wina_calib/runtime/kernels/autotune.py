@@ -17,7 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 # Raised when a kernel changes so that remembered shapes are measured again.
-KERNEL_VERSION = 2
+KERNEL_VERSION = 3
 REPEATS = 9
 # A search that has taken this long stops with the best so far. Compiling a candidate takes about half a second.
 BUDGET_SECONDS = 15.0
@@ -50,6 +50,8 @@ NARROW_16_BIT = (
     Config(256, 16, 64, 2),
     Config(512, 32, 128, 2),
     Config(128, 8, 1024, 4),
+    Config(256, 32, 128, 2),
+    Config(256, 64, 64, 2),
 )
 WIDE_16_BIT = (
     Config(256, 8, 1024, 4),
@@ -82,7 +84,7 @@ def default_config(width: int, out: int, itemsize: int) -> Config:
 
 
 def candidates(width: int, out: int, itemsize: int) -> list[Config]:
-    """Launch shapes worth timing for a weight (in `width`, out `out`), best guess first, at most 14."""
+    """Launch shapes worth timing for a weight (in `width`, out `out`), best guess first, at most 16."""
     shapes = [_scaled(config, itemsize) for config in (WIDE_16_BIT if out >= WIDE_OUTPUTS else NARROW_16_BIT)]
     fitting = [c for c in shapes if c.block_n <= max(SMALLEST.block_n, out) and c.slice <= max(SMALLEST.slice, width)]
     return list(dict.fromkeys(fitting)) or [SMALLEST]

@@ -28,6 +28,7 @@ MAX_ROWS = 8
 MAX_CHOSEN_ROWS = 1
 COMBINE_STEP = 32
 MASK_BLOCK = 1024
+ATTENTION_BLOCK = 128
 # Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
 FLUSH_BYTES = 256 << 20
 FLUSHES = 3
@@ -52,6 +53,55 @@ def _device_code() -> Any:
 def _overlaps_launches(index: int) -> bool:
     """Whether kernels may start while the one before drains (programmatic dependent launch: Hopper and later)."""
     return torch.version.hip is None and _device_code().HAS_PDL and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+# Compiled kernels, and the constants that they take after their arguments, by what they were compiled for.
+_ready: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+ALIGNMENT = 16
+Given = tuple[Tensor | int, ...]
+
+
+def _start(kernel: Any, grid: tuple[int, int, int], given: Given, **constants: Any) -> tuple[Any, tuple[object, ...]]:
+    """Start a kernel with the arguments `given` and then `constants`, options among them; returns what `_repeat` takes.
+
+    Triton's own launch looks at every argument and option, which takes longer than many of the kernels. A kernel that
+    it has compiled for aligned tensors of the same dtype and equal numbers is kept and started at once.
+    """
+    address = 0
+    kinds: list[object] = []
+    for argument in given:
+        if isinstance(argument, Tensor):
+            address |= argument.data_ptr()
+            kinds.append(argument.dtype)
+        else:
+            kinds.append(argument)
+    aligned = address % ALIGNMENT == 0 and _starts_directly()
+    key = (id(kernel), torch.cuda.current_device(), *kinds, *constants.values())
+    ready = _ready.get(key) if aligned else None
+    if ready is not None:
+        _repeat(ready, grid, given)
+        return ready
+    compiled = kernel[grid](*given, **constants)
+    ready = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) :]) if aligned else ()
+    if aligned:
+        _ready[key] = ready
+    return ready
+
+
+def _repeat(ready: tuple[Any, tuple[object, ...]], grid: tuple[int, int, int], given: Given) -> None:
+    """Start a compiled kernel on the current device and stream with arguments of the kind it was compiled for."""
+    kernel, constants = ready
+    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *given, *constants)
+
+
+@cache
+def _starts_directly() -> bool:
+    """Whether this Triton is of the versions whose compiled kernels are known to take all arguments in order."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    return (3, 6) <= version < (4, 0) and not triton.knobs.runtime.interpret
 
 
 def sparse_site(
@@ -93,7 +143,7 @@ def launch(
         overlap = _overlaps_launches(x.device.index)
     options = {"launch_pdl": True} if overlap else {}
     slices = -(-width // config.slice)
-    grid = (-(-out // config.block_n), slices)
+    grid = (-(-out // config.block_n), slices, 1)
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     partial = torch.empty(slices, rows, out, dtype=torch.float32, device=x.device)
     index = torch.empty(grid[0] * slices * config.slice, dtype=torch.int32, device=x.device)
@@ -102,18 +152,17 @@ def launch(
     shape |= {"HAS_DENSE": dense_rows is not None, "num_warps": config.warps}
     if rows == 1:
         even = {"EVEN_K": width % config.slice == 0, "EVEN_N": out % config.block_n == 0}
-        code.gather_row[grid](*arguments, width, out, **even, **shape, **options)
+        _start(code.gather_row, grid, (*arguments, width, out), **even, **shape, **options)
     else:
         padded = autotune.padded_rows(rows)
-        code.gather_rows[grid](*arguments, width, out, x.stride(0), ROWS=rows, PADDED=padded, **shape, **options)
+        given = (*arguments, width, out, x.stride(0))
+        _start(code.gather_rows, grid, given, ROWS=rows, PADDED=padded, **shape, **options)
     # Small blocks spread a short sum over the whole card; a long one prefers fewer programs.
     block, warps = (32, 1) if rows * out < autotune.WIDE_OUTPUTS else (128, 4)
-    code.combine[(-(-rows * out // block),)](
-        partial,
-        y if bias is None else bias,
-        y,
-        out,
-        rows * out,
+    _start(
+        code.combine,
+        (-(-rows * out // block), 1, 1),
+        (partial, y if bias is None else bias, y, out, rows * out),
         SLICES=slices,
         STEP=COMBINE_STEP,
         BLOCK=block,
@@ -126,24 +175,92 @@ def launch(
 
 
 def mask_input(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`reference.mask_input` in one launch and one pass, for the many rows of a prompt."""
-    rows, width = x.shape
-    if rows == 0 or x.device.index in _unusable or x.device.index != torch.cuda.current_device():
+    """`reference.mask_input` for x (rows, in) in one launch and one pass, for the many rows of a prompt."""
+    if x.device.index in _unusable or x.numel() == 0 or x.device.index != torch.cuda.current_device():
         return reference.mask_input(x, norm, threshold, dense_rows)
     return launch_mask(x, norm, threshold, dense_rows)
 
 
+def mask_of(norm: Tensor, threshold: Tensor, dtype: torch.dtype) -> Mask | None:
+    """The mask kernel for inputs of this dtype, or None where there is none."""
+    if norm.device.type != "cuda" or dtype not in DTYPES or not available() or norm.device.index in _unusable:
+        return None
+    return Mask(norm, threshold)
+
+
 def launch_mask(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
     """Enqueue the mask kernel on the current device and stream."""
-    rows, width = x.shape
-    if x.stride(1) != 1:
+    return Mask(norm, threshold)(x, dense_rows)
+
+
+class Mask:
+    """`launch_mask` for one norm and threshold, which remembers its kernel: of a prompt, starting kernels is most."""
+
+    def __init__(self, norm: Tensor, threshold: Tensor) -> None:
+        self.norm, self.threshold, self.width = norm, threshold, norm.shape[0]
+        self.ready: dict[tuple[torch.dtype, bool], tuple[Any, tuple[object, ...]]] = {}
+
+    def __call__(self, x: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+        """`x` (..., in) with its dropped inputs at zero; `dense_rows` has an element a row."""
         x = x.contiguous()
-    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    dense = threshold if dense_rows is None else dense_rows
-    grid = (rows, -(-width // MASK_BLOCK))
-    options = {"BLOCK": MASK_BLOCK, "HAS_DENSE": dense_rows is not None, "num_warps": 4}
-    _device_code().mask_rows[grid](x, norm, threshold, dense, y, width, x.stride(0), **options)
+        y = torch.empty_like(x)
+        width, has = self.width, dense_rows is not None
+        grid = (x.numel() // width, -(-width // MASK_BLOCK), 1)
+        given = (x, self.norm, self.threshold, dense_rows.contiguous() if has else self.threshold, y, width)  # type: ignore[union-attr]
+        ready = self.ready.get((x.dtype, has))
+        if ready is not None and x.data_ptr() % ALIGNMENT == 0:
+            _repeat(ready, grid, given)
+            return y
+        ready = _start(_device_code().mask_rows, grid, given, BLOCK=MASK_BLOCK, HAS_DENSE=has, num_warps=4)
+        if ready[1]:
+            self.ready[x.dtype, has] = ready
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ready": {}}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query a sequence on a cache as it lies.
+
+    Args:
+        query: (batch, heads, 1, size), 16 bits, size a power of two.
+        key: (batch, key heads, length, size), its heads a divisor of the query's.
+        value: as key.
+        mask: (batch, 1, 1, length) bool, the keys that are seen, at least one; None for all.
+        scale: factor of the scores.
+
+    Returns:
+        (batch, 1, heads, size).
+    """
+    batch, heads, _, size = query.shape
+    groups, length = key.shape[1:3]
+    y = torch.empty(batch, 1, heads, size, dtype=query.dtype, device=query.device)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    seen = query if mask is None else mask.contiguous()
+    group = heads // groups
+    _device_code().attend[(groups, batch)](
+        query,
+        key,
+        value,
+        seen,
+        y,
+        length,
+        groups,
+        scale,
+        GROUP=group,
+        PADDED=max(16, 1 << (group - 1).bit_length()),
+        SIZE=size,
+        BLOCK=ATTENTION_BLOCK if size <= 128 else ATTENTION_BLOCK // 2,
+        HAS_MASK=mask is not None,
+        num_warps=8,
+    )
     return y
+
+
+@cache
+def _key(index: int, width: int, out: int, dtype: torch.dtype) -> str:
+    return autotune.key_of(torch.cuda.get_device_name(index), width, out, dtype)
 
 
 def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
@@ -155,7 +272,7 @@ def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
     out = weight_t.shape[1]
     if rows > 1:
         return autotune.rows_config(rows, x.element_size())
-    key = autotune.key_of(torch.cuda.get_device_name(x.device), width, out, x.dtype)
+    key = _key(x.device.index, width, out, x.dtype)
     known = autotune.recall(key)
     if known is not None:
         return known

@@ -1,0 +1,84 @@
+"""Attention of one token in a compiled decode step: one kernel on the cache as it lies.
+
+For a model with fewer key heads than query heads, a compiled step with a static cache writes out a copy of the keys and
+values for every query head, of all places of the cache, before torch's attention reads them: five kernels a layer that
+take as long as a small product. Here one program a key head reads its part of the cache once for all its query heads.
+All else is torch's own attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from wina_calib.runtime.kernels import cuda
+
+# As transformers knows it, and what it stands in for.
+NAME = "wina_sdpa"
+STOCK = "sdpa"
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (32, 64, 128, 256)
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel computes this: one 16-bit query a sequence, heads of a common size, a mask of what is seen."""
+    batch, heads, rows, size = query.shape
+    if rows != 1 or query.dtype not in DTYPES or query.device.type != "cuda" or not cuda.available():
+        return False
+    if key.shape != value.shape or key.dtype != query.dtype or size != key.shape[-1] or size not in HEAD_SIZES:
+        return False
+    if heads % key.shape[1] or torch.is_grad_enabled():
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, 1, key.shape[2]))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query (batch, heads, rows, size) to (batch, rows, heads, size)."""
+    plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    if torch.compiler.is_compiling() and plain and not dropout and serves(query, key, value, attention_mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out: Tensor = torch.ops.wina_calib.attend(query, key, value, attention_mask, scale)
+        return out, None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return found
+
+
+def prefer(model: PreTrainedModel) -> None:
+    """Let a model that uses torch's attention decode with this one on CUDA."""
+    if torch.cuda.is_available() and cuda.available() and model.config._attn_implementation == STOCK:
+        if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+            ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
+        model.config._attn_implementation = NAME
+
+
+_library = torch.library.Library("wina_calib", "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.impl("attend", cuda.attend, "CUDA")
+
+
+@torch.library.register_fake("wina_calib::attend", lib=_library)  # type: ignore[untyped-decorator]
+def _shape_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, rows, size = query.shape
+    return query.new_empty(batch, rows, heads, size)

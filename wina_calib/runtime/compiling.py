@@ -1,0 +1,65 @@
+"""How `generate` compiles the decode step of a sparse model.
+
+Before every token torch checks thousands of facts about the model that the step was compiled for. That takes as long as
+a fifth of the step, while the device waits. Most of them can only change where a program rewrites the model's classes
+or attributes as it runs; here those that a user may change are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel
+
+# That something is absent or still the same function: attributes set on an instance, hooks, closures, classes.
+UNCHECKED = frozenset(
+    {
+        "BUILTIN_MATCH",
+        "CLASS_MATCH",
+        "CLOSURE_MATCH",
+        "DICT_NOT_CONTAINS",
+        "EMPTY_NN_MODULE_HOOKS_DICT",
+        "FUNCTION_MATCH",
+        "HASATTR",
+        "MODULE_MATCH",
+        "NOT_PRESENT_IN_GENERIC_DICT",
+    }
+)
+# What of a submodule is checked: its group's number stands for its weights and state.
+CHECKED_ATTRIBUTES = (".number", ".start", ".training")
+
+
+def needed(guard: Any) -> bool:
+    """Whether a check is kept: of inputs, cache, configuration, state, and of each submodule its class and number."""
+    if "_modules" not in guard.name or "_forward_pre_hooks" in guard.name:  # through a hook: the model's state
+        return guard.guard_type not in UNCHECKED
+    if guard.guard_type == "TYPE_MATCH":
+        return isinstance(guard.value, nn.Module)
+    return bool(guard.name.endswith(CHECKED_ATTRIBUTES))
+
+
+def needed_ones(guards: Sequence[Any]) -> list[bool]:
+    """`needed` for each of them, as torch.compile asks."""
+    return [needed(guard) for guard in guards]
+
+
+def compile_config() -> CompileConfig:
+    """What `generate` uses by default, CUDA graphs included, with fewer checks where this torch can leave them out."""
+    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        return CompileConfig()
+    return CompileConfig(mode=None, options={"triton.cudagraphs": True, "guard_filter_fn": needed_ones})
+
+
+def prefer(model: PreTrainedModel) -> None:
+    """Let `generate` compile this model so on CUDA, unless it is given a `compile_config`."""
+    if torch.cuda.is_available() and hasattr(model, "_default_compile_config"):
+        model.__dict__["_default_compile_config"] = compile_config
+
+
+def compiled_call(model: PreTrainedModel) -> Any:
+    """The model's compiled forward pass of one token, as `generate(cache_implementation="static")` makes it on a GPU."""
+    config = getattr(model, "_default_compile_config", CompileConfig)()
+    return torch.compile(model.__call__, **(config.to_dict() | {"fullgraph": True}))
