@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import script
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import wina_calib
 from wina_calib.runtime import types
@@ -61,18 +61,33 @@ def test_tokenizer_and_config_load_by_the_auto_classes(rotated: Path) -> None:
     assert config.hidden_size == 64
 
 
-def test_without_wina_calib_loading_fails_and_names_it(rotated: Path) -> None:
+@pytest.mark.parametrize(
+    ("loader", "messages"),
+    [
+        ("AutoModelForCausalLM", ["model type `wina_calib-llama`", "does not recognize this architecture"]),
+        ("AutoModel", ["model type `wina_calib-llama`", "does not recognize this architecture"]),
+        ("LlamaForCausalLM", ["`wina_calib-llama`", "norm.weight", "size"]),
+        ("LlamaModel", ["`wina_calib-llama`", "norm.weight", "size"]),
+    ],
+)
+def test_without_wina_calib_loading_fails_and_names_it(rotated: Path, loader: str, messages: list[str]) -> None:
     done = script.run(
         """
-        import sys
-        from transformers import AutoModelForCausalLM
-        AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        import sys, transformers
+        getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
         """,
         rotated,
+        loader,
+        env={"TRANSFORMERS_VERBOSITY": "warning"},
     )
     assert done.returncode != 0
-    assert "model type `wina_calib-llama`" in done.stderr
-    assert "does not recognize this architecture" in done.stderr
+    assert not [message for message in messages if message not in done.stderr], done.stderr[-3000:]
+
+
+@torch.no_grad()
+def test_the_base_models_own_class_loads_it_once_wina_calib_is_imported(rotated: Path) -> None:
+    direct = LlamaForCausalLM.from_pretrained(rotated)
+    assert torch.equal(direct(IDS).logits, wina_calib.load(rotated)(IDS).logits)
 
 
 def test_every_causal_model_type_is_known_but_no_class_is_made_for_it() -> None:

@@ -277,7 +277,7 @@ def test_steps_follow_width_and_device():
 
 @torch.no_grad()
 def test_the_demo_model_in_bfloat16_and_what_learning_gains_on_it():
-    """Rounded to bfloat16 after the transform, and computed in float32, the model loses less than 1 % of perplexity."""
+    """Rounded to bfloat16 after the transform, and computed in float32, the model loses at most 0.1 % of perplexity."""
     model = AutoModelForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo_folder())
     arch = describe(model)
@@ -293,7 +293,7 @@ def test_the_demo_model_in_bfloat16_and_what_learning_gains_on_it():
     for parameter in out.parameters():
         parameter.copy_(parameter.bfloat16())
     dense, turned = (float(m(test, labels=test).loss) for m in (model, out))
-    assert abs(turned - dense) < 0.01
+    assert abs(turned - dense) <= 0.001
 
 
 def test_timings_name_every_part():

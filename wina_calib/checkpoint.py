@@ -132,6 +132,9 @@ def write_weights(
 ) -> bool:
     """Write the transformed weights, config and side files as a dense model folder; one layer is in memory at a time.
 
+    Where run-time matrices are needed the final norm's weight is stored as (1, hidden): the base model's own class, which
+    takes any `model_type` with a warning, then refuses the shape instead of computing without the matrices.
+
     Args:
         source: the original model.
         plan: the transform.
@@ -159,6 +162,9 @@ def write_weights(
         for site in plan.sites:
             width = layer.site(site).width
             specs[rotation_name(layer, site)] = (source.dtype, (width, width))
+    if plan.sites:
+        norm = norm.unsqueeze(0)
+        specs[norm_name] = (specs[norm_name][0], tuple(norm.shape))
     if untied:
         specs[head] = specs[f"{arch.embed}.weight"]
     shards = plan_shards(_by_layer(specs, arch), max_shard)

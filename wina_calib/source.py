@@ -362,8 +362,10 @@ def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architecture, shards: Shards) -> None:
-    head = f"{architecture.lm_head}.weight"
+    head, norm = f"{architecture.lm_head}.weight", f"{architecture.final_norm.module}.weight"
     expected = {name: tuple(t.shape) for name, t in meta.state_dict().items() if not is_derived(name)}
+    if any(name.endswith(".rotation") for name in shards):
+        expected[norm] = (1, *expected[norm])  # so that the base model's class refuses it
     optional = {head} if architecture.tied else set()
     missing = sorted(set(expected) - set(shards) - optional)
     unknown = sorted(name for name in shards if name not in expected and not is_derived(name) and not is_added(name))

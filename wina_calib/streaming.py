@@ -206,9 +206,9 @@ class LayerStream:
         arch = self.source.architecture
         norm = self.model.get_submodule(arch.final_norm.module)
         lm_head = self.model.get_submodule(arch.lm_head)
-        weight = arch.embed if arch.tied else arch.lm_head
-        load_into(norm, {"weight": self.source.load(f"{arch.final_norm.module}.weight")}, self.dtype, self.device)
-        state = {"weight": self._converted(f"{weight}.weight")}
+        weight = self.source.load(f"{arch.final_norm.module}.weight").flatten()  # (1, hidden) beside run-time matrices
+        load_into(norm, {"weight": weight}, self.dtype, self.device)
+        state = {"weight": self._converted(f"{arch.embed if arch.tied else arch.lm_head}.weight")}
         if arch.lm_head_bias:
             state["bias"] = self.source.load(f"{arch.lm_head}.bias")
         load_into(lm_head, state, self.dtype, self.device)

@@ -89,6 +89,9 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     assert isinstance(dense, nn.Linear)
                     layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
         layer.add_module("wina", holder)
+    if rotated:
+        norm = model.get_submodule(arch.final_norm.module)
+        norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
     base = model.get_submodule(arch.layers_path.rpartition(".")[0])
     base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
     model.__dict__["wina_state"] = state
