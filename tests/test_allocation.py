@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from budget_cases import small_cells, smooth_curves
 
-from wina_calib.allocation import Bounds, file_budget, model_key, settle, solve_rows, spread
+from wina_calib.allocation import Bounds, file_budget, model_key, scale, settle, solve_rows, spread
 from wina_calib.budgets import Budget, explicit, write_budget
 from wina_calib.cells import count_cells
 from wina_calib.errors import BudgetError
@@ -103,3 +103,9 @@ def test_a_file_for_another_model_is_refused(arch: Architecture, tmp_path: Path)
     write_budget(path, explicit(budget, other, model_key(arch, other), 0.5, "wina"))
     with pytest.raises(BudgetError, match="another model"):
         settle(make_options({"budget": str(path)}), arch, count_cells(arch, "none"))
+
+
+def test_one_factor_for_all_curves() -> None:
+    assert scale([0.02, 0.32], [0.04, 0.16]) == pytest.approx(1.0)  # a half and twice
+    assert scale([-0.002, 0.1], [0.01, 0.2]) == pytest.approx(0.5)  # a fall says nothing
+    assert scale([0.0], [0.1]) == scale([0.1], [0.0]) == 1.0

@@ -1,14 +1,17 @@
 """Calibration of every family: closed-loop thresholds hold in the loaded model, sparsity 0 is the dense model."""
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from conftest import SHARED, needs_shared
 
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
+from wina_calib.cli import main
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import CorpusError, ModelFolderError, NumericError, OutputError, UnsupportedModel, UsageError
 from wina_calib.runtime.load import runtime_state
@@ -55,6 +58,15 @@ def test_default_transform_keeps_the_dense_model(family: str, tmp_path: Path, te
         expected = dense(ids).logits
         found = wina_calib.load(tmp_path / "s", 0.0)(ids).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_untied_embeddings_are_named(tmp_path: Path, text: Path) -> None:
+    tiny.save("llama", tmp_path / "m", tie_word_embeddings=True)
+    args = f"calibrate {tmp_path / 'm'} -o {tmp_path / 's'} --data {text} --transform global --budget uniform"
+    done = CliRunner().invoke(main, [*args.split(), *["--samples", "64", "--seq-len", "128", "--grid", "0.5"]])
+    assert done.exit_code == 0, done.stderr
+    assert "lm_head has weights of its own now" in done.stderr
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("score", ["teal", "weight", "random"])

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import wina_calib
+from wina_calib.families import describe
 from wina_calib.runtime import types
 
 IDS = torch.arange(4, 28).view(2, 12)
@@ -87,6 +88,7 @@ def test_without_wina_calib_loading_fails_and_names_it(rotated: Path, loader: st
 @torch.no_grad()
 def test_the_base_models_own_class_loads_it_once_wina_calib_is_imported(rotated: Path) -> None:
     direct = LlamaForCausalLM.from_pretrained(rotated)
+    assert describe(direct).final_norm.module == "model.norm"
     assert torch.equal(direct(IDS).logits, wina_calib.load(rotated)(IDS).logits)
 
 

@@ -29,14 +29,21 @@ from wina_calib.greedy import greedy
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
-from wina_calib.sensitivity import CURVE_LEVELS, MAX_TOKENS, PASSES, Rise, measure_curves, measured_rises
+from wina_calib.sensitivity import (
+    CURVE_LEVELS,
+    PASSES,
+    Sensitivity,
+    measure_curves,
+    measured_rises,
+    usable_tokens,
+)
 from wina_calib.streaming import HiddenStates, LayerStream
 
 METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
 GREEDY_TOKENS = 8192
 GREEDY_PASSES = 110.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
-SCALED_AT = 0.5  # model sparsity at whose anchor the curves are scaled to the measured loss rise
+SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to the measured loss rise
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -46,14 +53,14 @@ class Allocation:
 
     Attributes:
         rows: (anchors, layers, sites) site sparsities.
-        curves: predicted loss rises, not scaled to a measured one; None where no gradients were computed.
-        stream: the tokens that the curves come from.
+        felt: what is felt of every site's sparsity; None where no gradients were computed.
+        stream: the tokens that it comes from.
         dense: the dense model's last hidden states on them.
         facts: what the choice cost, for the provenance.
     """
 
     rows: Floats
-    curves: Curves | None = None
+    felt: Sensitivity | None = None
     stream: LayerStream | None = None
     dense: HiddenStates | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +130,7 @@ def allocate(
     arch: Architecture,
     cells: Cells,
     rule: MaskRule,
+    tokens: int,
     stream: Callable[[int], LayerStream],
     *,
     phase: Phase = NOT_SAVED,
@@ -135,7 +143,8 @@ def allocate(
         arch: the model's structure.
         cells: its element counts.
         rule: how masks are made.
-        stream: opens the transformed dense model on at most so many calibration tokens.
+        tokens: calibration tokens that there are.
+        stream: opens the transformed dense model on at most so many of them.
         phase: where the choice is saved on the way.
         progress: called for every layer and pass.
 
@@ -146,21 +155,23 @@ def allocate(
     if options.budget == "uniform":
         return Allocation(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
     if options.budget == "greedy":
-        found = greedy(stream(GREEDY_TOKENS), rule, options.anchors, phase=phase, progress=progress)
-        return Allocation(found.rows, facts={"greedy": asdict(found.cost)})
-    tokens = stream(MAX_TOKENS)
-    curves, dense = measure_curves(tokens, rule, seed=options.seed, phase=phase, progress=progress)
+        some = stream(GREEDY_TOKENS)
+        found = greedy(some, rule, options.anchors, phase=phase, progress=progress)
+        facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": sum(ids.numel() for ids in some.batches)}
+        return Allocation(found.rows, facts={"greedy": facts})
+    used = stream(usable_tokens(tokens))
+    felt, dense = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, arch, cells)[0])
     else:
-        rows = solve_rows(cells, options.anchors, options.sparsity, bounds, curves)
-    return Allocation(rows, curves, tokens, dense)
+        rows = solve_rows(cells, options.anchors, options.sparsity, bounds, felt.loss)
+    return Allocation(rows, felt, used, dense)
 
 
 def scaled_curves(
     chosen: Allocation, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
 ) -> tuple[Curves | None, dict[str, Any]]:
-    """Scale the curves so that they predict the loss rise measured at one anchor.
+    """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 
     Args:
         chosen: what was fitted.
@@ -171,25 +182,38 @@ def scaled_curves(
     Returns:
         The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
     """
-    if chosen.curves is None or chosen.stream is None or chosen.dense is None:
+    if chosen.felt is None or chosen.stream is None or chosen.dense is None:
         return None, chosen.facts
     rises = measured_rises(chosen.stream, chosen.dense, stream, states)
     chosen.dense.clear()
-    predicted = [Budget(row).predicted_loss(chosen.curves) for row in chosen.rows]
-    at = min(range(len(anchors)), key=lambda i: abs(anchors[i] - SCALED_AT))
-    factor = _factor(rises[at], predicted[at])
+    curves = chosen.felt.loss
+    predicted, divergence = (
+        [Budget(row).predicted_loss(felt) for row in chosen.rows] for felt in (curves, chosen.felt.divergence)
+    )
+    low = [i for i, anchor in enumerate(anchors) if anchor <= SCALED_TO] or [0]
+    factor = scale([rises[i].loss for i in low], [predicted[i] for i in low])
     tokens = sum(ids.numel() for ids in chosen.stream.batches)
     facts = {
         "anchors": list(anchors),
         "tokens": tokens,
         "passes": PASSES * tokens / sum(ids.numel() for ids in stream.batches),
         "factor": factor,
-        "factor_at": anchors[at],
+        "factor_at": [anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],
+        "predicted_kl": divergence,
         "loss_rise": [rise.loss for rise in rises],
         "kl": [rise.kl for rise in rises],
     }
-    return chosen.curves.scaled(factor), {"prediction": facts}
+    return curves.scaled(factor), {"prediction": facts}
+
+
+def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:
+    """Geometric mean of the ratios of measured and predicted rises; 1 without any.
+
+    A ratio far off says nothing: a random model may not feel sparsity, and few tokens may even show a fall.
+    """
+    ratios = [m / p for m, p in zip(measured, predicted, strict=True) if p > 0 and 0.05 < m / p < 20]
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
 
 def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor]:
@@ -265,8 +289,9 @@ def choice_passes(options: CalibrateOptions, tokens: int) -> float:
     """Forward passes over `tokens` calibration tokens that choosing the budget is worth."""
     if options.budget == "uniform":
         return 0.0
-    used, passes = (GREEDY_TOKENS, GREEDY_PASSES) if options.budget == "greedy" else (MAX_TOKENS, PASSES)
-    return passes * min(1.0, used / tokens)
+    if options.budget == "greedy":
+        return GREEDY_PASSES * min(1.0, GREEDY_TOKENS / tokens)
+    return PASSES * usable_tokens(tokens) / tokens
 
 
 def stored_name(options: CalibrateOptions) -> str:
@@ -274,12 +299,6 @@ def stored_name(options: CalibrateOptions) -> str:
     if is_file(options.budget):
         return "file"
     return "custom" if options.min or options.max else options.budget
-
-
-def _factor(measured: Rise, predicted: float) -> float:
-    """Ratio of the two; 1 where the model does not feel sparsity, as a random one may not."""
-    ratio = measured.loss / predicted if predicted > 0 else 1.0
-    return ratio if 0.05 < ratio < 20 else 1.0
 
 
 def _solve(

@@ -270,8 +270,11 @@ def _site(layer: nn.Module, prefix: str, name: str, blocks: dict[str, str]) -> S
 
 
 def _is_norm(module: nn.Module) -> bool:
-    parameters = list(module.named_parameters())
-    return len(parameters) == 1 and parameters[0][0] == "weight" and parameters[0][1].ndim == 1
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != {"weight"} or isinstance(module, nn.Linear):
+        return False
+    shape = parameters["weight"].shape
+    return len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)  # (1, hidden): a checkpoint's with run-time matrices
 
 
 def _gain(norm: nn.Module, path: str) -> str:

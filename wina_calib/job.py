@@ -145,7 +145,7 @@ class Job:
             exponent=self.options.exponent,
             transform=self.transform.name,
             budget=stored_name(self.options),
-            curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
+            curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
             prefill=self.options.prefill,
             weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
             provenance=self._provenance(base_ppl, base, untied) | curve_facts,
@@ -269,7 +269,8 @@ class Job:
             )
 
         cells = count_cells(arch, self.transform.name)
-        return allocate(self.options, arch, cells, self._rule, stream, phase=phase, progress=self.report.step)
+        report = self.report.step
+        return allocate(self.options, arch, cells, self._rule, ids.numel(), stream, phase=phase, progress=report)
 
     @property
     def _rule(self) -> MaskRule:

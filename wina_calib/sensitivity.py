@@ -1,12 +1,13 @@
 """What the loss feels of each site's sparsity: curves from one streamed backward pass.
 
-To second order, dropping inputs of one site raises the loss by half the mean square of `sum_j g_j x_j (1 - m_j)`, with
-g the gradient of the summed loss at the site's input and labels drawn from the model's own predictions (its Fisher
+To second order, dropping inputs of one site makes the model diverge by half the mean square of `sum_j g_j x_j (1 - m_j)`,
+with g the gradient of the summed loss at the site's input and labels drawn from the model's own predictions (its Fisher
 information; labels of the data give another matrix, which predicts worse). Terms between sites and between tokens are
-left out.
+left out. The loss on text rises by that and by a first-order part, the mean of `-sum_j g_j x_j (1 - m_j)` with the text's own
+labels: mostly negative, as dropping inputs makes a model less sure of itself, and not in all sites alike.
 
 Forward once, keeping every layer's input; then layer by layer from the last: forward again, and backward to the layer's
-input. That is three forward passes' work over the tokens used, with one layer in memory at a time.
+input for both kinds of labels. That is four forward passes' work over the tokens used, with one layer in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from wina_calib.budgets import Curves
+from wina_calib.budgets.model import Floats
 from wina_calib.errors import NumericError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.journal import NOT_SAVED, Phase
@@ -30,8 +32,15 @@ from wina_calib.streaming import HiddenStates, LayerStream
 
 CURVE_LEVELS = tuple(round(0.025 * i, 3) for i in range(39))
 MAX_TOKENS = 32_768
-PASSES = 3.0  # forward passes that the work on these tokens is worth
+PASSES = 4.0  # forward passes that the work on these tokens is worth
+MOST_PASSES = 3.0  # of all calibration tokens: fewer are used where this would be more
+_REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
+_SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
+_RATIOS = (-0.75, 3.0)
 _ROWS = 256
+_NO_LABEL = -100  # cross_entropy leaves such rows out
+
+_GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 
 Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
 
@@ -42,6 +51,36 @@ class Rise:
 
     loss: float
     kl: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What is felt of every site's sparsity, alone, at `CURVE_LEVELS`, in nats a token.
+
+    Attributes:
+        divergence: rise of the KL divergence, to second order.
+        first_order: (layers, sites, levels) rise of the loss on the text, to first order; of either sign.
+        tokens: tokens that both are means over.
+    """
+
+    divergence: Curves
+    first_order: Floats
+    tokens: int
+
+    @property
+    def loss(self) -> Curves:
+        """Rise of the loss on text: every site's divergence times a factor.
+
+        A mean of terms of both signs is far noisier than a mean of squares, so only one number of the first-order curve is
+        used: its ratio to the divergence at one sparsity, shrunk as its own noise demands. That variance is known, as the
+        divergence is half the mean square of what the first-order part is the mean of.
+        """
+        level = CURVE_LEVELS.index(_REFERENCE)
+        divergence = self.divergence.loss[..., level]
+        felt = np.maximum(divergence, np.finfo(np.float64).tiny)
+        trusted = divergence / (divergence + 2 / (self.tokens * _SPREAD**2))
+        ratio = np.clip(trusted * self.first_order[..., level] / felt, *_RATIOS)
+        return Curves(self.divergence.levels, self.divergence.loss * (1 + ratio[..., None]))
 
 
 class _Tapped(MaskedLayer):
@@ -56,6 +95,11 @@ class _Tapped(MaskedLayer):
         return tap
 
 
+def usable_tokens(tokens: int) -> int:
+    """How many of the calibration tokens the curves are measured on."""
+    return min(MAX_TOKENS, int(tokens * MOST_PASSES / PASSES))
+
+
 def measure_curves(
     stream: LayerStream,
     rule: MaskRule,
@@ -64,7 +108,7 @@ def measure_curves(
     phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
     observe: Observe = lambda layer, group, x, g: None,
-) -> tuple[Curves, HiddenStates]:
+) -> tuple[Sensitivity, HiddenStates]:
     """Predict the loss rise of every site alone at `CURVE_LEVELS`.
 
     Args:
@@ -73,29 +117,31 @@ def measure_curves(
         seed: of the sampled labels.
         phase: where every layer's inputs, and on the way back the gradients, are saved; after that the result.
         progress: called twice a layer.
-        observe: sees what each mask group reads and the loss's gradient there, (rows, in) each, as
+        observe: sees what each mask group reads and the gradient there for sampled labels, (rows, in) each, as
             `observe(layer, group, x, g)`; rows that are never masked are left out.
 
     Returns:
-        The curves in nats a token, and the dense model's last hidden states.
+        The sensitivity, and the dense model's last hidden states.
 
     Raises:
         NumericError: logits or gradients are NaN or infinite.
     """
     count = len(stream.source.architecture.layers)
     if phase.finished:
-        last, loss = stream.store(), phase.tensors()["curves"].numpy()
+        last, found = stream.store(), phase.tensors()["curves"].numpy()
         phase.restore("last", last, stream.mine)
     else:
         thresholds, inputs = _forward(stream, rule, phase, progress)
         last = inputs.pop(count)
-        loss = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
-        phase.finish(tensors={"curves": torch.from_numpy(loss)}, stores={"last": last})
-    if not np.isfinite(loss).all():
+        found = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
+        phase.finish(tensors={"curves": torch.from_numpy(found)}, stores={"last": last})
+    if not np.isfinite(found).all():
         raise NumericError(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
-    return Curves(np.array(CURVE_LEVELS), np.maximum.accumulate(loss, axis=2)), last
+    divergence = np.maximum.accumulate(found[0], axis=2)
+    tokens = sum(ids.numel() for ids in stream.batches)
+    return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[1], tokens), last
 
 
 @torch.no_grad()
@@ -186,59 +232,66 @@ def _backward(
     phase: Phase,
     progress: Callable[[str], None],
     observe: Observe,
-) -> np.ndarray:
-    """Curves (layers, sites, levels); the inputs are cleared on the way."""
+) -> Floats:
+    """Divergence and first order, (2, layers, sites, levels); the inputs are cleared on the way."""
     arch = stream.source.architecture
     count = len(arch.layers)
-    loss = np.zeros((count, len(arch.layers[0].sites), len(CURVE_LEVELS)))
+    found = np.zeros((2, count, len(arch.layers[0].sites), len(CURVE_LEVELS)))
     done = max(phase.step - count, 0)
     if done:
-        gradients = stream.store()
-        phase.restore("gradients", gradients, stream.mine)
+        gradients = stream.store(), stream.store()
+        for name, store in zip(_GRADIENTS, gradients, strict=True):
+            phase.restore(name, store, stream.mine)
         for name, value in phase.tensors().items():
             kind, where, _ = name.split(":")
             if kind == "loss":
-                loss[int(where)] = value.numpy()
+                found[:, int(where)] = value.numpy()
     else:
         gradients = _loss_gradients(stream, last, seed)
     for index, module, _ in stream.layers(0, count - done, backward=True):
-        loss[index] = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
+        layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
+        found[:, index] = layer
         inputs.pop(index).clear()
         phase.save(
             2 * count - index,
-            tensors={f"loss:{index}:": torch.from_numpy(loss[index].copy())},
-            stores=_named(inputs) | {f"input{count}": last, "gradients": gradients},
+            tensors={f"loss:{index}:": torch.from_numpy(layer)},
+            stores=_named(inputs) | {f"input{count}": last} | dict(zip(_GRADIENTS, gradients, strict=True)),
         )
         progress(f"sensitivity of layer {index + 1}")
-    gradients.clear()
-    return loss
+    for store in gradients:
+        store.clear()
+    return found
 
 
 def _named(inputs: dict[int, HiddenStates]) -> dict[str, HiddenStates]:
     return {f"input{index}": store for index, store in inputs.items()}
 
 
-def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> HiddenStates:
-    """Gradients of the summed loss, with labels sampled from the model, at the last hidden states."""
-    gradients = stream.store()
+def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, HiddenStates]:
+    """Gradients of the summed loss at the last hidden states: with labels sampled from the model, with the text's own."""
+    both = stream.store(), stream.store()
     with stream.head() as head:
         for batch in stream.mine:
-            hidden = last[batch]
-            out = torch.empty_like(hidden)
-            first = batch * len(stream.batches[0])
-            for block, (row, gradient) in enumerate(zip(hidden, out, strict=True), first):
-                generator = label_generator(seed, block, stream.device)
-                for states, chunk in zip(row.split(_ROWS), gradient.split(_ROWS), strict=True):
-                    leaf = states.detach()[None].requires_grad_()
+            hidden, ids = last[batch], stream.batches[batch]
+            out = torch.empty_like(hidden), torch.empty_like(hidden)
+            following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], _NO_LABEL)], dim=1).to(stream.device)
+            for block in range(len(hidden)):
+                generator = label_generator(seed, batch * len(stream.batches[0]) + block, stream.device)
+                for first in range(0, hidden.shape[1], _ROWS):
+                    rows = block, slice(first, first + _ROWS)
+                    leaf = hidden[rows].detach()[None].requires_grad_()
                     logits = head(leaf)[0].float()
                     if not bool(torch.isfinite(logits).all()):
                         raise NumericError(
                             f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32."
                         )
-                    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                    chunk.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0][0])
-            gradients[batch] = out
-    return gradients
+                    sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                    for gradient, labels in zip(out, (sampled, following[rows]), strict=True):
+                        loss = cross_entropy(logits, labels, reduction="sum", ignore_index=_NO_LABEL)
+                        gradient[rows] = torch.autograd.grad(loss, leaf, retain_graph=True)[0][0]
+            for store, gradient in zip(both, out, strict=True):
+                store[batch] = gradient
+    return both
 
 
 def label_generator(seed: int, block: int, device: torch.device) -> torch.Generator:
@@ -252,39 +305,46 @@ def _layer_curves(
     index: int,
     module: nn.Module,
     inputs: HiddenStates,
-    gradients: HiddenStates,
+    gradients: tuple[HiddenStates, HiddenStates],
     thresholds: dict[str, Tensor],
     observe: Observe,
-) -> np.ndarray:
-    """Curves (sites, levels) of one layer; `gradients` at its outputs become those at its inputs."""
+) -> Floats:
+    """Divergence and first order, (2, sites, levels), of a layer; `gradients` at its outputs become those at its inputs."""
     layer = stream.source.architecture.layers[index]
+    nothing = torch.zeros(2, len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
     mine: list[Tensor] = []
     tokens = sum(ids.numel() for ids in stream.batches)
     tapped = _Tapped(layer, module, rule, _rotations(stream, index))
     with tapped:
         for batch in stream.mine:
-            totals = torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
+            totals = nothing.clone()
             hidden = inputs[batch].detach().requires_grad_()
             out = tapped.run(hidden, stream.kwargs(index, batch))
-            taps = dict(tapped.taps)
-            found = torch.autograd.grad(out, [hidden, *taps.values()], gradients[batch].to(out.dtype))
-            gradients[batch] = found[0]
-            felt = dict(zip(taps, found[1:], strict=True))
+            taps, felt = dict(tapped.taps), []
+            for store in gradients:
+                found = torch.autograd.grad(
+                    out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=store is gradients[0]
+                )
+                store[batch] = found[0]
+                felt.append(dict(zip(taps, found[1:], strict=True)))
             for row, site in enumerate(layer.sites):
-                dropped: Tensor | float = 0.0
+                dropped: list[Tensor | float] = [0.0, 0.0]
                 for group in tapped.groups[site.name]:
-                    x, g = (rule.masked_rows(t[group.key].detach()).flatten(0, 1) for t in (taps, felt))
-                    observe(index, group, x, g)
+                    x, *by_label = (rule.masked_rows(t[group.key].detach()).flatten(0, 1) for t in (taps, *felt))
+                    observe(index, group, x, by_label[0])
                     score, limits = scores(x, tapped.norms[group.key], rule.score), thresholds[group.key]
                     if rule.select == "topk":
                         score, limits = ranks(score), dropped_ranks(site.width).to(stream.device)
-                    dropped = dropped + dropped_sums(g.float() * x.float(), score, limits)
-                assert isinstance(dropped, Tensor)
-                totals[row, 1:] = dropped.double().square().sum(0).cpu()
+                    for i, g in enumerate(by_label):
+                        dropped[i] = dropped[i] + dropped_sums(g.float() * x.float(), score, limits)
+                second, first = dropped
+                assert isinstance(second, Tensor)
+                assert isinstance(first, Tensor)
+                totals[0, row, 1:] = second.double().square().sum(0).cpu() / 2
+                totals[1, row, 1:] = -first.double().sum(0).cpu()
             mine.append(totals)
             tapped.taps.clear()
-    totals = _summed(stream.ranks.gather(mine), torch.zeros(len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64))
-    return (totals / (2 * tokens)).numpy()
+    return (_summed(stream.ranks.gather(mine), nothing) / tokens).numpy()
 
 
 def dropped_sums(values: Tensor, score: Tensor, thresholds: Tensor) -> Tensor:
