@@ -131,7 +131,7 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
 
         def end(settings: Settings) -> Settings:
             open_checkpoint(work)
-            write_card(work)
+            write_card(work, name=target.name)
             publish(work, target)
             if not job.options.keep_state:
                 shutil.rmtree(state)

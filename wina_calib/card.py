@@ -47,12 +47,13 @@ class Base:
     metadata: dict[str, Any]
 
 
-def write_card(folder: Path, *, repo: str | None = None) -> None:
+def write_card(folder: Path, *, repo: str | None = None, name: str | None = None) -> None:
     """Write README.md into a checkpoint's folder, or bring it up to date; nothing is asked of the network.
 
     Args:
         folder: the checkpoint.
         repo: its repository on the Hub, which the examples then name; else they name the folder.
+        name: the folder's name once it is published, where it has another one yet.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or README.md begins with metadata that is no YAML.
@@ -62,7 +63,7 @@ def write_card(folder: Path, *, repo: str | None = None) -> None:
     path = folder / CARD
     metadata, text = split_card(path) if path.is_file() else ({}, "")
     merged = complete(metadata, made_metadata(folder, opened.settings, base))
-    name = repo or Path(folder).name.removeprefix(".").removesuffix(".partial")
+    name = repo or name or Path(folder).name.removeprefix(".").removesuffix(".partial")
     block = f"{BEGIN}\n{made_text(opened, base, name)}\n{END}"
     if BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)
