@@ -68,7 +68,7 @@ def assert_equal(found: Path, expected: Path) -> None:
     assert [name for name in a if a[name] != b[name]] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != "default")) for name in CASES])
 def test_stopped_again_and_again_the_result_is_the_same(case: str, tmp_path: Path, llama: Path, text: Path) -> None:
     options = SMALL | {"data": str(text)} | CASES[case]
     (tmp_path / "a").mkdir()
@@ -139,8 +139,12 @@ def test_what_changed_is_said(
         wina_calib.calibrate(model, out, **options)
     assert "--restart" in str(error.value)
     assert contents(out.with_name(".out.state") / "dense-perplexity" / "0002") == before
+
+
+def test_restart_starts_over(stopped: tuple[Path, Path, dict[str, Any]]) -> None:
+    model, out, options = stopped
     progress = Stopping()
-    wina_calib.calibrate(model, out, progress=progress, restart=True, **options)
+    wina_calib.calibrate(model, out, progress=progress, restart=True, **(options | {"sparsity": 0.6}))
     assert progress.steps[0] == "layer 1"
     assert names(out.parent) == ["m", "out"]
 
