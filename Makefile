@@ -30,6 +30,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+results: $(STAMP)
+	$(BIN)/python docs/make_results.py
+
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
 
