@@ -280,6 +280,15 @@ def test_differences_are_listed(tmp_path: Path) -> None:
         check_same(tmp_path / "s", {"options": {"a": 2, "b": [1, 2], "c": None}})
 
 
+def test_a_folder_half_removed_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_journal(tmp_path / "s", lambda: {"a": 1}).phase("p").save(1)
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+    journal.drop(tmp_path / "s")
+    monkeypatch.undo()
+    assert names(tmp_path / "s") == ["p"]
+    assert open_journal(tmp_path / "s", lambda: {"a": 2}).phase("p").step == 0
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     phase = Journal().phase("p")
     phase.save(1, tensors={"a": torch.tensor(1)})

@@ -18,7 +18,7 @@ from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, UsageError, WinaError
 from wina_calib.identity import identity
 from wina_calib.job import Job
-from wina_calib.journal import Background, Journal, open_journal
+from wina_calib.journal import Background, Journal, drop, open_journal
 from wina_calib.memory import advice
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, claimed, publish
@@ -134,7 +134,7 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
             write_card(work, name=target.name)
             publish(work, target)
             if not job.options.keep_state:
-                shutil.rmtree(state)
+                drop(state)
             return settings
 
         journal = ranks.agree(lambda: begin() if ranks.is_first else Journal(state, ranks=ranks))
@@ -151,7 +151,7 @@ def _leave(error: BaseException, state: Path, journal: Journal, report: Progress
     """Keep the state of a run that failed if the same command may go on with it, and say so."""
     hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError)
     if hopeless or not journal.useful:
-        shutil.rmtree(state, ignore_errors=True)
+        drop(state)
         return
     shutil.rmtree(state / "spill", ignore_errors=True)
     text = f"what is finished is kept in {state}: the same command goes on from there"

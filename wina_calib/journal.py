@@ -264,7 +264,7 @@ def open_journal(
     report = report or Silent()
     if ranks.is_first:
         if restart or not is_useful(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            drop(folder)
         else:
             check_same(folder, identity())
             report.note(f"going on with the run that was stopped; its state is in {folder}")
@@ -274,7 +274,13 @@ def open_journal(
 
 def is_useful(folder: Path) -> bool:
     """Whether a folder holds finished work."""
-    return any(folder.glob(f"*/{STATE}"))
+    return (folder / JOB).exists() and any(folder.glob(f"*/{STATE}"))
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder of finished work. What says what it is goes first: a folder half removed counts for nothing."""
+    (folder / JOB).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_same(folder: Path, identity: Mapping[str, Any]) -> None:
