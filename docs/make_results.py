@@ -273,7 +273,7 @@ def _compare(result: dict[str, Any], name: str) -> list[str]:
         for r in result["rows"]
     ]  # fmt: skip
     headers = ["method", "asked", "sparsity", "read", "perplexity", "rise", "KL", "top-1"]
-    left = [f"`{s['method']}`: left out. {s['reason']}" for s in result["skipped"]]
+    left = list(dict.fromkeys(f"`{s['method']}`: left out. {s['reason']}" for s in result["skipped"]))
     return [f"Dense perplexity {result['rows'][0]['dense_ppl']:.2f}.", markdown(headers, rows), *left] + (
         [f"![Perplexity by sparsity and by read fraction](results-{name}.png)"] if name.endswith("compare") else []
     )
@@ -290,7 +290,7 @@ def _ablation(result: dict[str, Any], name: str) -> list[str]:
         for r in result["rows"]
     ]  # fmt: skip
     headers = ["variant", "what it is", "sparsity", "read", "perplexity", "rise", "KL", "KL over `ours`"]
-    left = [f"`{s['method']}`: left out. {s['reason']}" for s in result["skipped"]]
+    left = list(dict.fromkeys(f"`{s['method']}`: left out. {s['reason']}" for s in result["skipped"]))
     return [f"Dense perplexity {ours['dense_ppl']:.2f}.", markdown(headers, rows), *left]
 
 
