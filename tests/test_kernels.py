@@ -333,3 +333,15 @@ def test_triton_kernels_through_the_interpreter():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout
+
+
+def test_attention_where_triton_cannot_compile(monkeypatch):
+    monkeypatch.setattr(cuda, "_unusable", {None})
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1, ..., 3:] = False
+    found = cuda.attend(query, key, value, mask, 0.3)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~mask, float("-inf"))
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    assert found.shape == (2, 1, 4, 8)
+    assert torch.allclose(found.transpose(1, 2), expected, atol=1e-5)

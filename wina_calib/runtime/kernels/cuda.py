@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from wina_calib.runtime.kernels import autotune, reference
 from wina_calib.runtime.kernels.autotune import Config
@@ -233,6 +234,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         (batch, 1, heads, size).
     """
+    if query.device.index in _unusable:
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        return found.transpose(1, 2).contiguous()
+    if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            return attend(query, key, value, mask, scale)
     batch, heads, _, size = query.shape
     groups, length = key.shape[1:3]
     y = torch.empty(batch, 1, heads, size, dtype=query.dtype, device=query.device)
