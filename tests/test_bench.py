@@ -144,6 +144,13 @@ def test_a_plain_model_is_fitted_to_what_is_run(llama: Path) -> None:
     assert result.to_dict()["results"][0]["sparsity"] == 0.3
 
 
+def test_the_demo_model_is_too_small_to_gather() -> None:
+    pair = models.open_pair("demo", device=torch.device("cpu"), dtype=None)
+    models.fit(pair, (0.65,), torch.arange(4, 28)[None], 12)
+    linears = [linear for site in sparse_sites(pair.sparse) for linear in site.linears]
+    assert all(linear.packed is not None and not linear.packed.columns for linear in linears)
+
+
 def test_text_for_people(calibrated: Path) -> None:
     done = CliRunner().invoke(main, ["-q", "bench", str(calibrated), "-s", "0.4", *QUICK])
     assert done.exit_code == 0, done.output

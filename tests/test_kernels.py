@@ -214,6 +214,8 @@ def test_one_log_line_without_a_sparse_kernel(monkeypatch, caplog):
 
 def test_column_layout_only_where_it_pays():
     assert kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.5)
+    assert kernels.column_layout_pays("cpu", torch.float32, 2048, 2048, 0.5)
+    assert not kernels.column_layout_pays("cpu", torch.float32, 2048, 2048, 0.35)
     assert not kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.0)
     assert not kernels.column_layout_pays("cpu", torch.bfloat16, 512, 2048, 0.65)
     assert not kernels.column_layout_pays("cpu", torch.float32, 2048, 5632, 0.25)

@@ -81,6 +81,17 @@ def test_a_threshold_written_directly_counts_at_the_next_call() -> None:
 
 
 @torch.no_grad()
+def test_an_input_at_the_threshold_is_dropped() -> None:
+    made, _, threshold = packed(columns=False)
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
+    for position in range(48):
+        threshold.copy_(x[1, position].abs() * made.norm[position])
+        found = made.mask(x)
+        assert found[1, position] == 0
+        assert torch.equal(found, mask_input(x, made.norm, threshold))
+
+
+@torch.no_grad()
 def test_dense_rows_are_kept() -> None:
     state = RuntimeState(dense_rows=torch.tensor([[True, False], [False, True]]))
     made, _, threshold = packed(columns=False, state=state)

@@ -112,7 +112,7 @@ def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_fe
 
 
 CPU_MIN_SAVED = 1_500_000
-CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.2}
+CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.4}
 
 
 def sparse_site(
