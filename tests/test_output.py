@@ -142,51 +142,38 @@ def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
 
 
 _KILLER = """
-import os, random, signal, sys, time
+import os, random, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import wina_calib
+from killing import Killer
 from wina_calib.checkpoint import open_checkpoint
 
 model, target, data, number, rounds = sys.argv[1:]
-target, sig, rng = Path(target), signal.Signals(int(number)), random.Random(int(number))
+target, sig, rounds = Path(target), signal.Signals(int(number)), int(rounds)
 
-def begin():
-    # a process of its own, without the seconds that its imports would take
-    child = os.fork()
-    if child:
-        return child
-    try:
-        wina_calib.calibrate(model, target, data=data, samples=64, seq_len=128, overwrite=True, budget="uniform")
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
+def work():
+    wina_calib.calibrate(model, target, data=data, samples=64, seq_len=128, overwrite=True, budget="uniform")
 
-start = time.monotonic()
-assert os.waitpid(begin(), 0)[1] == 0
-whole = time.monotonic() - start
-killed = 0
-for _ in range(int(rounds)):
-    child = begin()
-    time.sleep(rng.uniform(0.02, 0.6) * whole)  # a run that goes on is shorter than a whole one
-    os.kill(child, sig)
-    killed += os.waitpid(child, 0)[1] != 0
+killer, stopped = Killer(work, random.Random(int(number))), 0
+for _ in range(rounds):
+    stopped += killer.stop(work, sig)
     if target.exists():
         open_checkpoint(target).verify_weights()
     else:
         assert (target.parent / ".out.old").is_dir()
     if sig == signal.SIGINT:
         assert set(os.listdir(target.parent)) <= {"out", ".out.state"}
-assert killed > int(rounds) // 4, killed
-assert os.waitpid(begin(), 0)[1] == 0
+assert stopped > rounds // 4, stopped
+work()
 assert os.listdir(target.parent) == ["out"]
 open_checkpoint(target).verify_weights()
-print(killed)
+print(stopped)
 """
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_random_moments_leaves_no_half_folder(
     sig: signal.Signals, rounds: int, tmp_path: Path, llama: Path, text: Path
