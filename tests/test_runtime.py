@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 import wina_calib
 from wina_calib.checkpoint import read_settings
 from wina_calib.errors import UsageError
-from wina_calib.runtime import kernels
+from wina_calib.runtime import attention, kernels
 from wina_calib.runtime.load import runtime_state, sparse_sites
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.state import RuntimeState
@@ -269,3 +269,39 @@ def test_inference_mode_leaves_a_model_that_can_be_trained(calibrated: Path) -> 
         model(IDS)
     model.train()(IDS, labels=IDS).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@pytest.mark.usefixtures("packing")
+def test_weights_that_were_replaced_without_notice(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    before = logits(model)
+    values = {n: 1.5 * v if n.endswith("up_proj.weight") else v for n, v in model.state_dict().items()}
+    model.load_state_dict(values, assign=True)
+    assigned = logits(model)
+    model.model.layers[0].self_attn.v_proj.weight.data = 2 * model.model.layers[0].self_attn.v_proj.weight.data
+    after = logits(model)
+    runtime_state(model).kernels = "reference"
+    assert error(after, logits(model)) < 1e-5
+    assert min(error(assigned, before), error(after, assigned)) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_merged_adapter_counts(calibrated: Path, safe: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(wina_calib.load(calibrated), config).eval()
+    logits(adapted)
+    merged = adapted.merge_and_unload(safe_merge=safe)
+    found = logits(merged)
+    assert error(found, logits(wina_calib.load(calibrated))) > 1e-3
+    runtime_state(merged).kernels = "reference"
+    assert error(found, logits(merged)) < 1e-5
+
+
+def test_a_model_that_names_our_attention_runs_anywhere(calibrated: Path) -> None:
+    """As one does that was pickled where there is a GPU."""
+    model = wina_calib.load(calibrated)
+    expected = logits(model)
+    model.config._attn_implementation = attention.NAME
+    assert torch.equal(logits(model), expected)

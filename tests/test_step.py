@@ -151,6 +151,48 @@ def test_a_replaced_module_is_compiled_again(calibrated: Path, name: str) -> Non
     assert len(compiled.graphs) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.parametrize("change", ["off", "another", "merged"])
+def test_a_changed_adapter_is_compiled_again(calibrated: Path, change: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(wina_calib.load(calibrated), config).eval()
+    inner = adapted.get_base_model()
+    compiled, plain = Decoder(inner, compiled=True), Decoder(inner, compiled=False)
+    before = compiled.logits()
+    assert close(before, plain.logits())
+    if change == "off":
+        adapted.base_model.disable_adapter_layers()
+    elif change == "another":
+        adapted.add_adapter("another", config)
+        adapted.set_adapter("another")
+    else:
+        adapted.merge_adapter()
+    assert close(found := compiled.logits(), plain.logits())
+    assert not close(found, before)
+
+
+def test_a_resized_vocabulary_is_compiled_again(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    compiled = Decoder(model, compiled=True)
+    rows = compiled.logits().shape[-1]
+    model.resize_token_embeddings(rows + 8, mean_resizing=False)
+    assert compiled.logits().shape[-1] == rows + 8
+    assert len(compiled.graphs) == 2
+
+
+def test_inputs_of_another_dtype_are_not_served(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    Decoder(model, compiled=False).logits()
+    projection = model.model.layers[0].mlp.down_proj
+    x = torch.randn(1, 1, projection.in_features, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(projection, fullgraph=True, backend="eager")(x)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, projection(x))
+
+
 def test_few_checks_a_layer(calibrated: Path) -> None:
     model = wina_calib.load(calibrated)
     seen: list[tuple[str, bool]] = []

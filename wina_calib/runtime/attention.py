@@ -64,11 +64,12 @@ def attention_forward(
 def prefer(model: PreTrainedModel) -> None:
     """Let a model that uses torch's attention decode with this one on CUDA."""
     if torch.cuda.is_available() and cuda.available() and model.config._attn_implementation == STOCK:
-        if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-            ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
         model.config._attn_implementation = NAME
 
+
+# At once: a pickled model comes with the name, wherever it is loaded.
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
 
 _library = torch.library.Library("wina_calib", "FRAGMENT")
 _library.define(

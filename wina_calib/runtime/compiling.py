@@ -7,6 +7,7 @@ or attributes as it runs; here those that a user may change are kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,20 +31,33 @@ UNCHECKED = frozenset(
 )
 # What of a submodule is checked: its group's number stands for its weights and state.
 CHECKED_ATTRIBUTES = (".number", ".start", ".training")
+# Libraries whose modules keep their attributes. An adapter's are checked all: it is turned off, changed and merged by them.
+KNOWN = ("torch", "transformers", "wina_calib")
+IN_A_LIST = re.compile(r"_modules\['\d+'\]")
 
 
 def needed(guard: Any) -> bool:
-    """Whether a check is kept: of inputs, cache, configuration, state, and of each submodule its class and number."""
+    """Whether a check is kept: of inputs, cache, configuration, state, and of each submodule its class and number.
+
+    Outside of the layers also of a weight's shape, since a vocabulary may be resized.
+    """
     if "_modules" not in guard.name or "_forward_pre_hooks" in guard.name:  # through a hook: the model's state
         return guard.guard_type not in UNCHECKED
     if guard.guard_type == "TYPE_MATCH":
         return isinstance(guard.value, nn.Module)
+    if guard.guard_type == "TENSOR_MATCH":
+        return IN_A_LIST.search(guard.name) is None
     return bool(guard.name.endswith(CHECKED_ATTRIBUTES))
 
 
 def needed_ones(guards: Sequence[Any]) -> list[bool]:
-    """`needed` for each of them, as torch.compile asks."""
-    return [needed(guard) for guard in guards]
+    """`needed` for each of them, as torch.compile asks; all of a module from elsewhere and of what is in it."""
+    foreign = tuple({guard.name for guard in guards if guard.guard_type == "TYPE_MATCH" and _is_foreign(guard.value)})
+    return [guard.name.startswith(foreign) or needed(guard) for guard in guards]
+
+
+def _is_foreign(value: Any) -> bool:
+    return isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] not in KNOWN
 
 
 def compile_config() -> CompileConfig:

@@ -123,7 +123,12 @@ class SiteState(Float32Buffers):
             packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
             starts = [0, *accumulate(packed.sizes)]
             for member, start in zip(members, starts, strict=False):
-                member.number, member.start = packed.number, start
+                member.number, member.start, member.dtype = packed.number, start, packed.dtype
+                member.places = member.places_now()
+
+    def is_replaced(self) -> bool:
+        """Whether a packed weight or bias is no longer the one that was packed."""
+        return any(m.packed is not None and m.places != m.places_now() for m in self.linears)
 
     def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
         """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""
@@ -174,10 +179,12 @@ class SparseLinear(nn.Linear):
         self.leads = group.projections[position] is site.site.projections[0]
         self.packed = None
         self.number, self.start = step.UNNUMBERED, 0  # of the group among all, of the first output in it
+        self.dtype: torch.dtype | None = None  # of the group's storage
+        self.places: tuple[int, ...] = ()  # of weight and bias in memory, when they were packed
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
-        if torch.compiler.is_compiling() and step.serves(self.number, input):
+        if torch.compiler.is_compiling() and input.dtype == self.dtype and step.serves(self.number, input):
             return step.part(self.number, self.start, self.start + self.out_features, input)
         packed = self.packed
         # Gradients go to the modules' own weights.
@@ -185,12 +192,17 @@ class SparseLinear(nn.Linear):
             return self.site.product(self, input)
         return packed.part(self.position, input)
 
+    def places_now(self) -> tuple[int, ...]:
+        """Where weight and bias are in memory."""
+        bias = self.bias
+        return (self.weight.data_ptr(),) if bias is None else (self.weight.data_ptr(), bias.data_ptr())
+
     def set_weight(self, value: Tensor) -> None:
         """Replace the weight's storage and keep its other properties."""
         self.weight = nn.Parameter(value, requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.site.state.stale = True
+        self.site.state.stale, self.number = True, step.UNNUMBERED
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -60,19 +60,24 @@ class RuntimeState:
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note at the start of the decoder's forward pass which of its rows are never masked."""
         if not torch.compiler.is_compiling():  # first, so that a compiled step has no guard on what follows
+            self._look(args, kwargs)
             self.refresh()
         self._note(args, kwargs)
         served = self.kernels == "auto" and self.counts is None and self.dense_rows is None
         step.current.owner = self.number
         step.current.mode = "" if not served else "dense" if self.all_dense else "sparse"
 
+    def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before a prompt, look whether weights were replaced without notice, as merging an adapter may do."""
+        tokens = _tokens(args, kwargs)
+        if not self.stale and (tokens is None or tokens.shape[1] > 1):
+            self.stale = any(site.is_replaced() for site in self.sites)
+
     def _note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.all_dense, self.dense_rows = self.dense, None
         if self.dense:
             return
-        tokens = args[0] if args else kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
+        tokens = _tokens(args, kwargs)
         if tokens is None or not _cache_is_empty(kwargs.get("past_key_values"), tokens.shape[1]):
             return
         if self.prefill == "dense":
@@ -107,6 +112,12 @@ class RuntimeState:
             yield
         finally:
             self.dense = before
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Token ids (batch, seq) or their embeddings (batch, seq, hidden) of a forward pass."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if tokens is None else tokens
 
 
 def _cache_is_empty(cache: Any, rows: int) -> bool:
