@@ -42,6 +42,7 @@ CODE = {
     """,
 }
 OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,)}
+BENCH = ["--sparsity", "0.5", "--prompt", "4", "--new", "2", "--rounds", "1"]
 IDS = torch.arange(4, 28).view(2, 12)
 
 
@@ -101,6 +102,10 @@ def test_unasked_nothing_of_it_runs(own: Path, sparse: Path, text: Path, tmp_pat
         ["calibrate", own, "-o", tmp_path / "out"],
         ["evaluate", sparse],
         ["inspect", sparse],
+        ["diagnose", sparse],
+        ["transfer", sparse, sparse],
+        ["bench", own],
+        ["bench", sparse],
         ["generate", sparse, "a text"],
         ["push", sparse, "me/sparse"],
     ):
@@ -127,11 +132,22 @@ def test_trusted_it_loads_and_computes_what_its_own_class_computes(own: Path, sp
 
 
 @pytest.mark.parametrize(
-    "command", [["inspect", "DIR"], ["generate", "DIR", "a text", "--new", "2"], ["export-dense", "DIR", "OUT"]]
+    "command",
+    [
+        ["inspect", "DIR"],
+        ["generate", "DIR", "a text", "--new", "2"],
+        ["export-dense", "DIR", "OUT"],
+        ["bench", "DIR", *BENCH],
+        ["bench", "MODEL", *BENCH],
+        ["diagnose", "DIR", "--what", "propagation", "--tokens", "64"],
+        ["transfer", "DIR", "DIR", "-o", "BUDGET"],
+    ],
 )
-def test_commands_take_the_flag_for_themselves_alone(sparse: Path, tmp_path: Path, command: list[str]) -> None:
-    names = {"DIR": str(sparse), "OUT": str(tmp_path / "dense")}
-    done = CliRunner().invoke(main, [*(names.get(word, word) for word in command), "--trust-remote-code"])
+def test_commands_take_the_flag_for_themselves_alone(
+    own: Path, sparse: Path, tmp_path: Path, command: list[str]
+) -> None:
+    names = {"DIR": sparse, "MODEL": own, "OUT": tmp_path / "dense", "BUDGET": tmp_path / "budget.yaml"}
+    done = CliRunner().invoke(main, [*(str(names.get(word, word)) for word in command), "--trust-remote-code"])
     assert done.exit_code == 0, done.output
     assert not code_is_trusted()
 

@@ -23,7 +23,7 @@ from wina_calib.runtime.state import RuntimeState
 from wina_calib.score import scores
 from wina_calib.settings import METHOD, Settings
 from wina_calib.sketch import ScoreHistogram
-from wina_calib.source import is_added, load_config, resolve
+from wina_calib.source import code_is_trusted, is_added, load_config, resolve
 from wina_calib.tables import LEVELS
 
 INITIAL_STD = 0.02
@@ -75,8 +75,10 @@ def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) ->
         settings = sparse_sites(sparse)[0].settings
         dense = stock_twin(sparse, config)
         return Pair(model, dense, sparse, count_cells(describe(dense), settings.transform), True, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", device_map=place).eval()
-    return _with_sites(model, loaded, config, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", device_map=place, trust_remote_code=code_is_trusted()
+    )
+    return _with_sites(model, loaded.eval(), config, folder)
 
 
 def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: int) -> Pair:
@@ -209,4 +211,4 @@ def own_bytes(model: nn.Module, extra: tuple[Any, ...] = ()) -> int:
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A stock model with weights on the meta device and real buffers."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()

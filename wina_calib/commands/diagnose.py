@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option
+from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option, trust_option
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
 
@@ -37,6 +37,7 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
 @click.option("--tokens", default=TOKENS, show_default=True, metavar="N", help="Tokens to measure on.")
 @device_option
 @dtype_option
+@trust_option
 @json_option
 def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Look behind the figures of a calibrated checkpoint.

@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from wina_calib.budgets import write_budget
-from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option, note
+from wina_calib.commands.common import (
+    Fractions,
+    bar,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    note,
+    trust_option,
+)
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.transfer import SAMPLES, budget_file, render, transfer
 
@@ -34,6 +43,7 @@ from wina_calib.transfer import SAMPLES, budget_file, render, transfer
 )  # fmt: skip
 @device_option
 @dtype_option
+@trust_option
 @json_option
 def command(
     source: str,
