@@ -152,6 +152,14 @@ def test_commands_take_the_flag_for_themselves_alone(
     assert not code_is_trusted()
 
 
+def test_methods_are_compared_on_it(own: Path, text: Path, tmp_path: Path) -> None:
+    options = {"data": str(text), "heldout": str(text), "samples": 80, "seq_len": 128, "tokens": 256, "draw": False}
+    found = wina_calib.compare(
+        own, tmp_path / "out", methods=("teal-uniform",), sparsities=(0.5,), trust_remote_code=True, **options
+    )
+    assert [row.method for row in found.rows] == ["teal-uniform"]
+
+
 def test_an_exported_model_keeps_its_code(sparse: Path, tmp_path: Path) -> None:
     CliRunner().invoke(main, ["export-dense", str(sparse), str(tmp_path / "dense"), "--trust-remote-code"])
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", trust_remote_code=True)

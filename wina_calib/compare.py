@@ -40,7 +40,7 @@ from wina_calib.placement import default_micro_batch, fitting_length, pick_devic
 from wina_calib.progress import Progress, Silent
 from wina_calib.runtime.load import load
 from wina_calib.shards import read_json
-from wina_calib.source import Source, code_is_trusted, open_source, remote_code
+from wina_calib.source import Source, code_is_trusted, has_own_code, open_source, remote_code
 from wina_calib.streaming import LayerStream
 from wina_calib.transforms import needed_sites, plan
 
@@ -314,7 +314,8 @@ class _Bench:
             place.mkdir(parents=True)
             values = {f.name: getattr(task.options, f.name) for f in fields(CalibrateOptions)}
             untouched = plan(task.options.transform, self.source.architecture).name == "none"
-            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": "reference" if untouched else "full"}
+            weights = "reference" if untouched and not has_own_code(self.source.folder) else "full"
+            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}
             start = time.monotonic()
             calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
             took = time.monotonic() - start
