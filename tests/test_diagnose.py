@@ -210,5 +210,6 @@ def test_bad_input(calibrated: Path) -> None:
         diagnose(calibrated, extreme=(1.0,))
     with pytest.raises(UsageError, match="amounts 0"):
         diagnose(calibrated, amounts=(0,))
-    refused = CliRunner().invoke(main, ["diagnose", str(calibrated), "--amounts", "1.5"])
-    assert refused.exit_code == 2 and "whole numbers" in refused.output
+    for amounts in ("1.5", "inf", "nan"):
+        refused = CliRunner().invoke(main, ["diagnose", str(calibrated), "--amounts", amounts])
+        assert refused.exit_code == 2 and "whole numbers" in refused.output

@@ -54,7 +54,7 @@ def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: boo
       wina-calib diagnose demo-sparse
       wina-calib diagnose demo-sparse --what propagation -s 0.65 --json
     """
-    if any(amount != int(amount) for amount in amounts):
+    if not all(amount.is_integer() for amount in map(float, amounts)):
         raise click.UsageError("--amounts are whole numbers of blocks, such as 1,16,256.")
     parts = [name.strip() for name in what.split(",") if name.strip()]
     bars: dict[str, Any] = {}

@@ -153,10 +153,9 @@ def texts_text(rows: Sequence[Fitted]) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    return (
-        f"texts, thresholds for sparsity {rows[0].sparsity:g} fitted again\n\n{table(headers, lines)}\n\n"
-        f"! achieved sparsity is off by more than {DRIFT}. Calibrate on text like that of use, with --data."
-    )
+    remedy = f"\n\n! achieved sparsity is off by more than {DRIFT}. Calibrate on text like that of use, with --data."
+    shown = remedy if any(r.drifts for r in rows) else ""
+    return f"texts, thresholds for sparsity {rows[0].sparsity:g} fitted again\n\n{table(headers, lines)}{shown}"
 
 
 def _row(
