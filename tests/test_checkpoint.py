@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wina_calib
-from wina_calib.checkpoint import expected_tensors, open_checkpoint, read_settings
+from wina_calib.checkpoint import expected_tensors, open_checkpoint, read_settings, write_wina_file
 from wina_calib.errors import CheckpointError
 from wina_calib.settings import FORMAT_VERSION, Settings
 
@@ -68,6 +68,17 @@ def test_wina_file_is_pinned(calibrated: Path) -> None:
     assert found == expected
     index = json.loads((calibrated / "model.safetensors.index.json").read_text())
     assert {n for n, f in index["weight_map"].items() if f == "wina.safetensors"} == set(expected)
+
+
+def test_the_order_of_the_tensors_does_not_change_the_file(tmp_path: Path) -> None:
+    """What was saved on the way comes back in another order than what was just computed."""
+    names = [f"model.layers.{i}.wina.{kind}" for i in (0, 2, 10) for kind in ("a.budget", "a.k.norm", "a.q.norm")]
+    tensors = {name: torch.full((2,), float(i)) for i, name in enumerate(names)}
+    write_wina_file(tmp_path / "a", tensors)
+    write_wina_file(tmp_path / "b", {name: tensors[name] for name in reversed(names)})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert list(file.offset_keys()) == names  # layer 10 after layer 2
 
 
 def test_config_is_pinned(calibrated: Path, llama: Path) -> None:

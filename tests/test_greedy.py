@@ -33,7 +33,7 @@ def papers_rows(stream: LayerStream, rule: MaskRule) -> np.ndarray:
     arch = stream.source.architecture
     rows = []
     hidden = [stream.embed()[i] for i in range(len(stream.batches))]
-    for index, module, _ in stream.layers():
+    for index, module in stream.layers():
         layer = arch.layers[index]
         histograms = {}
         with MaskedLayer(layer, module, rule, {}) as masked:

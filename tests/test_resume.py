@@ -19,7 +19,7 @@ from wina_calib.cli import main
 from wina_calib.errors import NumericError, OutputError, StateError
 from wina_calib.journal import Journal, Phase, check_same, open_journal
 from wina_calib.progress import Silent
-from wina_calib.streaming import HiddenStates
+from wina_calib.streaming import HiddenStates, LayerStream
 
 SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,)}
 CASES: dict[str, dict[str, Any]] = {
@@ -158,12 +158,37 @@ def test_a_damaged_state_is_refused(stopped: tuple[Path, Path, dict[str, Any]]) 
     model, out, options = stopped
     part = out.with_name(".out.state") / "dense-perplexity" / "0002" / "hidden.0"
     part.write_bytes(part.read_bytes()[:-1])
+    progress = Stopping()
     with pytest.raises(StateError, match="--restart"):
+        wina_calib.calibrate(model, out, progress=progress, **options)
+    assert part.is_file()  # nothing is removed without --restart
+    assert not any("the same command" in note for note in progress.notes)
+
+
+def test_a_disk_too_full_to_go_on_is_no_damage(
+    stopped: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, options = stopped
+
+    def full(*args: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="the disk is full"):
+        patch.setattr(HiddenStates, "__setitem__", full)
+        patch.setattr(LayerStream, "embed", LayerStream.store)
         wina_calib.calibrate(model, out, **options)
+    progress = Stopping()
+    wina_calib.calibrate(model, out, progress=progress, **options)
+    assert progress.steps[0] == "layer 3"
 
 
-def test_state_is_kept_when_asked(tmp_path: Path, llama: Path, text: Path) -> None:
-    options = SMALL | {"data": str(text), "budget": "uniform", "keep_state": True}
+@pytest.mark.parametrize("patience", [0.0, 1e9])
+def test_state_is_kept_when_asked(
+    patience: float, tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after every layer, or at the end of each phase only."""
+    monkeypatch.setattr(journal, "PATIENCE", patience)
+    options = SMALL | {"data": str(text), "keep_state": True}
     wina_calib.calibrate(llama, tmp_path / "out", **options)
     first = contents(tmp_path / "out")
     assert names(tmp_path) == [".out.state", "out"]
@@ -252,16 +277,44 @@ def test_saving_costs_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytes
     assert sorted(map(int, Journal(tmp_path / "s").phase("p").tensors())) == list(range(1, 57))
 
 
+def test_waiting_for_the_identity_is_no_part_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 20.0)
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def identity() -> dict[str, int]:
+        clock[0] += 1000.0  # all weights are read
+        return {"a": 1}
+
+    phase = open_journal(tmp_path / "s", identity).phase("p")
+    phase.save(1)
+    clock[0] += 1.0
+    phase.save(2)
+    assert phase.step == 2
+
+
+def test_small_values_keep_their_order(tmp_path: Path) -> None:
+    """They go into config.json: in another order its bytes would differ."""
+    values = {"second": {"b": 0.1, "a": [1, 2]}, "first": None}
+    open_journal(tmp_path / "s", dict).phase("p").finish(values=values)
+    found = Journal(tmp_path / "s").phase("p").values
+    assert json.dumps(found) == json.dumps(values)
+
+
 def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Stopping()
     phase = open_journal(tmp_path / "s", dict, report=report).phase("p")
     phase.save(1, tensors={"a": torch.tensor(1)})
 
-    def full() -> None:
-        raise OSError(28, os.strerror(28))
+    def full(path: Path) -> None:
+        if path.name == "0002.safetensors":  # it is written, but not all of it fits
+            raise OSError(28, os.strerror(28))
 
-    phase.save(2, tensors={"b": torch.tensor(2)}, prepare=full)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "sync_file", full)
+        phase.save(2, tensors={"b": torch.tensor(2)})
     assert "too full" in report.notes[0]
+    assert names(tmp_path / "s" / "p") == ["0001", "0001.safetensors", "state.json"]
     assert Journal(tmp_path / "s").phase("p").step == 1
     phase.save(3, tensors={"c": torch.tensor(3)})
     reopened = Journal(tmp_path / "s").phase("p")

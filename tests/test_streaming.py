@@ -31,7 +31,7 @@ def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = [model(b, output_hidden_states=True, use_cache=False) for b in ids.split(2)]
         hidden = stream.embed()
-        for index, module, _ in stream.layers():
+        for index, module in stream.layers():
             for batch in range(len(stream.batches)):
                 assert torch.equal(hidden[batch], expected[batch].hidden_states[index])
                 hidden[batch] = module(hidden[batch], **stream.kwargs(index, batch))
@@ -50,7 +50,7 @@ def test_only_two_layers_are_ever_loaded(llama: Path) -> None:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    for index, _, _ in stream.layers():
+    for index, _ in stream.layers():
         loaded = [i for i, m in enumerate(stream.modules) if not next(m.parameters()).is_meta]
         assert loaded == [index]
     assert all(p.is_meta for m in stream.modules for p in m.parameters())

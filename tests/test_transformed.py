@@ -35,7 +35,7 @@ def test_a_model_seen_through_a_transform_is_the_same_model(
 def last_states(source: Source, ids: torch.Tensor) -> torch.Tensor:
     stream = LayerStream(source, ids, micro_batch=4, dtype=torch.float32, device=CPU)
     hidden = stream.embed()[0]
-    for index, module, _ in stream.layers():
+    for index, module in stream.layers():
         rotations = {site: q.float() for site, q in source.rotations(index).items()}
         with MaskedLayer(source.architecture.layers[index], module, MaskRule(), rotations) as layer:
             hidden = layer.run(hidden, stream.kwargs(index, 0))

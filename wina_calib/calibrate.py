@@ -15,11 +15,11 @@ from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
-from wina_calib.errors import HubError, OutputError, RankError, UsageError, WinaError
+from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.identity import identity
 from wina_calib.job import Job
 from wina_calib.journal import Background, Journal, drop, open_journal
-from wina_calib.memory import advice
+from wina_calib.memory import advice, ran_out
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, claimed, publish
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
@@ -64,7 +64,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         try:
             job, base = ranks.agree(lambda: prepare(str(model), Path(output), chosen, progress, ranks))
             if ranks.is_first:
-                job.report.planned(job.estimate())
+                job.report.planned(job.estimate(base))
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
             with advice(job.micro_batch, job.blocks.ids.shape), torch.inference_mode(False), torch.enable_grad():
                 return Result(Path(output), _run(job, base, Path(output)))
@@ -149,12 +149,16 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
 
 def _leave(error: BaseException, state: Path, journal: Journal, report: Progress) -> None:
     """Keep the state of a run that failed if the same command may go on with it, and say so."""
-    hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError)
+    hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError | StateError)
     if hopeless or not journal.useful:
         drop(state)
         return
     shutil.rmtree(state / "spill", ignore_errors=True)
+    if isinstance(error, StateError):  # it says itself what to do about the state
+        return
     text = f"what is finished is kept in {state}: the same command goes on from there"
+    if ran_out(error):
+        text += "; with other options add --restart"
     if isinstance(error, KeyboardInterrupt):
         raise KeyboardInterrupt(f"Stopped; {text}.") from error
     report.note(text)

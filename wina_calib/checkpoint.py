@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def write_weights(
     shards = plan_shards(_by_layer(specs, arch), max_shard)
     files = {name: _shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
     names = [_shard_file(i, len(shards)) for i in range(len(shards))]
-    if phase.step and not all((folder / name).exists() for name in names):
+    if (phase.step or phase.finished) and not all((folder / name).exists() for name in names):
         phase.forget()
     written: list[str] = phase.values.get("written", [])
     writers = {
@@ -238,8 +239,11 @@ def write_calibration(
 
 
 def write_wina_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `wina.safetensors`."""
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    """Write `wina.safetensors`, in order of layers and names; the order in which the tensors come does not change it."""
+    names = sorted(
+        tensors, key=lambda name: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+    )
+    specs = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
     with ShardWriter(path, specs, header_metadata()) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

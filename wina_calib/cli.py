@@ -58,21 +58,25 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except WinaError as error:
-            if not getattr(error, "silent", False):
-                click.echo(f"Error: {error}", err=True)
+            _say(error, f"Error: {error}")
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
-            if not getattr(interrupt, "silent", False):
-                click.echo(str(interrupt) or "Interrupted; nothing was left behind.", err=True)
+            _say(interrupt, str(interrupt) or "Interrupted; nothing was left behind.")
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            click.echo("Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.", err=True)
+            _say(error, "Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.")
             ctx.exit(1)
         except OSError as error:
-            click.echo(f"Error: {error.filename or ''}: {error.strerror or error}", err=True)
+            _say(error, f"Error: {error.filename or ''}: {error.strerror or error}")
             ctx.exit(1)
+
+
+def _say(error: BaseException, text: str) -> None:
+    """Say what went wrong, once where several processes share the work."""
+    if not getattr(error, "silent", False):
+        click.echo(text, err=True)
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

@@ -11,7 +11,7 @@ from wina_calib.source import Source
 from wina_calib.transforms import Plan, Statistics, needed_sites
 
 BASE_BYTES = 600 << 20
-CLOSED_LOOP_PASSES = 1.6
+CLOSED_LOOP_PASSES = 1.6  # of a plain forward pass, for one anchor
 _LOGIT_ROWS = 1024  # 256 rows of logits, their probabilities and gradients
 
 
@@ -55,12 +55,11 @@ def estimate(
     requested: int,
     seq_len: int,
     micro_batch: int,
-    anchors: int,
+    passes: float,
     states: int,
     in_memory: bool,
     transform: Plan,
     dtype: torch.dtype,
-    budget_passes: float = 0.0,
 ) -> Estimate:
     """Predict the cost of a calibration.
 
@@ -70,12 +69,11 @@ def estimate(
         requested: blocks asked for.
         seq_len: tokens a block.
         micro_batch: blocks computed together.
-        anchors: model sparsities to fit.
+        passes: forward passes over these tokens that all the work is worth.
         states: hidden states of all tokens that the fit holds at a time.
         in_memory: whether in memory rather than in files.
         transform: the transform to fit.
         dtype: compute dtype.
-        budget_passes: forward passes that choosing the budget is worth.
     """
     arch = source.architecture
     statistics = 0
@@ -87,7 +85,6 @@ def estimate(
     hidden = states * hidden_bytes(arch, tokens, dtype)
     working = micro_batch * seq_len * 4 * width * 4 + _LOGIT_ROWS * arch.vocab_size * 4
     weights = sum(site.weights for _, site in arch.sites)
-    passes = 1.0 + (1.0 if statistics else 0.0) + CLOSED_LOOP_PASSES * anchors + budget_passes
     blocks = tokens // seq_len
     notes = (f"{requested} blocks asked, the text gives {blocks}; all are used",) if blocks < requested else ()
     return Estimate(

@@ -140,8 +140,18 @@ def run_layer(
 
 
 def _counted(stream: LayerStream, masked: MaskedLayer, x: Tensor) -> Tensor:
-    """The rows of x (batch, seq, width) whose scores are counted: those that are masked, of long texts evenly some."""
-    return masked.rule.masked_rows(x)[:, :: max(1, stream.tokens // COUNTED_TOKENS)]
+    """The rows (.., width) of x (batch, seq, width) whose scores are counted: those masked, of long texts evenly some."""
+    rows = masked.rule.masked_rows(x)
+    every = stream.tokens // COUNTED_TOKENS
+    if every <= 1:
+        return rows
+    # Over the blocks laid end to end, by a step without a common factor with their length: else some places in short blocks
+    # would be counted again and again, and others never.
+    blocks, length = rows.shape[:2]
+    while math.gcd(every, length) > 1:
+        every -= 1
+    chosen = torch.arange(0, blocks * length, every, device=x.device)
+    return rows[chosen // length, chosen % length]
 
 
 def _tables(

@@ -72,7 +72,7 @@ def fit_gates(stream: LayerStream, sparsities: Sequence[float]) -> Tensor:
     for state in states[1:]:
         state.copy_from(start)
     thresholds = torch.zeros(len(sparsities), len(arch.layers))
-    for index, module, _ in stream.layers():
+    for index, module in stream.layers():
         act = activation(arch.layers[index], module)
         for row, (sparsity, hidden) in enumerate(zip(sparsities, states, strict=True)):
             histogram = ScoreHistogram(stream.device)

@@ -124,7 +124,7 @@ def greedy(
         rows[:, int(name)] = value.numpy()
     if phase.step:
         phase.restore("hidden", hidden, stream.mine)
-    for index, module, _ in stream.layers(phase.step):
+    for index, module in stream.layers(phase.step):
         layer = arch.layers[index]
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         following = stream.store()

@@ -59,7 +59,8 @@ def _digest(paths: Iterable[Path]) -> str:
     """SHA-256 (hex) of files' names and bytes."""
     digest = hashlib.sha256()
     for path in paths:
-        data = path.read_bytes()
-        digest.update(f"{path.name}:{len(data)}:".encode())
-        digest.update(data)
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from wina_calib.allocation import Allocation, allocate, choice_passes, curve_ten
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, write_calibration, write_weights
 from wina_calib.corpus import Blocks
-from wina_calib.estimate import Estimate, estimate, hidden_bytes
+from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
@@ -54,21 +54,29 @@ class Job:
     ranks: Ranks = ALONE
     spill: Path | None = None
 
-    def estimate(self) -> Estimate:
-        """What the work will take."""
+    def estimate(self, base: Blocks) -> Estimate:
+        """What the work will take; `base` is the text of the original model's perplexity."""
         return estimate(
             self.source,
             tokens=self.blocks.tokens,
             seq_len=self.blocks.ids.shape[1],
             micro_batch=self.micro_batch,
-            anchors=len(self.options.anchors),
+            passes=self._passes(base),
             states=self._fit_states,
             in_memory=self._in_memory(self._threshold_ids, self._fit_states),
             transform=self.transform,
             dtype=self.dtype,
             requested=self.blocks.requested,
-            budget_passes=choice_passes(self.options, len(self._threshold_ids) * self.blocks.ids.shape[1]),
         )
+
+    def _passes(self, base: Blocks) -> float:
+        """Forward passes over all calibration tokens that the work is worth."""
+        anchors, tokens = len(self.options.anchors), self._threshold_ids.numel()
+        thresholds = CLOSED_LOOP_PASSES * anchors if self.options.loop == "closed" else anchors + 1
+        work = base.tokens + tokens * (thresholds + choice_passes(self.options, tokens))
+        if needed_sites(self.transform.name, self.source.architecture):
+            work += self._transform_ids.numel()
+        return work / self.blocks.tokens
 
     @property
     def _transform_ids(self) -> Tensor:

@@ -59,6 +59,7 @@ class Journal:
     report: Progress = field(default_factory=Silent)
     saved: float = -1.0  # when the last save ended, and how long it took
     took: float = 0.0
+    waited: float = 0.0  # for the identity, once: no part of what a save takes
 
     def phase(self, name: str, *, ranks: Ranks | None = None) -> Phase:
         """Open a phase: what was saved of it, and the way to save more. `ranks` are those that take part in it."""
@@ -72,7 +73,10 @@ class Journal:
         """Say what the work is, before anything of it counts."""
         assert self.folder is not None
         if not (self.folder / JOB).exists():
-            write_file(self.folder / JOB, encode(self.identity()))
+            start = time.monotonic()
+            known = self.identity()
+            self.waited = time.monotonic() - start
+            write_file(self.folder / JOB, encode(known))
 
     @property
     def useful(self) -> bool:
@@ -162,7 +166,8 @@ class Phase:
         elif self._ranks.is_first:
             self._journal.report.note(f"the disk is too full to save the state of this run in {self._journal.folder}")
         self._journal.saved = time.monotonic()
-        self._journal.took = self._journal.saved - start
+        self._journal.took = self._journal.saved - start - self._journal.waited
+        self._journal.waited = 0.0
 
     def finish(
         self,
@@ -204,6 +209,8 @@ class Phase:
             self._take(state)
         if first:
             shutil.rmtree(old if fits else place, ignore_errors=True)
+            if not fits:
+                place.with_suffix(".safetensors").unlink(missing_ok=True)
         return fits
 
     def _begin(self, place: Path) -> None:
@@ -318,8 +325,8 @@ def _short(text: str | None) -> str:
 
 
 def encode(value: Any) -> bytes:
-    """Plain values as JSON; floats come back as they were."""
-    return json.dumps(value, sort_keys=True, default=list).encode() + b"\n"
+    """Plain values as JSON; floats and the order of names come back as they were."""
+    return json.dumps(value, default=list).encode() + b"\n"
 
 
 def _form(store: HiddenStates) -> dict[str, Any]:
@@ -337,10 +344,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _readable(place: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one message."""
+    """Turn what a damaged file raises into one message; a disk too full for what is read from it is not damage."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
         raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error
 
 

@@ -262,7 +262,7 @@ class _Run:
         dense, sparse = stream.embed(), stream.store()
         sparse.copy_from(dense)
         found: list[SiteBound] = []
-        for index, module, _ in stream.layers():
+        for index, module in stream.layers():
             rotations = {site: q.to(self.device, self.dtype) for site, q in source.rotations(index).items()}
             with _Watched(arch.layers[index], module, rule, rotations) as layer:
                 layer.cuts = dict(cuts(arch.layers[index]))

@@ -44,7 +44,7 @@ def dense_pass(
         phase.restore("hidden", hidden, stream.mine)
         if statistics is not None:
             statistics.load_state_dict(phase.tensors())
-    for index, module, _ in stream.layers(phase.step):
+    for index, module in stream.layers(phase.step):
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
             for batch in stream.mine:
                 if statistics is not None:
@@ -101,7 +101,7 @@ def fit_thresholds(
         for name, store in stores.items():
             phase.restore(name, store, stream.mine)
     tensors: dict[str, Tensor] = phase.tensors()
-    for index, module, _ in stream.layers(phase.step):
+    for index, module in stream.layers(phase.step):
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         layer = arch.layers[index]
         fits: list[dict[str, SiteFit]] = []

@@ -186,6 +186,7 @@ def _forward(
     thresholds: dict[int, dict[str, Tensor]] = {}
     inputs = {0: stream.embed()}
     if phase.step:
+        inputs[0].clear()
         inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
         for i, store in inputs.items():
             phase.restore(f"input{i}", store, stream.mine)
@@ -193,7 +194,7 @@ def _forward(
             kind, where, key = name.split(":")
             if kind == "threshold":
                 thresholds.setdefault(int(where), {})[key] = value.to(stream.device)
-    for index, module, _ in stream.layers(min(phase.step, len(arch.layers))):
+    for index, module in stream.layers(min(phase.step, len(arch.layers))):
         outputs = stream.store()
         histograms: dict[str, ScoreHistogram] = {}
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, _rotations(stream, index)) as layer:
@@ -248,7 +249,7 @@ def _backward(
                 found[:, int(where)] = value.numpy()
     else:
         gradients = _loss_gradients(stream, last, seed)
-    for index, module, _ in stream.layers(0, count - done, backward=True):
+    for index, module in stream.layers(0, count - done, backward=True):
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
         found[:, index] = layer
         inputs.pop(index).clear()

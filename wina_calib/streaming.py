@@ -178,8 +178,8 @@ class LayerStream:
 
     def layers(
         self, first: int = 0, stop: int | None = None, *, backward: bool = False
-    ) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
-        """Load each layer from `first` to before `stop`; yield its index, module with weights, and tensors as on disk.
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Load each layer from `first` to before `stop`; yield its index and its module with weights.
 
         The next layer is read while the current one is computed; at most two are in memory. `backward` goes from the last
         one down.
@@ -195,8 +195,9 @@ class LayerStream:
                 pending = None if following is None else pool.submit(self.source.load_layer, following)
                 module = self.modules[index]
                 load_into(module, tensors, self.dtype, self.device)
+                del tensors  # of another dtype they are a third copy
                 try:
-                    yield index, module, tensors
+                    yield index, module
                 finally:
                     module.to("meta")
 

@@ -325,7 +325,7 @@ def _dense_scores(taker: Checkpoint, text: Blocks, place: torch.device, dtype: s
 def dense_scores(source: Source, stream: LayerStream, rule: MaskRule) -> list[dict[str, Tensor]]:
     """Score quantiles at `LEVELS` of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
     hidden, found = stream.embed(), []
-    for index, module, _ in stream.layers():
+    for index, module in stream.layers():
         rotations = {s: q.to(stream.device, stream.dtype) for s, q in source.rotations(index).items()}
         with MaskedLayer(source.architecture.layers[index], module, rule, rotations) as masked:
             sites = dense_tables(stream, masked, hidden)

@@ -70,7 +70,7 @@ def _sample(stream: LayerStream, name: str) -> Statistics:
     arch, rows = stream.source.architecture, stream.batches[0].shape[1] - 1
     statistics = Statistics(arch, name, tokens=len(stream.batches) * rows)
     hidden = stream.embed()
-    for index, module, _ in stream.layers():
+    for index, module in stream.layers():
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
             for batch in range(len(stream.batches)):
 
