@@ -123,7 +123,7 @@ class SiteState(Float32Buffers):
             packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
             starts = [0, *accumulate(packed.sizes)]
             for member, start in zip(members, starts, strict=False):
-                member.number, member.start, member.dtype = packed.number, start, packed.dtype
+                member.number, member.start, member.packed_dtype = packed.number, start, packed.dtype
                 member.places = member.places_now()
 
     def is_replaced(self) -> bool:
@@ -179,12 +179,12 @@ class SparseLinear(nn.Linear):
         self.leads = group.projections[position] is site.site.projections[0]
         self.packed = None
         self.number, self.start = step.UNNUMBERED, 0  # of the group among all, of the first output in it
-        self.dtype: torch.dtype | None = None  # of the group's storage
+        self.packed_dtype: torch.dtype | None = None  # of the group's storage
         self.places: tuple[int, ...] = ()  # of weight and bias in memory, when they were packed
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
-        if torch.compiler.is_compiling() and input.dtype == self.dtype and step.serves(self.number, input):
+        if torch.compiler.is_compiling() and input.dtype == self.packed_dtype and step.serves(self.number, input):
             return step.part(self.number, self.start, self.start + self.out_features, input)
         packed = self.packed
         # Gradients go to the modules' own weights.
