@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads that spin slow down the busy ones on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-lm-eval audit lint types docs results clean
+.PHONY: demo test test-all test-lm-eval soak audit lint types docs results clean
 
 demo: $(STAMP)
 	$(BIN)/wina-calib demo
@@ -22,6 +22,10 @@ test-all: $(STAMP)
 test-lm-eval: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm-eval]" -c constraints.txt
 	$(BIN)/python -m pytest tests/test_tasks.py
+
+# 30 random calibrations; WINA_SOAK=300 makes more.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
