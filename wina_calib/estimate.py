@@ -10,9 +10,13 @@ from wina_calib.families import Architecture
 from wina_calib.source import Source
 from wina_calib.transforms import Plan, Statistics, needed_sites
 
-BASE_BYTES = 600 << 20
+LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, once the work runs
 CLOSED_LOOP_PASSES = 1.6  # of a plain forward pass, for one anchor
 _LOGIT_ROWS = 1024  # 256 rows of logits, their probabilities and gradients
+# Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
+# residual stream's width and the widest site's.
+_FORWARD = 4, 4
+_BACKWARD = 26, 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def estimate(
     in_memory: bool,
     transform: Plan,
     dtype: torch.dtype,
+    resident: int,
+    backward_tokens: int = 0,
+    backward_states: int = 0,
 ) -> Estimate:
     """Predict the cost of a calibration.
 
@@ -74,21 +81,38 @@ def estimate(
         in_memory: whether in memory rather than in files.
         transform: the transform to fit.
         dtype: compute dtype.
+        resident: bytes that the process takes before the work.
+        backward_tokens: tokens that go backward together to choose the budget; 0 where none do.
+        backward_states: bytes of the hidden states and gradients in memory meanwhile.
     """
     arch = source.architecture
-    statistics = 0
+    sample = statistics = 0
     if needed_sites(transform.name, arch):
-        statistics = Statistics(arch, transform.name, tokens=tokens).nbytes()
-    layer = layer_elements(arch) * max(dtype.itemsize, source.dtype.itemsize)
+        planned = Statistics(arch, transform.name, tokens=tokens)
+        sample, statistics = planned.sample_bytes(), planned.nbytes()
+    # While a layer runs, the next is read as it is on disk; while it is loaded, it is there in both dtypes.
+    stored, computed = (layer_elements(arch) * each.itemsize for each in (source.dtype, dtype))
+    running = computed + stored
+    loading = running + (stored if dtype != source.dtype else 0)
     head = arch.vocab_size * arch.hidden_size * dtype.itemsize
     width = max(arch.hidden_size, *(s.width for _, s in arch.sites))
     hidden = states * hidden_bytes(arch, tokens, dtype)
-    working = micro_batch * seq_len * 4 * width * 4 + _LOGIT_ROWS * arch.vocab_size * 4
+
+    def working(rows: int, floats: tuple[int, int]) -> int:
+        return 4 * rows * (floats[0] * arch.hidden_size + floats[1] * width)
+
+    phases = {
+        "load": loading + hidden * in_memory,
+        "forward": running + working(micro_batch * seq_len, _FORWARD) + max(hidden * in_memory, sample),
+        "transform": 2 * stored + statistics,
+        "backward": running + working(backward_tokens, _BACKWARD) + backward_states,
+        "logits": head + _LOGIT_ROWS * arch.vocab_size * 4 + max(hidden * in_memory, backward_states),
+    }
     weights = sum(site.weights for _, site in arch.sites)
     blocks = tokens // seq_len
     notes = (f"{requested} blocks asked, the text gives {blocks}; all are used",) if blocks < requested else ()
     return Estimate(
-        memory_bytes=BASE_BYTES + max(2 * layer, head) + (hidden if in_memory else 0) + working + statistics,
+        memory_bytes=resident + LOADED_LATER + max(phases.values()),
         hidden_bytes=hidden,
         disk_bytes=sum(info.nbytes for info in source.shards.values()),
         tokens=tokens,

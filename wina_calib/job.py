@@ -22,13 +22,14 @@ from wina_calib.corpus import Blocks
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase
 from wina_calib.masked import MaskRule
+from wina_calib.memory import resident_bytes
 from wina_calib.options import CalibrateOptions
 from wina_calib.passes import dense_pass, fit_thresholds
 from wina_calib.placement import keep_in_memory
 from wina_calib.progress import Progress
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.reference import write_reference
-from wina_calib.sensitivity import CURVE_LEVELS
+from wina_calib.sensitivity import CURVE_LEVELS, usable_tokens
 from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
 from wina_calib.streaming import LayerStream, next_token_nll
@@ -56,6 +57,9 @@ class Job:
 
     def estimate(self, base: Blocks) -> Estimate:
         """What the work will take; `base` is the text of the original model's perplexity."""
+        felt = usable_tokens(self._threshold_ids.numel()) if self._goes_backward else 0
+        layers = len(self.source.architecture.layers)
+        state = hidden_bytes(self.source.architecture, felt, self.dtype)
         return estimate(
             self.source,
             tokens=self.blocks.tokens,
@@ -67,6 +71,9 @@ class Job:
             transform=self.transform,
             dtype=self.dtype,
             requested=self.blocks.requested,
+            resident=resident_bytes(),
+            backward_tokens=min(felt, self._backward_batch * self.blocks.ids.shape[1]),
+            backward_states=(layers + 3) * state if keep_in_memory(self.device, layers + 1, state) else 0,
         )
 
     def _passes(self, base: Blocks) -> float:
@@ -269,7 +276,7 @@ class Job:
             return LayerStream(
                 source,
                 some,
-                micro_batch=max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // seq_len),
+                micro_batch=self._backward_batch,
                 dtype=self.dtype,
                 device=self.device,
                 spill=None if self._in_memory(some, len(arch.layers) + 1) else self.spill,
@@ -279,6 +286,16 @@ class Job:
         cells = count_cells(arch, self.transform.name)
         report = self.report.step
         return allocate(self.options, arch, cells, self._rule, ids.numel(), stream, phase=phase, progress=report)
+
+    @property
+    def _goes_backward(self) -> bool:
+        """Whether the budget is chosen by curves."""
+        return self.options.budget not in ("uniform", "greedy")
+
+    @property
+    def _backward_batch(self) -> int:
+        """Blocks that go backward together."""
+        return max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // self.blocks.ids.shape[1])
 
     @property
     def _rule(self) -> MaskRule:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from wina_calib.errors import OutOfMemoryError
 
 _ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
+_IMPORTED = 400 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; where the system does not say, about what torch and transformers take."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return _IMPORTED
 
 
 def ran_out(error: BaseException) -> bool:

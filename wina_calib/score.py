@@ -16,7 +16,7 @@ SCORES = ("wina", "teal", "weight", "random")
 SELECT = ("threshold", "topk")
 KEEP_ALL = -1.0
 Cut = Tensor | int  # a threshold, scalar float32, or how many inputs each row keeps
-_ROWS = 1024
+_ROWS, _ELEMENTS = 1024, 1 << 22  # squared at a time, at most
 
 
 def column_norms(weights: Iterable[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ def column_norms(weights: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for weight in weights:
-        for rows in weight.split(_ROWS):
+        for rows in weight.split(max(1, min(_ROWS, _ELEMENTS // weight.shape[1]))):
             square = rows.double().square().sum(0)
             total = square if total is None else total.add_(square)
     if total is None:

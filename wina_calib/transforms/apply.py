@@ -13,7 +13,7 @@ from torch import Tensor
 from wina_calib.families import Architecture, Layer, Norm
 from wina_calib.transforms.plan import INPUT_SITES, Rotations, is_uniform, norm_gain, unit_weight
 
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 
 
 def apply_layer(

@@ -83,6 +83,7 @@ def fit(
             save=lambda state: keep({_DESCENT + name: value for name, value in state.items()}),
         )
         keep({"residual": fitted})
+    found = {name: value for name, value in found.items() if not name.startswith(_DESCENT)}
     for layer in arch.layers if wanted.heads else ():
         if f"{layer.index}.heads" not in found and statistics is not None:
             turned = fit_heads(layer, load_layer(layer.index), statistics, steps=steps, seed=seed, device=device)

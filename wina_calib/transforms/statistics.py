@@ -54,12 +54,15 @@ class Statistics:
         """Names of the sites whose inputs `update` wants."""
         return self._sites
 
+    def sample_bytes(self) -> int:
+        """Bytes of the finished sample."""
+        return sum(self._count(site) * (2 * self._width(site) + 1) for _, site in self._keys)
+
     def nbytes(self) -> int:
         """Bytes of the finished sample, and of what `fit` holds beside it on its device."""
-        sample = sum(self._count(site) * (2 * self._width(site) + 9) for _, site in self._keys)
         width = self._arch.hidden_size
         state = sum(4 * width * max(64, width // 8) for _, site in self._keys if site in INPUT_SITES)
-        return 2 * sample + state + 12 * 8 * width**2
+        return 2 * self.sample_bytes() + state + 12 * 8 * width**2
 
     def rows(self, layer: int, site: str) -> Tensor:
         """Sorted indices of the tokens that this site keeps."""
