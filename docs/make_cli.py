@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent / "cli.md"
 
 def page() -> str:
     """The whole page."""
-    context = click.Context(main, info_name="wina-calib", max_content_width=100, terminal_width=100)
+    context = click.Context(main, info_name="wina-calib", terminal_width=100, **main.context_settings)
     parts = ["# Command line", "", "Made by `python docs/make_cli.py`.", "", _block(main.get_help(context))]
     for name in COMMANDS:
         command = main.get_command(context, name)

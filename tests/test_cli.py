@@ -17,6 +17,7 @@ from wina_calib.checkpoint import read_settings
 from wina_calib.cli import COMMANDS, main
 from wina_calib.commands.common import bar
 from wina_calib.evaluate import find_warnings
+from wina_calib.text import fixed, rise, table
 
 
 def run(*args: object) -> Result:
@@ -161,6 +162,13 @@ def test_plain_transformers_calls_load_it(calibrated: Path) -> None:
     assert made("a text", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("a text")
 
 
+def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
+    assert (fixed(32.9584), fixed(47_188_087_028.9)) == ("32.958", "4.72e+10")
+    assert (rise(1.123, 1.0), rise(4.7e10, 32.9)) == ("+12.3 %", "+1.43e+11 %")
+    assert table(["", ""], [["a", "b"]]) == "a  b"
+    assert table(["", "x"], [["a", "b"]]) == "   x\n-  -\na  b"
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -172,6 +180,8 @@ def test_plain_transformers_calls_load_it(calibrated: Path) -> None:
         (["calibrate", "demo", "-o", "OUT", "--device", "warp"], 2, "warp"),
         (["calibrate", "/no/such/folder", "-o", "OUT"], 1, "is not a folder"),
         (["evaluate", "/no/such/folder"], 1, "is not a folder"),
+        (["evaluate", "no-such-folder"], 1, "no folder of that name"),
+        (["info", "DENSE"], 2, "`wina-calib inspect"),
         (["inspect", "DENSE"], 1, "not calibrated"),
         (["evaluate", "DENSE"], 1, "not calibrated"),
         (["generate", "DENSE", "x"], 1, "not calibrated"),

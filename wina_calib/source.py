@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from wina_calib.errors import ModelFolderError, NumericError, UnsupportedModel
+from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel
 from wina_calib.families import Architecture, Layer, describe
 from wina_calib.remote import fetch
 from wina_calib.shards import Shards, read_json
@@ -192,7 +192,10 @@ def _root(
         return path, None
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
-    return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
+    try:
+        return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
+    except HubError as error:
+        raise HubError(f"{error} There is no folder of that name here either.") from None
 
 
 def open_source(

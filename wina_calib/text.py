@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LONG = 1e6
+
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a rule under its headers; numbers to the right, words to the left."""
+    """A table with a rule under its headers, if it has any; numbers to the right, words to the left."""
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     right = [all(_is_number(cell) for cell in column[1:]) and len(column) > 1 for column in columns]
@@ -15,7 +17,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, rows)])
+    top = [line(headers), "  ".join("-" * width for width in widths)] if any(headers) else []
+    return "\n".join([*top, *map(line, rows)])
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -24,8 +27,14 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def rise(value: float, base: float) -> str:
-    """Relative change with its sign: `+12.3 %`."""
-    return f"{100 * (value / base - 1):+.1f} %"
+    """Relative change with its sign: `+12.3 %`, `+1.43e+11 %`."""
+    change = 100 * (value / base - 1)
+    return f"{change:+.1f} %" if abs(change) < _LONG else f"{change:+.3g} %"
+
+
+def fixed(value: float) -> str:
+    """Three decimals, or three digits of a number too long to read: `32.958`, `4.72e+10`."""
+    return f"{value:.3f}" if abs(value) < _LONG else f"{value:.3g}"
 
 
 def _is_number(cell: str) -> bool:

@@ -23,7 +23,7 @@ from wina_calib.errors import UsageError
 from wina_calib.evaluate import Evaluation, evaluate
 from wina_calib.results import save_evaluation
 from wina_calib.source import resolve
-from wina_calib.text import percent, rise, table
+from wina_calib.text import fixed, percent, rise, table
 
 
 @click.command("evaluate")
@@ -110,8 +110,8 @@ def render(result: Evaluation) -> str:
     rows = [
         [
             "perplexity",
-            f"{result.dense_ppl:.3f}",
-            f"{result.sparse_ppl:.3f}",
+            fixed(result.dense_ppl),
+            fixed(result.sparse_ppl),
             rise(result.sparse_ppl, result.dense_ppl),
         ],
         ["KL from dense (nats/token)", "0.000", f"{result.kl:.3f}", ""],

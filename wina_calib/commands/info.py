@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.errors import UsageError
 from wina_calib.estimate import human_bytes
 from wina_calib.hub import RemoteFacts, remote_facts
 from wina_calib.text import percent, table
@@ -23,6 +25,8 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
     Example:
       wina-calib info USER/demo-sparse
     """
+    if Path(repo).is_dir():
+        raise UsageError(f"{repo} is a folder here; `wina-calib inspect {repo}` says what is in it.")
     facts = remote_facts(repo, revision=revision)
     emit(to_dict(facts), render(facts), as_json=as_json)
 
