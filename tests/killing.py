@@ -32,6 +32,7 @@ class Run:
             return cls(process, reading)
         try:
             os.close(reading)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
             sys.addaudithook(lambda event, _: event.startswith(_TOUCHES) and os.write(writing, b"."))
             work()
             os._exit(0)
