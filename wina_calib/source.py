@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fnmatch
 import re
 from collections.abc import Iterator
@@ -78,6 +80,7 @@ class Source:
         Raises:
             NumericError: a weight is NaN or infinite.
         """
+        _return_freed_memory()
         prefix = self.architecture.layers[index].prefix
         return {name.removeprefix(prefix): self.load(name) for name in self.layer_names(index)}
 
@@ -130,6 +133,12 @@ def check_code(folder: Path) -> None:
             f"{folder} needs Python code of its own, of which nothing has run. Read it, then give --trust-remote-code, or "
             "trust_remote_code=True in Python."
         )
+
+
+def _return_freed_memory() -> None:
+    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_tokenizer(folder: Path) -> Any:
