@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from transformers.utils import logging
 
@@ -83,7 +84,7 @@ def main() -> None:
             file = args.results / f"{Path(model).name}, {name}.json"
             if not file.is_file():
                 keep(file, one(model, name, args, device))
-                print(file, flush=True)  # noqa: T201
+                click.echo(file)
     write_page(args.results)
 
 

@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("build/results")  # relative to ROOT, as in the commands
@@ -62,7 +63,7 @@ def main() -> None:
         if args.page or (args.steps and not name.startswith(tuple(args.steps))):
             continue
         if "ref" in name and not (ROOT / REF).is_dir():
-            print(f"{name}: {REF} is not here; its stored figures stay", file=sys.stderr)  # noqa: T201
+            click.echo(f"{name}: {REF} is not here; its stored figures stay", err=True)
             continue
         stored[name] = run(name, command, fresh=args.fresh)
     stored = {name: stored[name] for name in STEPS if name in stored}
@@ -78,7 +79,7 @@ def run(name: str, command: str, *, fresh: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
         if found["command"] == command:
             return found
-    print(f"{name}: wina-calib {command}", file=sys.stderr, flush=True)  # noqa: T201
+    click.echo(f"{name}: wina-calib {command}", err=True)
     start = time.monotonic()
     result = prune(name, invoke(command))
     seconds = max(time.monotonic() - start, _cell_seconds(result))

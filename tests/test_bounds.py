@@ -155,7 +155,7 @@ def test_synthetic_ratios_are_the_papers() -> None:
 )
 def test_settings_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
-        Setting(**wrong)  # type: ignore[arg-type]
+        Setting(**wrong)
 
 
 def test_command_line() -> None:

@@ -51,8 +51,9 @@ def test_wina_file_is_pinned(calibrated: Path) -> None:
             "producer_version": wina_calib.__version__,
             "wina_format": "1.0",
         }
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - a file is no dict
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in list(file.keys())}
+        found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        assert {part.get_dtype() for part in slices.values()} == {"F32"}
     widths = {"attn_in": 64, "attn_out": 64, "mlp_in": 64, "mlp_out": 128}
     expected = {}
     for layer in range(3):

@@ -150,7 +150,7 @@ def test_another_protocol_computes_anew(
 ) -> None:
     folder, found = run
     before, heard = cells(folder), Listening()
-    other = wina_calib.compare(llama, folder, methods="wina", sparsities=0.25, progress=heard, **(protocol | change))  # type: ignore[arg-type]
+    other = wina_calib.compare(llama, folder, methods="wina", sparsities=0.25, progress=heard, **(protocol | change))
     assert "1 cells of 1 methods to compute, 0 there already" in heard.phases[0]
     assert "of another protocol, method or sparsity left aside" in heard.phases[0]
     assert other.rows[0] != found.row("wina", 0.25)
@@ -177,7 +177,7 @@ def test_stopped_between_cells_it_goes_on(
 
     options = {"methods": "wina", "sparsities": SPARSITIES, **protocol}
     with pytest.raises(KeyboardInterrupt):
-        wina_calib.compare(llama, tmp_path / "out", progress=Stopping(), **options)  # type: ignore[arg-type]
+        wina_calib.compare(llama, tmp_path / "out", progress=Stopping(), **options)
     left = cells(tmp_path / "out")
     assert len(left) == 1 and json.loads(next(iter(left.values())))["row"]["sparsity"] == 0.25
     assert not (tmp_path / "out" / "compare.json").exists()
@@ -187,7 +187,7 @@ def test_stopped_between_cells_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setitem(wina_calib.compare.__globals__, "calibrate", refuse)
-        found = wina_calib.compare(llama, tmp_path / "out", **options)  # type: ignore[arg-type]
+        found = wina_calib.compare(llama, tmp_path / "out", **options)
     for row in found.rows:
         whole = run[1].row("wina", row.sparsity)
         assert (row.ppl, row.kl, row.model_sparsity) == (whole.ppl, whole.kl, whole.model_sparsity)
@@ -204,7 +204,7 @@ def test_stopped_while_calibrating_leaves_no_cell(llama: Path, protocol: dict[st
     with pytest.raises(KeyboardInterrupt):
         wina_calib.compare(
             llama, tmp_path / "out", methods="teal-uniform", sparsities=0.5, progress=Stopping(), **protocol
-        )  # type: ignore[arg-type]
+        )
     assert cells(tmp_path / "out") == {}
 
 
@@ -275,7 +275,7 @@ def test_command_line(llama: Path, text: Path, tmp_path: Path) -> None:
 def test_bad_input(llama: Path, protocol: dict[str, object], tmp_path: Path) -> None:
     def attempt(**change: object) -> None:
         options = {"methods": "wina", "sparsities": 0.5, **protocol} | change
-        wina_calib.compare(llama, tmp_path / "out", **options)  # type: ignore[arg-type]
+        wina_calib.compare(llama, tmp_path / "out", **options)
 
     with pytest.raises(UsageError, match="grid is 1.5"):
         attempt(sparsities=(1.5,))
@@ -299,7 +299,7 @@ def test_bad_input(llama: Path, protocol: dict[str, object], tmp_path: Path) -> 
 def test_every_method_of_both_groups_has_a_cell(llama: Path, protocol: dict[str, object], tmp_path: Path) -> None:
     names = ("papers", "ablation")
     half = protocol | {"samples": 260}  # a quarter is enough for a calibration
-    found = wina_calib.compare(llama, tmp_path / "out", methods=names, sparsities=0.25, **half)  # type: ignore[arg-type]
+    found = wina_calib.compare(llama, tmp_path / "out", methods=names, sparsities=0.25, **half)
     assert [row.method for row in found.rows] == list(METHODS) and not found.skipped
     for row in found.rows:
         if row.method not in ("text-code", "text-prose", "text-builtin"):  # calibrated on text of another kind
@@ -333,7 +333,7 @@ def test_killed_it_goes_on(llama: Path, text: Path, protocol: dict[str, object],
         methods=("wina", "teal-uniform"),
         sparsities=SPARSITIES,
         **protocol | {"tokens": 16384},
-    )  # type: ignore[arg-type]
+    )
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [row["ppl"] for row in found] == [row.ppl for row in whole.rows]
 

@@ -23,6 +23,17 @@ DEMO = Path(__file__).parent.parent / "wina_calib" / "data" / "demo-llama-5m"
 BOS, EOS = 1, 2
 
 
+class Records(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
 class Characters:
     """One token a character, above the two special ones."""
 
@@ -281,9 +292,9 @@ class TestPacking:
 
     def test_a_long_document_takes_linear_time(self, tmp_path):
         file = write_jsonl(tmp_path / "a.jsonl", {"text": "some words " * 100_000})
-        start = time.perf_counter()
+        start = time.process_time()
         assert pack(file, samples=10**6, seq_len=4).ids.shape == (366_666, 4)
-        assert time.perf_counter() - start < 10
+        assert time.process_time() - start < 10
 
     def test_reading_a_long_source_stops_when_there_is_enough(self, monkeypatch):
         monkeypatch.setattr(corpus, "_SHUFFLE_CHARACTERS", 1000)
@@ -316,9 +327,8 @@ class TestRealTokenizer:
     def test_no_warning_about_long_texts(self, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(DEMO, model_max_length=64)
         (tmp_path / "a.txt").write_text("A text much longer than the model takes. " * 500)
-        records: list[logging.LogRecord] = []
-        handler = logging.Handler()
-        handler.emit = records.append  # type: ignore[method-assign]
+        handler = Records()
+        records = handler.records
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_info()
         logging.getLogger("transformers").addHandler(handler)

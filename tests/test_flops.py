@@ -121,7 +121,7 @@ def test_configs_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"sparsities": [1.0]}, {"sparsities": [-0.1]}, {"sparsities": []}, {"context": 0}])
 def test_values_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
-        flops("demo", **wrong)  # type: ignore[arg-type]
+        flops("demo", **wrong)
 
 
 def test_command_line() -> None:

@@ -24,7 +24,7 @@ def data(text: Path) -> list[str]:
 
 
 def measure(model: Path, data: list[str], **options: object) -> list[ModelBounds]:
-    return model_bounds(model, data=data, tokens=TOKENS, **options)  # type: ignore[arg-type]
+    return model_bounds(model, data=data, tokens=TOKENS, **options)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import pytest
+from conftest import needs_shared
 
 from wina_calib.cli import main
 
@@ -89,12 +90,10 @@ def test_bounds_come_out_the_same(script: ModuleType, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo-compare", "ref-compare"])
+@pytest.mark.parametrize("name", ["demo-compare", pytest.param("ref-compare", marks=needs_shared)])
 def test_a_cell_of_each_comparison_comes_out_the_same(
     script: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name.startswith("ref") and not (ROOT / script.REF).is_dir():
-        pytest.skip("needs the reference model of ../shared, which is not here")
     monkeypatch.chdir(ROOT)
     words = shlex.split(script.STEPS[name])
     for option, value in (("-o", str(tmp_path / "out")), ("--methods", "wina"), ("-s", "0.5")):

@@ -175,8 +175,10 @@ def test_measured_rise_is_that_of_the_logits(llama: Path) -> None:
         dense[i] = torch.randn(1, 20, 64, generator=generator)
     rises = measured_rises(half, dense, stream, [sparse, sparse])
     with torch.no_grad():
-        head = lambda h: model.lm_head(model.model.norm(h)).log_softmax(-1)[:, :-1]  # noqa: E731
-        p, q = head(torch.cat([dense[0], dense[1]])), head(sparse[0])
+        p, q = (
+            model.lm_head(model.model.norm(h)).log_softmax(-1)[:, :-1]
+            for h in (torch.cat([dense[0], dense[1]]), sparse[0])
+        )
     labels = ids[:, 1:, None]
     assert rises[0].loss == pytest.approx(float((p - q).gather(2, labels).mean()), rel=1e-4)
     assert rises[0].kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)

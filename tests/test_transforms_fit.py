@@ -223,7 +223,10 @@ def test_low_rank_factor_keeps_trace_and_large_directions():
     basis = orthogonal(48, 0)
     values = torch.logspace(2, -2, 48, dtype=torch.float64)
     matrix = (basis * values) @ basis.T
-    times = lambda block: (matrix @ block.double()).float()  # noqa: E731
+
+    def times(block):
+        return (matrix @ block.double()).float()
+
     factor, tail = low_rank(times, float(values.sum()), 48, 16, torch.Generator().manual_seed(0))
     kept = factor.T @ factor + tail * torch.eye(48)
     assert abs(float(kept.trace()) / float(values.sum()) - 1) < 1e-4

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -245,8 +246,7 @@ class _Search:
             attended = (self.state | new)["attended"][batch]
             with self.masked.on_tail(), self.masked.replay_attention(attended):
                 if _MLP_OUT in new:
-                    store = new[_MLP_OUT]
-                    self.masked.observe = lambda s, x: store.__setitem__(batch, x) if s == _MLP_OUT else None  # noqa: B023
+                    self.masked.observe = partial(_keep, new[_MLP_OUT], batch)
                     out = self.masked.run(self._tail(hidden), kwargs)
                     self.masked.observe = None
                 else:
@@ -288,6 +288,12 @@ class _Search:
 
     def _tail(self, x: Tensor) -> Tensor:
         return x[:, -self._tail_length :]
+
+
+def _keep(store: HiddenStates, batch: int, site: str, x: Tensor) -> None:
+    """An observer that stores the input of the MLP's last projection."""
+    if site == _MLP_OUT:
+        store[batch] = x
 
 
 def _along(path: Floats, anchors: Sequence[float]) -> Floats:

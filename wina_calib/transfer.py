@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,10 @@ def transfer(
                 _set_quantiles(model, matched, dense_scores)
             elif way == "values":
                 _set_values(model, giver, sparsity, matched)
-            before = len(rows) + len(found)
             found[way] = measure(
                 model,
                 blocks,
-                lambda done, total: progress(before * total + done, len(ways) * len(asked) * total),  # noqa: B023
+                partial(_count, progress, len(rows) + len(found), len(ways) * len(asked)),
                 states,
             )
         rows += [
@@ -335,6 +335,11 @@ def dense_scores(source: Source, stream: LayerStream, rule: MaskRule) -> list[di
 
 
 # --- put on the target -----------------------------------------------------------------------------------------------
+
+
+def _count(progress: Progress, before: int, parts: int, done: int, total: int) -> None:
+    """Report `done` of `total` of a part, `before` parts of `parts` being done."""
+    progress(before * total + done, parts * total)
 
 
 def _set_budget(model: PreTrainedModel, sparsity: float, budget: Floats) -> None:

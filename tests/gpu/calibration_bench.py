@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import click
 import numpy as np
 import random_model
 import torch
@@ -129,7 +130,7 @@ def main() -> None:
 
     def measure(name: str, work: Callable[[], Any], times: int = 1) -> None:
         found[name] = min(timed(clock, work) for _ in range(times))
-        print(f"{name:40s} {found[name]:9.2f} s", flush=True)  # noqa: T201
+        click.echo(f"{name:40s} {found[name]:9.2f} s")
 
     timed(clock, lambda: dense_pass(job("none", (0.5,), "uniform")._stream(source, ids[:2])).clear())
     measure("plain", plain, 2)
@@ -141,7 +142,7 @@ def main() -> None:
     measure("whole", lambda: job("global", (0.5,), "global").run(out, base))
     clock.phase("", 0)
     for name, value in clock.seconds.items():
-        print(f"  of it {name:34s} {value:9.2f} s", flush=True)  # noqa: T201
+        click.echo(f"  of it {name:34s} {value:9.2f} s")
     measure("fit, 3 sparsities", lambda: fit((0.25, 0.5, 0.65)))
 
     plain_s = found["plain"]
@@ -160,7 +161,7 @@ def main() -> None:
         parts = decomposition_seconds(args.decompositions, device, steps=3)
         found |= {f"{name} at {args.decompositions}": value for name, value in parts.items()}
     for name, value in ratios.items():
-        print(f"{name:40s} {value:9.2f} plain passes")  # noqa: T201
+        click.echo(f"{name:40s} {value:9.2f} plain passes")
     facts = {
         "shape": args.shape,
         "layers": args.layers,
@@ -170,7 +171,9 @@ def main() -> None:
     }
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
-    print(json.dumps(facts | {"torch": torch.__version__, "seconds": found, "phases": clock.seconds, "ratios": ratios}))  # noqa: T201
+    click.echo(
+        json.dumps(facts | {"torch": torch.__version__, "seconds": found, "phases": clock.seconds, "ratios": ratios})
+    )
 
 
 if __name__ == "__main__":

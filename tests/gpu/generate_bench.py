@@ -6,14 +6,14 @@ For each shape: a check of the results; `generate` with a static cache; site pro
 torch.compile, counts of compiled graphs and CUDA graph skips, kernel times of one step.
 What does not fit in the time is left out, and said.
 """
-# ruff: noqa: T201, PTH123
 
 import argparse
 import collections
 import json
-import os
 import time
+from pathlib import Path
 
+import click
 import torch
 from torch._dynamo.utils import counters
 
@@ -32,7 +32,7 @@ def left(options):
 
 
 def say(*what):
-    print(f"[{time.monotonic() - START:5.0f} s]", *what, flush=True)
+    click.echo(" ".join(map(str, (f"[{time.monotonic() - START:5.0f} s]", *what))))
 
 
 def graphs():
@@ -77,9 +77,9 @@ def profile(session, name, report):
             times[event.name] += event.device_time_total / 4
             counts[event.name] += 1 / 4
     report[name] = [(n, round(t, 1), counts[n]) for n, t in times.most_common(30)]
-    print(f"kernels of one {name} step: {sum(times.values()):.0f} us in {sum(counts.values()):.0f} launches")
+    click.echo(f"kernels of one {name} step: {sum(times.values()):.0f} us in {sum(counts.values()):.0f} launches")
     for kernel, t in times.most_common(14):
-        print(f"  {t:8.1f} us {counts[kernel]:6.1f} x {kernel[:110]}")
+        click.echo(f"  {t:8.1f} us {counts[kernel]:6.1f} x {kernel[:110]}")
 
 
 def generate(model, ids, new):
@@ -112,7 +112,7 @@ def one(name, options, report):
     say("generate ms/token:", entry["generate"], graphs())
     save(report, options)
     alone = products(name, sparsities=(0.0, 0.5, 0.65), device=DEVICE, dtype=torch.bfloat16)
-    print(alone.render())
+    click.echo(alone.render())
     entry["products"] = alone.to_dict()
     entry["prefill"] = {policy: prompts(pair, policy) for policy in ("sparse", "dense")}
     say("prefill ms (dense, sparse, ratio):", entry["prefill"])
@@ -124,7 +124,7 @@ def one(name, options, report):
     groups = decode.make_variants(pair, SPARSITIES, ids, PROMPT, compiled=True)
     result = compare(pair, SPARSITIES, ids, PROMPT, rounds=5, compiled=True, groups=groups)
     say("compared;", graphs())
-    print(result.render())
+    click.echo(result.render())
     entry |= {"bench": result.to_dict(), "graphs": graphs(), "kernels": {}}
     for kind, group in (("dense", groups[0]), ("sparse", groups[1])):
         group[0].select()
@@ -146,8 +146,7 @@ def generated(pair, ids):
 
 
 def save(report, options):
-    with open(os.path.join(options.out, "generate_bench.json"), "w") as file:  # noqa: PTH118
-        json.dump(report, file, indent=1)
+    (Path(options.out) / "generate_bench.json").write_text(json.dumps(report, indent=1))
 
 
 def prompts(pair, policy):

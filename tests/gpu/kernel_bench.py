@@ -5,13 +5,14 @@
 Each graph holds several layers with weights of their own, so that nothing is served from the cache between them.
 Dense and sparse graphs are replayed in turn; medians are printed. Dense is `F.linear` on row-major weights.
 """
-# ruff: noqa: T201
 
 import argparse
 import json
 import statistics
 import subprocess
+from pathlib import Path
 
+import click
 import torch
 from torch.nn import functional as F
 
@@ -94,7 +95,7 @@ def compare(sites, layers, label, results):
         times = {name: value / layers for name, value in medians(graphs).items()}
         speedup = times["dense"] / times["sparse"]
         results.append({"site": label, "sparsity": sparsity, **times, "speedup": speedup})
-        print(f"| {label} | {sparsity} | {times['dense']:.1f} | {times['sparse']:.1f} | {speedup:.3f} |", flush=True)
+        click.echo(f"| {label} | {sparsity} | {times['dense']:.1f} | {times['sparse']:.1f} | {speedup:.3f} |")
 
 
 def main():
@@ -111,14 +112,18 @@ def main():
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
-    print(f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, triton {triton.__version__}")
+    click.echo(
+        f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, triton {triton.__version__}"
+    )
     report = {"device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "results": []}
     with torch.no_grad():
         for model in options.models.split(","):
             for rows in map(int, options.rows.split(",")):
                 dtype = getattr(torch, options.dtype)
-                print(f"\n{model}, {options.dtype}, {rows} row(s)\n| site | sparsity | dense us | sparse us | ratio |")
-                print("| --- | --- | --- | --- | --- |")
+                click.echo(
+                    f"\n{model}, {options.dtype}, {rows} row(s)\n| site | sparsity | dense us | sparse us | ratio |"
+                )
+                click.echo("| --- | --- | --- | --- | --- |")
                 shapes = MODELS[model]
                 sites = {name: Site(*shape, options.layers, rows, dtype) for name, shape in shapes.items()}
                 results = []
@@ -128,8 +133,7 @@ def main():
                 compare(list(sites.values()), options.layers, "layer", results)
                 report["results"].append({"model": model, "rows": rows, "table": results})
     if options.json:
-        with open(options.json, "w") as file:  # noqa: PTH123
-            json.dump(report, file, indent=1)
+        Path(options.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

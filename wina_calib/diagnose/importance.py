@@ -7,7 +7,7 @@ KL divergence is measured as well, with that input really dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -266,8 +266,7 @@ def _zeroed(module: nn.Module, site: Site, inputs: Sequence[int]) -> Iterator[No
             x[row + 1, :, index] = 0
         return (x, *args[1:])
 
-    register: Callable[[str], Any] = lambda name: module.get_submodule(name).register_forward_pre_hook(hook)  # noqa: E731
-    handles = [register(p.module) for p in site.projections]
+    handles = [module.get_submodule(p.module).register_forward_pre_hook(hook) for p in site.projections]
     try:
         yield
     finally:

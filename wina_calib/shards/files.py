@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,6 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of `pairs`; a repeated key, which readers resolve differently, is a ValueError."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        repeated = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-        raise ValueError(f"key {shown(repeated[0])} appears more than once")
+        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shown(repeated)} appears more than once")
     return result
