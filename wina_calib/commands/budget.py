@@ -26,6 +26,7 @@ from wina_calib.budgets import (
     write_budget,
 )
 from wina_calib.budgets.file import file_kind
+from wina_calib.budgets.target import TargetKind
 from wina_calib.card import write_card
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.commands.calibrate import Bars
@@ -217,8 +218,12 @@ def _check_options(
 
 
 def _target(sparsity: float | None, read_fraction: float | None, rise: float | None) -> Target | None:
-    kinds = (("sparsity", sparsity), ("read_fraction", read_fraction), ("perplexity_rise", rise))
-    given = [Target(kind, value) for kind, value in kinds if value is not None]  # type: ignore[arg-type]
+    values: dict[TargetKind, float | None] = {
+        "sparsity": sparsity,
+        "read_fraction": read_fraction,
+        "perplexity_rise": rise,
+    }
+    given = [Target(kind, value) for kind, value in values.items() if value is not None]
     if len(given) > 1:
         raise UsageError("--sparsity, --read-fraction and --max-ppl-rise are one target: give one of them.")
     return given[0] if given else None

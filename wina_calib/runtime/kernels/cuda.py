@@ -206,8 +206,9 @@ class Mask:
         x = x.contiguous()
         y = torch.empty_like(x)
         width, has = self.width, dense_rows is not None
+        rows = self.threshold if dense_rows is None else dense_rows.contiguous()
         grid = (x.numel() // width, -(-width // MASK_BLOCK), 1)
-        given = (x, self.norm, self.threshold, dense_rows.contiguous() if has else self.threshold, y, width)  # type: ignore[union-attr]
+        given = (x, self.norm, self.threshold, rows, y, width)
         ready = self.ready.get((x.dtype, has))
         if ready is not None and x.data_ptr() % ALIGNMENT == 0:
             _repeat(ready, grid, given)
