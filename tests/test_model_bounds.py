@@ -119,6 +119,16 @@ def test_options_that_do_not_fit(calibrated: Path, llama: Path, data: list[str])
         model_bounds(llama, data=data, tokens=1)
 
 
+def test_progress_counts_the_layers_of_all_transforms(llama: Path, calibrated: Path, data: list[str]) -> None:
+    told: list[tuple[int, int]] = []
+    measure(llama, data, transforms=("none", "stacked"), progress=lambda done, total: told.append((done, total)))
+    assert told == [(i + 1, len(told)) for i in range(len(told))]
+    alone: list[tuple[int, int]] = []
+    measure(calibrated, data, progress=lambda done, total: alone.append((done, total)))
+    assert len(told) == 2 * len(alone)
+    assert alone == [(i + 1, len(alone)) for i in range(len(alone))]
+
+
 def test_text(both: list[ModelBounds]) -> None:
     text = render(both)
     assert "transform none" in text and "transform stacked" in text

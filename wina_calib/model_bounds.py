@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def model_bounds(
         device: compute device.
         dtype: compute dtype; cross terms of 16-bit products hold rounding errors too.
         revision: branch, tag or commit on the Hub.
-        progress: called with layers done and layers in all.
+        progress: called with layers done and layers in all, of all transforms.
 
     Raises:
         UsageError: an option is out of range or does not go with a calibrated checkpoint.
@@ -162,11 +163,20 @@ def model_bounds(
         )
     source = open_source(str(model), revision=revision, calibrated=opened is not None)
     place = pick_device(device)
-    run = _Run(source, str(model), _ids(source, data, tokens), place, pick_dtype(dtype, source.dtype, place), progress)
+    names = tuple(transforms or TRANSFORMS)
+    done, total = count(1), len(source.architecture.layers) * (len(names) if opened is None else 1)
+    run = _Run(
+        source=source,
+        name=str(model),
+        ids=_ids(source, data, tokens),
+        device=place,
+        dtype=pick_dtype(dtype, source.dtype, place),
+        step=lambda: progress(next(done), total),
+    )
     if opened is not None:
         return [run.calibrated(opened, sparsity)]
     share = 0.5 if sparsity is None else sparsity
-    return [run.under(name, share, score or "wina", masks or "shared") for name in transforms or TRANSFORMS]
+    return [run.under(name, share, score or "wina", masks or "shared") for name in names]
 
 
 def render(results: Sequence[ModelBounds]) -> str:
@@ -221,7 +231,7 @@ class _Run:
     ids: Tensor
     device: torch.device
     dtype: torch.dtype
-    progress: Progress
+    step: Callable[[], None]
 
     def calibrated(self, opened: Checkpoint, sparsity: float | None) -> ModelBounds:
         settings = opened.settings
@@ -274,7 +284,7 @@ class _Run:
                     for group, own in sums.items():
                         own.add(reads[group][0], *masked[group])
                 found += [own.bound(index, group) for group, own in sums.items()]
-            self.progress(index + 1, len(arch.layers))
+            self.step()
         return tuple(found)
 
 

@@ -8,12 +8,12 @@ import click
 
 from wina_calib.bounds import Setting, render_synthetic, synthetic
 from wina_calib.commands.common import (
-    bar,
     device_option,
     dtype_option,
     emit,
     json_option,
     revision_option,
+    steps,
     trust_option,
 )
 from wina_calib.corpus import HELDOUT_DATA
@@ -89,11 +89,6 @@ def command(
     if model is None or sizes:
         missing = "Give a model folder or a calibrated checkpoint, or --synthetic."
         raise UsageError(missing if model is None else f"--{next(iter(sizes))} belongs to --synthetic.")
-    with bar(0, "bounds") as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total * max(1, len(options.get("transforms", TRANSFORMS)))
-            shown.update()
-
+    with steps("bounds") as progress:
         results = model_bounds(model, device=device, dtype=dtype, progress=progress, **options)
     emit({"model": model, "results": [r.to_dict() for r in results]}, render(results), as_json=as_json)

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import click
 from tqdm import tqdm
 
+from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.options import CalibrateOptions
 from wina_calib.source import remote_code
 
@@ -40,6 +42,18 @@ trust_option = click.option(
     help="Run Python code that the model folder brings. Read it first.",
 )
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
+
+
+def heldout_option(name: str) -> Callable[..., Any]:
+    """An option for the text that a command measures on: `--data`, or `--heldout` beside calibration text."""
+    return click.option(
+        name, multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
+    )
+
+
+def tokens_option(default: int = 32_768) -> Callable[..., Any]:
+    """An option for how much of that text."""
+    return click.option("--tokens", default=default, show_default=True, metavar="N", help="Tokens to measure on.")
 
 
 class Fractions(click.ParamType[tuple[float, ...]]):
@@ -102,6 +116,18 @@ def bar(total: int, label: str) -> Any:
     """A progress bar on standard error: none where nobody looks."""
     hidden = quiet() or not sys.stderr.isatty()
     return tqdm(total=total, desc=label, file=sys.stderr, disable=hidden, leave=False, ascii="NO_COLOR" in os.environ)
+
+
+@contextmanager
+def steps(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress as a bar: a function to call after each step with the steps done and the steps in all."""
+    with bar(0, label) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress
 
 
 def _finite(value: Any) -> Any:

@@ -8,9 +8,19 @@ from typing import Any
 import click
 
 from wina_calib.commands.calibrate import Bars
-from wina_calib.commands.common import Fractions, device_option, dtype_option, emit, json_option, note, revision_option
+from wina_calib.commands.common import (
+    Fractions,
+    device_option,
+    dtype_option,
+    emit,
+    heldout_option,
+    json_option,
+    note,
+    revision_option,
+    tokens_option,
+)
 from wina_calib.compare import DEFAULT_METHODS, SPARSITIES, compare
-from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA
+from wina_calib.corpus import DEFAULT_DATA
 from wina_calib.methods import GROUPS, METHODS
 from wina_calib.text import table
 
@@ -33,12 +43,10 @@ from wina_calib.text import table
 @click.option(
     "--data", multiple=True, default=DEFAULT_DATA, show_default=True, metavar="SPEC", help="Calibration text."
 )
-@click.option(
-    "--heldout", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
-)
+@heldout_option("--heldout")
 @click.option("--samples", default=128, show_default=True, metavar="N", help="Calibration blocks.")
 @click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Tokens a block.")
-@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to measure on.")
+@tokens_option()
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of every random choice.")
 @click.option("--plots", "draw", is_flag=True, help="Draw compare.png too (extra plots).")
 @device_option

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from wina_calib.commands.common import Fractions, bar, device_option, dtype_option, emit, json_option, trust_option
-from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.commands.common import (
+    Fractions,
+    device_option,
+    dtype_option,
+    emit,
+    heldout_option,
+    json_option,
+    steps,
+    tokens_option,
+    trust_option,
+)
 from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
 
 
@@ -31,10 +42,8 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
     show_default=",".join(map(str, AMOUNTS)), help="Numbers of blocks that texts fits on.",
 )  # fmt: skip
 @click.option("--fit-seq-len", type=int, metavar="N", help="Tokens of such a block; the calibration's by default.")
-@click.option(
-    "--data", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
-)
-@click.option("--tokens", default=TOKENS, show_default=True, metavar="N", help="Tokens to measure on.")
+@heldout_option("--data")
+@tokens_option(TOKENS)
 @device_option
 @dtype_option
 @trust_option
@@ -57,21 +66,16 @@ def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: boo
     if not all(amount.is_integer() for amount in map(float, amounts)):
         raise click.UsageError("--amounts are whole numbers of blocks, such as 1,16,256.")
     parts = [name.strip() for name in what.split(",") if name.strip()]
-    bars: dict[str, Any] = {}
+    bars: dict[str, Callable[[int, int], None]] = {}
+    with ExitStack() as shown:
 
-    def progress(name: str, done: int, total: int) -> None:
-        shown = bars.get(name)
-        if shown is None:
-            for old in bars.values():
-                old.close()
-            shown = bars[name] = bar(total, name)
-        shown.update()
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                shown.close()
+                bars[name] = shown.enter_context(steps(name))
+            bars[name](done, total)
 
-    try:
         found = diagnose(
             checkpoint, what=parts, amounts=tuple(int(amount) for amount in amounts), progress=progress, **options
         )
-    finally:
-        for shown in bars.values():
-            shown.close()
     emit(found.to_dict(), found.text(), as_json=as_json)

@@ -9,16 +9,17 @@ import click
 
 from wina_calib.card import write_card
 from wina_calib.commands.common import (
-    bar,
     device_option,
     dtype_option,
     emit,
+    heldout_option,
     json_option,
     note,
     revision_option,
+    steps,
+    tokens_option,
     trust_option,
 )
-from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.evaluate import Evaluation, evaluate
 from wina_calib.results import save_evaluation
@@ -28,9 +29,9 @@ from wina_calib.text import fixed, percent, rise, table
 
 @click.command("evaluate")
 @click.argument("checkpoint", metavar="DIR")
-@click.option("--data", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to test on.")
+@heldout_option("--data")
 @click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
-@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to use.")
+@tokens_option()
 @click.option("--save", is_flag=True, help="Keep the result in DIR, for its model card and report.")
 @click.option("--tasks", metavar="NAME,...", help="Run tasks of the lm-eval harness instead (extra lm-eval).")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Examples of each task; all by default.")
@@ -82,12 +83,7 @@ def command(
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
-    with bar(0, "evaluate") as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update()
-
+    with steps("evaluate") as progress:
         result = evaluate(
             folder,
             data=data,

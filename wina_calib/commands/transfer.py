@@ -10,15 +10,16 @@ import click
 from wina_calib.budgets import write_budget
 from wina_calib.commands.common import (
     Fractions,
-    bar,
     device_option,
     dtype_option,
     emit,
+    heldout_option,
     json_option,
     note,
+    steps,
+    tokens_option,
     trust_option,
 )
-from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.transfer import SAMPLES, budget_file, render, transfer
 
 
@@ -29,10 +30,8 @@ from wina_calib.transfer import SAMPLES, budget_file, render, transfer
     "--sparsity", "-s", "sparsities", type=Fractions(), default=(), metavar="S,S,...",
     help="Model sparsities; the one DST was calibrated for by default.",
 )  # fmt: skip
-@click.option(
-    "--heldout", multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
-)
-@click.option("--tokens", default=32_768, show_default=True, metavar="N", help="Tokens to measure on.")
+@heldout_option("--heldout")
+@tokens_option()
 @click.option(
     "--data", multiple=True, metavar="SPEC", help="Text of the dense pass; DST's calibration text by default."
 )
@@ -70,12 +69,7 @@ def command(
         write_budget(output, budget_file(source, target, sparsities[0] if sparsities else None))
         emit({"file": str(output)}, f"{output}: the budget of {source} for {target}", as_json=as_json)
         return
-    with bar(0, "transfer") as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update()
-
+    with steps("transfer") as progress:
         found = transfer(source, target, sparsities=sparsities, progress=progress, **options)
     for way, reason in found.skipped.items():
         note(f"note: {way} is left out. {reason}")
