@@ -1,6 +1,7 @@
 """Calibration of every family: closed-loop thresholds hold in the loaded model, sparsity 0 is the dense model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_untied_embeddings_are_named(tmp_path: Path, text: Path) -> None:
     done = CliRunner().invoke(main, [*args.split(), *["--samples", "64", "--seq-len", "128", "--grid", "0.5"]])
     assert done.exit_code == 0, done.stderr
     assert "lm_head has weights of its own now" in done.stderr
+    assert re.match(r"plan: [\d,]+ tokens, .* about [\d.]+ [kMG]B of memory, ", done.stderr)  # before all else
     assert json.loads((tmp_path / "s" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
@@ -104,6 +106,9 @@ def test_asked_sparsity_is_met_on_the_demo_model(tmp_path: Path) -> None:
         found = wina_calib.evaluate(tmp_path / "s", sparsity=asked, tokens=8192)
         assert found.model_sparsity == pytest.approx(asked, abs=0.01)
         assert found.warnings == ()
+    for between in (0.33, 0.58):
+        found = wina_calib.evaluate(tmp_path / "s", sparsity=between, tokens=4096)
+        assert found.model_sparsity == pytest.approx(between, abs=0.02)
 
 
 @needs_shared
@@ -188,6 +193,9 @@ def test_damaged_weights(tmp_path: Path, text: Path) -> None:
 
     _rewrite(tmp_path / "m", name, poison)
     with pytest.raises(NumericError, match=f"{name} holds 1 NaN"):
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), **SMALL)
+    _rewrite(tmp_path / "m", name, lambda t: t.nan_to_num(float("inf")))
+    with pytest.raises(NumericError, match=f"{name} holds 1 NaN or infinite"):
         wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), **SMALL)
     shard = Shards.open(tmp_path / "m")[name].file
     shard.write_bytes(shard.read_bytes()[:-10])

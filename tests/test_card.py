@@ -1,6 +1,7 @@
 """The model card: facts, metadata that the Hub takes, and what people wrote into it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 import wina_calib
 from wina_calib import plots
 from wina_calib.card import HEAT_MAP, hub_datasets, without_folders, write_card
+from wina_calib.checkpoint import read_settings
 from wina_calib.errors import CheckpointError
 from wina_calib.evaluate import evaluate
 from wina_calib.hub import prepare
@@ -38,6 +40,22 @@ def test_calibrate_leaves_a_card_that_huggingface_hub_reads(calibrated: Path) ->
     assert card.text.startswith(f"# {calibrated.name}\n")
     for heading in ("Load it", "Figures", "Budget", "How it was made", "Limits"):
         assert f"\n## {heading}\n" in card.text
+
+
+def test_every_fact_of_the_calibration_is_told(calibrated: Path) -> None:
+    settings, card = read_settings(calibrated), (calibrated / "README.md").read_text()
+    facts = settings.provenance
+    assert "| transform | none, 0 run-time weights |" in card
+    assert "| sparsity asked | 50.0 % |" in card
+    assert f"| command | `{without_folders(facts['command'])}` |" in card
+    assert f"| weights | sha256 `{settings.weights}` |" in card
+    assert f"sha256 `{facts['data_fingerprint']}` |" in card
+    assert "| tokens | 80 blocks of 128, seed 0 |" in card
+    assert set(facts["versions"]) >= {"wina_calib", "torch", "transformers"}
+    for name, version in facts["versions"].items():
+        assert f"`{name} {version}`" in card
+    layers = re.findall(r"^\| (\d+) \| 0\.500 \| 0\.500 \| 0\.500 \| 0\.500 \|$", card, flags=re.M)
+    assert layers == ["0", "1", "2"]
 
 
 def test_no_local_folder_is_told(calibrated: Path, text: Path, llama: Path) -> None:
@@ -161,6 +179,8 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
     assert f"| perplexity dense | {result.dense_ppl:.3f} |" in card
     assert f"| read fraction | {100 * result.read_fraction:.1f} % with lm_head |" in card
     assert f"tokens of `{text.name}`" in card
+    assert f"| perplexity sparse | {result.sparse_ppl:.3f} (" in card
+    assert f"| sparsity achieved (asked 50.0 %) | {100 * result.model_sparsity:.1f} % |" in card
     wina_file = folder / "wina.safetensors"
     data = bytearray(wina_file.read_bytes())
     data[-4:] = b"\0\0\0\0"

@@ -106,6 +106,7 @@ class TestBuiltin:
 class TestCatalogue:
     def test_entries(self):
         assert len(catalogue()) >= 18
+        assert {"wikitext2", "c4", "fineweb-edu", "alpaca", "dolly", "ultrachat"} <= set(catalogue())
         required = {"path", "config", "split", "licence", "description"}
         for name, entry in catalogue().items():
             assert re.fullmatch(r"[a-z0-9-]+", name)

@@ -12,6 +12,7 @@ import pytest
 import script
 import yaml
 from hub_server import Hub
+from hub_store import File, Repo
 
 import wina_calib
 
@@ -317,6 +318,12 @@ def test_list_and_info_without_a_download(
     found = {row["repo"]: row for row in json.loads(listed.stdout)["checkpoints"]}
     assert found["me/listed"]["downloads"] == 7
     assert json.loads(client.run(CLI, "list", "nobody", "--json").stdout) == {"checkpoints": []}
+    for name, tag in {"someone/sparse": "wina", "someone/dense": "other"}.items():
+        hub.repos[name] = Repo("someone", private=False)
+        hub.commit(name, "main", {"README.md": File(f"---\ntags: [{tag}]\n---\n".encode(), False)}, "first")
+    everywhere = {row["repo"] for row in json.loads(client.run(CLI, "list", "--json").stdout)["checkpoints"]}
+    assert everywhere >= {"me/listed", "someone/sparse"} and "someone/dense" not in everywhere
+    assert "someone/sparse" not in found
 
     start = len(hub.requests)
     facts = json.loads(client.run(CLI, "info", "me/listed", "--json").stdout)

@@ -12,9 +12,23 @@ from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
 VARIANTS = {
     "llama": {},
     "llama-tied-bias": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama-3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "phi3": {},
+    "phi3-part-rotated": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8},
     "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},

@@ -23,6 +23,11 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("phi3", {"num_key_value_heads": 4}),
+    ("phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("olmo2", {"attention_bias": True}),
+    ("gemma2", {"attention_bias": True, "num_key_value_heads": 1}),
+    ("gemma3", {"attention_bias": True}),
+    ("mistral", {"tie_word_embeddings": True}),
 ]
 
 
