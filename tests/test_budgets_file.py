@@ -137,7 +137,8 @@ BOMB = "a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\n"
         (HEAD + "cells: {'*': 1.0}", r"layers.0.attn_in.*outside \[0, 1\)"),
         (HEAD + "cells: {layers.0.mlp_oot: 0.5}", "did you mean mlp_out"),
         (HEAD + "cells:", "cells must be a mapping"),
-        (HEAD, "cells must be a mapping, found nothing"),
+        (HEAD, "the budget lacks cells; `wina-calib budget DIR -o FILE` writes"),
+        (HEAD.replace("layers: 6, ", "") + "cells: {}", "model lacks layers"),
         (HEAD + "celsl: {}", "unknown key 'celsl' in the budget; did you mean cells"),
         (HEAD + "cells: {}\n---\nformat: x", "second document"),
         (HEAD + "cells: {", "not valid YAML"),
@@ -166,7 +167,10 @@ def test_bad_yaml_is_refused(text, message):
         ('{"a": -Infinity}', "not a finite number"),
         ("[" * 100_000, "nested"),
         ('{"a": [[[[[[1]]]]]]}', "nested"),
-        ('{"format": "wina-budget/1", "sparsity": ' + "9" * 5000 + "}", "model must be a mapping"),
+        (
+            '{"format": "wina-budget/1", "sparsity": ' + "9" * 5000 + "}",
+            "the budget lacks model, score, cells; .*writes a whole",
+        ),
         ('{"format": null}', "found 'null'"),
     ],
 )

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,41 @@ def test_calibrate_evaluate_inspect(llama: Path, text: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("achieved", "warned"), [(0.515, False), (0.485, False), (0.525, True), (0.4, True)])
 def test_evaluate_warns_where_the_sparsity_is_missed(calibrated: Path, achieved: float, warned: bool) -> None:
-    found = find_warnings(read_settings(calibrated), ("nowhere",), 0.5, achieved)
+    found = find_warnings(read_settings(calibrated), ("nowhere",), 0.5, achieved, 1000)
     assert [("--data" in w and f"{achieved:.3f}" in w) for w in found] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens", "words"),
+    [(0.65, 999, ["999 tokens"]), (0.8, 1000, ["0.25 to 0.65"]), (0.1, 1000, ["0.25 to 0.65"]), (0.0, 1000, [])],
+)
+def test_evaluate_warns_of_few_tokens_and_sparsities_that_were_not_fitted(
+    calibrated: Path, asked: float, tokens: int, words: list[str]
+) -> None:
+    settings = replace(read_settings(calibrated), anchors=(0.25, 0.5, 0.65))
+    found = find_warnings(settings, ("nowhere",), asked, asked, tokens)
+    assert [word in warning for word, warning in zip(words, found, strict=True)] == [True] * len(words)
+
+
+@pytest.mark.parametrize(("name", "near"), [("calibrat", "calibrate"), ("evalute", "evaluate"), ("frobnicate", None)])
+def test_a_wrong_command_gets_the_nearest(name: str, near: str | None) -> None:
+    done = run(name)
+    assert done.exit_code == 2
+    assert (f"Did you mean '{near}'?" in done.stderr) is (near is not None)
+    assert f"No such command '{name}'" in done.stderr
+    assert run("--help", name).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "number"), [("50%", 0.5), ("0.5", 0.5), (" 12.5 % ", 0.125), ("5e-1", 0.5), ("5%%", None), ("%", None)]
+)
+def test_a_share_is_a_number_or_a_percentage(given: str, number: float | None) -> None:
+    found = run("flops", "demo", "-s", given, "--json")
+    if number is None:
+        assert found.exit_code == 2
+        assert "not a share" in found.stderr
+    else:
+        assert as_json(found)["rows"][-1]["sparsity"] == number
 
 
 def test_generate_and_export(calibrated: Path, llama: Path, tmp_path: Path) -> None:
@@ -173,6 +207,7 @@ def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
     ("args", "code", "said"),
     [
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "1.5"], 2, "sparsity is 1.5"),
+        (["calibrate", "demo", "-o", "OUT", "--sparsity", "150%"], 2, "sparsity is 1.5"),
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "x"], 2, "x"),
         (["calibrate", "demo"], 2, "--output"),
         (["calibrate", "demo", "-o", "OUT", "--score", "wine"], 2, "wine"),

@@ -263,6 +263,21 @@ def test_bad_input_is_one_message_and_nothing_written(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("option", ["-o b.yaml", "--html b.html", "--curve f.csv"])
+def test_existing_files_stay_unless_overwrite(
+    made: Path, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["-s", "40%", *option.split()]
+    (tmp_path / given[-1]).write_text("mine")
+    result = run(made, *given)
+    assert result.exit_code == 1
+    assert "--overwrite" in result.output
+    assert (tmp_path / given[-1]).read_text() == "mine"
+    assert run(made, *given, "--overwrite").exit_code == 0
+    assert (tmp_path / given[-1]).read_text() != "mine"
+
+
 def test_a_budget_for_another_model(folder: Path, tmp_path: Path) -> None:
     assert run(folder, "-o", tmp_path / "b.yaml").exit_code == 0
     text = (tmp_path / "b.yaml").read_text()

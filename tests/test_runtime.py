@@ -181,7 +181,7 @@ def test_set_sparsity_is_met_by_name_and_refused_out_of_range(calibrated: Path) 
     model = wina_calib.load(calibrated)
     assert wina_calib.set_sparsity(model, 0.37) == pytest.approx(0.37, abs=1e-6)
     assert len(sparse_sites(model)) == 12
-    for bad in (-0.1, 1.0, float("nan")):
+    for bad in (-0.1, 1.0, float("nan"), "x", None, True):
         with pytest.raises(UsageError, match="sparsity"):
             wina_calib.set_sparsity(model, bad)
     with pytest.raises(UsageError, match="no sparse sites"):

@@ -109,6 +109,8 @@ def test_a_budget_file_for_a_model_that_is_not_calibrated(small: Path, large: Pa
     shown = CliRunner().invoke(main, ["transfer", str(small), str(model), "-o", str(path)])
     assert shown.exit_code == 0, shown.output
     assert read_budget(path).sparsity == 0.5
+    again = CliRunner().invoke(main, ["transfer", str(small), str(model), "-o", str(path)])
+    assert again.exit_code == 1 and "--overwrite" in again.output
     options = {k: v for k, v in CALIBRATION.items() if k != "max"} | {"data": str(text), "budget": str(path)}
     wina_calib.calibrate(model, tmp_path / "sparse", **options)
     opened = open_checkpoint(tmp_path / "sparse")

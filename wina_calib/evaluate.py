@@ -27,6 +27,7 @@ from wina_calib.source import load_tokenizer, resolve
 from wina_calib.streaming import Head
 
 DRIFT = 0.02
+FEW_TOKENS = 1000
 _ROWS = 256
 
 
@@ -163,7 +164,7 @@ def evaluate_model(
         tokens=found.tokens,
         data=data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
-        warnings=find_warnings(settings, data, asked, found.model_sparsity),
+        warnings=find_warnings(settings, data, asked, found.model_sparsity, found.tokens),
     )
 
 
@@ -244,14 +245,23 @@ def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Ten
     return out
 
 
-def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float) -> tuple[str, ...]:
+def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float, tokens: int) -> tuple[str, ...]:
     """What makes an evaluation doubtful, with the remedy."""
     found = []
-    if abs(real - asked) > DRIFT:
+    if tokens < FEW_TOKENS:
+        found.append(f"{tokens} tokens are too few to rely on these figures. Give more text, or a larger --tokens.")
+    lowest, highest = settings.anchors[0], settings.anchors[-1]
+    outside = asked > 0 and not lowest <= asked <= highest
+    if outside:
         found.append(
-            f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}: this text differs from the "
-            "calibration's, or the sparsity lies outside the grid. Calibrate on text like this with --data, or add it to --grid."
+            f"sparsity {asked:g} lies outside of {lowest:g} to {highest:g}, where thresholds were fitted. Calibrate with "
+            "it in --grid."
         )
+    if abs(real - asked) > DRIFT:
+        reason = (
+            "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
+        )
+        found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
     overlap = _overlap(tuple(settings.provenance.get("data", ())), data)
     if overlap > 0.01:
         found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")

@@ -11,7 +11,7 @@ from typing import Any
 from wina_calib.corpus import DEFAULT_DATA, check_spec
 from wina_calib.errors import UsageError
 from wina_calib.score import SCORES, SELECT
-from wina_calib.settings import FIRST_TOKEN, MASKS, PREFILL
+from wina_calib.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
 from wina_calib.transforms import NAMES as TRANSFORMS
 
 WEIGHTS = ("full", "reference")
@@ -21,7 +21,7 @@ DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - the word that click uses
-    """Declare an option: its default, its help, and for the command line `choices`, `flag`, `multiple` or `metavar`."""
+    """Declare an option: its default, its help, and for the command line `choices`, `flag`, `multiple`, `share` or `metavar`."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -29,7 +29,7 @@ def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - the wo
 class CalibrateOptions:
     """Options of `wina-calib calibrate` and `wina_calib.calibrate`."""
 
-    sparsity: float = option(0.5, "Model sparsity to calibrate for, in [0, 1).", flag="-s")
+    sparsity: float = option(0.5, "Model sparsity to calibrate for, in [0, 1).", flag="-s", metavar="S", share=True)
     transform: str = option(
         "auto",
         "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
@@ -94,7 +94,7 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         problems = [
-            (0.0 <= self.sparsity < 1.0, f"sparsity is {self.sparsity}; expected a number in [0, 1)"),
+            (is_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1)"),
             (
                 all(0.0 < s < 1.0 for s in self.grid),
                 f"grid is {', '.join(map(str, self.grid))}; expected numbers in (0, 1)",

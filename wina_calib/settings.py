@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from wina_calib.errors import CheckpointError
 from wina_calib.masked import MaskRule
 from wina_calib.score import SCORES, SELECT
@@ -97,11 +99,11 @@ class Settings:
     def check(self) -> None:
         """Raise CheckpointError where a value is out of its range."""
         problems = [
-            (_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}, expected a number in [0, 1)"),
+            (is_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}, expected a number in [0, 1)"),
             (
                 isinstance(self.anchors, tuple)
                 and len(self.anchors) > 0
-                and all(map(_sparsity, self.anchors))
+                and all(map(is_sparsity, self.anchors))
                 and list(self.anchors) == sorted(set(self.anchors)),
                 f"anchors are {self.anchors!r:.80}, expected ascending numbers in [0, 1)",
             ),
@@ -110,7 +112,7 @@ class Settings:
                 f"exponent is {self.exponent!r:.80}",
             ),
             (
-                isinstance(self.curve_levels, tuple) and all(map(_sparsity, self.curve_levels)),
+                isinstance(self.curve_levels, tuple) and all(map(is_sparsity, self.curve_levels)),
                 f"curve_levels are {self.curve_levels!r:.80}, expected numbers in [0, 1)",
             ),
             (isinstance(self.provenance, dict), "provenance is not an object"),
@@ -133,5 +135,10 @@ class Settings:
             raise CheckpointError(f"quantization_config of config.json: {'; '.join(wrong)}. Calibrate again.")
 
 
-def _sparsity(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
+def is_sparsity(value: Any) -> bool:
+    """Whether a value is a number in [0, 1), NumPy's included."""
+    return (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and 0 <= float(value) < 1
+    )

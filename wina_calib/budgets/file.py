@@ -170,12 +170,17 @@ def _kind(node: Node | None) -> str:
     return shown(node) if isinstance(node, str) else "a mapping" if isinstance(node, dict) else "a list"
 
 
-def _known_keys(found: dict[str, Node], known: Sequence[str], where: str) -> None:
+def _check_keys(found: dict[str, Node], known: Sequence[str], where: str) -> None:
     unknown = [key for key in found if key not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0][:60], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise BudgetError(f"unknown key {shown(unknown[0])} in {where}; {hint}")
+    missing = [key for key in known if key not in found]
+    if missing:
+        raise BudgetError(
+            f"{where} lacks {', '.join(missing)}; `wina-calib budget DIR -o FILE` writes a whole file to edit"
+        )
 
 
 def _count(node: Node | None, where: str) -> int:
@@ -199,9 +204,9 @@ def parse_budget(data: bytes, kind: str) -> BudgetFile:
     version = tree.get("format")
     if version != FORMAT:
         raise BudgetError(f"format must be {FORMAT}, found {_kind(version)}: write the budget anew with this version")
-    _known_keys(tree, _KEYS, "the budget")
+    _check_keys(tree, _KEYS, "the budget")
     model = _mapping(tree.get("model"), "model")
-    _known_keys(model, _MODEL_KEYS, "model")
+    _check_keys(model, _MODEL_KEYS, "model")
     key = ModelKey(
         model_type=_text(model.get("model_type"), "model.model_type"),
         layers=_count(model.get("layers"), "model.layers"),

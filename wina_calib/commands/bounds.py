@@ -8,6 +8,7 @@ import click
 
 from wina_calib.bounds import Setting, render_synthetic, synthetic
 from wina_calib.commands.common import (
+    Share,
     device_option,
     dtype_option,
     emit,
@@ -42,7 +43,7 @@ from wina_calib.transforms import NAMES
     help=f"Transform to try on a model folder; may be repeated.  [default: {', '.join(TRANSFORMS)}]",
 )
 @click.option(
-    "--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one, or 0.5 by default."
+    "--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one, or 0.5 by default."
 )
 @click.option("--score", type=click.Choice(SCORES), help="Score, for a model folder.  [default: wina]")
 @click.option("--masks", type=click.Choice(MASKS), help="Masks, for a model folder.  [default: shared]")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -31,12 +29,15 @@ from wina_calib.card import write_card
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.commands.calibrate import Bars
 from wina_calib.commands.common import (
+    Share,
     bar,
+    check_files,
     device_option,
     dtype_option,
     emit,
     json_option,
     note,
+    overwrite_option,
     revision_option,
     trust_option,
 )
@@ -48,25 +49,10 @@ from wina_calib.source import resolve
 from wina_calib.text import percent, table
 
 
-class Share(click.ParamType[float]):
-    """A share: `0.03` or `3%`."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """`3%` -> 0.03."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
-        if not match:
-            self.fail(f"{value!r} is not a share such as 3% or 0.03", param, ctx)
-        return float(match[1]) / (100 if match[2] else 1)
-
-
 @click.command("budget")
 @click.argument("checkpoint", metavar="DIR")
 @click.option("--budget", "file", metavar="FILE", help="Start from a budget file instead of the stored budget.")
-@click.option("--sparsity", "-s", type=float, metavar="S", help="Target: model sparsity.")
+@click.option("--sparsity", "-s", type=Share(), metavar="S", help="Target: model sparsity.")
 @click.option(
     "--read-fraction", type=Share(), metavar="F", help="Target: bytes read over the dense model's, lm_head in."
 )
@@ -99,6 +85,7 @@ class Share(click.ParamType[float]):
 @click.option(
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write an interactive page; needs no network."
 )
+@overwrite_option
 @device_option
 @dtype_option
 @revision_option
@@ -122,6 +109,7 @@ def command(
     data: tuple[str, ...],
     tokens: int,
     html: Path | None,
+    overwrite: bool,
     device: str,
     dtype: str,
     revision: str | None,
@@ -141,7 +129,8 @@ def command(
       wina-calib budget demo-sparse --html budget.html
     """
     outputs = [p for p in (output, html, Path(curve) if curve else None) if p is not None]
-    _check_options(outputs, output, curve, refit=refit, measure=measure, target=target, data=data)
+    _check_options(output, curve, refit=refit, measure=measure, target=target, data=data)
+    check_files(outputs, overwrite=overwrite)
     request = Request(
         file=file,
         target=_target(sparsity, read_fraction, max_ppl_rise),
@@ -190,7 +179,6 @@ def command(
 
 
 def _check_options(
-    outputs: list[Path],
     output: Path | None,
     curve: str | None,
     *,
@@ -210,11 +198,6 @@ def _check_options(
         raise UsageError("--refit belongs to --apply DIR.")
     if data and not (refit or measure):
         raise UsageError("--data is read by --measure and --refit only.")
-    for path in outputs:
-        if not path.absolute().parent.is_dir():
-            raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder. Give a file.")
 
 
 def _target(sparsity: float | None, read_fraction: float | None, rise: float | None) -> Target | None:

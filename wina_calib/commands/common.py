@@ -6,15 +6,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
 from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.errors import OutputError
 from wina_calib.options import CalibrateOptions
 from wina_calib.source import remote_code
 
@@ -41,6 +43,7 @@ trust_option = click.option(
     callback=_trust,
     help="Run Python code that the model folder brings. Read it first.",
 )
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 
 
@@ -56,19 +59,30 @@ def tokens_option(default: int = 32_768) -> Callable[..., Any]:
     return click.option("--tokens", default=default, show_default=True, metavar="N", help="Tokens to measure on.")
 
 
+class Share(click.ParamType[float]):
+    """A share: `0.03` or `3%`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`3%` -> 0.03."""
+        text = str(value).strip()
+        try:
+            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is not a share such as 3% or 0.03", param, ctx)
+
+
 class Fractions(click.ParamType[tuple[float, ...]]):
-    """Comma-separated numbers."""
+    """Comma-separated shares."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """`0.5,0.65` -> (0.5, 0.65)."""
+        """`0.5,65%` -> (0.5, 0.65)."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(float(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.5,0.65", param, ctx)
+        return tuple(Share().convert(part, param, ctx) for part in str(value).split(",") if part.strip())
 
 
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +105,24 @@ def _flag(f: Any) -> Callable[..., Any]:
     elif isinstance(f.default, tuple):
         extra |= {"type": Fractions(), "metavar": meta["metavar"], "show_default": ",".join(map(str, f.default))}
     else:
-        extra |= {"type": type(f.default) if f.default is not None else str, "metavar": meta.get("metavar")}
+        plain = type(f.default) if f.default is not None else str
+        extra |= {"type": Share() if meta.get("share") else plain, "metavar": meta.get("metavar")}
     return click.option(*names, **extra)
+
+
+def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse files that cannot be written, or that exist unless they may be replaced.
+
+    Raises:
+        OutputError: a file exists, is a folder, or lies in a folder that does not exist.
+    """
+    for path in paths:
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder. Give a file.")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists. Give another file, or --overwrite to replace it.")
 
 
 def emit(value: Any, text: str, *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import click
 
 from wina_calib.commands.common import (
     Fractions,
+    Share,
     device_option,
     dtype_option,
     emit,
@@ -26,7 +27,7 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
 @click.argument("checkpoint", metavar="DIR")
 @click.option("--what", default=",".join(WHAT), show_default=True, metavar="NAME,...", help="Parts to do.")
 @click.option(
-    "--sparsity", "-s", type=float, metavar="S",
+    "--sparsity", "-s", type=Share(), metavar="S",
     help="Model sparsity of propagation and texts; the calibrated one by default.",
 )  # fmt: skip
 @click.option(

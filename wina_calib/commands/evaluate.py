@@ -9,6 +9,7 @@ import click
 
 from wina_calib.card import write_card
 from wina_calib.commands.common import (
+    Share,
     device_option,
     dtype_option,
     emit,
@@ -30,7 +31,7 @@ from wina_calib.text import fixed, percent, rise, table
 @click.command("evaluate")
 @click.argument("checkpoint", metavar="DIR")
 @heldout_option("--data")
-@click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
+@click.option("--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one by default.")
 @tokens_option()
 @click.option("--save", is_flag=True, help="Keep the result in DIR, for its model card and report.")
 @click.option("--tasks", metavar="NAME,...", help="Run tasks of the lm-eval harness instead (extra lm-eval).")

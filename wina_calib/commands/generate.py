@@ -7,7 +7,7 @@ from typing import Any
 import click
 import torch
 
-from wina_calib.commands.common import device_option, emit, json_option, revision_option, trust_option
+from wina_calib.commands.common import Share, device_option, emit, json_option, revision_option, trust_option
 from wina_calib.placement import pick_device
 from wina_calib.runtime.load import load
 from wina_calib.source import load_tokenizer, resolve
@@ -16,7 +16,7 @@ from wina_calib.source import load_tokenizer, resolve
 @click.command("generate")
 @click.argument("checkpoint", metavar="DIR")
 @click.argument("prompt")
-@click.option("--sparsity", "-s", type=float, metavar="S", help="Model sparsity; the calibrated one by default.")
+@click.option("--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one by default.")
 @click.option(
     "--new", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Tokens to generate at most."
 )

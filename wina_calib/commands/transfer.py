@@ -10,12 +10,14 @@ import click
 from wina_calib.budgets import write_budget
 from wina_calib.commands.common import (
     Fractions,
+    check_files,
     device_option,
     dtype_option,
     emit,
     heldout_option,
     json_option,
     note,
+    overwrite_option,
     steps,
     tokens_option,
     trust_option,
@@ -40,6 +42,7 @@ from wina_calib.transfer import SAMPLES, budget_file, render, transfer
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="Only write SRC's budget as a budget file for DST, which need not be calibrated.",
 )  # fmt: skip
+@overwrite_option
 @device_option
 @dtype_option
 @trust_option
@@ -49,6 +52,7 @@ def command(
     target: str,
     sparsities: tuple[float, ...],
     output: Path | None,
+    overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -66,6 +70,7 @@ def command(
     if output is not None:
         if len(sparsities) > 1:
             raise click.UsageError("a budget file holds one sparsity: give one with -s.")
+        check_files([output], overwrite=overwrite)
         write_budget(output, budget_file(source, target, sparsities[0] if sparsities else None))
         emit({"file": str(output)}, f"{output}: the budget of {source} for {target}", as_json=as_json)
         return

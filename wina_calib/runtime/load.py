@@ -15,7 +15,7 @@ from wina_calib.reference import complete_folder, keep_with
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
-from wina_calib.settings import PREFILL
+from wina_calib.settings import PREFILL, is_sparsity
 from wina_calib.source import check_code, code_is_trusted, remote_code, resolve
 
 
@@ -95,8 +95,9 @@ def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
     Raises:
         UsageError: the model is not sparse, or the sparsity is out of range.
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise UsageError(f"sparsity is {sparsity}; expected a number in [0, 1).")
+    if not is_sparsity(sparsity):
+        raise UsageError(f"sparsity is {sparsity!r:.80}; expected a number in [0, 1).")
+    sparsity = float(sparsity)
     sites = sparse_sites(model)
     achieved = model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
     sites[0].state.refresh()
