@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import BROWSER, FLAGS, needs_browser
 from budget_cases import SITES, small_cells, smooth_curves
 
 from wina_calib.budgets import (
@@ -42,21 +42,6 @@ FIXED = np.full((5, 4), np.nan)
 FIXED[1, 2] = 0.3
 START = solve_global(CELLS, CURVES, 0.5, lower=LOWER, upper=UPPER, fixed=FIXED)
 PAGE = render_page(CELLS, CURVES, START, MODEL, score="wina", lower=LOWER, upper=UPPER, fixed=FIXED)
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--remote-debugging-port=0",
-    "--window-size=1280,1000",
-)
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH (apt-get install chromium)")
 
 # Saves what the page's script finds as a second download, so that one mechanism brings everything back.
 HARNESS = """

@@ -9,6 +9,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from conftest import SHARED, needs_shared
+from transformers import AutoModelForCausalLM
 
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
@@ -130,6 +131,23 @@ def test_asked_sparsity_is_met_on_held_out_text(model: str, tmp_path: Path) -> N
         found = wina_calib.evaluate(tmp_path / "s", sparsity=asked, data=heldout, tokens=24_576)
         assert found.model_sparsity == pytest.approx(asked, abs=0.01)
         assert found.warnings == ()
+
+
+@needs_shared
+@pytest.mark.slow
+def test_a_model_of_other_people(tmp_path: Path) -> None:
+    """A Llama 2 in float32 with a context of 512 tokens, with the default options but for the amount of text."""
+    settings = wina_calib.calibrate(SHARED / "models" / "stories260K", tmp_path / "s", samples=48).settings
+    assert (settings.transform, settings.provenance["seq_len"]) == ("global+head", 512)
+    for asked in (0.4, 0.5, 0.65):
+        found = wina_calib.evaluate(tmp_path / "s", sparsity=asked, tokens=16_384)
+        assert found.model_sparsity == pytest.approx(asked, abs=0.01)
+    model = AutoModelForCausalLM.from_pretrained(SHARED / "models" / "stories260K")
+    ids = torch.randint(4, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            wina_calib.load(tmp_path / "s", 0.0)(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3
+        )
 
 
 def test_base_perplexity_is_stored(calibrated: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import wina_calib
 from wina_calib.checkpoint import read_settings
 from wina_calib.cli import COMMANDS, main
 from wina_calib.commands.common import bar
+from wina_calib.commands.demo import PROMPTS
 from wina_calib.evaluate import find_warnings
 from wina_calib.text import fixed, rise, table
 
@@ -194,6 +197,24 @@ def test_plain_transformers_calls_load_it(calibrated: Path) -> None:
         assert torch.equal(AutoModelForCausalLM.from_pretrained(calibrated)(ids).logits, expected)
     made = pipeline("text-generation", str(calibrated), tokenizer=AutoTokenizer.from_pretrained(calibrated))
     assert made("a text", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("a text")
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make demo` runs: a table, a few lines of text, and last the commands to go on with, which work."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # an existing folder is replaced
+        done = run("demo", "--samples", 17, "--seq-len", 512)
+        assert done.exit_code == 0, done.stderr
+    found = done.stdout
+    assert re.search(r"^perplexity +\d+\.\d{3} +\d+\.\d{3} +\+\d", found, flags=re.M)
+    written, _, after = found.partition("The sparse model writes:")[2].partition("\nNext:\n")
+    assert all(f"  {prompt}" in written for prompt in PROMPTS)
+    *commands, own = [line.partition("#")[0].strip() for line in after.splitlines()]
+    assert own == "wina-calib calibrate MODEL -o DIR --sparsity 0.5"
+    assert len(commands) == 3
+    for command in commands:
+        assert run(*shlex.split(command)[1:]).exit_code == 0, command
 
 
 def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:

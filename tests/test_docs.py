@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -46,6 +47,23 @@ def test_commands_named_in_the_docs_exist() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for name in re.findall(r"wina-calib ([a-z][a-z-]+)\b", page.read_text("utf-8")):
             assert name in COMMANDS, f"{page.name}: wina-calib {name}"
+
+
+def test_examples_parse() -> None:
+    """Commands of all pages, the help's examples too, have options and values that are there."""
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = re.sub(r"^Usage: .*$", "", page.read_text("utf-8"), flags=re.M)
+        found += re.findall(r"(?:^ {4}|^\$ |`(?:\w+=\S+ )*)wina-calib ([a-z-]+ [^`\n]*)", text, flags=re.M)
+    assert len(found) > 80
+    for line in found:
+        name, *args = shlex.split(line.partition("  #")[0])
+        command = main.get_command(click.Context(main), name)
+        assert command is not None, line
+        try:
+            command.make_context(name, args)
+        except click.MissingParameter:  # a command's name with some of its options, within a sentence
+            assert f"`wina-calib {line}`" in "".join(p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")), line
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from browser import BROWSER, FLAGS, needs_browser
 from click.testing import CliRunner
 
 import wina_calib
@@ -45,6 +48,41 @@ def test_page_and_pictures(curved: Path, tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert "<script" not in text
     assert "default-src 'none'" in text
+
+
+@needs_browser
+def test_a_browser_shows_the_pictures(curved: Path, tmp_path: Path) -> None:
+    """Within the page's own content policy; without its leave for pictures none is seen."""
+    page = write_report(curved, tmp_path / "report")
+    text = page.read_text()
+    assert text.count("img-src data:; ") == 1
+    (tmp_path / "bare.html").write_text(text.replace("img-src data:; ", ""))
+    assert coloured(page, tmp_path) > 20_000
+    assert coloured(tmp_path / "bare.html", tmp_path) < 2_000
+
+
+def coloured(page: Path, folder: Path) -> int:
+    """How many pixels of the page in a browser are neither black, grey nor white."""
+    from matplotlib.image import imread
+
+    assert BROWSER is not None
+    shot = folder / f"{page.stem}.png"
+    flags = [flag for flag in FLAGS if not flag.startswith(("--window", "--remote"))]
+    subprocess.run(
+        [
+            BROWSER,
+            *flags,
+            f"--user-data-dir={folder}/profile",
+            "--window-size=1280,4000",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = imread(shot)[..., :3]
+    return int(np.count_nonzero(pixels.max(-1) - pixels.min(-1) > 0.15))
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(curved: Path, tmp_path: Path) -> None:
