@@ -122,8 +122,9 @@ def evaluate(
     specs = (data,) if isinstance(data, str) else tuple(map(str, data))
     folder, _ = resolve(str(path_or_repo), revision=revision)
     place = pick_device(device)
-    model = load(folder, sparsity, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
-    return evaluate_model(model, folder, specs, sparsity=sparsity, tokens=tokens, progress=progress)
+    return evaluate_model(
+        load_on(folder, place, dtype), folder, specs, sparsity=sparsity, tokens=tokens, progress=progress
+    )
 
 
 def evaluate_model(
@@ -144,9 +145,8 @@ def evaluate_model(
     asked = settings.sparsity if sparsity is None else sparsity
     set_sparsity(model, asked)
     if budget is not None:
-        for site in sites:
-            site.set_sparsity(asked, float(budget[site.layer, SITES.index(site.site.name)]))
-    blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, int(settings.provenance.get("seq_len", 2048)))
+        set_budget(model, asked, budget)
+    blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, settings.seq_len)
     found = measure(model, blocks, progress)
     cells = count_cells(describe(model), settings.transform)
     provenance = settings.provenance
@@ -283,8 +283,15 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def weights_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """The dtype to load weights in for `auto` or a dtype's name."""
-    if name == "auto" and device.type != "cpu":
-        return "auto"
-    return pick_dtype(name, torch.float32, device)
+def load_on(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """Load a checkpoint to measure it: `auto` is the stored dtype on an accelerator, float32 on a CPU."""
+    cpu = device.type == "cpu"
+    stored = dtype == "auto" and not cpu
+    chosen = "auto" if stored else pick_dtype(dtype, torch.float32, device)
+    return load(folder, dtype=chosen, device_map=None if cpu else device)
+
+
+def set_budget(model: PreTrainedModel, sparsity: float, budget: NDArray[np.float64]) -> None:
+    """Run a loaded model at site sparsities `budget` (layers, sites), with the tables of a model sparsity."""
+    for site in sparse_sites(model):
+        site.set_sparsity(sparsity, float(budget[site.layer, SITES.index(site.site.name)]))

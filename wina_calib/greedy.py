@@ -127,9 +127,8 @@ def greedy(
         phase.restore("hidden", hidden, stream.mine)
     for index, module in stream.layers(phase.step):
         layer = arch.layers[index]
-        rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         following = stream.store()
-        masked = _TailLayer(layer, module, rule, rotations)
+        masked = _TailLayer(layer, module, rule, stream.rotations(index))
         with masked:
             search = _Search(stream, masked, hidden, step, last_fraction, cost)
             search.dense_pass(following)

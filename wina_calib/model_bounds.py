@@ -273,8 +273,7 @@ class _Run:
         sparse.copy_from(dense)
         found: list[SiteBound] = []
         for index, module in stream.layers():
-            rotations = {site: q.to(self.device, self.dtype) for site, q in source.rotations(index).items()}
-            with _Watched(arch.layers[index], module, rule, rotations) as layer:
+            with _Watched(arch.layers[index], module, rule, stream.rotations(index)) as layer:
                 layer.cuts = dict(cuts(arch.layers[index]))
                 sums = {group: _Sums(layer.weights(group)) for groups in layer.groups.values() for group in groups}
                 for batch in range(len(stream.batches)):

@@ -102,10 +102,9 @@ def fit_thresholds(
             phase.restore(name, store, stream.mine)
     tensors: dict[str, Tensor] = phase.tensors()
     for index, module in stream.layers(phase.step):
-        rotations = {s: q.to(stream.device, stream.dtype) for s, q in stream.source.rotations(index).items()}
         layer = arch.layers[index]
         fits: list[dict[str, SiteFit]] = []
-        with MaskedLayer(layer, module, rule, rotations) as masked:
+        with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
             tables = None if dense is None else dense_tables(stream, masked, dense)
             for a, hidden in enumerate(states):
                 targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))

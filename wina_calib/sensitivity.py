@@ -197,7 +197,7 @@ def _forward(
     for index, module in stream.layers(min(phase.step, len(arch.layers))):
         outputs = stream.store()
         histograms: dict[str, ScoreHistogram] = {}
-        with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, _rotations(stream, index)) as layer:
+        with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, stream.rotations(index)) as layer:
 
             def observe(
                 site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
@@ -315,7 +315,7 @@ def _layer_curves(
     nothing = torch.zeros(2, len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
     mine: list[Tensor] = []
     tokens = sum(ids.numel() for ids in stream.batches)
-    tapped = _Tapped(layer, module, rule, _rotations(stream, index))
+    tapped = _Tapped(layer, module, rule, stream.rotations(index))
     with tapped:
         for batch in stream.mine:
             totals = nothing.clone()
@@ -376,10 +376,6 @@ def ranks(score: Tensor) -> Tensor:
 def dropped_ranks(width: int) -> Tensor:
     """Highest rank that top-k selection drops of `width` inputs at the levels above 0, (levels - 1,) float32."""
     return torch.tensor([width - kept_inputs(width, level) for level in CURVE_LEVELS[1:]], dtype=torch.float32)
-
-
-def _rotations(stream: LayerStream, index: int) -> dict[str, Tensor]:
-    return {site: q.to(stream.device, stream.dtype) for site, q in stream.source.rotations(index).items()}
 
 
 def _summed(parts: Sequence[Tensor], total: Tensor) -> Tensor:

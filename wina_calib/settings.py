@@ -61,6 +61,11 @@ class Settings:
         return MaskRule(self.score, self.masks, self.exponent, self.transform, self.select, self.first_token)
 
     @property
+    def seq_len(self) -> int:
+        """Tokens of a calibration block; 2048 where the provenance does not say."""
+        return int(self.provenance.get("seq_len", 2048))
+
+    @property
     def has_kernels(self) -> bool:
         """Whether masks are those that the fast kernels make: scores from magnitudes, above a threshold."""
         return self.select == "threshold" and self.score in ("wina", "teal")

@@ -176,6 +176,10 @@ class LayerStream:
         """Keyword arguments that the model's own forward gives to a layer."""
         return self._kwargs[len(self.batches[batch])][layer]
 
+    def rotations(self, layer: int) -> dict[str, Tensor]:
+        """A layer's run-time matrices by site name, where and as the stream computes."""
+        return {site: q.to(self.device, self.dtype) for site, q in self.source.rotations(layer).items()}
+
     def layers(
         self, first: int = 0, stop: int | None = None, *, backward: bool = False
     ) -> Iterator[tuple[int, nn.Module]]:

@@ -25,13 +25,13 @@ from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import UsageError
-from wina_calib.evaluate import Measured, dense_states, evaluation_blocks, measure, weights_dtype
+from wina_calib.evaluate import Measured, dense_states, evaluation_blocks, load_on, measure, set_budget
 from wina_calib.families import SITES
 from wina_calib.fit import dense_tables
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
-from wina_calib.runtime.load import load, set_sparsity, sparse_sites
-from wina_calib.source import Source, load_tokenizer, open_source, resolve, weights_folder
+from wina_calib.runtime.load import set_sparsity, sparse_sites
+from wina_calib.source import load_tokenizer, open_source, resolve, weights_folder
 from wina_calib.streaming import LayerStream
 from wina_calib.tables import threshold_at, threshold_between
 from wina_calib.text import percent, rise, table
@@ -154,12 +154,11 @@ def transfer(
     held = (heldout,) if isinstance(heldout, str) else tuple(map(str, heldout))
     place = pick_device(device)
     text = _dense_text(taker, (data,) if isinstance(data, str) else tuple(data), samples)
-    seq_len = int(taker.settings.provenance.get("seq_len", 2048))
-    blocks = evaluation_blocks(held, load_tokenizer(taker.folder), tokens, seq_len)
+    blocks = evaluation_blocks(held, load_tokenizer(taker.folder), tokens, taker.settings.seq_len)
     skipped = _impossible(giver, taker)
     dense_scores = _dense_scores(taker, text, place, dtype) if "quantile" not in skipped else []
     cells = count_cells(taker.architecture, taker.settings.transform)
-    model = load(taker.folder, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+    model = load_on(taker.folder, place, dtype)
     states = dense_states(model, blocks.ids)
     ways = [way for way in WAYS if way not in skipped]
     rows: list[Row] = []
@@ -171,9 +170,9 @@ def transfer(
         found: dict[str, Measured] = {}
         for way in ways:
             if way == "uniform":
-                _set_budget(model, sparsity, np.full_like(matched, sparsity))
+                set_budget(model, sparsity, np.full_like(matched, sparsity))
             elif way == "budget":
-                _set_budget(model, sparsity, matched)
+                set_budget(model, sparsity, matched)
             elif way == "quantile":
                 _set_quantiles(model, matched, dense_scores)
             elif way == "values":
@@ -302,7 +301,7 @@ def _dense_text(taker: Checkpoint, data: tuple[str, ...], samples: int) -> Block
         specs,
         load_tokenizer(taker.folder),
         samples=samples,
-        seq_len=int(facts.get("seq_len", 2048)),
+        seq_len=taker.settings.seq_len,
         seed=int(facts.get("seed", 0)),
         min_tokens=1,
     )
@@ -318,16 +317,15 @@ def _dense_scores(taker: Checkpoint, text: Blocks, place: torch.device, dtype: s
         dtype=pick_dtype(dtype, source.dtype, place),
         device=place,
     )
-    return dense_scores(source, stream, taker.settings.rule)
+    return dense_scores(stream, taker.settings.rule)
 
 
 @torch.no_grad()
-def dense_scores(source: Source, stream: LayerStream, rule: MaskRule) -> list[dict[str, Tensor]]:
+def dense_scores(stream: LayerStream, rule: MaskRule) -> list[dict[str, Tensor]]:
     """Score quantiles at `LEVELS` of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
     hidden, found = stream.embed(), []
     for index, module in stream.layers():
-        rotations = {s: q.to(stream.device, stream.dtype) for s, q in source.rotations(index).items()}
-        with MaskedLayer(source.architecture.layers[index], module, rule, rotations) as masked:
+        with MaskedLayer(stream.source.architecture.layers[index], module, rule, stream.rotations(index)) as masked:
             sites = dense_tables(stream, masked, hidden)
         found.append({key: table for tables in sites.values() for key, table in tables.items()})
     hidden.clear()
@@ -340,11 +338,6 @@ def dense_scores(source: Source, stream: LayerStream, rule: MaskRule) -> list[di
 def _count(progress: Progress, before: int, parts: int, done: int, total: int) -> None:
     """Report `done` of `total` of a part, `before` parts of `parts` being done."""
     progress(before * total + done, parts * total)
-
-
-def _set_budget(model: PreTrainedModel, sparsity: float, budget: Floats) -> None:
-    for site in sparse_sites(model):
-        site.set_sparsity(sparsity, float(budget[site.layer, SITES.index(site.site.name)]))
 
 
 def _set_quantiles(model: PreTrainedModel, budget: Floats, tables: Sequence[Mapping[str, Tensor]]) -> None:

@@ -243,11 +243,10 @@ def _page(choice: Choice) -> str:
 
 
 def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str) -> Measure:
-    from wina_calib.evaluate import evaluate_model, weights_dtype
-    from wina_calib.runtime.load import load
+    from wina_calib.evaluate import evaluate_model, load_on
 
-    place, folder = pick_device(device), choice.opened.folder
-    model = load(folder, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+    folder = choice.opened.folder
+    model = load_on(folder, pick_device(device), dtype)
 
     def measure(sparsity: float, budget: Budget) -> tuple[float, float, float]:
         with bar(0, f"measure at {percent(sparsity, 0)}"):

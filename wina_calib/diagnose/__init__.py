@@ -16,9 +16,8 @@ from wina_calib.diagnose.importance import INPUTS, Importance, importance, spear
 from wina_calib.diagnose.subject import Subject
 from wina_calib.diagnose.texts import AMOUNTS, Fitted, texts, texts_text
 from wina_calib.errors import UsageError
-from wina_calib.evaluate import evaluation_blocks, weights_dtype
+from wina_calib.evaluate import evaluation_blocks, load_on
 from wina_calib.placement import pick_device, pick_dtype
-from wina_calib.runtime.load import load
 from wina_calib.source import load_tokenizer, resolve
 from wina_calib.text import percent
 
@@ -138,9 +137,8 @@ def diagnose(
         )
     specs = (data,) if isinstance(data, str) else tuple(map(str, data))
     place = pick_device(device)
-    seq_len = int(opened.settings.provenance.get("seq_len", 2048))
-    blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, seq_len)
-    model = load(opened.folder, dtype=weights_dtype(dtype, place), device_map=place if place.type != "cpu" else None)
+    blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
+    model = load_on(opened.folder, place, dtype)
     subject = Subject(opened, model, blocks, place, pick_dtype(dtype, model.dtype, place))
 
     def told(name: str) -> Callable[[int, int], None]:

@@ -83,7 +83,7 @@ def texts(
     """
     facts = subject.opened.settings.provenance
     tokenizer = load_tokenizer(subject.opened.folder)
-    length, seed = seq_len or int(facts.get("seq_len", 2048)), int(facts.get("seed", 0))
+    length, seed = seq_len or subject.opened.settings.seq_len, int(facts.get("seed", 0))
     most = max(amounts, default=KIND_BLOCKS)
     done = iter(range(1, len(KINDS) + len(amounts) + 1))
     total = len(KINDS) + len(amounts)
