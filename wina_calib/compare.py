@@ -42,6 +42,7 @@ from wina_calib.runtime.load import load
 from wina_calib.shards import read_json
 from wina_calib.source import Source, code_is_trusted, has_own_code, open_source, remote_code
 from wina_calib.streaming import LayerStream
+from wina_calib.text import finite
 from wina_calib.transforms import needed_sites, plan
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
@@ -241,7 +242,7 @@ class _Bench:
 
     def _key(self, method: Method, options: CalibrateOptions, text: Blocks) -> dict[str, Any]:
         """Everything that a method's figures depend on, the sparsity left out."""
-        return _plain(  # type: ignore[no-any-return]
+        return finite(  # type: ignore[no-any-return]
             {
                 "weights": self.weights,
                 "method": "gates" if method.gated else "sites",
@@ -451,15 +452,4 @@ def _digest(key: Mapping[str, Any]) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(_plain(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: lists for tuples, null for numbers that it cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return (json.dumps(finite(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

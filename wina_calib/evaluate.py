@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
 from wina_calib.placement import pick_device, pick_dtype
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
-from wina_calib.runtime.modules import model_weighted
+from wina_calib.runtime.modules import SiteState, model_weighted
+from wina_calib.runtime.state import SiteCount
 from wina_calib.settings import Settings
 from wina_calib.source import load_tokenizer, resolve
 from wina_calib.streaming import Head
@@ -91,6 +92,17 @@ class Measured:
     model_sparsity: float
     sites: dict[tuple[int, str], float]
     tokens: int
+
+    @classmethod
+    def from_sums(
+        cls, sums: Tensor, counts: Mapping[tuple[int, str], SiteCount], sites: Sequence[SiteState], blocks: Blocks
+    ) -> Measured:
+        """From `quality_sums` and mask counts over all of `blocks`."""
+        tokens = blocks.tokens - len(blocks.ids)
+        base, sparse, divergence, agreement = (sums / tokens).tolist()
+        achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
+        real = model_weighted(sites, list(achieved.values()))
+        return cls(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, tokens)
 
 
 def evaluate(
@@ -188,11 +200,7 @@ def measure(
             whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
             totals += quality_sums(model, whole, _states(model, ids), ids)
             progress(index + 1, len(blocks.ids))
-    count = blocks.tokens - len(blocks.ids)
-    base, sparse, divergence, agreement = (totals / count).tolist()
-    achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
-    real = model_weighted(sites, list(achieved.values()))
-    return Measured(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, count)
+    return Measured.from_sums(totals, counts, sites, blocks)
 
 
 def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:

@@ -6,7 +6,6 @@ It names the calibration that it belongs to, so that figures never outlive the t
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from wina_calib.checkpoint import WINA_FILE, read_index
 from wina_calib.errors import CheckpointError
 from wina_calib.output import write_file
 from wina_calib.shards import Shards, read_json
+from wina_calib.text import finite
 
 if TYPE_CHECKING:
     from wina_calib.evaluate import Evaluation
@@ -40,7 +40,7 @@ def save_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     Raises:
         OutputError: the folder cannot be written.
     """
-    values = _finite(asdict(evaluation))
+    values = finite(asdict(evaluation))
     record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **values}
     path = folder / EVALUATION_FILE
     write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
@@ -72,14 +72,3 @@ def calibration_fingerprint(folder: Path) -> str:
     """Fingerprint of everything that calibration stored, thresholds and budget included."""
     names = [name for name, file in read_index(folder).items() if file == WINA_FILE]
     return Shards.open(folder).fingerprint(names)
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON cannot hold become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

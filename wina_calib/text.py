@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 _LONG = 1e6
 
@@ -39,3 +41,14 @@ def fixed(value: float) -> str:
 
 def _is_number(cell: str) -> bool:
     return bool(cell) and cell.strip().rstrip("%x").replace(",", "").strip().lstrip("+-").replace(".", "", 1).isdigit()
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON holds it: null for numbers that are not finite, lists for tuples; at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

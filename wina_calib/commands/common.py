@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import OutputError
 from wina_calib.options import CalibrateOptions
 from wina_calib.source import remote_code
+from wina_calib.text import finite
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
@@ -127,7 +127,7 @@ def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
 
 def emit(value: Any, text: str, *, as_json: bool) -> None:
     """Print a result: one JSON object, or text for people."""
-    click.echo(json.dumps(_finite(value), ensure_ascii=False) if as_json else text)
+    click.echo(json.dumps(finite(value), ensure_ascii=False) if as_json else text)
 
 
 def note(text: str) -> None:
@@ -158,14 +158,3 @@ def steps(label: str) -> Iterator[Callable[[int, int], None]]:
             shown.update(done - shown.n)
 
         yield progress
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot hold by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value

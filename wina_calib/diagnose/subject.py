@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from wina_calib.checkpoint import Checkpoint
 from wina_calib.corpus import Blocks
-from wina_calib.evaluate import Measured, perplexity, quality_sums
+from wina_calib.evaluate import Measured, quality_sums
 from wina_calib.runtime.load import runtime_state, set_sparsity, sparse_sites
-from wina_calib.runtime.modules import SiteState, model_weighted
+from wina_calib.runtime.modules import SiteState
 from wina_calib.runtime.state import SiteCount
 from wina_calib.score import KEEP_ALL
 
@@ -101,8 +101,7 @@ def watch(
                     sparse, last = run(ids)
                 sums[name].add(counts, quality_sums(model, end, last, ids), dense, sparse)
             progress(index + 1, len(blocks.ids))
-    count = blocks.tokens - len(blocks.ids)
-    return {name: own.result(sites, count) for name, own in sums.items()}
+    return {name: own.result(sites, blocks) for name, own in sums.items()}
 
 
 @contextmanager
@@ -151,9 +150,6 @@ class _Sums:
             self._error[layer] += (s.float() - d.float()).square().sum(dtype=torch.float64).cpu()
             self._whole[layer] += d.float().square().sum(dtype=torch.float64).cpu()
 
-    def result(self, sites: Sequence[SiteState], count: int) -> Watched:
-        base, sparse, divergence, agreement = (self._quality / count).tolist()
-        achieved = {(s.layer, s.site.name): self._counts[s.layer, s.site.name].sparsity for s in sites}
-        real = model_weighted(sites, list(achieved.values()))
-        quality = Measured(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, count)
+    def result(self, sites: Sequence[SiteState], blocks: Blocks) -> Watched:
+        quality = Measured.from_sums(self._quality, self._counts, sites, blocks)
         return Watched(quality, tuple((self._error / self._whole).sqrt().tolist()))
