@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import wina_calib
 from wina_calib import plots
 from wina_calib.allocation import choice_passes
+from wina_calib.budgets import Cells
 from wina_calib.calibrate import calibrate
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, open_checkpoint
@@ -31,14 +32,15 @@ from wina_calib.comparison import Comparison, Row, Skipped
 from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import CheckpointError, UsageError, WinaError
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate
-from wina_calib.evaluate import evaluate_model, evaluation_blocks, perplexity, quality_sums
+from wina_calib.evaluate import Measured, evaluation_blocks, measure, perplexity, quality_sums
+from wina_calib.families import describe
 from wina_calib.gates import fit_gates, gated_share, masked_gates
 from wina_calib.methods import Method, find_methods
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import lock, readable_errors, write_file
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
-from wina_calib.runtime.load import load
+from wina_calib.runtime.load import load, set_sparsity
 from wina_calib.shards import read_json
 from wina_calib.source import Source, code_is_trusted, has_own_code, open_source, remote_code
 from wina_calib.streaming import LayerStream
@@ -322,31 +324,13 @@ class _Bench:
             took = time.monotonic() - start
             write_file(place / "seconds.json", _json(took))
         model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
+        cells = count_cells(describe(model), plan(task.options.transform, self.source.architecture).name)
         for sparsity in task.todo:
             self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
-            found = evaluate_model(
-                model,
-                checkpoint,
-                self.heldout,
-                sparsity=sparsity,
-                tokens=self.blocks.tokens,
-                progress=lambda done, total: self.report.step(f"block {done} of {total}"),
-            )
-            yield Row(
-                method=name,
-                sparsity=sparsity,
-                model_sparsity=found.model_sparsity,
-                ppl=found.sparse_ppl,
-                dense_ppl=found.dense_ppl,
-                kl=found.kl,
-                top1_agreement=found.top1_agreement,
-                read_fraction=found.read_fraction,
-                read_fraction_decoder=found.read_fraction_decoder,
-                tokens=found.tokens,
-                seconds=time.monotonic() - start,
-                calibration_seconds=took,
-            )
+            set_sparsity(model, sparsity)
+            found = measure(model, self.blocks, self._measured)
+            yield _row(name, sparsity, found, cells, seconds=time.monotonic() - start, calibration_seconds=took)
         shutil.rmtree(place, ignore_errors=True)
 
     @torch.no_grad()
@@ -371,26 +355,12 @@ class _Bench:
         for sparsity, thresholds in zip(task.todo, fitted, strict=True):
             self.report.phase(f"{task.method.name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
-            totals, dropped = self._gate_sums(model, thresholds)
-            count = self.blocks.tokens - len(self.blocks.ids)
-            dense, sparse, kl, agreement = (totals / count).tolist()
-            yield Row(
-                method=task.method.name,
-                sparsity=sparsity,
-                model_sparsity=dropped * share,
-                ppl=perplexity(sparse),
-                dense_ppl=perplexity(dense),
-                kl=kl,
-                top1_agreement=agreement,
-                read_fraction=cells.read_fraction_at(dropped * share),
-                read_fraction_decoder=cells.read_fraction_at(dropped * share, lm_head=False),
-                tokens=count,
-                seconds=time.monotonic() - start,
-                calibration_seconds=took,
-            )
+            found = self._gated(model, thresholds)
+            seconds = time.monotonic() - start
+            yield _row(task.method.name, sparsity, found, cells, seconds=seconds, calibration_seconds=took)
 
-    def _gate_sums(self, model: PreTrainedModel, thresholds: Tensor) -> tuple[Tensor, float]:
-        """`quality_sums` over all blocks with masked gates, and the share of activations dropped."""
+    def _gated(self, model: PreTrainedModel, thresholds: Tensor) -> Measured:
+        """Quality with masked gates."""
         decoder = model.get_decoder()
         totals, seen, dropped = torch.zeros(4, dtype=torch.float64), 0, 0
         for index, ids in enumerate(self.blocks.ids.to(self.device)):
@@ -399,8 +369,14 @@ class _Bench:
                 sparse = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
             totals += quality_sums(model, dense, sparse, ids)
             seen, dropped = seen + count.seen, dropped + count.dropped
-            self.report.step(f"block {index + 1} of {len(self.blocks.ids)}")
-        return totals, dropped / seen
+            self._measured(index + 1, len(self.blocks.ids))
+        tokens = self.blocks.tokens - len(self.blocks.ids)
+        base, ppl, kl, agreement = (totals / tokens).tolist()
+        real = dropped / seen * gated_share(self.source.architecture)
+        return Measured(perplexity(base), perplexity(ppl), kl, agreement, real, {}, tokens)
+
+    def _measured(self, done: int, total: int) -> None:
+        self.report.step(f"block {done} of {total}")
 
 
 @dataclass(frozen=True)
@@ -421,6 +397,25 @@ class _Named:
 
     def note(self, text: str) -> None:
         self.report.note(text)
+
+
+def _row(
+    name: str, sparsity: float, found: Measured, cells: Cells, *, seconds: float, calibration_seconds: float
+) -> Row:
+    return Row(
+        method=name,
+        sparsity=sparsity,
+        model_sparsity=found.model_sparsity,
+        ppl=found.ppl,
+        dense_ppl=found.dense_ppl,
+        kl=found.kl,
+        top1_agreement=found.top1_agreement,
+        read_fraction=cells.read_fraction_at(found.model_sparsity),
+        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
+        tokens=found.tokens,
+        seconds=seconds,
+        calibration_seconds=calibration_seconds,
+    )
 
 
 def _finished(place: Path, sparsities: Sequence[float]) -> float | None:
