@@ -36,7 +36,7 @@ from wina_calib.evaluate import Measured, evaluation_blocks, measure, perplexity
 from wina_calib.families import describe
 from wina_calib.gates import fit_gates, gated_share, masked_gates
 from wina_calib.methods import Method, find_methods
-from wina_calib.options import CalibrateOptions, make_options
+from wina_calib.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.output import lock, readable_errors, write_file
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
@@ -50,10 +50,7 @@ from wina_calib.transforms import needed_sites, plan
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 DEFAULT_METHODS = ("papers",)
 FORMAT = "wina-compare-cell/1"
-_IRRELEVANT = {
-    "sparsity", "grid", "weights", "device", "micro_batch", "overwrite", "restart", "keep_state", "revision",
-    "trust_remote_code",
-}  # fmt: skip
+_IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
 
 
 def compare(

@@ -15,9 +15,9 @@ from wina_calib.allocation import is_file
 from wina_calib.checkpoint import model_names, side_files
 from wina_calib.corpus import Blocks
 from wina_calib.job import Job, versions
+from wina_calib.options import OPERATIONAL
 
-# Options that do not change the result, or that are in the identity as what they come to.
-_LEFT_OUT = {"overwrite", "restart", "keep_state", "device", "dtype", "micro_batch", "revision", "trust_remote_code"}
+_LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come to is in the identity
 
 
 def identity(job: Job, base: Blocks) -> dict[str, Any]:

@@ -18,6 +18,10 @@ WEIGHTS = ("full", "reference")
 LOOPS = ("closed", "open")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
+# Options that say where, how and from where a calibration is made; what comes out does not depend on their words.
+OPERATIONAL = frozenset(
+    {"overwrite", "restart", "keep_state", "device", "micro_batch", "revision", "trust_remote_code"}
+)
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - the word that click uses

@@ -8,6 +8,7 @@ import torch
 from wina_calib.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
 from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option, trust_option
 from wina_calib.errors import UsageError
+from wina_calib.options import DTYPES
 from wina_calib.placement import pick_device, pick_dtype
 
 
@@ -35,7 +36,7 @@ from wina_calib.placement import pick_device, pick_dtype
 @click.option(
     "--dtype",
     default="auto",
-    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    type=click.Choice(DTYPES),
     help="Of the weights; auto is the stored one (random: bfloat16) on a GPU, float32 on a CPU.",
 )
 @trust_option

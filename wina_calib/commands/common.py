@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import OutputError
-from wina_calib.options import CalibrateOptions
+from wina_calib.options import DTYPES, CalibrateOptions
 from wina_calib.source import remote_code
 from wina_calib.text import finite
 
@@ -25,7 +25,7 @@ device_option = click.option("--device", default="auto", metavar="DEVICE", help=
 dtype_option = click.option(
     "--dtype",
     default="auto",
-    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    type=click.Choice(DTYPES),
     help="Compute dtype; auto is the stored one on a GPU, float32 on a CPU.",
 )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Masked harder than usual sparsities: better there too than training at the sparsity itself (docs, transforms).
+# Masked harder than usual sparsities: better there too than training at the sparsity itself.
 SPARSITY = 0.75
 HELD_OUT = 8
 _BATCH = 512
