@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wina_calib
-from wina_calib.checkpoint import expected_tensors, open_checkpoint, read_settings, write_wina_file
+from wina_calib.checkpoint import expected_tensors, open_checkpoint, read_settings
+from wina_calib.checkpoint_writer import write_wina_file
 from wina_calib.errors import CheckpointError
 from wina_calib.settings import FORMAT_VERSION, Settings
 

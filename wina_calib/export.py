@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wina_calib.checkpoint import (
-    copy_side_files,
-    header_metadata,
-    open_checkpoint,
-    write_index,
-    write_json,
-)
+from wina_calib.checkpoint import open_checkpoint
+from wina_calib.checkpoint_writer import copy_side_files, header_metadata, write_index, write_json
 from wina_calib.errors import UnsupportedModel
 from wina_calib.output import check_output, output_folder
 from wina_calib.shards import ShardWriter, read_json

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from wina_calib.allocation import is_file
-from wina_calib.checkpoint import model_names, side_files
+from wina_calib.checkpoint import model_names
+from wina_calib.checkpoint_writer import side_files
 from wina_calib.corpus import Blocks
 from wina_calib.job import Job, versions
 from wina_calib.options import OPERATIONAL

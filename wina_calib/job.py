@@ -17,7 +17,8 @@ from torch import Tensor
 import wina_calib
 from wina_calib.allocation import Allocation, allocate, choice_passes, curve_tensors, scaled_curves, stored_name
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import model_names, write_calibration, write_weights
+from wina_calib.checkpoint import model_names
+from wina_calib.checkpoint_writer import write_calibration, write_weights
 from wina_calib.corpus import Blocks
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase

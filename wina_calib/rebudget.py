@@ -25,17 +25,8 @@ from wina_calib.budgets import (
 )
 from wina_calib.budgets.model import Floats
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import (
-    WINA_FILE,
-    Checkpoint,
-    SiteTensors,
-    expected_tensors,
-    open_checkpoint,
-    read_index,
-    write_index,
-    write_json,
-    write_wina_file,
-)
+from wina_calib.checkpoint import WINA_FILE, Checkpoint, SiteTensors, expected_tensors, open_checkpoint, read_index
+from wina_calib.checkpoint_writer import write_index, write_json, write_wina_file
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
 from wina_calib.job import Job

@@ -14,15 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wina_calib.checkpoint import (
-    INDEX_FILE,
-    WINA_FILE,
-    Checkpoint,
-    open_checkpoint,
-    write_index,
-    write_json,
-    write_wina_file,
-)
+from wina_calib.checkpoint import INDEX_FILE, WINA_FILE, Checkpoint, open_checkpoint
+from wina_calib.checkpoint_writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
 from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
