@@ -101,3 +101,10 @@ def test_a_cell_of_each_comparison_comes_out_the_same(
     (row,) = script.rounded(script.invoke(shlex.join(words)))["rows"]
     (stored,) = (r for r in STORED[name]["result"]["rows"] if (r["method"], r["sparsity"]) == ("wina", 0.5))
     close(row, stored, name)
+
+
+@pytest.mark.slow
+def test_a_diagnosis_comes_out_the_same(script: ModuleType, tmp_path: Path) -> None:
+    for name in ("demo-calibrate", "demo-diagnose"):
+        command = script.STEPS[name].replace(f"{script.WORK}/demo-sparse", str(tmp_path / "sparse"))
+        close(script.rounded(script.prune(name, script.invoke(command))), STORED[name]["result"], name)
