@@ -234,7 +234,7 @@ def test_wrong_targets_are_refused(kind, value):
 
 
 def test_quality_target_needs_curves():
-    with pytest.raises(BudgetError, match="needs loss curves"):
+    with pytest.raises(BudgetError, match="needs loss curves.*--budget global"):
         uniform(small_cells(), Target("loss_rise", 0.1))
 
 

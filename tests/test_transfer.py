@@ -15,7 +15,7 @@ from wina_calib.checkpoint import open_checkpoint
 from wina_calib.cli import main
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.source import open_source
-from wina_calib.transfer import WAYS, by_depth, matched_budget, transfer
+from wina_calib.transfer import WAYS, by_depth, matched_budget, render, transfer
 
 OPTIONS = {"tokens": 1024, "samples": 8}
 CALIBRATION = {"transform": "none", "samples": 80, "seq_len": 128, "grid": (0.5,), "max": "0.8"}
@@ -99,6 +99,7 @@ def test_thresholds_of_another_kind_are_left_out(large: Path, llama: Path, text:
     found = transfer(tmp_path / "teal", large, heldout=str(text), **OPTIONS)
     assert "score teal and wina" in found.skipped["values"] and "values" not in {r.way for r in found.rows}
     assert np.isnan(found.budgets[0].correlation)  # a uniform budget has none
+    assert "no correlation" in render(found) and "nan" not in render(found)
     found = transfer(large, tmp_path / "top", heldout=str(text), **OPTIONS)
     assert set(found.skipped) == {"quantile", "values"}
     assert [r.way for r in found.rows] == ["native", "uniform", "budget"]

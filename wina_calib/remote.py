@@ -98,7 +98,7 @@ def _reason(error: BaseException, revision: str | None) -> str:
     if status is not None:
         return f"the Hub answered {status}. Try again later."
     if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
-        return "not all of it is in the cache, and HF_HUB_OFFLINE is set. Unset it, or fetch it once while online."
+        return "HF_HUB_OFFLINE is set, and the cache does not have all that is needed. Unset it, or fetch it once while online."
     return (
         f"not all of it is in the cache, and {constants.ENDPOINT} was not asked or did not answer. "
         "Check the network, or fetch it once while online."

@@ -7,6 +7,7 @@ little elsewhere, and its quantile much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -264,7 +265,12 @@ def render(found: Transfer) -> str:
     ]  # fmt: skip
     about = [f"{way}: {what}" for way, (what, _) in WAYS.items() if way not in found.skipped]
     alike = [
-        f"budgets at {b.sparsity:g}: site sparsities differ by {b.distance:.3f} on average, correlation {b.correlation:+.2f}"
+        f"budgets at {b.sparsity:g}: site sparsities differ by {b.distance:.3f} on average, "
+        + (
+            "no correlation with one that is uniform"
+            if math.isnan(b.correlation)
+            else f"correlation {b.correlation:+.2f}"
+        )
         for b in found.budgets
     ]
     left = [f"{way}: left out. {reason}" for way, reason in found.skipped.items()]

@@ -154,7 +154,9 @@ def meet(
         sparsity = min(max(sparsity, lowest), highest)
         return sparsity, spread(sparsity)
     if curves is None:
-        raise BudgetError(f"a target of predicted {target.kind} needs loss curves: run the calibration pass first")
+        raise BudgetError(
+            f"a target of predicted {target.kind} needs loss curves, and there are none: calibrate with --budget global."
+        )
     limit = target.value if target.kind == "loss_rise" else math.log1p(target.value)
 
     def loss(sparsity: float) -> float:
