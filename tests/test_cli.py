@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import shlex
 import sys
@@ -85,6 +86,14 @@ def test_verbose_logs_to_standard_error_alone(calibrated: Path) -> None:
     finally:
         run("flops", "demo")
     assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "--verbose"])
+def test_log_levels_end_with_the_command(flag: str) -> None:
+    logger = logging.getLogger("wina_calib")
+    before = logger.level
+    assert CliRunner().invoke(main, [flag, "compare", "demo", "--list"]).exit_code == 0
+    assert logger.level == before
 
 
 @pytest.mark.parametrize(("value", "plain"), [(None, False), ("1", True)])

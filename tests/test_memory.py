@@ -16,7 +16,6 @@ import pytest
 import random_model
 import script
 import torch
-from hostile import memory_limit
 
 import wina_calib
 from wina_calib.errors import OutOfMemoryError
@@ -208,20 +207,24 @@ def test_out_of_memory_names_the_option_and_its_value(
 
 
 def test_memory_that_really_runs_out(tmp_path: Path, llama: Path, text: Path) -> None:
-    class Listen(wina_calib.progress.Silent):
-        def planned(self, estimate: object) -> None:
-            self.limit = memory_limit(12 * MB)
-            self.limit.__enter__()
+    # In a process of its own: one that has run other tests holds freed memory that no limit takes away.
+    code = """
+        import sys
+        import wina_calib
+        from hostile import memory_limit
 
-    heard = Listen()
-    try:
-        with pytest.raises(OutOfMemoryError, match="--micro-batch 32"):
-            wina_calib.calibrate(
-                llama, tmp_path / "s", data=str(text), samples=64, seq_len=256, micro_batch=64, progress=heard
-            )
-    finally:
-        heard.limit.__exit__(None, None, None)
-    assert not (tmp_path / "s").exists()
+        class Listen(wina_calib.progress.Silent):
+            def planned(self, estimate):
+                self.limit = memory_limit(12_000_000)
+                self.limit.__enter__()
+
+        model, out, data = sys.argv[1:]
+        wina_calib.calibrate(model, out, data=data, samples=64, seq_len=256, micro_batch=64, progress=Listen())
+    """
+    done = script.run(code, llama, tmp_path / "s", text)
+    assert done.returncode == 1
+    assert "OutOfMemoryError" in done.stderr and "--micro-batch 32" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_pass_through(tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -88,6 +90,18 @@ def _say(error: BaseException, text: str) -> None:
         click.echo(text, err=True)
 
 
+@contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Hold a logger at a level, and give it back: a program that calls a command keeps its own."""
+    logger = logging.getLogger(name)
+    old = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(old)
+
+
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from importlib.metadata import version
@@ -119,7 +133,7 @@ def main(verbose: bool, quiet: bool) -> None:
         raise click.UsageError("--verbose and --quiet do not go together.")
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s")
-    logging.getLogger("wina_calib").setLevel(level)
+    click.get_current_context().with_resource(log_level("wina_calib", level))
     if quiet:
         warnings.simplefilter("ignore")
     from transformers.utils import logging as hf

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from wina_calib.cli import log_level
 from wina_calib.commands.common import emit, json_option, note, trust_option
 from wina_calib.hub import push
 from wina_calib.results import read_evaluation
@@ -39,8 +40,8 @@ def command(
     Example:
       wina-calib push demo-sparse USER/demo-sparse --private
     """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of unchanged files is said below
-    done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    with log_level("huggingface_hub", logging.ERROR):  # what it says of unchanged files is said below
+        done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     if read_evaluation(folder) is None:
         note(
