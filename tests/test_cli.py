@@ -35,10 +35,12 @@ def as_json(result: Result) -> dict:
 
 
 def test_every_command_has_help() -> None:
-    assert run("--help").exit_code == 0
-    for command in COMMANDS:
+    listed = " ".join(run("--help").stdout.partition("Commands:")[2].split())
+    for command, does in COMMANDS.items():
+        assert f"{command} {does}" in listed
         result = run(command, "--help")
         assert result.exit_code == 0, command
+        assert " ".join(result.stdout.split("\n\n")[1].split()) == does
         assert result.stdout.startswith("Usage: ")
         assert f"\n    wina-calib {command}" in result.stdout.partition("Example")[2], command
 
@@ -58,6 +60,26 @@ def test_completion_of_commands_waits_for_no_import() -> None:
     done = script.run(COMPLETE, "wina-calib in", 1)
     assert done.stdout.split() == ["plain,inspect", "plain,info"]
     assert done.stderr.split() == ["False"]
+
+
+ASK = """
+import sys
+sys.argv = ["/somewhere/bin/wina-calib", *sys.argv[1:]]
+from wina_calib.cli import main
+try:
+    main(prog_name="wina-calib")
+finally:
+    print("torch" in sys.modules, "transformers" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--version"], wina_calib.__version__), (["-h"], "lm-eval"), ([], "push")]
+)
+def test_version_and_list_of_commands_wait_for_no_import(flags: list[str], said: str) -> None:
+    done = script.run(ASK, *flags)
+    assert said in done.stdout + done.stderr
+    assert done.stderr.split()[-2:] == ["False", "False"]
 
 
 def test_completion_of_options(monkeypatch: pytest.MonkeyPatch) -> None:

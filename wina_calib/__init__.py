@@ -6,8 +6,14 @@ Importing it registers the checkpoint format with transformers: `AutoModelForCau
 __version__ = "0.1.0"
 
 import os as _os
+import sys as _sys
+from pathlib import Path as _Path
 
-if not _os.environ.get("_WINA_CALIB_COMPLETE"):  # a shell that completes a command line does not wait for torch
+# Who asks for the version, the list of commands or a completion does not wait for torch.
+_PROGRAM, *_ARGUMENTS = getattr(_sys, "argv", None) or [""]
+_ASKS_LITTLE = _Path(_PROGRAM).name == "wina-calib" and _ARGUMENTS in ([], ["--version"], ["--help"], ["-h"])
+
+if not (_ASKS_LITTLE or _os.environ.get("_WINA_CALIB_COMPLETE")):
     from wina_calib.calibrate import Result, calibrate
     from wina_calib.compare import compare
     from wina_calib.comparison import Comparison
