@@ -212,7 +212,9 @@ def test_a_share_is_a_number_or_a_percentage(given: str, number: float | None) -
 def test_generate_and_export(calibrated: Path, llama: Path, tmp_path: Path) -> None:
     made = as_json(run("generate", calibrated, "a text", "--new", 5, "--json"))
     assert made["text"].startswith("a text")
-    assert as_json(run("export-dense", calibrated, tmp_path / "dense", "--json")) == {"folder": str(tmp_path / "dense")}
+    assert as_json(run("export-dense", calibrated, "-o", tmp_path / "dense", "--json")) == {
+        "folder": str(tmp_path / "dense")
+    }
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in config
     ids = torch.randint(4, 300, (1, 16))

@@ -136,7 +136,7 @@ def test_trusted_it_loads_and_computes_what_its_own_class_computes(own: Path, sp
     [
         ["inspect", "DIR"],
         ["generate", "DIR", "a text", "--new", "2"],
-        ["export-dense", "DIR", "OUT"],
+        ["export-dense", "DIR", "-o", "OUT"],
         ["bench", "DIR", *BENCH],
         ["bench", "MODEL", *BENCH],
         ["diagnose", "DIR", "--what", "propagation", "--tokens", "64"],
@@ -161,7 +161,7 @@ def test_methods_are_compared_on_it(own: Path, text: Path, tmp_path: Path) -> No
 
 
 def test_an_exported_model_keeps_its_code(sparse: Path, tmp_path: Path) -> None:
-    CliRunner().invoke(main, ["export-dense", str(sparse), str(tmp_path / "dense"), "--trust-remote-code"])
+    CliRunner().invoke(main, ["export-dense", str(sparse), "-o", str(tmp_path / "dense"), "--trust-remote-code"])
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", trust_remote_code=True)
     assert type(dense).__name__ == "OwnForCausalLM"
 

@@ -13,13 +13,13 @@ from typing import Any
 import click
 
 from wina_calib.calibrate import Result, calibrate
-from wina_calib.commands.common import bar, calibrate_options, emit, json_option, note
+from wina_calib.commands.common import bar, calibrate_options, emit, folder_option, json_option, note
 from wina_calib.estimate import Estimate, human_bytes
 
 
 @click.command("calibrate")
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@folder_option
 @calibrate_options
 @json_option
 def command(model: str, output: Path, as_json: bool, **options: Any) -> None:

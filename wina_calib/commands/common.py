@@ -43,7 +43,8 @@ trust_option = click.option(
     callback=_trust,
     help="Run Python code that the model folder brings. Read it first.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+folder_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists.")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, json_option, revision_option, trust_option
+from wina_calib.commands.common import emit, folder_option, json_option, overwrite_option, revision_option, trust_option
 from wina_calib.export import export_dense
 from wina_calib.source import resolve
 
 
 @click.command("export-dense")
 @click.argument("checkpoint", metavar="DIR")
-@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@folder_option
+@overwrite_option
 @revision_option
 @trust_option
 @json_option
@@ -23,7 +23,7 @@ def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None
 
     \b
     Example:
-      wina-calib export-dense demo-sparse demo-dense
+      wina-calib export-dense demo-sparse -o demo-dense
     """
     folder, _ = resolve(checkpoint, revision=revision)
     export_dense(folder, output, overwrite=overwrite)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, json_option, revision_option, trust_option
+from wina_calib.commands.common import emit, folder_option, json_option, overwrite_option, revision_option, trust_option
 from wina_calib.report import write_report
 from wina_calib.source import resolve
 
 
 @click.command("report")
 @click.argument("checkpoint", metavar="DIR")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@folder_option
+@overwrite_option
 @revision_option
 @trust_option
 @json_option
