@@ -104,9 +104,9 @@ def test_lazy_search_is_near(llama: Path) -> None:
 @pytest.mark.slow
 def test_a_tenth_of_the_papers_work_gives_their_result() -> None:
     source = open_source("demo")
-    ids = load_blocks(("builtin",), source.tokenizer(), samples=4, seq_len=128, seed=0, min_tokens=1).ids
-    exact = greedy(open_stream("demo", ids), MaskRule(), (0.25, 0.5), lazy=False)
-    lazy = greedy(open_stream("demo", ids), MaskRule(), (0.25, 0.5))
+    ids = load_blocks(("builtin",), source.tokenizer(), samples=4, seq_len=256, seed=0, min_tokens=1).ids
+    exact = greedy(open_stream("demo", ids), MaskRule(), (0.25, 0.5, 0.65), lazy=False)
+    lazy = greedy(open_stream("demo", ids), MaskRule(), (0.25, 0.5, 0.65))
     step = np.array([STEP * 256**2 / site.weights for site in source.architecture.layers[0].sites])
     assert (np.abs(lazy.rows - exact.rows) <= step + 1e-9).all()
     assert lazy.cost.passes < lazy.cost.reference / 10
