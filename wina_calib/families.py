@@ -7,12 +7,12 @@ site; anything else is refused by name, so that nothing is skipped silently.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from wina_calib.errors import UnsupportedModel
 
@@ -28,6 +28,8 @@ _ROLES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "mlp_in": ("mlp", (("gate_proj", "up_proj"), ("gate_up_proj",))),
     "mlp_out": ("mlp", (("down_proj",),)),
 }
+# The projection that a block is found by.
+_OUTPUTS = {"attention": "o_proj", "mlp": "down_proj"}
 # Norms a decoder layer may hold, by the set of their names: (before attention, before the MLP, after a block).
 _NORM_LAYOUTS: dict[frozenset[str], tuple[str | None, str | None, tuple[str, ...]]] = {
     frozenset({"input_layernorm", "post_attention_layernorm"}): ("input_layernorm", "post_attention_layernorm", ()),
@@ -163,8 +165,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         UnsupportedModel: a part of the model has no role here; the message names the module.
     """
     config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder model. Supported: {SUPPORTED}.")
+    refuse_encoder_decoder(config)
     base_name, base, layers = _decoder(model)
     head = model.get_output_embeddings()
     embed = model.get_input_embeddings()
@@ -191,6 +192,12 @@ def describe(model: PreTrainedModel) -> Architecture:
     )
 
 
+def refuse_encoder_decoder(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel for the config of a model that is no decoder alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"model_type {config.model_type!r} is an encoder-decoder model. Supported: {SUPPORTED}.")
+
+
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
     base_name = model.base_model_prefix
     base = getattr(model, base_name, None)
@@ -203,10 +210,7 @@ def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
 
 
 def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
-    blocks = {
-        "attention": _block_with(layer, prefix, ("o_proj",)),
-        "mlp": _block_with(layer, prefix, ("down_proj",)),
-    }
+    blocks = {kind: _block_with(layer, prefix, name) for kind, name in _OUTPUTS.items()}
     sites = tuple(_site(layer, prefix, name, blocks) for name in SITES)
     claimed = {p.module for site in sites for p in site.projections}
     for path, module in layer.named_modules():
@@ -239,14 +243,24 @@ def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
     )
 
 
-def _block_with(layer: nn.Module, prefix: str, names: Iterable[str]) -> str:
-    blocks = [path for path, module in layer.named_children() if all(hasattr(module, name) for name in names)]
-    if len(blocks) != 1:
+def _block_with(layer: nn.Module, prefix: str, name: str) -> str:
+    blocks = [path for path, module in layer.named_children() if hasattr(module, name)]
+    if len(blocks) == 1:
+        return blocks[0]
+    if blocks:
         raise UnsupportedModel(
-            f"{prefix[:-1]} ({type(layer).__name__}) has {len(blocks)} blocks with {', '.join(names)} "
-            f"(children: {', '.join(n for n, _ in layer.named_children())}). Supported: {SUPPORTED}."
+            f"{prefix[:-1]} has {name} in {len(blocks)} blocks: {', '.join(blocks)}. Supported: {SUPPORTED}."
         )
-    return blocks[0]
+    odd = [
+        f"{prefix}{path} ({type(module).__name__})"
+        for path, module in layer.named_children()
+        if any(p.ndim > 1 for p in module.parameters())
+        and not any(hasattr(module, known) for known in _OUTPUTS.values())
+    ]
+    raise UnsupportedModel(
+        f"{', '.join(odd) or f'{prefix[:-1]} ({type(layer).__name__})'} has no {name}: mixtures of experts and unusual "
+        f"blocks are not supported. Supported: {SUPPORTED}."
+    )
 
 
 def _site(layer: nn.Module, prefix: str, name: str, blocks: dict[str, str]) -> Site:

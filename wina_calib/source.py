@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel
-from wina_calib.families import Architecture, Layer, describe
+from wina_calib.families import SUPPORTED, Architecture, Layer, describe, refuse_encoder_decoder
 from wina_calib.remote import fetch
 from wina_calib.shards import Shards, read_json
 
@@ -350,13 +350,15 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrainedModel:
+    refuse_encoder_decoder(config)
     try:
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=code_is_trusted(), **extra
         ).eval()
     except Exception as error:
         raise UnsupportedModel(
-            f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {_first_line(error)}"
+            f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {_first_line(error)} "
+            f"Supported: {SUPPORTED}."
         ) from error
 
 
