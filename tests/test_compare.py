@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import wina_calib
 import wina_calib.compare
 from wina_calib.cli import main
+from wina_calib.compare import draw_comparison
 from wina_calib.errors import CorpusError, OutputError, UsageError
 from wina_calib.methods import GROUPS, METHODS, Method, find_methods
 from wina_calib.options import CalibrateOptions, make_options
@@ -251,6 +252,23 @@ def test_read_fraction_of_sites_and_gates(run: tuple[Path, wina_calib.Comparison
         read = sparse * (1 - row.model_sparsity) + always
         assert row.read_fraction_decoder == pytest.approx(read / (sparse + always))
         assert row.read_fraction == pytest.approx((read + 320 * 64) / (sparse + always + 320 * 64))
+
+
+def test_the_plot_has_every_figure_against_both_costs(
+    run: tuple[Path, wina_calib.Comparison], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, drawn = run[1], {}
+    monkeypatch.setattr(
+        "wina_calib.plots.tradeoffs", lambda panels, dense, title, logarithmic: drawn.update(panels) or b""
+    )
+    draw_comparison(found)
+    assert len(drawn) == 6
+    labels = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
+    for (x, y), lines in drawn.items():
+        cost = "model_sparsity" if x == "model sparsity" else "read_fraction"
+        rows = [r for r in found.rows if r.method == "wina"]
+        assert lines["wina"] == [(getattr(r, cost), getattr(r, labels[y])) for r in rows]
+        assert len(lines["wina"]) == 2 and len(lines["cats"]) == 1
 
 
 def test_command_line(llama: Path, text: Path, tmp_path: Path) -> None:

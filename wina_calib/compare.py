@@ -146,14 +146,18 @@ def compare(
 
 
 def draw_comparison(found: Comparison) -> bytes:
-    """Perplexity against model sparsity and against read fraction, a line a method, as a PNG."""
+    """Perplexity, KL divergence and agreement, against model sparsity and against read fraction, as a PNG."""
     names = dict.fromkeys(row.method for row in found.rows)
-    lines = {name: [row for row in found.rows if row.method == name] for name in names}
+    lines = {name: sorted((r for r in found.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
+    across = {"model sparsity": "model_sparsity", "read fraction (lm_head included)": "read_fraction"}
+    up = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
     panels = {
-        "model sparsity": {n: [(r.model_sparsity, r.ppl) for r in rows] for n, rows in lines.items()},
-        "read fraction (lm_head included)": {n: [(r.read_fraction, r.ppl) for r in rows] for n, rows in lines.items()},
+        (x, y): {n: [(getattr(r, across[x]), getattr(r, up[y])) for r in rows] for n, rows in lines.items()}
+        for y in up
+        for x in across
     }
-    return plots.tradeoffs(panels, found.rows[0].dense_ppl, found.model)
+    perplexity, kl, _ = up
+    return plots.tradeoffs(panels, {perplexity: found.rows[0].dense_ppl}, found.model, logarithmic=(perplexity, kl))
 
 
 @dataclass(frozen=True)
@@ -402,11 +406,7 @@ def _row(
     return Row(
         method=name,
         sparsity=sparsity,
-        model_sparsity=found.model_sparsity,
-        ppl=found.ppl,
-        dense_ppl=found.dense_ppl,
-        kl=found.kl,
-        top1_agreement=found.top1_agreement,
+        **found.figures(),
         read_fraction=cells.read_fraction_at(found.model_sparsity),
         read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
         tokens=found.tokens,

@@ -104,6 +104,16 @@ class Measured:
         real = model_weighted(sites, list(achieved.values()))
         return cls(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, tokens)
 
+    def figures(self) -> dict[str, float]:
+        """What rows of every experiment have, by name."""
+        return {
+            "model_sparsity": self.model_sparsity,
+            "ppl": self.ppl,
+            "dense_ppl": self.dense_ppl,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+        }
+
 
 def evaluate(
     path_or_repo: str | Path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,31 +121,47 @@ def frontier(
     return _png(draw, width=6.5, height=3.6)
 
 
-def tradeoffs(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], dense: float, title: str) -> bytes:
-    """Perplexity of several methods, one panel for each thing it is drawn against.
+def tradeoffs(
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[float, float]]]],
+    dense: Mapping[str, float],
+    title: str,
+    *,
+    logarithmic: Collection[str] = (),
+) -> bytes:
+    """Figures of several methods over what they cost, a column for each cost and a row for each figure.
 
     Args:
-        panels: label of the x axis to (x, perplexity) by method.
-        dense: the dense model's perplexity; the axis ends at four times it.
+        panels: labels (of the x axis, of the y axis) to (x, y) by method.
+        dense: the dense model's value by y label, where there is one: that axis ends at four times it.
         title: of the figure.
+        logarithmic: labels of y axes that are.
     """
+    across, up = list(dict.fromkeys(x for x, _ in panels)), list(dict.fromkeys(y for _, y in panels))
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (label, methods) in zip(grid, panels.items(), strict=True):
+        from matplotlib.ticker import LogLocator
+
+        grid = figure.subplots(len(up), len(across), sharex="col", sharey="row", squeeze=False)
+        for (x, y), methods in panels.items():
+            axes = grid[up.index(y), across.index(x)]
             for number, (name, points) in enumerate(methods.items()):
-                axes.plot(
-                    *zip(*sorted(points), strict=True), marker="osv^D"[number // 10 % 5], markersize=4, label=name
-                )
-            axes.axhline(dense, color=_INK, linestyle="--", linewidth=1)
-            axes.set_ylim(0.97 * dense, 4 * dense)
-            axes.set_yscale("log")
+                axes.plot(*zip(*points, strict=True), marker="osv^D"[number // 10 % 5], markersize=4, label=name)
+            if y in dense:
+                axes.axhline(dense[y], color=_INK, linestyle="--", linewidth=1)
+                axes.set_ylim(0.97 * dense[y], 4 * dense[y])
+            if y in logarithmic:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+        for axes, label in zip(grid[-1], across, strict=True):
             axes.set_xlabel(label)
-        grid[0].set_ylabel("perplexity")
-        grid[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for axes, label in zip(grid[:, 0], up, strict=True):
+            axes.set_ylabel(label)
+        grid[0, -1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.suptitle(title)
 
-    return _png(draw, width=5.0 * len(panels), height=4.2)
+    return _png(draw, width=5.0 * len(across), height=1.0 + 3.2 * len(up))
 
 
 def _png(draw: Callable[[Any], None], *, width: float, height: float) -> bytes:

@@ -141,11 +141,7 @@ def extremes(
             Extreme(
                 sparsity=sparsity,
                 fitted=sparsity <= highest,
-                model_sparsity=own.quality.model_sparsity,
-                ppl=own.quality.ppl,
-                dense_ppl=own.quality.dense_ppl,
-                kl=own.quality.kl,
-                top1_agreement=own.quality.top1_agreement,
+                **own.quality.figures(),
                 errors=own.layers,
                 breaks_at=next((i for i, error in enumerate(own.layers) if error > BROKEN), None),
                 worst_site=worst,
