@@ -187,6 +187,17 @@ def test_fitted_again_on_the_same_text_thresholds_stay(subject: Subject, text: P
         assert after.sparsity == pytest.approx(before.sparsity)
 
 
+def test_text_makes_no_difference_to_a_top_k_selection(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {"transform": "none", "budget": "uniform", "samples": 64, "seq_len": 128, "select": "topk"}
+    wina_calib.calibrate(llama, tmp_path / "s", data=str(text), **options)
+    got = diagnose(tmp_path / "s", what=("propagation", "texts"), data=str(text), tokens=TOKENS)
+    assert got.propagation is not None and got.texts is None and set(got.skipped) == {"texts"}
+    assert "texts: left out, each token keeps its highest scores" in got.text()
+    assert json.loads(json.dumps(got.to_dict()))["skipped"]["texts"] in got.text()
+    with pytest.raises(UsageError, match="nothing to find out"):
+        diagnose(tmp_path / "s", what=("texts",), data=str(text), tokens=TOKENS)
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +207,7 @@ def test_command_line(calibrated: Path, text: Path) -> None:
     shown = CliRunner().invoke(main, [*given, "--json", "--fit-seq-len", "64"])
     assert shown.exit_code == 0, shown.output
     result = json.loads(shown.stdout)
-    assert all(result[name] for name in WHAT)
+    assert all(result[name] for name in WHAT) and result["skipped"] == {}
     shown = CliRunner().invoke(main, [*given, "--what", "propagation,extremes", "-s", "0.3", "--extreme", "0.6"])
     assert shown.exit_code == 0 and "single layers as independent errors" in shown.stdout
     assert "importance" not in shown.stdout and "Thresholds were not fitted" not in shown.stdout

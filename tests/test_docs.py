@@ -25,7 +25,7 @@ def test_cli_reference_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(README, "python")
     assert len([line for line in example.splitlines() if line.strip()]) == 3
@@ -36,10 +36,27 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import wina_calib
 
     assert wina_calib.set_sparsity(names["model"], 0.6) == pytest.approx(0.6, abs=1e-6)
-    for command in re.findall(r"\$ (wina-calib (?:evaluate|generate) DIR.*)", README):
-        args = [a.replace("DIR", "demo-sparse") for a in shlex.split(command)[1:]]
-        extra = ["--tokens", "2048"] if args[0] == "evaluate" else ["--new", "5"]
-        result = CliRunner().invoke(main, [*args, *extra])
+    small = {
+        "calibrate": [
+            "--samples",
+            "17",
+            "--seq-len",
+            "512",
+            "--grid",
+            "0.5",
+            "--transform",
+            "none",
+            "--budget",
+            "uniform",
+        ],
+        "evaluate": ["--tokens", "2048"],
+        "generate": ["--new", "5"],
+    }
+    commands = re.findall(r"^\$ wina-calib (.*)$", README, flags=re.M)
+    assert len(commands) == 3
+    for command in commands:
+        args = [{"DIR": "made", "MODEL": "demo"}.get(word, word) for word in shlex.split(command)]
+        result = CliRunner().invoke(main, [*args, *small[args[0]]])
         assert result.exit_code == 0, result.output
 
 

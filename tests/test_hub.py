@@ -375,6 +375,7 @@ def test_a_checkpoint_by_reference_takes_its_weights_from_the_hub(
     metadata = yaml.safe_load(stored["README.md"].decode().split("---")[1])
     assert metadata["base_model"] == "me/base"
     assert metadata["base_model_relation"] == "quantized"
+    assert metadata["library_name"] == "wina-calib"  # the Hub's example for transformers would find no config.json
     assert (metadata["license"], metadata["license_name"], metadata["language"]) == ("other", "made-up", ["en"])
     assert metadata["license_link"] == f"https://huggingface.co/me/base/blob/{commit}/LICENSE.md"
     assert load("me/reference")["sum"] == load(str(tmp_path / "whole"))["sum"]

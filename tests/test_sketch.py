@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from wina_calib.sketch import BINS, RELATIVE_ERROR, ScoreHistogram, windowed_counts
 
+assert RELATIVE_ERROR <= 0.005  # what docs and users count on
+
 scores = st.lists(
     st.floats(min_value=2.0**-100, max_value=2.0**100, width=32, allow_nan=False), min_size=1, max_size=300
 ).map(lambda values: torch.tensor(values, dtype=torch.float32))

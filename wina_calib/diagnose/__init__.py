@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.diagnose.depth import EXTREMES, Extreme, Propagation, extremes, extremes_text, propagation
 from wina_calib.diagnose.importance import INPUTS, Importance, importance, spearman
 from wina_calib.diagnose.subject import Subject
-from wina_calib.diagnose.texts import AMOUNTS, Fitted, texts, texts_text
+from wina_calib.diagnose.texts import AMOUNTS, Fitted, reason_without, texts, texts_text
 from wina_calib.errors import UsageError
 from wina_calib.evaluate import evaluation_blocks, load_on
 from wina_calib.placement import pick_device, pick_dtype
@@ -54,6 +54,7 @@ class Diagnosis:
         propagation: how errors grow through depth.
         extremes: quality at high sparsities.
         texts: thresholds fitted on other text.
+        skipped: what was asked for and does not apply to this checkpoint, and why.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Diagnosis:
     propagation: Propagation | None = None
     extremes: tuple[Extreme, ...] | None = None
     texts: tuple[Fitted, ...] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,6 +86,7 @@ class Diagnosis:
             None if self.propagation is None else self.propagation.text(),
             None if self.extremes is None else extremes_text(self.extremes),
             None if self.texts is None else texts_text(self.texts),
+            *(f"{name}: left out, {reason}." for name, reason in self.skipped.items()),
         ]
         return "\n\n".join(part for part in parts if part is not None)
 
@@ -135,6 +138,13 @@ def diagnose(
             f"{', '.join(map(str, amounts))}, blocks of {fit_seq_len}; expected sparsities in (0, 1), at least 2 tokens, "
             "0 inputs, amounts of at least 1 and blocks of at least 16."
         )
+    reason = reason_without(opened) if "texts" in what else None
+    skipped = {} if reason is None else {"texts": reason}
+    wanted = set(what) - set(skipped)
+    if not wanted:
+        raise UsageError(
+            f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(WHAT[:-1])}."
+        )
     specs = (data,) if isinstance(data, str) else tuple(map(str, data))
     place = pick_device(device)
     blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
@@ -146,7 +156,6 @@ def diagnose(
 
     # A caller's no_grad or inference_mode would take away the gradients that importance is told by.
     with torch.inference_mode(False), torch.enable_grad():
-        wanted = set(what)
         return Diagnosis(
             model=str(checkpoint),
             sparsity=asked,
@@ -160,4 +169,5 @@ def diagnose(
             texts=texts(subject, asked, amounts=amounts, seq_len=fit_seq_len, progress=told("texts"))
             if "texts" in wanted
             else None,
+            skipped=skipped,
         )

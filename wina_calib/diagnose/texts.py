@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wina_calib.checkpoint import Checkpoint
 from wina_calib.corpus import Blocks, load_blocks
 from wina_calib.diagnose.subject import Progress, Subject, Thresholds, put
 from wina_calib.evaluate import DRIFT, dense_states, evaluation_blocks, measure
@@ -62,6 +63,13 @@ class Fitted:
     def drifts(self) -> bool:
         """Whether `evaluate` would warn of the achieved sparsity."""
         return abs(self.model_sparsity - self.sparsity) > DRIFT
+
+
+def reason_without(opened: Checkpoint) -> str | None:
+    """Why text makes no difference to a checkpoint's masks; None where it does."""
+    if opened.settings.select == "threshold":
+        return None
+    return "each token keeps its highest scores, whatever text thresholds were fitted on"
 
 
 def texts(
@@ -175,9 +183,5 @@ def _row(
         fit_tokens=fitted.tokens,
         tested_on=name,
         sparsity=sparsity,
-        model_sparsity=found.model_sparsity,
-        ppl=found.ppl,
-        dense_ppl=found.dense_ppl,
-        kl=found.kl,
-        top1_agreement=found.top1_agreement,
+        **found.figures(),
     )
