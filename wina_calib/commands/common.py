@@ -104,7 +104,7 @@ def _flag(f: Any) -> Callable[..., Any]:
     elif meta.get("multiple"):
         extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default) or False}
     elif isinstance(f.default, tuple):
-        extra |= {"type": Fractions(), "metavar": meta["metavar"], "show_default": ",".join(map(str, f.default))}
+        extra |= {"type": Fractions(), "metavar": meta["metavar"], "default": ",".join(map(str, f.default))}
     else:
         plain = type(f.default) if f.default is not None else str
         extra |= {"type": Share() if meta.get("share") else plain, "metavar": meta.get("metavar")}

@@ -37,8 +37,8 @@ from wina_calib.text import table
 )
 @click.option("--list", "as_list", is_flag=True, help="Show the methods and their groups, and do nothing else.")
 @click.option(
-    "--sparsity", "-s", "sparsities", type=Fractions(), default=SPARSITIES, metavar="S,S,...",
-    show_default=",".join(map(str, SPARSITIES)), help="Model sparsities.",
+    "--sparsity", "-s", "sparsities", type=Fractions(), default=",".join(map(str, SPARSITIES)),
+    show_default=True, metavar="S,S,...", help="Model sparsities.",
 )  # fmt: skip
 @click.option(
     "--data", multiple=True, default=DEFAULT_DATA, show_default=True, metavar="SPEC", help="Calibration text."

@@ -31,16 +31,16 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
     help="Model sparsity of propagation and texts; the calibrated one by default.",
 )  # fmt: skip
 @click.option(
-    "--extreme", type=Fractions(), default=EXTREMES, metavar="S,S,...",
-    show_default=",".join(map(str, EXTREMES)), help="Model sparsities of the extremes.",
+    "--extreme", type=Fractions(), default=",".join(map(str, EXTREMES)), show_default=True,
+    metavar="S,S,...", help="Model sparsities of the extremes.",
 )  # fmt: skip
 @click.option(
     "--inputs", default=INPUTS, show_default=True, metavar="N",
     help="Inputs of every site that importance drops one by one.",
 )  # fmt: skip
 @click.option(
-    "--amounts", type=Fractions(), default=AMOUNTS, metavar="N,N,...",
-    show_default=",".join(map(str, AMOUNTS)), help="Numbers of blocks that texts fits on.",
+    "--amounts", type=Fractions(), default=",".join(map(str, AMOUNTS)), show_default=True,
+    metavar="N,N,...", help="Numbers of blocks that texts fits on.",
 )  # fmt: skip
 @click.option("--fit-seq-len", type=int, metavar="N", help="Tokens of such a block; the calibration's by default.")
 @heldout_option("--data")
