@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
+from wina_calib.likelihood import next_token_nll
 from wina_calib.source import open_source
-from wina_calib.streaming import HiddenStates, LayerStream, next_token_nll
+from wina_calib.streaming import HiddenStates, LayerStream
 
 VARIANTS = {
     "llama": {},
@@ -49,7 +50,7 @@ def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
             for batch in range(len(stream.batches)):
                 assert torch.equal(hidden[batch], expected[batch].hidden_states[index])
                 hidden[batch] = module(hidden[batch], **stream.kwargs(index, batch))
-        with stream.head() as head:
+        for _, head in stream.heads():
             for batch in range(len(stream.batches)):
                 assert torch.equal(head(hidden[batch]), expected[batch].logits)
     loss = torch.nn.functional.cross_entropy(expected[0].logits[0, :-1], ids[0, 1:], reduction="none")

@@ -27,6 +27,7 @@ from wina_calib.errors import BudgetError
 from wina_calib.families import Architecture
 from wina_calib.greedy import greedy
 from wina_calib.journal import NOT_SAVED, Phase
+from wina_calib.likelihood import measured_rises
 from wina_calib.masked import MaskRule
 from wina_calib.options import CalibrateOptions
 from wina_calib.sensitivity import (
@@ -34,7 +35,6 @@ from wina_calib.sensitivity import (
     PASSES,
     Sensitivity,
     measure_curves,
-    measured_rises,
     usable_tokens,
 )
 from wina_calib.streaming import HiddenStates, LayerStream

@@ -105,7 +105,7 @@ def prepare(
         blocks=load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed),
         device=device,
         dtype=pick_dtype(chosen.dtype, source.dtype, device),
-        micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len),
+        micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len, source.architecture.width),
         report=progress if progress is not None and ranks.is_first else Silent(),
         ranks=ranks,
     )

@@ -343,7 +343,7 @@ class _Bench:
         stream = LayerStream(
             self.source,
             task.text.ids,
-            micro_batch=default_micro_batch(self.device, task.text.ids.shape[1]),
+            micro_batch=default_micro_batch(self.device, task.text.ids.shape[1], arch.width),
             dtype=self.dtype,
             device=self.device,
         )

@@ -8,6 +8,7 @@ import torch
 
 from wina_calib.families import Architecture
 from wina_calib.source import Source
+from wina_calib.streaming import head_rows
 from wina_calib.transforms import Plan, Statistics, needed_sites
 
 LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, once the work runs
@@ -40,11 +41,6 @@ class Estimate:
     passes: float
     flops: float
     notes: tuple[str, ...] = ()
-
-
-def layer_elements(arch: Architecture) -> int:
-    """Elements of the largest decoder layer's sites."""
-    return max(sum(site.weights for site in layer.sites) for layer in arch.layers)
 
 
 def hidden_bytes(arch: Architecture, tokens: int, dtype: torch.dtype) -> int:
@@ -91,22 +87,22 @@ def estimate(
         planned = Statistics(arch, transform.name, tokens=tokens)
         sample, statistics = planned.sample_bytes(), planned.nbytes()
     # While a layer runs, the next is read as it is on disk; while it is loaded, it is there in both dtypes.
-    stored, computed = (layer_elements(arch) * each.itemsize for each in (source.dtype, dtype))
+    stored, computed = (arch.layer_weights * each.itemsize for each in (source.dtype, dtype))
     running = computed + stored
     loading = running + (stored if dtype != source.dtype else 0)
-    head = arch.vocab_size * arch.hidden_size * dtype.itemsize
-    width = max(arch.hidden_size, *(s.width for _, s in arch.sites))
+    part = head_rows(arch, dtype)
+    head = part * arch.hidden_size * dtype.itemsize
     hidden = states * hidden_bytes(arch, tokens, dtype)
 
     def working(rows: int, floats: tuple[int, int]) -> int:
-        return 4 * rows * (floats[0] * arch.hidden_size + floats[1] * width)
+        return 4 * rows * (floats[0] * arch.hidden_size + floats[1] * arch.width)
 
     phases = {
         "load": loading + hidden * in_memory,
         "forward": running + working(micro_batch * seq_len, _FORWARD) + max(hidden * in_memory, sample),
         "transform": 2 * stored + statistics,
         "backward": running + working(backward_tokens, _BACKWARD) + backward_states,
-        "logits": head + _LOGIT_ROWS * arch.vocab_size * 4 + max(hidden * in_memory, backward_states),
+        "logits": head + _LOGIT_ROWS * part * 4 + max(hidden * in_memory, backward_states),
     }
     weights = sum(site.weights for _, site in arch.sites)
     blocks = tokens // seq_len

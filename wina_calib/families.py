@@ -136,6 +136,16 @@ class Architecture:
         """All (layer, site) pairs in order."""
         return ((layer, site) for layer in self.layers for site in layer.sites)
 
+    @property
+    def layer_weights(self) -> int:
+        """Elements of the largest decoder layer's sites."""
+        return max(sum(site.weights for site in layer.sites) for layer in self.layers)
+
+    @property
+    def width(self) -> int:
+        """Of the widest site, or of the residual stream where that is wider."""
+        return max(self.hidden_size, *(site.width for _, site in self.sites))
+
 
 @dataclass(frozen=True)
 class MaskGroup:

@@ -20,7 +20,6 @@ from torch import Tensor
 from wina_calib.errors import NumericError
 from wina_calib.families import Layer, Site
 from wina_calib.masked import MaskedLayer
-from wina_calib.score import scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
@@ -76,8 +75,9 @@ def fit_layer(
                     x = masked.input_of(site.name, hidden[index], kwargs)
             else:
                 x = masked.input_of(site.name, hidden[index], kwargs)
-            for key, histogram in histograms.items():
-                histogram.update(scores(_counted(stream, masked, x), masked.norms[key], masked.rule.score))
+            counted = _counted(stream, masked, x)
+            for group in masked.groups[site.name]:
+                masked.count(group, counted, histograms[group.key])
             if site.name == "attn_out":
                 attention[index] = x
             sample = x[:1] if sample is None else sample
@@ -105,8 +105,9 @@ def dense_tables(stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates)
     histograms = {s.name: {g.key: ScoreHistogram(stream.device) for g in masked.groups[s.name]} for s in layer.sites}
 
     def observe(site: str, x: Tensor) -> None:
-        for key, histogram in histograms[site].items():
-            histogram.update(scores(_counted(stream, masked, x), masked.norms[key], masked.rule.score))
+        counted = _counted(stream, masked, x)
+        for group in masked.groups[site]:
+            masked.count(group, counted, histograms[site][group.key])
 
     masked.cuts, masked.observe = {}, observe
     for index in stream.mine:

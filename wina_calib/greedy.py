@@ -24,7 +24,7 @@ from wina_calib.budgets.model import Floats
 from wina_calib.families import SITES, Layer, MaskGroup, Site
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskedLayer, MaskRule
-from wina_calib.score import mask_input, scores
+from wina_calib.score import mask_input
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
@@ -179,8 +179,7 @@ class _Search:
         def observe(site: str, x: Tensor) -> None:
             seen[site] = self._tail(x)
             for group in self.masked.groups[site]:
-                rows = rule.masked_rows(x)
-                histograms[group.key].update(scores(rows, self.masked.norms[group.key], rule.score))
+                self.masked.count(group, rule.masked_rows(x), histograms[group.key])
 
         self.masked.observe = observe
         for batch in self.stream.mine:

@@ -22,22 +22,22 @@ from wina_calib.checkpoint_writer import write_calibration, write_weights
 from wina_calib.corpus import Blocks
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase
+from wina_calib.likelihood import next_token_nll
 from wina_calib.masked import MaskRule
 from wina_calib.memory import resident_bytes
 from wina_calib.options import CalibrateOptions
 from wina_calib.passes import dense_pass, fit_thresholds
-from wina_calib.placement import keep_in_memory
+from wina_calib.placement import backward_batch, keep_in_memory
 from wina_calib.progress import Progress
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.reference import write_reference
 from wina_calib.sensitivity import CURVE_LEVELS, usable_tokens
 from wina_calib.settings import Settings
 from wina_calib.source import Source, open_source
-from wina_calib.streaming import LayerStream, next_token_nll
+from wina_calib.streaming import LayerStream
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
-_BACKWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Job:
     @property
     def _backward_batch(self) -> int:
         """Blocks that go backward together."""
-        return max(1, _BACKWARD_TOKENS.get(self.device.type, 2048) // self.blocks.ids.shape[1])
+        return backward_batch(self.device, self.blocks.ids.shape[1], self.source.architecture.width)
 
     @property
     def _rule(self) -> MaskRule:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
-from wina_calib.score import Cut, kept_inputs, mask_input, stored_norm
+from wina_calib.score import Cut, kept_inputs, mask_input, scores, stored_norm
+from wina_calib.sketch import ScoreHistogram
 from wina_calib.tables import threshold_at
 from wina_calib.transforms import uses_norm
+
+_COUNTED = 1 << 20  # scores counted together
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ class MaskedLayer:
         if cut is None:
             return x
         return mask_input(x, self.norms[group.key], cut, self.rule.score, self.rule.dense_rows(x))
+
+    def count(self, group: MaskGroup, x: Tensor, into: ScoreHistogram) -> None:
+        """Add the scores of a group's inputs (..., width) to a histogram, a few rows at a time."""
+        for rows in x.flatten(0, -2).split(max(1, _COUNTED // x.shape[-1])):
+            into.update(scores(rows, self.norms[group.key], self.rule.score))
 
     def output_error(self, site: Site, x: Tensor) -> float:
         """Relative error `||W (x - masked x)|| / ||W x||` of a site on some of its inputs (batch, seq, width)."""

@@ -9,7 +9,9 @@ from wina_calib.ranks import local_device
 from wina_calib.source import Source
 
 SPARE_BYTES = 64 << 20
-_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+# At most so many tokens at a time, and so many numbers at the widest site.
+_MICRO_BATCH = {"cpu": (4096, 1 << 23), "cuda": (16_384, 1 << 28)}
+_BACKWARD = {"cpu": (2048, 1 << 22), "cuda": (8192, 1 << 27)}
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,9 +33,19 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
     return torch.float32 if device.type == "cpu" else stored
 
 
-def default_micro_batch(device: torch.device, seq_len: int) -> int:
-    """Blocks of this length that are computed together on a device."""
-    return max(1, _MICRO_BATCH_TOKENS.get(device.type, 4096) // seq_len)
+def default_micro_batch(device: torch.device, seq_len: int, width: int) -> int:
+    """Blocks of this length that are computed together on a device, in a model whose widest site has `width` inputs."""
+    return _blocks(_MICRO_BATCH.get(device.type, _MICRO_BATCH["cpu"]), seq_len, width)
+
+
+def backward_batch(device: torch.device, seq_len: int, width: int) -> int:
+    """Blocks of this length that go backward together; arguments as for `default_micro_batch`."""
+    return _blocks(_BACKWARD.get(device.type, _BACKWARD["cpu"]), seq_len, width)
+
+
+def _blocks(most: tuple[int, int], seq_len: int, width: int) -> int:
+    tokens, numbers = most
+    return max(1, min(tokens, numbers // width) // seq_len)
 
 
 def keep_in_memory(device: torch.device, states: int, nbytes: int) -> bool:

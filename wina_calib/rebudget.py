@@ -347,7 +347,7 @@ def _refitted(
         blocks=text,
         device=device,
         dtype=pick_dtype(refit.dtype, source.dtype, device),
-        micro_batch=default_micro_batch(device, seq_len),
+        micro_batch=default_micro_batch(device, seq_len, source.architecture.width),
         report=report,
     )
     tensors, _ = job.fit(source, Allocation(rows))

@@ -12,19 +12,19 @@ input for both kinds of labels. That is four forward passes' work over the token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from wina_calib.budgets import Curves
 from wina_calib.budgets.model import Floats
 from wina_calib.errors import NumericError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.journal import NOT_SAVED, Phase
+from wina_calib.likelihood import loss_gradients
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.score import kept_inputs, scores
 from wina_calib.sketch import ScoreHistogram
@@ -37,20 +37,11 @@ MOST_PASSES = 3.0  # of all calibration tokens: fewer are used where this would 
 _REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
 _RATIOS = (-0.75, 3.0)
-_ROWS = 256
-_NO_LABEL = -100  # cross_entropy leaves such rows out
+_NUMBERS = 1 << 20  # looked at together
 
 _GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 
 Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Rise:
-    """Measured quality of a sparse model against the dense one: rise of the loss and KL divergence, nats a token."""
-
-    loss: float
-    kl: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +108,8 @@ def measure_curves(
         seed: of the sampled labels.
         phase: where every layer's inputs, and on the way back the gradients, are saved; after that the result.
         progress: called twice a layer.
-        observe: sees what each mask group reads and the gradient there for sampled labels, (rows, in) each, as
-            `observe(layer, group, x, g)`; rows that are never masked are left out.
+        observe: sees what each mask group reads and the gradient there for sampled labels, (blocks, seq, in) each,
+            as `observe(layer, group, x, g)`; rows that are never masked are left out.
 
     Returns:
         The sensitivity, and the dense model's last hidden states.
@@ -142,39 +133,6 @@ def measure_curves(
     divergence = np.maximum.accumulate(found[0], axis=2)
     tokens = sum(ids.numel() for ids in stream.batches)
     return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[1], tokens), last
-
-
-@torch.no_grad()
-def measured_rises(
-    dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: Sequence[HiddenStates]
-) -> list[Rise]:
-    """Compare last hidden states of sparse models with the dense one's, on the blocks that both streams begin with."""
-    ids = torch.cat(dense_stream.batches)
-    kept, masked = _Blocks(dense_stream, dense), [_Blocks(sparse_stream, states) for states in sparse]
-    mine: list[Tensor] = []
-    with dense_stream.head() as head:
-
-        def log_probabilities(states: Tensor) -> Tensor:
-            return log_softmax(head(states[None])[0].float(), dim=-1)
-
-        for block, tokens in enumerate(ids.to(dense_stream.device)):
-            expected = kept.everywhere(block)
-            if not masked[0].has(block):
-                continue
-            totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
-            rows = [states[block] for states in masked]
-            for first in range(0, len(tokens) - 1, _ROWS):
-                labels = tokens[first + 1 : first + 1 + _ROWS, None]
-                chunk = slice(first, first + len(labels))
-                p = log_probabilities(expected[chunk])
-                for total, states in zip(totals, rows, strict=True):
-                    q = log_probabilities(states[chunk])
-                    rise = (p - q).gather(1, labels).double().sum()
-                    divergence = kl_div(q, p, reduction="none", log_target=True).double().sum()
-                    total += torch.stack([rise, divergence]).cpu()
-            mine.append(totals)
-    totals = _summed(dense_stream.ranks.gather(mine), torch.zeros(len(sparse), 2, dtype=torch.float64))
-    return [Rise(loss, kl) for loss, kl in (totals / (len(ids) * (ids.shape[1] - 1))).tolist()]
 
 
 def _forward(
@@ -203,7 +161,7 @@ def _forward(
                 site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
             ) -> None:
                 for group in layer.groups[site]:
-                    found[group.key].update(scores(rule.masked_rows(x), layer.norms[group.key], rule.score))
+                    layer.count(group, rule.masked_rows(x), found[group.key])
 
             layer.observe = observe
             for group in (g for groups in layer.groups.values() for g in groups):
@@ -248,7 +206,7 @@ def _backward(
             if kind == "loss":
                 found[:, int(where)] = value.numpy()
     else:
-        gradients = _loss_gradients(stream, last, seed)
+        gradients = loss_gradients(stream, last, seed)
     for index, module in stream.layers(0, count - done, backward=True):
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
         found[:, index] = layer
@@ -266,38 +224,6 @@ def _backward(
 
 def _named(inputs: dict[int, HiddenStates]) -> dict[str, HiddenStates]:
     return {f"input{index}": store for index, store in inputs.items()}
-
-
-def _loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, HiddenStates]:
-    """Gradients of the summed loss at the last hidden states: with labels sampled from the model, with the text's own."""
-    both = stream.store(), stream.store()
-    with stream.head() as head:
-        for batch in stream.mine:
-            hidden, ids = last[batch], stream.batches[batch]
-            out = torch.empty_like(hidden), torch.empty_like(hidden)
-            following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], _NO_LABEL)], dim=1).to(stream.device)
-            for block in range(len(hidden)):
-                generator = label_generator(seed, batch * len(stream.batches[0]) + block, stream.device)
-                for first in range(0, hidden.shape[1], _ROWS):
-                    rows = block, slice(first, first + _ROWS)
-                    leaf = hidden[rows].detach()[None].requires_grad_()
-                    logits = head(leaf)[0].float()
-                    if not bool(torch.isfinite(logits).all()):
-                        raise NumericError(
-                            f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32."
-                        )
-                    sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                    for gradient, labels in zip(out, (sampled, following[rows]), strict=True):
-                        loss = cross_entropy(logits, labels, reduction="sum", ignore_index=_NO_LABEL)
-                        gradient[rows] = torch.autograd.grad(loss, leaf, retain_graph=True)[0][0]
-            for store, gradient in zip(both, out, strict=True):
-                store[batch] = gradient
-    return both
-
-
-def label_generator(seed: int, block: int, device: torch.device) -> torch.Generator:
-    """The generator of one block's labels: they do not depend on which process draws them."""
-    return torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + block)
 
 
 def _layer_curves(
@@ -321,48 +247,69 @@ def _layer_curves(
             totals = nothing.clone()
             hidden = inputs[batch].detach().requires_grad_()
             out = tapped.run(hidden, stream.kwargs(index, batch))
-            taps, felt = dict(tapped.taps), []
-            for store in gradients:
-                found = torch.autograd.grad(
-                    out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=store is gradients[0]
-                )
-                store[batch] = found[0]
-                felt.append(dict(zip(taps, found[1:], strict=True)))
-            for row, site in enumerate(layer.sites):
-                dropped: list[Tensor | float] = [0.0, 0.0]
-                for group in tapped.groups[site.name]:
-                    x, *by_label = (rule.masked_rows(t[group.key].detach()).flatten(0, 1) for t in (taps, *felt))
-                    observe(index, group, x, by_label[0])
-                    score, limits = scores(x, tapped.norms[group.key], rule.score), thresholds[group.key]
-                    if rule.select == "topk":
-                        score, limits = ranks(score), dropped_ranks(site.width).to(stream.device)
-                    for i, g in enumerate(by_label):
-                        dropped[i] = dropped[i] + dropped_sums(g.float() * x.float(), score, limits)
-                second, first = dropped
-                assert isinstance(second, Tensor)
-                assert isinstance(first, Tensor)
-                totals[0, row, 1:] = second.double().square().sum(0).cpu() / 2
-                totals[1, row, 1:] = -first.double().sum(0).cpu()
-            mine.append(totals)
+            taps = dict(tapped.taps)
             tapped.taps.clear()
+            levels: dict[str, list[Tensor]] = {}
+            for label, store in enumerate(gradients):
+                gradient, *found = torch.autograd.grad(
+                    out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=label == 0
+                )
+                store[batch] = gradient
+                felt = dict(zip(taps, found, strict=True))
+                del found
+                for row, site in enumerate(layer.sites):
+                    groups = tapped.groups[site.name]
+                    for group in groups if label == 0 else ():
+                        x = rule.masked_rows(taps[group.key].detach())
+                        observe(index, group, x, rule.masked_rows(felt[group.key]))
+                        levels[group.key] = [_levels(tapped, group, part, thresholds[group.key]) for part in _parts(x)]
+                    dropped = sum(_dropped(rule, taps[g.key].detach(), felt.pop(g.key), levels[g.key]) for g in groups)
+                    assert isinstance(dropped, Tensor)
+                    totals[label, row, 1:] = (dropped.square().sum(0) / 2 if label == 0 else -dropped.sum(0)).cpu()
+            mine.append(totals)
     return (_summed(stream.ranks.gather(mine), nothing) / tokens).numpy()
 
 
-def dropped_sums(values: Tensor, score: Tensor, thresholds: Tensor) -> Tensor:
-    """Sum of each row's values whose score is at most a threshold, for ascending thresholds.
+def _parts(x: Tensor) -> Iterator[Tensor]:
+    """Rows (n, width) of x (blocks, seq, width), a few at a time."""
+    return (part for block in x for part in block.split(max(1, _NUMBERS // x.shape[-1])))
+
+
+def _levels(tapped: _Tapped, group: MaskGroup, x: Tensor, thresholds: Tensor) -> Tensor:
+    """Which of the levels above 0 is the first to drop each input (rows, width) of a group; uint8."""
+    if tapped.rule.select == "topk":
+        score = ranks(scores(x, tapped.norms[group.key], tapped.rule.score))
+        return first_dropped(score, dropped_ranks(x.shape[-1]).to(x.device))
+    return first_dropped(scores(x, tapped.norms[group.key], tapped.rule.score), thresholds)
+
+
+def _dropped(rule: MaskRule, x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Sum of gradient times input over what each level drops, for each row that may be masked, (rows, levels) float64."""
+    parts = zip(_parts(rule.masked_rows(x)), _parts(rule.masked_rows(g)), levels, strict=True)
+    count = len(CURVE_LEVELS) - 1
+    return torch.cat([dropped_sums(g.float() * x.float(), level, count).double() for x, g, level in parts])
+
+
+def first_dropped(score: Tensor, thresholds: Tensor) -> Tensor:
+    """Index of the first of ascending thresholds (levels,) that each score (rows, in) is at most; uint8, their number if none."""
+    return torch.bucketize(score.contiguous(), thresholds, out_int32=True).to(torch.uint8)
+
+
+def dropped_sums(values: Tensor, first: Tensor, levels: int) -> Tensor:
+    """Sum of each row's values that a level drops, for every level.
 
     Args:
         values: (rows, in).
-        score: (rows, in) float32.
-        thresholds: (levels,) float32, ascending.
+        first: (rows, in), the first level that drops each value, from `first_dropped`.
+        levels: their number.
 
     Returns:
         (rows, levels).
     """
     if values.is_cuda:  # a scatter there adds in no fixed order
-        return torch.stack([torch.where(score <= t, values, 0).sum(1) for t in thresholds], dim=1)
-    bins = values.new_zeros(len(values), len(thresholds) + 1)
-    bins.scatter_add_(1, torch.bucketize(score.contiguous(), thresholds), values)
+        return torch.stack([torch.where(first <= level, values, 0).sum(1) for level in range(levels)], dim=1)
+    bins = values.new_zeros(len(values), levels + 1)
+    bins.scatter_add_(1, first.long(), values)
     return bins[:, :-1].cumsum(1)
 
 
@@ -383,35 +330,3 @@ def _summed(parts: Sequence[Tensor], total: Tensor) -> Tensor:
     for part in parts:
         total += part
     return total
-
-
-class _Blocks:
-    """Hidden states (seq, hidden) by block; a micro-batch is read once for its blocks in a row."""
-
-    def __init__(self, stream: LayerStream, hidden: HiddenStates) -> None:
-        self._stream, self._hidden = stream, hidden
-        self._size = len(stream.batches[0])
-        self._read: tuple[int, Tensor] | None = None
-
-    def has(self, block: int) -> bool:
-        """Whether this process has the block."""
-        return block // self._size in self._stream.mine
-
-    def __getitem__(self, block: int) -> Tensor:
-        batch, row = divmod(block, self._size)
-        if self._read is None or self._read[0] != batch:
-            self._read = batch, self._hidden[batch]
-        return self._read[1][row]
-
-    def everywhere(self, block: int) -> Tensor:
-        """A block of any process."""
-        stream = self._stream
-        if stream.ranks.size == 1:
-            return self[block]
-        shape = (stream.batches[0].shape[1], stream.source.architecture.hidden_size)
-        own = (
-            self[block].contiguous()
-            if self.has(block)
-            else torch.empty(shape, dtype=stream.dtype, device=stream.device)
-        )
-        return stream.ranks.from_owner(own, stream.ranks.owner(block // self._size, len(stream.batches)))

@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from wina_calib.families import Architecture
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.source import Source, load_into
 
 Kwargs = dict[str, Any]
-_HEAD_ROWS = 256  # rows whose logits are in memory at a time
 _LOAD_ROWS = 4096  # rows of lm_head that are read at a time
+_PART_BYTES, _PART_ROWS = 64 << 20, 1 << 16  # of lm_head that may be in memory whatever the size of a layer
 
 
 class HiddenStates:
@@ -205,31 +205,35 @@ class LayerStream:
                 finally:
                     module.to("meta")
 
-    @contextmanager
-    def head(self) -> Iterator[Head]:
-        """The final norm and lm_head, loaded for the length of the context."""
-        arch = self.source.architecture
-        norm = self.model.get_submodule(arch.final_norm.module)
-        lm_head = self.model.get_submodule(arch.lm_head)
-        weight = self.source.load(f"{arch.final_norm.module}.weight").flatten()  # (1, hidden) beside run-time matrices
+    def heads(self) -> Iterator[tuple[int, Head]]:
+        """The final norm with a part of lm_head's rows, and which row is its first, until all have been loaded once."""
+        arch, source = self.source.architecture, self.source
+        norm, lm_head = self.model.get_submodule(arch.final_norm.module), self.model.get_submodule(arch.lm_head)
+        weight = source.load(f"{arch.final_norm.module}.weight").flatten()  # (1, hidden) beside run-time matrices
         load_into(norm, {"weight": weight}, self.dtype, self.device)
-        state = {"weight": self._converted(f"{arch.embed if arch.tied else arch.lm_head}.weight")}
-        if arch.lm_head_bias:
-            state["bias"] = self.source.load(f"{arch.lm_head}.bias")
-        load_into(lm_head, state, self.dtype, self.device)
+        name, rows = f"{arch.embed if arch.tied else arch.lm_head}.weight", head_rows(arch, self.dtype)
         try:
-            yield Head(self.model, self._base, norm)
+            for first in range(0, arch.vocab_size, rows):
+                part = slice(first, min(first + rows, arch.vocab_size))
+                state = {"weight": self._converted(name, part)}
+                if arch.lm_head_bias:
+                    state["bias"] = source.load(f"{arch.lm_head}.bias", part)
+                load_into(lm_head, state, self.dtype, self.device)
+                del state
+                yield first, Head(self.model, self._base, norm)
+                lm_head.to("meta")
         finally:
             norm.to("meta")
             lm_head.to("meta")
 
-    def _converted(self, name: str) -> Tensor:
-        """A matrix in the compute dtype on the compute device, converted by rows so that it is never in memory twice."""
-        shape = self.source.shards[name].shape
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for first in range(0, shape[0], _LOAD_ROWS):
-            rows = slice(first, min(first + _LOAD_ROWS, shape[0]))
-            out[rows] = self.source.load(name, rows)
+    def _converted(self, name: str, rows: slice) -> Tensor:
+        """Rows of a matrix in the compute dtype on the compute device, few at a time, so that none is in memory twice."""
+        out = torch.empty(
+            rows.stop - rows.start, self.source.shards[name].shape[1], dtype=self.dtype, device=self.device
+        )
+        for first in range(rows.start, rows.stop, _LOAD_ROWS):
+            some = slice(first, min(first + _LOAD_ROWS, rows.stop))
+            out[some.start - rows.start : some.stop - rows.start] = self.source.load(name, some)
         return out
 
     def _record(self, ids: Tensor) -> Tensor:
@@ -263,6 +267,12 @@ class LayerStream:
             return module(inverse.to(self.device))  # type: ignore[no-any-return]
         finally:
             module._parameters["weight"], module.padding_idx = saved, padding
+
+
+def head_rows(arch: Architecture, dtype: torch.dtype) -> int:
+    """Rows of lm_head that are in memory at a time: as much as the largest layer, or a little."""
+    row = arch.hidden_size * dtype.itemsize
+    return min(_PART_ROWS, arch.vocab_size, max(1, max(_PART_BYTES, arch.layer_weights * dtype.itemsize) // row))
 
 
 class _Recorder(nn.Module):
@@ -313,16 +323,3 @@ def _runs(sorted_ids: Tensor) -> Iterator[tuple[int, int]]:
             first = value
         last = value
     yield first, last
-
-
-@torch.no_grad()
-def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
-    """Negative log-likelihood in nats of every predicted token, from the last layer's hidden states: (blocks, seq_len - 1)."""
-    losses = []
-    with stream.head() as head:
-        for index in stream.mine:
-            for row, tokens in zip(hidden[index], stream.batches[index].to(stream.device), strict=True):
-                parts = zip(row[:-1].split(_HEAD_ROWS), tokens[1:].split(_HEAD_ROWS), strict=True)
-                nll = [nn.functional.cross_entropy(head(h[None])[0].float(), t, reduction="none") for h, t in parts]
-                losses.append(torch.cat(nll).cpu())
-    return torch.stack(stream.ranks.gather(losses))

@@ -319,7 +319,7 @@ def _dense_scores(taker: Checkpoint, text: Blocks, place: torch.device, dtype: s
     stream = LayerStream(
         source,
         text.ids,
-        micro_batch=default_micro_batch(place, text.ids.shape[1]),
+        micro_batch=default_micro_batch(place, text.ids.shape[1], source.architecture.width),
         dtype=pick_dtype(dtype, source.dtype, place),
         device=place,
     )

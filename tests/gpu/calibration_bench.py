@@ -107,7 +107,7 @@ def main() -> None:
             blocks=Blocks(ids, ("random",), len(ids), fingerprint(ids)),
             device=device,
             dtype=dtype,
-            micro_batch=default_micro_batch(device, args.seq_len),
+            micro_batch=default_micro_batch(device, args.seq_len, arch.width),
             report=clock,
             spill=args.folder,
         )

@@ -158,7 +158,7 @@ def importance(
     sums: dict[tuple[int, MaskGroup], _Sums] = {}
 
     def observe(layer: int, group: MaskGroup, x: Tensor, g: Tensor) -> None:
-        sums.setdefault((layer, group), _Sums()).add(x, g)
+        sums.setdefault((layer, group), _Sums()).add(x.flatten(0, 1), g.flatten(0, 1))
 
     stream = LayerStream(source, ids, micro_batch=1, dtype=subject.dtype, device=subject.device)
     layers = len(arch.layers)

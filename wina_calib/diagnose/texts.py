@@ -129,7 +129,7 @@ def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds
     stream = LayerStream(
         source,
         text.ids,
-        micro_batch=default_micro_batch(subject.device, text.ids.shape[1]),
+        micro_batch=default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width),
         dtype=subject.dtype,
         device=subject.device,
     )
