@@ -80,7 +80,7 @@ def fit_layer(
                 masked.count(group, counted, histograms[group.key])
             if site.name == "attn_out":
                 attention[index] = x
-            sample = x[:1] if sample is None else sample
+            sample = x[:1].clone() if sample is None else sample
         tables = _tables(stream, layer, site, histograms)
         _set_cuts(stream, masked, site, tables, targets[site.name])
         fits[site.name] = SiteFit(tables, targets[site.name], _error(stream, masked, site, sample))
@@ -130,7 +130,8 @@ def run_layer(
         _set_cuts(stream, masked, site, tables[site.name], targets[site.name])
 
     def observe(site: str, x: Tensor) -> None:
-        samples.setdefault(site, x[:1])
+        if site not in samples:
+            samples[site] = x[:1].clone()
 
     masked.observe = observe
     for index in stream.mine:

@@ -16,7 +16,7 @@ SCORES = ("wina", "teal", "weight", "random")
 SELECT = ("threshold", "topk")
 KEEP_ALL = -1.0
 Cut = Tensor | int  # a threshold, scalar float32, or how many inputs each row keeps
-_ROWS, _ELEMENTS = 1024, 1 << 22  # squared at a time, at most
+_ROWS, _ELEMENTS = 1024, 1 << 20  # squared at a time, at most
 
 
 def column_norms(weights: Iterable[Tensor]) -> Tensor:

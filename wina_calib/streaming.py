@@ -211,20 +211,20 @@ class LayerStream:
         norm, lm_head = self.model.get_submodule(arch.final_norm.module), self.model.get_submodule(arch.lm_head)
         weight = source.load(f"{arch.final_norm.module}.weight").flatten()  # (1, hidden) beside run-time matrices
         load_into(norm, {"weight": weight}, self.dtype, self.device)
+        whole = dict(lm_head._parameters)  # on meta
         name, rows = f"{arch.embed if arch.tied else arch.lm_head}.weight", head_rows(arch, self.dtype)
         try:
             for first in range(0, arch.vocab_size, rows):
                 part = slice(first, min(first + rows, arch.vocab_size))
-                state = {"weight": self._converted(name, part)}
+                lm_head._parameters["weight"] = _frozen(self._converted(name, part))
                 if arch.lm_head_bias:
-                    state["bias"] = source.load(f"{arch.lm_head}.bias", part)
-                load_into(lm_head, state, self.dtype, self.device)
-                del state
+                    bias = source.load(f"{arch.lm_head}.bias", part)
+                    lm_head._parameters["bias"] = _frozen(bias.to(self.device, self.dtype))
                 yield first, Head(self.model, self._base, norm)
-                lm_head.to("meta")
+                lm_head._parameters.update(whole)
         finally:
+            lm_head._parameters.update(whole)
             norm.to("meta")
-            lm_head.to("meta")
 
     def _converted(self, name: str, rows: slice) -> Tensor:
         """Rows of a matrix in the compute dtype on the compute device, few at a time, so that none is in memory twice."""
@@ -261,7 +261,7 @@ class LayerStream:
         name = f"{arch.embed}.weight"
         rows = torch.cat([self.source.load(name, slice(int(a), int(b) + 1)) for a, b in _runs(unique)])
         saved, padding = module._parameters["weight"], module.padding_idx
-        module._parameters["weight"] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        module._parameters["weight"] = _frozen(rows.to(self.device, self.dtype))
         module.padding_idx = None
         try:
             return module(inverse.to(self.device))  # type: ignore[no-any-return]
@@ -311,6 +311,10 @@ class Head:
             del self._base.forward
             if before is not None:
                 self._base.forward = before
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def _runs(sorted_ids: Tensor) -> Iterator[tuple[int, int]]:
