@@ -14,7 +14,7 @@ from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact,
 from torch.nn import functional as F
 
 from wina_calib.runtime import kernels
-from wina_calib.runtime.kernels import autotune, cpu, cuda, reference
+from wina_calib.runtime.kernels import autotune, cpu, cuda, native, reference
 
 SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
 
@@ -27,9 +27,19 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["bags", "sparse product"])
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """As on a machine that has no C compiler."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.fixture(params=["in C", "bags", "sparse product"])
 def each_product(request, monkeypatch):
     """Runs a test with each product that a processor may be given."""
+    if request.param != "in C":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.available(torch.float32):
+        pytest.skip("needs a C compiler")
     monkeypatch.setattr(cpu, "bags_pay", lambda dtype: request.param == "bags")
 
 
@@ -212,6 +222,15 @@ def test_one_log_line_without_a_sparse_kernel(monkeypatch, caplog):
     assert [r.message.split(":")[0] for r in caplog.records] == ["Triton is not installed"]
 
 
+@pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_column_layout_pays_at_any_size_in_c(dtype):
+    assert kernels.column_layout_pays("cpu", dtype, 96, 96, 0.05)
+    assert not kernels.column_layout_pays("cpu", dtype, 2048, 5632, 0.0)
+    assert not kernels.column_layout_pays("cpu", torch.float64, 2048, 5632, 0.5)
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_column_layout_only_where_it_pays():
     assert kernels.column_layout_pays("cpu", torch.bfloat16, 2048, 5632, 0.5)
     assert kernels.column_layout_pays("cpu", torch.float32, 2048, 2048, 0.5)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from wina_calib.bench.decode import Variant, achieved, make_variants, measure
-from wina_calib.bench.instruments import copy_bandwidth, device_name, versions
+from wina_calib.bench.decode import Variant, achieved, make_variants, measure, session
+from wina_calib.bench.instruments import PeakMemory, copy_bandwidth, device_name, versions
 from wina_calib.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.bench.site_products import products
@@ -109,8 +109,9 @@ def compare(
     place, new = ids.device, ids.shape[1] - prompt
     real = [achieved(pair, s, ids, prompt) for s in sparsities]
     roof = copy_bandwidth(place)
-    eager = _eager_dense(pair, ids, prompt, new, rounds) if compiled else None
     groups = groups or make_variants(pair, sparsities, ids, prompt, compiled=compiled)
+    with_onednn = groups[0][0].session.onednn
+    stock = _stock_dense(pair, ids, prompt, new, rounds) if compiled or not with_onednn else None
     measure(groups, new=new, rounds=rounds, progress=progress)
     dense, *sparse = [variant for group in groups for variant in group if not variant.merged]
     merged = [Timing.of(variant.step_ms).median for group in groups for variant in group if variant.merged]
@@ -123,12 +124,13 @@ def compare(
         dtype=str(_dtype(pair)).removeprefix("torch."),
         threads=torch.get_num_threads() if place.type == "cpu" else 0,
         compiled=compiled,
+        onednn=with_onednn,
         prompt=prompt,
         new=new,
         rounds=rounds,
         roof_gb_s=roof / 1e9,
         versions=versions(place),
-        dense=_dense_row(dense, total, roof, eager, *merged),
+        dense=_dense_row(dense, total, roof, stock, *merged),
         results=rows,
     )
 
@@ -173,9 +175,9 @@ def _tokens(pair: Pair, count: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def _eager_dense(pair: Pair, ids: Tensor, prompt: int, new: int, rounds: int) -> float:
-    """Milliseconds a token of the stock dense model as it is, without torch.compile."""
-    variant = make_variants(pair, (), ids, prompt, compiled=False)[0][0]
+def _stock_dense(pair: Pair, ids: Tensor, prompt: int, new: int, rounds: int) -> float:
+    """Milliseconds a token of the stock dense model as it is: without torch.compile, with torch's choice of products."""
+    variant = Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(ids.device))
     measure([[variant]], new=new, rounds=min(rounds, 3))
     return Timing.of(variant.step_ms).median
 
@@ -186,7 +188,7 @@ def _dtype(pair: Pair) -> torch.dtype:
     return dtype
 
 
-def _dense_row(variant: Variant, total: int, roof: float, eager: float | None, merged: float | None = None) -> Dense:
+def _dense_row(variant: Variant, total: int, roof: float, stock: float | None, merged: float | None = None) -> Dense:
     step = Timing.of(variant.step_ms)
     return Dense(
         ms_per_token=step.median,
@@ -196,7 +198,7 @@ def _dense_row(variant: Variant, total: int, roof: float, eager: float | None, m
         roof_share=total / (step.median / 1e3) / roof,
         prefill_ms=Timing.of(variant.prefill_ms).median,
         peak_memory_bytes=_memory(variant),
-        eager_ms_per_token=eager,
+        eager_ms_per_token=stock,
         merged_ms_per_token=merged,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from wina_calib.bench.instruments import PeakMemory, seconds
+from wina_calib.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.bench.models import Pair
 from wina_calib.runtime.compiling import compiled_call
 from wina_calib.runtime.load import runtime_state, set_sparsity
@@ -33,6 +34,7 @@ class Session:
         prompt: tokens of the prompt.
         cache: keys and values of all tokens, of fixed size.
         forward: the model, compiled or not, for one token.
+        onednn: whether tokens are computed with oneDNN's products, on a CPU.
     """
 
     model: PreTrainedModel
@@ -41,6 +43,7 @@ class Session:
     cache: StaticCache
     forward: Callable[..., Any]
     position: int = 0
+    onednn: bool = True
 
     def prefill(self) -> None:
         """Empty the cache and run the prompt."""
@@ -58,8 +61,9 @@ class Session:
 
     def steps(self, count: int) -> None:
         """Run several tokens."""
-        for _ in range(count):
-            self.step()
+        with nullcontext() if self.onednn else onednn(False):
+            for _ in range(count):
+                self.step()
 
     def cache_tensors(self) -> tuple[Tensor, ...]:
         """Keys and values of all layers."""
@@ -127,7 +131,23 @@ def make_variants(
         return [[variant] for variant in (*alone, Variant(sparse, None, PeakMemory(device), merged=True))]
     found = [Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(device))]
     found += [Variant(session(pair.sparse, ids, prompt, compiled=False), s, PeakMemory(device)) for s in sparsities]
+    with_onednn = _onednn_pays(found[0].session)
+    for variant in found:
+        variant.session.onednn = with_onednn
     return [found]
+
+
+@torch.no_grad()
+def _onednn_pays(dense: Session) -> bool:
+    """Which products serve the dense model best: those that it is compared with, and that all variants use."""
+
+    def run() -> None:
+        dense.cache.reset()
+        dense.position = 0
+        dense.steps(min(CHUNK, dense.ids.shape[1]))
+
+    weight = dense.model.get_input_embeddings().weight
+    return onednn_pays(run, dense.ids.device, weight.dtype)
 
 
 def measure(

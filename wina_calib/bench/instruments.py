@@ -14,6 +14,7 @@ import torch
 
 ROOF_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 ROOF_REPEATS = 9
+ONEDNN_REPEATS = 3
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -40,6 +41,28 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * count / statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(ROOF_REPEATS))
+
+
+@contextlib.contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Let torch use oneDNN for the length of the context, or its own products."""
+    before = torch.backends.mkldnn.set_flags(enabled)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before)
+
+
+def onednn_pays(run: Callable[[], object], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a dense run on a CPU is faster with oneDNN than without: for one row of 16 bits it may read far slower."""
+    if device.type != "cpu" or dtype == torch.float32 or not torch.backends.mkldnn.enabled:
+        return True
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(ONEDNN_REPEATS + 1):
+        for enabled, found in times.items():
+            with onednn(enabled):
+                found.append(seconds(run, device))
+    return statistics.median(times[True][1:]) <= statistics.median(times[False][1:])
 
 
 class PeakMemory:

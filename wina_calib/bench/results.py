@@ -44,7 +44,7 @@ class Dense:
         roof_share: those bytes over the time, as a share of the measured copy bandwidth.
         prefill_ms: median time of the prompt.
         peak_memory_bytes: weights, cache and what a run adds to them at its peak.
-        eager_ms_per_token: of the stock model without torch.compile, where `ms_per_token` is of the compiled one.
+        eager_ms_per_token: of the stock model as it is, where `ms_per_token` is of a faster one: compiled, or without oneDNN.
         merged_ms_per_token: of the compiled dense model with one product a site, as the sparse one has: what is left of
             the speed-up against it is due to skipped weights alone.
     """
@@ -100,6 +100,8 @@ class Bench:
         dtype: of the weights.
         threads: CPU threads; 0 on other devices.
         compiled: whether decode steps ran through torch.compile.
+        onednn: False where decode steps of all variants ran with torch's own products (`torch.backends.mkldnn` off), since
+            the dense model is faster so.
         prompt: tokens of the prompt.
         new: tokens decoded in a round.
         rounds: number of rounds.
@@ -114,6 +116,7 @@ class Bench:
     dtype: str
     threads: int
     compiled: bool
+    onednn: bool
     prompt: int
     new: int
     rounds: int
@@ -153,12 +156,13 @@ class Bench:
             "prefill",
             "memory",
         ]
-        others = {"without it": dense.eager_ms_per_token, "with one product a site": dense.merged_ms_per_token}
+        stock = "without it" if self.compiled else "with it"
+        others = {stock: dense.eager_ms_per_token, "with one product a site": dense.merged_ms_per_token}
         eager = "".join(f"; dense {name} {ms:.3f} ms/token" for name, ms in others.items() if ms is not None)
         return (
             f"{self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
             f"{self.prompt} prompt and {self.new} new tokens, {self.rounds} rounds, copy roof {self.roof_gb_s:.1f} GB/s"
-            f"{', torch.compile' if self.compiled else ''}{eager}\n\n{table(headers, rows)}\n\n"
+            f"{', torch.compile' if self.compiled else ''}{_products(self.onednn)}{eager}\n\n{table(headers, rows)}\n\n"
             "limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms."
         )
 
@@ -172,6 +176,7 @@ class Products:
         device: its name.
         dtype: of the weights.
         threads: CPU threads; 0 on other devices.
+        onednn: as in `Bench`.
         layers: layers with weights of their own that a measurement runs through, so that caches do not serve them.
         roof_gb_s: measured copy bandwidth, 1e9 bytes a second.
         versions: as in `Bench`.
@@ -183,6 +188,7 @@ class Products:
     device: str
     dtype: str
     threads: int
+    onednn: bool
     layers: int
     roof_gb_s: float
     versions: dict[str, str]
@@ -207,7 +213,7 @@ class Products:
             rows.append(line(name, row, f"{row['speedup']:.2f}", f"{1 / max(row['read_fraction'], 1e-9):.2f}"))
         return (
             f"site products of a layer of {self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
-            f"copy roof {self.roof_gb_s:.1f} GB/s\n\n"
+            f"copy roof {self.roof_gb_s:.1f} GB/s{_products(self.onednn)}\n\n"
             f"{table(['', 'ms/layer', 'quartiles', 'of roof', 'speed-up', 'limit'], rows)}"
         )
 
@@ -221,6 +227,10 @@ def _costs(row: Dense | Sparse) -> list[str]:
         f"{row.bytes_per_token / 1e9:.3g}",
         percent(row.roof_share),
     ]
+
+
+def _products(with_onednn: bool) -> str:
+    return "" if with_onednn else ", decoded with oneDNN off, as dense is faster so"
 
 
 def _where(device: str, threads: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from wina_calib.bench.instruments import copy_bandwidth, device_name, seconds, versions
+from wina_calib.bench.instruments import copy_bandwidth, device_name, onednn, onednn_pays, seconds, versions
 from wina_calib.bench.results import Products, Timing
 from wina_calib.errors import UsageError
 from wina_calib.families import Site
@@ -97,12 +98,14 @@ def _measure(
     dense = _runner([s.run_dense for s in made], device)
     sparse = _runner([s.run_sparse for s in made], device)
     repeats = REPEATS.get(device.type, REPEATS["cpu"])
+    with_onednn = onednn_pays(dense, device, dtype)
     results = []
     all_dense: list[float] = []
     for sparsity in sparsities:
         dropped = [site.set_sparsity(sparsity) * site.sparse.shape[1] for site in made]
         real = sum(dropped) / sum(site.sparse.numel() for site in made)
-        pairs = [(seconds(dense, device), seconds(sparse, device)) for _ in range(repeats)]
+        with nullcontext() if with_onednn else onednn(False):
+            pairs = [(seconds(dense, device), seconds(sparse, device)) for _ in range(repeats)]
         all_dense += [d for d, _ in pairs]
         row = _row([s for _, s in pairs], layers, layer_bytes * (1 - real), roof)
         ratio = Timing.of([d / s for d, s in pairs])
@@ -116,6 +119,7 @@ def _measure(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        onednn=with_onednn,
         layers=layers,
         roof_gb_s=roof / 1e9,
         versions=versions(device),

@@ -5,7 +5,7 @@
 | weight in memory | device | dtype | rows | kernel |
 | --- | --- | --- | --- | --- |
 | row-major | any | any | any | reference: masked dense product |
-| column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: sparse product of the kept columns |
+| column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: product of the kept columns, in C if it can be |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
 | column-contiguous | CUDA with Triton | same | 1 | `triton`: compacted gather (it takes up to 8) |
 | column-contiguous | CUDA with Triton | same | more | `triton`: mask in one pass, then the dense product |
@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wina_calib.runtime.kernels import cpu, cuda, reference
+from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
 from wina_calib.runtime.kernels.reference import keep_mask, mask_input
@@ -100,13 +100,14 @@ def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: boo
 def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_features: int, sparsity: float) -> bool:
     """Whether a site's weight should be held column-contiguous: where the sparse kernel beats the row-major product.
 
-    On CUDA dense products take either layout equally well, so it pays wherever the kernel does. On the CPU the gather
-    has a fixed cost, so it must save at least `CPU_MIN_SAVED` weights, and at low sparsity a dense product reads faster
-    than the gather skips (`CPU_MIN_SPARSITY`). Measured on 1 and 2 threads, see docs/performance.md.
+    On CUDA dense products take either layout equally well, so it pays wherever the kernel does; so does the CPU's in C.
+    Without that, the gather has a fixed cost and must save at least `CPU_MIN_SAVED` weights, and at low sparsity a dense
+    product reads faster than the gather skips (`CPU_MIN_SPARSITY`). Measured on 1 and 2 threads, see
+    docs/performance.md.
     """
     if choose(device, dtype, 1, column_contiguous=True) == "reference":
         return False
-    if device == "cpu":
+    if device == "cpu" and not native.available(dtype):
         return sparsity >= CPU_MIN_SPARSITY[dtype] and sparsity * in_features * out_features >= CPU_MIN_SAVED
     return sparsity > 0
 
@@ -164,8 +165,8 @@ def dense_site(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tenso
     Arguments and result as for `sparse_site`.
     """
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
-    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    if needs_gradient or not narrow or not weight_t.is_contiguous():
+    ours = x.device.type == "cpu" and x.dtype in cpu.DTYPES and weight_t.is_contiguous()
+    if needs_gradient or not ours:
         return torch.nn.functional.linear(x, weight_t.t(), bias)
     if not torch.compiler.is_compiling():
         return cpu.dense_columns(x, weight_t, bias)

@@ -1,6 +1,7 @@
 """CPU kernels on column-contiguous weights: a product with the kept columns alone, float32 blocks for many rows.
 
-Two operators that ship with torch read only the kept rows of the weight and accumulate in float32: `embedding_bag`, with
+One row is computed in C where that can be compiled (`native`), in float32 and bfloat16. Elsewhere two operators that ship
+with torch read only the kept rows of the weight and accumulate in float32: `embedding_bag`, with
 the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` of a sparse row. Which is faster depends on
 the processor (`bags_pay`, docs/performance.md). Both work in parallel over bags or sparse rows, so the kept inputs are
 dealt out to several of them.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wina_calib.runtime.kernels import reference
+from wina_calib.runtime.kernels import native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without 16-bit arithmetic a dense product costs as much a row as a sparse one of all columns.
@@ -50,9 +51,11 @@ def sparse_site(
     limits = [threshold.item()] * x.shape[0]
     if dense_rows is not None:
         limits = [-1.0 if dense else limit for dense, limit in zip(dense_rows.tolist(), limits, strict=True)]
-    rows = [
-        gather_row(row, weight_t, kept_inputs(row, norm, limit)) for row, limit in zip(x.unbind(), limits, strict=True)
-    ]
+    pairs = zip(x.unbind(), limits, strict=True)
+    if native.available(x.dtype) and x.numel() > 0:
+        made = [native.site_row(row, weight_t, norm, limit, bias) for row, limit in pairs]
+        return made[0] if len(made) == 1 else torch.cat(made)
+    rows = [gather_row(row, weight_t, kept_inputs(row, norm, limit)) for row, limit in pairs]
     y = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else x.new_empty(0, weight_t.shape[1])
     return y if bias is None else y + bias
 
@@ -114,9 +117,13 @@ def _warn_no_more() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
 
 
-@cache
 def has_16_bit_products(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor."""
+    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor, and is on."""
+    return bool(torch.backends.mkldnn.enabled) and _processor_has_16_bit_products(dtype)
+
+
+@cache
+def _processor_has_16_bit_products(dtype: torch.dtype) -> bool:
     check = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
@@ -126,7 +133,8 @@ def has_16_bit_products(dtype: torch.dtype) -> bool:
 
 def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """Dense product of x (rows, in) with a column-contiguous weight_t (in, out), fast on it in every dtype."""
-    if x.dtype == torch.float32 or has_16_bit_products(x.dtype):
+    alone = x.shape[0] == 1 and native.available(x.dtype)
+    if not alone and (x.dtype == torch.float32 or has_16_bit_products(x.dtype)):
         return F.linear(x, weight_t.t(), bias)
     if x.shape[0] <= max_sparse_rows(x.dtype):
         everything = torch.full((), -1.0)

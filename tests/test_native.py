@@ -1,0 +1,135 @@
+"""The product in C: what it computes, that it is compiled once, and that everything works without it."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import ADVERSARIAL, LIMITS, adversarial, error, exact, operands
+
+from wina_calib.runtime.kernels import native, reference
+
+needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
+# Around the numbers of rows and outputs that are taken at a time: 8, 32, 2048; odd ones; less than a block.
+SHAPES = [(1, 1), (5, 3), (8, 32), (17, 33), (64, 2049), (333, 130), (96, 4101)]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Gives the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize(("width", "out"), SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_shape(dtype, width, out, count, monkeypatch):
+    monkeypatch.setattr(native, "MIN_SHARED", 1)
+    torch.set_num_threads(count)
+    bias = torch.randn(out).to(dtype)
+    for case in ADVERSARIAL if width > 16 else ["plain", "everything", "nothing"]:
+        x, weight_t, norm, threshold = adversarial(case, width, out, dtype)
+        for added in (None, bias):
+            y = native.site_row(x[0], weight_t, norm, float(threshold), added)
+            assert error(y, exact(x, weight_t, norm, threshold, None, added)) <= LIMITS[dtype], case
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_the_same_bits_for_any_number_of_threads(dtype, monkeypatch):
+    monkeypatch.setattr(native, "MIN_SHARED", 1)
+    x, weight_t, norm, threshold = operands(1, 700, 5000, dtype)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(native.site_row(x[0], weight_t, norm, float(threshold)))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_the_mask_is_the_references(dtype):
+    """Powers of two as weights of one output: their sum says which inputs were kept."""
+    torch.manual_seed(0)
+    for threshold in (-1.0, 0.0, 0.5, 0.75):
+        x = torch.randint(-4, 5, (1, 8)).to(dtype) / 4
+        norm = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0, 1.5, 1.0, 3.0])
+        keep = reference.keep_mask(x, norm, torch.tensor(threshold)) & (x != 0)
+        weight_t = torch.where(x[0] == 0, 0.0, 2.0 ** torch.arange(8) / x[0].float()).to(dtype)[:, None].contiguous()
+        expected = (keep[0] * (x[0].double() * weight_t[:, 0].double())).sum()
+        found = native.site_row(x[0], weight_t, norm, threshold)
+        assert error(found, expected.reshape(1, 1)) <= LIMITS[dtype] / 4
+
+
+@needs_compiler
+def test_bfloat16_is_rounded_as_torch_does():
+    values = torch.cat([torch.randn(4000), torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.3e38, 1e-40])])
+    weight_t = torch.stack([values.bfloat16(), (values * 0.00390625).bfloat16()])
+    x, norm = torch.ones(2).bfloat16(), torch.ones(2)
+    expected = (weight_t[0].float() + weight_t[1].float()).bfloat16()
+    assert torch.equal(native.site_row(x, weight_t, norm, -1.0)[0], expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_strided_operands(dtype):
+    x, weight_t, norm, threshold = operands(1, 512, 128, dtype)
+    y = native.site_row(x[0, ::2], weight_t[:256], norm[::2], float(threshold), torch.zeros(256).to(dtype)[::2])
+    assert error(y, exact(x[:, ::2], weight_t[:256], norm[::2], threshold)) <= LIMITS[dtype]
+
+
+RUN = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from wina_calib.runtime.kernels import native
+print(native.available(torch.bfloat16))
+names = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line}
+print(len(names))
+"""
+
+
+def available(cache: Path, **environment: str) -> subprocess.CompletedProcess:
+    given = os.environ | {"WINA_CALIB_CACHE": str(cache)} | environment
+    return subprocess.run([sys.executable, "-c", RUN], env=given, capture_output=True, text=True, check=True)
+
+
+@needs_compiler
+def test_compiled_once_and_with_torchs_threads(tmp_path):
+    cache = tmp_path / "cache"
+    assert available(cache).stdout.split() == ["True", "1"]
+    (made,) = cache.iterdir()
+    before = made.stat().st_mtime_ns, made.stat().st_ino
+    done = available(cache)
+    assert done.stdout.split() == ["True", "1"]
+    assert [made] == list(cache.iterdir())
+    assert (made.stat().st_mtime_ns, made.stat().st_ino) == before
+    made.write_bytes(b"damaged")
+    assert available(cache).stdout.split() == ["True", "1"]
+    assert made.stat().st_size > 1000
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    done = available(tmp_path, PATH=str(tmp_path), CC="")
+    assert done.stdout.split()[0] == "False"
+    assert done.stderr.count("no C compiler") == 1
+    assert available(tmp_path, WINA_CALIB_NATIVE="0").stdout.split()[0] == "False"
+
+
+@needs_compiler
+def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho cannot >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with caplog.at_level(logging.DEBUG):
+        assert native._load(tmp_path / "none.so", str(broken)) is None
+    assert "cannot" in caplog.text
+    assert not list(tmp_path.glob("tmp*"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file"))
+    assert native._library.__wrapped__() is not None

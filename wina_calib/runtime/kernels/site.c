@@ -1,0 +1,142 @@
+/* y = (x * [abs(x) * norm > threshold]) @ weight + bias for one row x, reading only the kept rows of `weight` (in, out).
+
+   Threads share the outputs, so that there is no sum of parts and a result does not depend on their number. Each makes
+   the list of kept inputs for itself: that is cheaper than to wait for one. Eight rows are read side by side, which the
+   processor fetches ahead as eight streams, and their products are summed before they are added to the block's results.
+   Sums are in float32. OpenMP's functions are found in the process when this is loaded: torch's threads do the work. */
+
+#include <stdint.h>
+#include <string.h>
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+#define AHEAD 2   /* cache lines at the start of the next eight rows that are asked for early */
+#define UNIT 32   /* outputs that a thread's share is a multiple of */
+#define BLOCK 2048 /* outputs whose results a thread holds at a time */
+
+typedef uint16_t bfloat16;
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float widen_float32(float value) { return value; }
+static inline float narrow_float32(float value) { return value; }
+static inline float widen_bfloat16(bfloat16 value) { return float_of((uint32_t)value << 16); }
+
+static inline bfloat16 narrow_bfloat16(float value) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bfloat16)(value != value ? 0x7fc0 : rounded);
+}
+
+#define ROW(TYPE, i)                                   \
+    const TYPE *restrict row##i = weight + index[k + i] * out; \
+    const float x##i = value[k + i];
+#define EIGHT_ROWS(TYPE) \
+    ROW(TYPE, 0) ROW(TYPE, 1) ROW(TYPE, 2) ROW(TYPE, 3) ROW(TYPE, 4) ROW(TYPE, 5) ROW(TYPE, 6) ROW(TYPE, 7)
+#define SUM(TERM) (((TERM(0) + TERM(1)) + (TERM(2) + TERM(3))) + ((TERM(4) + TERM(5)) + (TERM(6) + TERM(7))))
+
+/* Ask for the start of the eight rows after those at k. */
+static inline void look_ahead(const char *weight, int64_t row_bytes, const int64_t *index, int64_t k, int64_t count) {
+    if (k + 16 <= count)
+        for (int i = 8; i < 16; i++)
+            for (int line = 0; line < AHEAD; line++)
+                __builtin_prefetch(weight + index[k + i] * row_bytes + 64 * line);
+}
+
+/* result[j] += sum over kept inputs of value * weight[index, j], for j < width. */
+static void add_float32(const float *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
+                        int64_t width, float *restrict result) {
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+        EIGHT_ROWS(float)
+        look_ahead((const char *)weight, out * (int64_t)sizeof(float), index, k, count);
+#define TERM(i) x##i * row##i[j]
+        for (int64_t j = 0; j < width; j++) result[j] += SUM(TERM);
+    }
+    for (; k < count; k++) {
+        ROW(float, 0)
+        for (int64_t j = 0; j < width; j++) result[j] += TERM(0);
+#undef TERM
+    }
+}
+
+/* The same in bfloat16: two neighbours are loaded as one word, whose halves are widened without a shuffle. Results of
+   even and odd columns are apart until the end. */
+static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
+                         int64_t width, float *restrict result) {
+    float even[BLOCK / 2], odd[BLOCK / 2];
+    const int64_t pairs = width / 2;
+    memset(even, 0, (size_t)pairs * sizeof(float));
+    memset(odd, 0, (size_t)pairs * sizeof(float));
+    int64_t k = 0;
+#define LOAD(i)         \
+    uint32_t word##i;   \
+    memcpy(&word##i, row##i + 2 * j, sizeof word##i);
+#define EVEN(i) x##i * float_of(word##i << 16)
+#define ODD(i) x##i * float_of(word##i & 0xffff0000u)
+    for (; k + 8 <= count; k += 8) {
+        EIGHT_ROWS(bfloat16)
+        look_ahead((const char *)weight, out * (int64_t)sizeof(bfloat16), index, k, count);
+        for (int64_t j = 0; j < pairs; j++) {
+            LOAD(0) LOAD(1) LOAD(2) LOAD(3) LOAD(4) LOAD(5) LOAD(6) LOAD(7)
+            even[j] += SUM(EVEN);
+            odd[j] += SUM(ODD);
+        }
+    }
+    for (; k < count; k++) {
+        ROW(bfloat16, 0)
+        for (int64_t j = 0; j < pairs; j++) {
+            LOAD(0)
+            even[j] += EVEN(0);
+            odd[j] += ODD(0);
+        }
+    }
+#undef LOAD
+#undef EVEN
+#undef ODD
+    for (int64_t j = 0; j < pairs; j++) {
+        result[2 * j] += even[j];
+        result[2 * j + 1] += odd[j];
+    }
+    if (width % 2)
+        for (k = 0; k < count; k++) result[width - 1] += value[k] * widen_bfloat16(weight[index[k] * out + width - 1]);
+}
+
+/* x (in,), weight (in, out) contiguous, norm (in,), bias (out,) or null, y (out,); index and value are scratch for
+   threads * in elements. A NaN is kept, so that it shows. */
+#define SITE(TYPE)                                                                                                    \
+    void site_##TYPE(const TYPE *x, const TYPE *weight, const float *norm, float threshold, const TYPE *bias, TYPE *y, \
+                     int64_t in, int64_t out, int64_t *index, float *value, int threads) {                            \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                               \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                    \
+            int64_t *own_index = index + me * in;                                                                     \
+            float *own_value = value + me * in;                                                                       \
+            int64_t count = 0;                                                                                        \
+            for (int64_t i = 0; i < in; i++) {                                                                        \
+                const float v = widen_##TYPE(x[i]), size = v < 0 ? -v : v;                                            \
+                own_index[count] = i;                                                                                 \
+                own_value[count] = v;                                                                                 \
+                count += !(size * norm[i] <= threshold);                                                              \
+            }                                                                                                         \
+            const int64_t units = (out + UNIT - 1) / UNIT;                                                            \
+            const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;                         \
+            float result[BLOCK];                                                                                      \
+            for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                                        \
+                const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                            \
+                memset(result, 0, (size_t)width * sizeof(float));                                                     \
+                add_##TYPE(weight + j, out, own_index, own_value, count, width, result);                              \
+                for (int64_t i = 0; i < width; i++)                                                                   \
+                    y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);               \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
+typedef float float32;
+SITE(float32)
+SITE(bfloat16)
