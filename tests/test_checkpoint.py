@@ -186,8 +186,8 @@ def test_newer_major_formats_are_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("sparsity", 1.5), ("sparsity", "high"), ("anchors", []), ("anchors", [0.5, 0.25]), ("score", "wine"), ("masks", 3),
-     ("format_version", None), ("prefill", "no"), ("provenance", [1]), ("exponent", "x")],
+    [("sparsity", 1.5), ("sparsity", 10**400), ("sparsity", "high"), ("anchors", []), ("anchors", [0.5, 0.25]),
+     ("score", "wine"), ("masks", 3), ("format_version", None), ("prefill", "no"), ("provenance", [1]), ("exponent", "x")],
 )  # fmt: skip
 def test_wrong_settings_are_refused(copy: Path, key: str, value: object) -> None:
     edit(copy, lambda section: section.update({key: value}))

@@ -145,5 +145,5 @@ def is_sparsity(value: Any) -> bool:
     return (
         isinstance(value, int | float | np.integer | np.floating)
         and not isinstance(value, bool)
-        and 0 <= float(value) < 1
+        and bool(0 <= value < 1)  # not float(value): an integer may be too large for it
     )
