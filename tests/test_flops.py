@@ -11,7 +11,7 @@ from wina_calib.cells import count_cells
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.flops import find_config, flops, presets
-from wina_calib.source import describe_config
+from wina_calib.model_config import describe_config
 
 # arXiv 2505.19427v1, Table 5: GFLOPs dense and at 25, 40, 50 and 65 % sparsity, reductions in percent.
 PAPER = {

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from wina_calib.corpus import check_spec, documents, is_local
 from wina_calib.errors import WinaError
+from wina_calib.model_config import describe_config, load_config
 from wina_calib.settings import Settings
-from wina_calib.source import describe_config, load_config
 
 FUNCTION_SCOPED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 PARTS = [

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import UnsupportedModel, UsageError
-from wina_calib.source import code_is_trusted, load_tokenizer, open_source, remote_code
+from wina_calib.model_config import code_is_trusted, remote_code
+from wina_calib.source import load_tokenizer, open_source
 
 CODE = {
     "configuration_own.py": """

@@ -146,6 +146,6 @@ def achieved(model: Any, text: Path, options: dict[str, Any]) -> float:
 
 def model_sites(model: Any) -> Any:
     """Layers and sites of the model that a checkpoint was made from."""
-    from wina_calib.source import describe_config, load_config
+    from wina_calib.model_config import describe_config, load_config
 
     return describe_config(load_config(Path(model.name_or_path))).sites

@@ -20,6 +20,7 @@ from wina_calib.identity import identity
 from wina_calib.job import Job
 from wina_calib.journal import Background, Journal, drop, open_journal
 from wina_calib.memory import advice, ran_out
+from wina_calib.model_config import has_own_code, remote_code
 from wina_calib.options import CalibrateOptions, make_options
 from wina_calib.output import check_output, claimed, publish
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
@@ -27,7 +28,7 @@ from wina_calib.progress import Progress, Silent
 from wina_calib.ranks import Ranks, shared_ranks
 from wina_calib.reference import check_possible
 from wina_calib.settings import Settings
-from wina_calib.source import has_own_code, open_source, remote_code
+from wina_calib.source import open_source
 from wina_calib.transforms import plan
 
 BASE_TOKENS = 16_384

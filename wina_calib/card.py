@@ -20,11 +20,12 @@ from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.corpus import catalogue
 from wina_calib.errors import CheckpointError, HubError
 from wina_calib.families import SITES
+from wina_calib.model_config import has_own_code, is_reference
 from wina_calib.output import readable_errors
 from wina_calib.remote import fetch
 from wina_calib.results import read_evaluation
 from wina_calib.settings import Settings
-from wina_calib.source import DEMO, demo_folder, has_own_code, is_reference
+from wina_calib.source import DEMO, demo_folder
 from wina_calib.text import percent, rise
 
 CARD = "README.md"

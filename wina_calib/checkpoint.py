@@ -17,19 +17,12 @@ from torch import Tensor
 
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture, Layer, MaskGroup, Site
+from wina_calib.model_config import REFERENCE_FILE, describe_config, is_reference, load_config
 from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import METHOD, Settings
 from wina_calib.shards import Shards, read_json
-from wina_calib.source import (
-    REFERENCE_FILE,
-    describe_config,
-    is_added,
-    is_derived,
-    is_reference,
-    load_config,
-    weights_folder,
-)
+from wina_calib.source import is_added, is_derived, weights_folder
 from wina_calib.tables import LEVELS, site_sparsity
 
 WINA_FILE = "wina.safetensors"

@@ -17,9 +17,10 @@ from wina_calib.checkpoint import INDEX_FILE, WINA_FILE, read_index, rotation_na
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture
 from wina_calib.journal import NOT_SAVED, Phase
+from wina_calib.model_config import RUNTIME_TYPE, has_own_code
 from wina_calib.settings import FORMAT_VERSION, Settings
 from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json, safe_path
-from wina_calib.source import RUNTIME_TYPE, Source, has_own_code
+from wina_calib.source import Source
 from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, fold_final_norm, head_rows
 
 SHARD_BYTES = 5 << 30

@@ -36,13 +36,14 @@ from wina_calib.evaluate import Measured, evaluation_blocks, measure, perplexity
 from wina_calib.families import describe
 from wina_calib.gates import fit_gates, gated_share, masked_gates
 from wina_calib.methods import Method, find_methods
+from wina_calib.model_config import code_is_trusted, has_own_code, remote_code
 from wina_calib.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.output import lock, readable_errors, write_file
 from wina_calib.placement import default_micro_batch, fitting_length, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
 from wina_calib.runtime.load import load, set_sparsity
 from wina_calib.shards import read_json
-from wina_calib.source import Source, code_is_trusted, has_own_code, open_source, remote_code
+from wina_calib.source import Source, open_source
 from wina_calib.streaming import LayerStream
 from wina_calib.text import finite
 from wina_calib.transforms import needed_sites, plan

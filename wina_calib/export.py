@@ -7,9 +7,10 @@ from pathlib import Path
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.checkpoint_writer import copy_side_files, header_metadata, write_index, write_json
 from wina_calib.errors import UnsupportedModel
+from wina_calib.model_config import is_reference
 from wina_calib.output import check_output, output_folder
 from wina_calib.shards import ShardWriter, read_json
-from wina_calib.source import is_added, is_reference, weights_folder
+from wina_calib.source import is_added, weights_folder
 
 
 def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:

@@ -20,8 +20,9 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.families import Architecture
+from wina_calib.model_config import describe_config, load_config
 from wina_calib.shards import read_json
-from wina_calib.source import DEMO, demo_folder, describe_config, load_config
+from wina_calib.source import DEMO, demo_folder
 from wina_calib.text import percent, table
 from wina_calib.transforms import plan
 

@@ -14,9 +14,10 @@ from wina_calib.card import HEAT_MAP, TAGS, put, write_card
 from wina_calib.checkpoint import WINA_FILE, is_rotation, open_checkpoint, read_settings
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.families import SITES
+from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.remote import CONFLICT, readable_errors, status_of
 from wina_calib.settings import Settings
-from wina_calib.source import REFERENCE_FILE, is_added, is_reference
+from wina_calib.source import is_added
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.

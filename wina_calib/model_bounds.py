@@ -22,10 +22,11 @@ from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.model_config import load_config
 from wina_calib.placement import fitting_length, pick_device, pick_dtype
 from wina_calib.score import Cut, kept_inputs
 from wina_calib.settings import METHOD
-from wina_calib.source import Source, load_config, open_source, resolve
+from wina_calib.source import Source, open_source, resolve
 from wina_calib.streaming import LayerStream
 from wina_calib.tables import site_sparsity, threshold_between
 from wina_calib.text import percent, table

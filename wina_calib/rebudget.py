@@ -30,13 +30,14 @@ from wina_calib.checkpoint_writer import write_index, write_json, write_wina_fil
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
 from wina_calib.job import Job
+from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.options import make_options
 from wina_calib.output import staged_files
 from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
 from wina_calib.settings import Settings
 from wina_calib.shards import read_json
-from wina_calib.source import REFERENCE_FILE, is_reference, load_tokenizer, open_source, weights_folder
+from wina_calib.source import load_tokenizer, open_source, weights_folder
 from wina_calib.tables import threshold_between
 from wina_calib.transforms import plan
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from wina_calib.checkpoint import INDEX_FILE, WINA_FILE, Checkpoint, open_checkpoint
 from wina_calib.checkpoint_writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
+from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
-from wina_calib.source import REFERENCE_FILE, Source, is_reference, weights_folder
+from wina_calib.source import Source, weights_folder
 from wina_calib.transforms import Plan
 
 FORMAT = "wina-reference/1"

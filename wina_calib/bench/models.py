@@ -16,6 +16,7 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.families import Architecture, describe
 from wina_calib.flops import find_config
+from wina_calib.model_config import code_is_trusted, load_config
 from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
 from wina_calib.runtime.quantizer import insert_sites
@@ -23,7 +24,7 @@ from wina_calib.runtime.state import RuntimeState
 from wina_calib.score import scores
 from wina_calib.settings import METHOD, Settings
 from wina_calib.sketch import ScoreHistogram
-from wina_calib.source import code_is_trusted, is_added, load_config, resolve
+from wina_calib.source import is_added, resolve
 from wina_calib.tables import LEVELS
 
 INITIAL_STD = 0.02

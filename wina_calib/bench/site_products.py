@@ -15,9 +15,9 @@ from wina_calib.bench.results import Products, Timing
 from wina_calib.errors import UsageError
 from wina_calib.families import Site
 from wina_calib.flops import find_config
+from wina_calib.model_config import describe_config
 from wina_calib.runtime import kernels
 from wina_calib.score import column_norms
-from wina_calib.source import describe_config
 
 # Weights that a measurement runs through, so that no cache holds those of the run before.
 SPAN_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import OutputError
+from wina_calib.model_config import remote_code
 from wina_calib.options import DTYPES, CalibrateOptions
-from wina_calib.source import remote_code
 from wina_calib.text import finite
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
