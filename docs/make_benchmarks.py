@@ -23,6 +23,7 @@ import torch
 from transformers.utils import logging
 
 import wina_calib
+from wina_calib.allocation import measured_pairs
 from wina_calib.evaluate import evaluate_model
 from wina_calib.placement import pick_device
 from wina_calib.progress import Silent
@@ -74,14 +75,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    args.results.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
+    folder = args.results / device.type
+    folder.mkdir(parents=True, exist_ok=True)
     if args.timing:
         found = {"device": described(device), "width": args.timing, **seconds(args.timing, device)}
-        keep(args.results / f"timing-{device.type}-{args.timing}.json", found)
+        keep(folder / f"timing-{args.timing}.json", found)
     for model in args.models:
         for name in fnmatch.filter(CELLS, args.cells):
-            file = args.results / f"{Path(model).name}, {name}.json"
+            file = folder / f"{Path(model).name}, {name}.json"
             if not file.is_file():
                 keep(file, one(model, name, args, device))
                 click.echo(file)
@@ -120,7 +122,8 @@ def described(device: torch.device) -> str:
     """What a device is called in the page."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def keep(file: Path, found: dict[str, Any]) -> None:
@@ -135,9 +138,12 @@ def keep(file: Path, found: dict[str, Any]) -> None:
 
 def write_page(results: Path) -> None:
     """Put the tables of all results between the page's marks."""
-    found = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob("*.json"))]
-    models = dict.fromkeys(r["model"] for r in found if "model" in r)
-    parts = [model_part({r["cell"]: r for r in found if r.get("model") == model}) for model in models]
+    found = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob("*/*.json"))]
+    made = sorted({(r["model"], "CPU" in r["device"], r["device"]) for r in found if "model" in r})
+    parts = [
+        model_part({r["cell"]: r for r in found if r.get("model") == model and r["device"] == device})
+        for model, _, device in made
+    ]
     timings = [r for r in found if "width" in r]
     if timings:
         parts.append(timing_part(timings))
@@ -147,32 +153,33 @@ def write_page(results: Path) -> None:
 
 
 def model_part(cells: dict[str, dict[str, Any]]) -> str:
-    """Both tables of one model."""
+    """The tables of one model on one device: transforms where some were run, and budgets."""
     first = next(iter(cells.values()))
+    transforms = [[name, *map(quality, cells[name]["rows"])] for name in (TEAL, *TRANSFORMS) if name in cells]
     dense = first["rows"][0]["dense_ppl"]
     heads = ["", *(f"asked {s}" for s in SPARSITIES)]
     lines = [
-        f"## `{first['model']}`",
+        f"## `{first['model']}`, {first['device']}",
         "",
         f"Calibrated on {first['blocks']} blocks of {first['seq_len']} tokens, measured on {first['rows'][0]['tokens']} held-out "
-        f"tokens, dense perplexity {dense:.3f}. Computed in float32 on: {first['device']}, torch {first['torch']}.",
-        "",
-        "Transforms, uniform budget. Rise of perplexity over dense; in brackets the real model sparsity and the read fraction.",
-        "",
-        table(heads, [[name, *map(quality, cells[name]["rows"])] for name in (TEAL, *TRANSFORMS) if name in cells]),
-        "",
-        "Budgets, transform `global+head`. The last column is the share of TEAL's rise that is gone at 0.65.",
+        f"tokens, dense perplexity {dense:.3f}. Computed in float32, torch {first['torch']}. Cells are the rise of perplexity "
+        "over dense; in brackets the real model sparsity and the read fraction.",
         "",
     ]
+    if len(transforms) > 1:
+        lines += ["Transforms, uniform budget.", "", table(heads, transforms), ""]
+    gap = " The last column is the share of TEAL's rise that is gone at 0.65." if TEAL in cells else ""
+    lines += [f"Budgets, transform `global+head`.{gap}", ""]
     rows, work = [], []
     for budget in BUDGETS:
         cell = cells.get("global+head" if budget == "uniform" else f"global+head, {budget}")
         if cell is None:
             continue
-        gone = 1 - excess(cell["rows"][-1]) / excess(cells[TEAL]["rows"][-1]) if TEAL in cells else float("nan")
-        rows.append([budget, *map(quality, cell["rows"]), percent(gone, 0)])
+        rows.append([budget, *map(quality, cell["rows"])])
+        if TEAL in cells:
+            rows[-1].append(percent(1 - excess(cell["rows"][-1]) / excess(cells[TEAL]["rows"][-1]), 0))
         work.append([budget, *cost(cell), f"{cell['seconds'].get('choose budget', 0.0):.0f}"])
-    lines.append(table([*heads, "gap closed"], rows))
+    lines.append(table([*heads, "gap closed"] if TEAL in cells else heads, rows))
     lines += ["", "What choosing the budget takes, in forward passes over all calibration tokens.", ""]
     lines.append(table(["", "passes", "layer passes, and the papers' algorithm's for as many steps", "seconds"], work))
     if "global+head, global" in cells:
@@ -218,11 +225,12 @@ def cost(cell: dict[str, Any]) -> list[str]:
 def predictions(cell: dict[str, Any]) -> str:
     """Predicted and measured rises of the loss and KL divergence."""
     facts, rows = cell["prediction"], {row["sparsity"]: row for row in cell["rows"]}
+    predicted = dict(zip(facts["anchors"], measured_pairs(facts)[:, 1].tolist(), strict=True))
     lines = []
     for i, sparsity in enumerate(facts["anchors"]):
         row = rows[sparsity]
         measured = torch.tensor(row["sparse_ppl"] / row["dense_ppl"]).log().item()
-        values = facts["predicted"][i], measured, facts["predicted_kl"][i], row["kl"]
+        values = predicted[sparsity], measured, facts["predicted_kl"][i], row["kl"]
         lines.append([f"{sparsity}", *(f"{value:.4f}" for value in values)])
     return table(["sparsity", "loss predicted", "loss measured", "KL predicted", "KL measured"], lines)
 

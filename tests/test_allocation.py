@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from budget_cases import small_cells, smooth_curves
 
-from wina_calib.allocation import Bounds, file_budget, model_key, scale, settle, solve_rows, spread
+from wina_calib.allocation import Bounds, file_budget, measured_pairs, model_key, scale, settle, solve_rows, spread
 from wina_calib.budgets import Budget, explicit, write_budget
 from wina_calib.cells import count_cells
 from wina_calib.errors import BudgetError
@@ -109,3 +109,24 @@ def test_one_factor_for_all_curves() -> None:
     assert scale([0.02, 0.32], [0.04, 0.16]) == pytest.approx(1.0)  # a half and twice
     assert scale([-0.002, 0.1], [0.01, 0.2]) == pytest.approx(0.5)  # a fall says nothing
     assert scale([0.0], [0.1]) == scale([0.1], [0.0]) == 1.0
+
+
+def test_measured_rises_count_as_far_as_their_noise_allows() -> None:
+    facts = {"predicted": [0.01, 0.1, 0.4], "loss_rise": [0.007, 0.1, 0.5], "kl": [0.01, 0.1, 0.5]}
+    np.testing.assert_allclose(
+        measured_pairs(facts | {"tokens": 10**9}), [[0.01, 0.007], [0.1, 0.1], [0.4, 0.5]], rtol=1e-3
+    )
+    few = measured_pairs(facts | {"tokens": 1000})
+    np.testing.assert_allclose(few[0], [0.01, 0.01 * (1 - 0.3 * 0.09 / (0.09 + 0.2))], rtol=1e-9)
+    fall = measured_pairs(facts | {"loss_rise": [-0.5, -0.1, 0.4], "tokens": 10**9})
+    np.testing.assert_allclose(fall[:, 1], [0.002, 0.02, 0.4], rtol=1e-3)  # never no rise at all
+    assert measured_pairs({}).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kl": [1]}, {"tokens": "many"}, {"predicted": None}, {"loss_rise": [[1], [2], [3]]}]
+)
+def test_facts_that_are_none_are_refused(change: dict) -> None:
+    facts = {"predicted": [0.01, 0.1, 0.4], "loss_rise": [0.007, 0.1, 0.5], "kl": [0.01, 0.1, 0.5], "tokens": 1000}
+    with pytest.raises(BudgetError, match="measured"):
+        measured_pairs(facts | change)

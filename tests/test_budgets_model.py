@@ -44,6 +44,27 @@ def test_scaled_curves():
         curves.scaled(0)
 
 
+def test_whole_goes_through_measured_pairs():
+    curves = Curves(np.array([0.0, 1.0]), np.array([[[0.0, 1.0]]]), np.array([[0.01, 0.005], [0.1, 0.1], [0.4, 0.2]]))
+    for known, whole in curves.measured:
+        assert curves.total(known) == pytest.approx(whole, rel=1e-12)
+    assert curves.total(0.001) == pytest.approx(0.0005)  # the ratio of the first pair
+    assert curves.total(0.8) == pytest.approx(0.4)
+    assert curves.total(np.sqrt(0.001)) == pytest.approx(np.sqrt(0.0005))  # halfway, in logarithms
+    assert curves.total(0.0) == 0.0
+    rises = [curves.total(rise) for rise in np.linspace(0, 1, 200)]
+    assert (np.diff(rises) > 0).all()
+    assert Budget(np.array([[0.1]])).predicted_loss(curves) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "pairs", [[[0.1, 0.0]], [[0.2, 0.1], [0.1, 0.2]], [[0.1, 0.2], [0.2, 0.1]], [[1.0]], [[np.nan, 1]]]
+)
+def test_wrong_measured_pairs_are_refused(pairs):
+    with pytest.raises(BudgetError, match="measured"):
+        Curves(np.array([0.0, 1.0]), np.array([[[0.0, 1.0]]]), np.array(pairs))
+
+
 def test_huge_loss_does_not_overflow():
     assert perplexity_rise(1e6) == math.expm1(700)
 

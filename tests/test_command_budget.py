@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import wina_calib
+from wina_calib.allocation import measured_pairs
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.cli import main
 from wina_calib.rebudget import Request, choose
@@ -70,6 +71,14 @@ def test_shows_what_is_stored(made: Path) -> None:
     assert shown.exit_code == 0
     for word in ("attn_in", "mlp_out", "model sparsity", "read fraction", "speedup limit", "predicted perplexity"):
         assert word in shown.output
+
+
+def test_what_was_measured_at_an_anchor_is_predicted_there(made: Path) -> None:
+    opened = open_checkpoint(made)
+    pairs = measured_pairs(opened.settings.provenance["prediction"])
+    assert len(pairs) == len(opened.settings.anchors)
+    for anchor, (_, rise) in zip(opened.settings.anchors, pairs, strict=True):
+        assert read(made, "--sparsity", anchor)["predicted_loss_rise"] == pytest.approx(rise, rel=1e-4)
 
 
 def test_targets(made: Path) -> None:

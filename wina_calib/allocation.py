@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ from wina_calib.streaming import HiddenStates, LayerStream
 METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
 GREEDY_TOKENS = 8192
-GREEDY_PASSES = 110.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
+GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
+_FACTOR_SPREAD = 0.3  # how far ratios of measured and predicted loss rises may differ from anchor to anchor
+_FACTORS = (0.2, 5.0)
 SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to the measured loss rise
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -214,6 +216,32 @@ def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:
     """
     ratios = [m / p for m, p in zip(measured, predicted, strict=True) if p > 0 and 0.05 < m / p < 20]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+
+
+def measured_pairs(facts: Mapping[str, Any]) -> Floats:
+    """What the scaled curves of a calibration sum up to at its anchors, and the loss rises that go with it, (n, 2).
+
+    The first-order part of the loss weighs most where little is dropped, so that no one factor fits all anchors. A rise here is
+    the measured one as far as its noise allows: its variance is twice the divergence over the tokens, against what ratios
+    of measured and predicted rises differ by at all, `_FACTOR_SPREAD`.
+
+    Args:
+        facts: `prediction` of a checkpoint's provenance.
+
+    Raises:
+        BudgetError: they are not such facts.
+    """
+    if not facts:
+        return np.empty((0, 2))
+    try:
+        sums, rises, kl = (np.array(facts[key], dtype=np.float64) for key in ("predicted", "loss_rise", "kl"))
+        rows = np.stack([sums, rises, np.maximum(kl, 0.0)], axis=1)[(sums > 0) & (np.diff(sums, prepend=0.0) > 0)]
+        noise = 2 * rows[:, 2] / (float(facts["tokens"]) * rows[:, 0] ** 2)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BudgetError(f"the measured loss rises cannot be read: {error!r:.80}") from None
+    trusted = _FACTOR_SPREAD**2 / (_FACTOR_SPREAD**2 + noise)
+    ratio = np.clip(1 + trusted * (rows[:, 1] / rows[:, 0] - 1), *_FACTORS)
+    return np.stack([rows[:, 0], np.maximum.accumulate(rows[:, 0] * ratio)], axis=1)
 
 
 def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor]:

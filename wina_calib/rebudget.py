@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wina_calib.allocation import Allocation, Bounds, file_budget, model_key, solve_rows, spread
+from wina_calib.allocation import Allocation, Bounds, file_budget, measured_pairs, model_key, solve_rows, spread
 from wina_calib.budgets import (
     Budget,
     Cells,
@@ -169,7 +169,8 @@ def stored_curves(opened: Checkpoint) -> Curves | None:
     prefix_names = [[f"{layer.prefix}wina.{s.name}.curve" for s in layer.sites] for layer in opened.architecture.layers]
     loss = np.array([[opened.tensors[name].double().numpy() for name in names] for names in prefix_names])
     try:
-        return Curves(np.array(levels), loss)
+        facts = opened.settings.provenance.get("prediction")
+        return Curves(np.array(levels), loss, measured_pairs(facts if isinstance(facts, dict) else {}))
     except BudgetError as error:
         raise CheckpointError(f"{opened.folder}: {error}. Calibrate again.") from error
 

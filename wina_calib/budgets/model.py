@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,8 @@ class Curves:
     Attributes:
         levels: (L,) site sparsities, ascending from 0, at most 1.
         loss: (layers, sites, L) predicted loss rise in nats per token; 0 at level 0, never negative, convex or not.
+        measured: (n, 2) sums of cells' rises and the rises of the whole that go with them, positive, ascending; may be
+            empty. It changes predictions and no order between budgets.
 
     Raises:
         BudgetError: shapes do not agree, a value is not finite, or a curve does not start at 0.
@@ -113,6 +115,7 @@ class Curves:
 
     levels: Floats
     loss: Floats
+    measured: Floats = field(default_factory=lambda: np.empty((0, 2)))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", _frozen(self.levels, np.float64))
@@ -128,6 +131,12 @@ class Curves:
             raise BudgetError(f"curve levels must ascend from 0 to at most 1, found {levels.tolist()}")
         if (loss[..., 0] != 0).any() or (loss < 0).any():
             raise BudgetError("a curve must be 0 at level 0 and nowhere negative")
+        object.__setattr__(self, "measured", _frozen(self.measured, np.float64))
+        known = self.measured
+        if known.ndim != 2 or known.shape[1] != 2 or not (np.isfinite(known).all() and (known > 0).all()):
+            raise BudgetError(f"measured rises must be positive pairs, found {known.tolist()!r:.80}")
+        if (np.diff(known[:, 0]) <= 0).any() or (np.diff(known[:, 1]) < 0).any():
+            raise BudgetError(f"measured rises must ascend, found {known.tolist()!r:.80}")
 
     def at(self, sparsities: ArrayLike) -> Floats:
         """Loss rise of each cell at its sparsity, linear between levels; past the last level the last slope goes on.
@@ -146,6 +155,16 @@ class Curves:
         below = np.take_along_axis(self.loss, left[..., None], axis=2)[..., 0]
         above = np.take_along_axis(self.loss, left[..., None] + 1, axis=2)[..., 0]
         return np.maximum(below + share * (above - below), 0.0)
+
+    def total(self, rise: float) -> float:
+        """Loss rise of the whole for the sum of its cells' rises: through the measured pairs, in their logarithms.
+
+        Below the first pair and above the last one the ratio of the two stays.
+        """
+        if not len(self.measured) or rise <= 0:
+            return rise
+        sums, wholes = np.log(self.measured).T
+        return rise * math.exp(float(np.interp(math.log(rise), sums, wholes - sums)))
 
     def scaled(self, factor: float) -> "Curves":
         """The same curves times a factor, for a prediction that was measured at one sparsity."""
@@ -201,8 +220,8 @@ class Budget:
         return 1.0 / self.read_fraction(cells)
 
     def predicted_loss(self, curves: Curves) -> float:
-        """Sum of the cells' predicted loss rises, nats per token."""
-        return float(curves.at(self.sparsities).sum())
+        """Predicted loss rise, nats per token."""
+        return curves.total(float(curves.at(self.sparsities).sum()))
 
 
 @dataclass(frozen=True)

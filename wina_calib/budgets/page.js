@@ -199,7 +199,7 @@
     const cell = state.selected;
     const value = state.values[cell];
     const loss = WinaSolver.lossAt(data, cell, value);
-    const total = WinaSolver.totals(data, state.values).loss_rise;
+    const total = WinaSolver.lossOf(data, state.values);
     const weight = data.weights.reduce((sum, item) => sum + item, 0);
     $("cell-title").textContent = name(cell);
     if (document.activeElement !== $("cell-value")) $("cell-value").value = value.toFixed(3);

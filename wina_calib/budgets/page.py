@@ -78,6 +78,7 @@ def render_page(
         "runtime_matrices": cells.runtime_matrices,
         "levels": curves.levels.tolist(),
         "loss": curves.loss.reshape(cells.weights.size, -1).tolist(),
+        "measured": curves.measured.tolist(),
         "lower": free.lower.reshape(-1).tolist(),
         "upper": free.upper.reshape(-1).tolist(),
         "fixed": [None if np.isnan(value) else float(value) for value in pins.reshape(-1)],

@@ -18,6 +18,20 @@ const WinaSolver = (() => {
   }
 
   const lossOf = (data, values) => sum(values.map((value, cell) => lossAt(data, cell, value)));
+  // Loss rise of the whole for the sum of its cells' rises, through the measured pairs in their logarithms.
+  function whole(data, rise) {
+    const pairs = data.measured.map((pair) => pair.map(Math.log));
+    if (!pairs.length || rise <= 0) return rise;
+    const at = clip(Math.log(rise), pairs[0][0], pairs[pairs.length - 1][0]);
+    let right = 0;
+    while (pairs[right][0] < at) right += 1;
+    const [x, y] = pairs[right];
+    if (right === 0) return rise * Math.exp(y - x);
+    const [before, under] = pairs[right - 1];
+    const share = (at - before) / (x - before);
+    return rise * Math.exp((1 - share) * (under - before) + share * (y - x));
+  }
+
   const weighted = (data, values) => sum(values.map((value, cell) => data.weights[cell] * value));
   const modelSparsity = (data, values) => weighted(data, values) / sum(data.weights);
 
@@ -36,7 +50,7 @@ const WinaSolver = (() => {
   function totals(data, values) {
     const sparsity = modelSparsity(data, values);
     const read = readFraction(data, sparsity, true);
-    const loss = lossOf(data, values);
+    const loss = whole(data, lossOf(data, values));
     return {
       model_sparsity: sparsity,
       read_fraction: read,
@@ -143,7 +157,7 @@ const WinaSolver = (() => {
     // Highest sparsity whose predicted loss rise is within `limit`; null when there is none.
     function within(limit) {
       let [low, high] = range;
-      const loss = (sparsity) => lossOf(data, at(sparsity));
+      const loss = (sparsity) => whole(data, lossOf(data, at(sparsity)));
       if (loss(low) > limit + 1e-12) return null;
       if (loss(high) <= limit) return high;
       for (;;) {
@@ -157,5 +171,5 @@ const WinaSolver = (() => {
     return { range, at, uniform, within };
   }
 
-  return { lossAt, totals, modelSparsity, sparsityAt, prepare };
+  return { lossAt, lossOf, totals, modelSparsity, sparsityAt, prepare };
 })();
