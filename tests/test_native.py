@@ -36,7 +36,7 @@ def test_every_shape(dtype, width, out, count, monkeypatch):
     for case in ADVERSARIAL if width > 16 else ["plain", "everything", "nothing"]:
         x, weight_t, norm, threshold = adversarial(case, width, out, dtype)
         for added in (None, bias):
-            y = native.site_row(x[0], weight_t, norm, float(threshold), added)
+            y = native.Row(weight_t, norm, threshold, added)(x)
             assert error(y, exact(x, weight_t, norm, threshold, None, added)) <= LIMITS[dtype], case
 
 
@@ -48,7 +48,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype, monkeypatch):
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(native.site_row(x[0], weight_t, norm, float(threshold)))
+        found.append(native.Row(weight_t, norm, threshold)(x))
     assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -63,7 +63,7 @@ def test_the_mask_is_the_references(dtype):
         keep = reference.keep_mask(x, norm, torch.tensor(threshold)) & (x != 0)
         weight_t = torch.where(x[0] == 0, 0.0, 2.0 ** torch.arange(8) / x[0].float()).to(dtype)[:, None].contiguous()
         expected = (keep[0] * (x[0].double() * weight_t[:, 0].double())).sum()
-        found = native.site_row(x[0], weight_t, norm, threshold)
+        found = native.Row(weight_t, norm, torch.tensor(threshold))(x)
         assert error(found, expected.reshape(1, 1)) <= LIMITS[dtype] / 4
 
 
@@ -73,15 +73,38 @@ def test_bfloat16_is_rounded_as_torch_does():
     weight_t = torch.stack([values.bfloat16(), (values * 0.00390625).bfloat16()])
     x, norm = torch.ones(2).bfloat16(), torch.ones(2)
     expected = (weight_t[0].float() + weight_t[1].float()).bfloat16()
-    assert torch.equal(native.site_row(x, weight_t, norm, -1.0)[0], expected)
+    assert torch.equal(native.Row(weight_t, norm, torch.tensor(-1.0))(x), expected)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", native.DTYPES)
-def test_strided_operands(dtype):
+def test_shapes_strides_and_everything(dtype):
     x, weight_t, norm, threshold = operands(1, 512, 128, dtype)
-    y = native.site_row(x[0, ::2], weight_t[:256], norm[::2], float(threshold), torch.zeros(256).to(dtype)[::2])
-    assert error(y, exact(x[:, ::2], weight_t[:256], norm[::2], threshold)) <= LIMITS[dtype]
+    halved = weight_t[:256].clone()
+    product = native.Row(halved, norm[:256], threshold)
+    assert error(product(x[:, ::2]), exact(x[:, ::2], halved, norm[:256], threshold)) <= LIMITS[dtype]
+    row = x[0, :256].reshape(1, 1, 256)
+    assert product(row).shape == (1, 1, 128)
+    expected = exact(x[:, :256], halved, norm[:256], torch.tensor(-1.0))
+    assert error(product(row, everything=True)[0], expected) <= LIMITS[dtype]
+
+
+@needs_compiler
+def test_the_threshold_is_read_at_every_call():
+    x, weight_t, norm, threshold = operands(1, 512, 128, torch.float32)
+    product = native.Row(weight_t, norm, threshold)
+    for value in (0.75, 1.5, -1.0):
+        threshold.fill_(value)
+        assert error(product(x), exact(x, weight_t, norm, threshold)) <= LIMITS[torch.float32]
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused():
+    x, weight_t, norm, threshold = operands(2, 64, 128, torch.float32)
+    product = native.Row(weight_t, norm, threshold)
+    for wrong in (x, x[:1, :63], x[:1].double(), x[:1].to("meta")):
+        with pytest.raises(ValueError, match="expected one row of 64"):
+            product(wrong)
 
 
 RUN = """

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from wina_calib.runtime.kernels import native
+
 ROOF_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 ROOF_REPEATS = 9
 ONEDNN_REPEATS = 3
@@ -134,6 +136,8 @@ def versions(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if device.type == "cpu":
+        found["sparse product"] = "C" if native.available(torch.float32) else "torch operators"
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
             import triton

@@ -47,9 +47,14 @@ class Packed:
             both = zip(biases, self.sizes, strict=True)
             self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
         self.number = step.UNNUMBERED
+        self.row: kernels.Row | None = None
         self._given: tuple[object, ...] = ()
         self._seen: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what holds addresses; `attach` makes it again."""
+        return self.__dict__ | {"row": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy holds other tensors, so the number is not its own."""
@@ -68,9 +73,9 @@ class Packed:
         self.state, self.norm, self.threshold = state, norm, threshold
         self.rotation = None if rotation is None else rotation.to(self.dtype)
         self.kernel = kernels.mask_of(norm, threshold, self.dtype)
-        if not self.columns or norm.device.type == "cuda":
-            self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
-            self._limit_now()
+        self.row = kernels.row_of(self.weight_t, norm, threshold, self.bias)
+        self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
+        self._limit_now()
 
     def parts_of(self, storage: Tensor) -> tuple[Tensor, ...]:
         """The parts of weight (sum of outs, in) or bias (sum of outs,) that belong to each projection."""
@@ -99,7 +104,7 @@ class Packed:
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs (..., out) of each projection for x (..., in)."""
         if self.kernel is None or x.numel() < SEPARATE_ROWS * x.shape[-1] or torch.compiler.is_compiling():
-            shares: tuple[Tensor, ...] = self.product(x).split(self.sizes, dim=-1)
+            shares: tuple[Tensor, ...] = self.product(x).split_with_sizes(self.sizes, dim=-1)
             return shares
         x = self.masked(x if self.rotation is None else x @ self.rotation)
         biases = (None,) * len(self.sizes) if self.bias is None else self.parts_of(self.bias)
@@ -109,11 +114,15 @@ class Packed:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""
         if self.rotation is not None:
             x = x @ self.rotation
+        if self.row is not None and x.numel() == self.row.width and self._is_plain(x):
+            return self.row(x, everything=self.state.all_dense)
         if not self.columns or (self.kernel is not None and x.numel() != x.shape[-1]):
             return linear(self.masked(x), self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         if self.state.all_dense:
             out = kernels.dense_site(rows, self.weight_t, self.bias)
+        elif rows.shape[0] > kernels.MAX_GATHERED_ROWS:
+            out = kernels.dense_site(self.mask(x).view(rows.shape), self.weight_t, self.bias)
         else:
             dense = rows_for(self.state.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
@@ -125,11 +134,19 @@ class Packed:
         row = x.reshape(1, -1)
         if self.rotation is not None:
             row = row @ self.rotation
-        if dense:
+        if self.row is not None:
+            out = self.row(row, everything=dense)
+        elif dense:
             out = kernels.dense_site(row, self.weight_t, self.bias)
         else:
             out = kernels.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether nothing but the product of x's one row is wanted: no gradient, no graph, no row that is never masked."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        return self.state.all_dense or self.state.dense_rows is None
 
     def masked(self, x: Tensor) -> Tensor:
         """The input x (..., in) of a dense product: as it is, or with its dropped values at zero."""
@@ -144,8 +161,11 @@ class Packed:
 
     def mask(self, x: Tensor) -> Tensor:
         """`score.mask_input` of x (..., in), bit for bit, in fewer passes."""
-        if not torch.compiler.is_compiling() and self._version != _version(self.threshold):
-            self._limit_now()
+        if not torch.compiler.is_compiling():
+            if self._version != _version(self.threshold):
+                self._limit_now()
+            if self.open:
+                return x
         dropped = x.abs() <= self.limit
         dense = rows_for(self.state.dense_rows, x)
         if dense is not None:
@@ -161,6 +181,8 @@ class Packed:
         else:
             self.limit = limit
         self._version = _version(self.threshold)
+        # Asking a GPU would make the host wait for it.
+        self.open = not limit.is_cuda and float(self.threshold) < 0
 
 
 def _rows(weights: Sequence[Tensor]) -> Tensor:

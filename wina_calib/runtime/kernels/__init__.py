@@ -28,9 +28,11 @@ from torch import Tensor
 from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
+from wina_calib.runtime.kernels.native import Row
 from wina_calib.runtime.kernels.reference import keep_mask, mask_input
 
 __all__ = [
+    "Row",
     "choose",
     "column_layout_pays",
     "column_storage",
@@ -38,6 +40,7 @@ __all__ = [
     "keep_mask",
     "mask_input",
     "mask_of",
+    "row_of",
     "sparse_site",
 ]
 
@@ -112,6 +115,8 @@ def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_fe
     return sparsity > 0
 
 
+# From more rows on the product is dense everywhere.
+MAX_GATHERED_ROWS = max(cpu.MAX_SPARSE_ROWS, cuda.MAX_ROWS)
 CPU_MIN_SAVED = 1_500_000
 CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.4}
 
@@ -150,6 +155,16 @@ def sparse_site(
         return run(x, weight_t, norm, threshold, dense_rows, bias)
     y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     return y
+
+
+def row_of(weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Row | None:
+    """`sparse_site` of one row with these operands, ready to be called; None where it is not computed in C.
+
+    Of no use with gradients or to a compiler.
+    """
+    if weight_t.device.type != "cpu" or not weight_t.is_contiguous() or not native.available(weight_t.dtype):
+        return None
+    return Row(weight_t, norm.contiguous(), threshold, bias)
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:

@@ -48,13 +48,15 @@ def sparse_site(
     """The site product on a contiguous (in, out) weight; arguments as for `kernels.sparse_site`."""
     if x.shape[0] > max_sparse_rows(x.dtype):
         return dense_columns(reference.mask_input(x, norm, threshold, dense_rows), weight_t, bias)
+    if native.available(x.dtype) and x.shape[0] > 0:
+        product = native.Row(weight_t, norm.contiguous(), threshold, None if bias is None else bias.contiguous())
+        open_rows = [False] * x.shape[0] if dense_rows is None else dense_rows.tolist()
+        made = [product(row, everything=dense) for row, dense in zip(x.split(1), open_rows, strict=True)]
+        return made[0] if len(made) == 1 else torch.cat(made)
     limits = [threshold.item()] * x.shape[0]
     if dense_rows is not None:
         limits = [-1.0 if dense else limit for dense, limit in zip(dense_rows.tolist(), limits, strict=True)]
     pairs = zip(x.unbind(), limits, strict=True)
-    if native.available(x.dtype) and x.numel() > 0:
-        made = [native.site_row(row, weight_t, norm, limit, bias) for row, limit in pairs]
-        return made[0] if len(made) == 1 else torch.cat(made)
     rows = [gather_row(row, weight_t, kept_inputs(row, norm, limit)) for row, limit in pairs]
     y = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else x.new_empty(0, weight_t.shape[1])
     return y if bias is None else y + bias

@@ -32,73 +32,75 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("site.c")
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11")
+FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast")
 # For this processor; the first that the compiler takes.
 TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
 COMPILE_SECONDS = 60
 # Weights below which a second thread costs more than it saves.
 MIN_SHARED = 1 << 17
-_POINTERS = [ctypes.c_void_p] * 2
-_ARGUMENTS: list[Any] = [
-    ctypes.c_void_p,
-    *_POINTERS,
-    ctypes.c_float,
-    *_POINTERS,
-    *[ctypes.c_int64] * 2,
-    *_POINTERS,
-    ctypes.c_int,
-]
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether `site_row` can be called for weights of this dtype. The first question compiles, in half a second."""
+    """Whether weights of this dtype can be multiplied here. The first question compiles, in half a second."""
     return dtype in DTYPES and _library() is not None
 
 
-def site_row(x: Tensor, weight_t: Tensor, norm: Tensor, limit: float, bias: Tensor | None = None) -> Tensor:
-    """`(x * [abs(x) * norm > limit]) @ weight_t + bias` for one row x (in,), reading only kept rows of weight_t.
+class _Site(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_int64),
+    )
+
+
+class Row:
+    """`(x * [abs(x) * norm > threshold]) @ weight_t + bias` for one row x, with the rest ready: small models have little
+    time for each call.
 
     Args:
-        x: (in,), float32 or bfloat16.
-        weight_t: (in, out) contiguous, of the same dtype.
-        norm: (in,) float32.
-        limit: -1 keeps everything.
-        bias: (out,) of the same dtype or None.
-
-    Returns:
-        (1, out), the same bits for any number of threads.
+        weight_t: (in, out) contiguous, float32 or bfloat16.
+        norm: (in,) float32, contiguous.
+        threshold: () float32, read at every call; -1 keeps everything.
+        bias: (out,) of weight_t's dtype, contiguous, or None.
     """
-    width, out = weight_t.shape
-    threads = torch.get_num_threads() if width * out >= MIN_SHARED else 1
-    y = x.new_empty(1, out)
-    index = torch.empty(threads * width, dtype=torch.int64)
-    value = torch.empty(threads * width, dtype=torch.float32)
-    x, norm = x.contiguous(), norm.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _functions()[x.dtype](
-        x.data_ptr(),
-        weight_t.data_ptr(),
-        norm.data_ptr(),
-        limit,
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        width,
-        out,
-        index.data_ptr(),
-        value.data_ptr(),
-        threads,
-    )
-    return y
+
+    def __init__(self, weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | None = None) -> None:
+        # The code holds addresses: of these, whose memory stays whatever becomes of the tensors given.
+        self.operands = [None if t is None else t.detach() for t in (weight_t, norm, threshold, bias)]
+        self.dtype = weight_t.dtype
+        self.width, self.out = weight_t.shape
+        self.shared = self.width * self.out >= MIN_SHARED
+        self.function = _functions()[self.dtype]
+        at = [None if t is None else t.data_ptr() for t in self.operands]
+        self.site = _Site(*at, self.width, self.out)
+        self.address = ctypes.addressof(self.site)
+
+    def __call__(self, x: Tensor, *, everything: bool = False) -> Tensor:
+        """Outputs (..., out) for x (..., in) of one row; `everything` drops nothing. The same for any number of threads."""
+        if x.dtype is not self.dtype or x.numel() != self.width or not x.is_cpu:
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype} on {x.device}; expected one row of {self.width} {self.dtype}"
+            )
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], self.out), dtype=self.dtype)
+        threads = torch.get_num_threads() if self.shared else 1
+        if self.function(self.address, x.data_ptr(), y.data_ptr(), everything, threads):
+            raise MemoryError(f"no memory to list {self.width} kept inputs for {threads} threads")
+        return y
 
 
 @cache
-def _functions() -> dict[torch.dtype, ctypes._NamedFuncPointer]:
+def _functions() -> dict[torch.dtype, Any]:
     library = _library()
     assert library is not None
     found = {torch.float32: library.site_float32, torch.bfloat16: library.site_bfloat16}
     for function in found.values():
-        function.argtypes = _ARGUMENTS
-        function.restype = None
+        function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2]
+        function.restype = ctypes.c_int
     return found
 
 

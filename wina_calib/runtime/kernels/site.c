@@ -6,6 +6,7 @@
    Sums are in float32. OpenMP's functions are found in the process when this is loaded: torch's threads do the work. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 int omp_get_thread_num(void);
@@ -39,7 +40,7 @@ static inline bfloat16 narrow_bfloat16(float value) { /* to nearest, ties to eve
     const float x##i = value[k + i];
 #define EIGHT_ROWS(TYPE) \
     ROW(TYPE, 0) ROW(TYPE, 1) ROW(TYPE, 2) ROW(TYPE, 3) ROW(TYPE, 4) ROW(TYPE, 5) ROW(TYPE, 6) ROW(TYPE, 7)
-#define SUM(TERM) (((TERM(0) + TERM(1)) + (TERM(2) + TERM(3))) + ((TERM(4) + TERM(5)) + (TERM(6) + TERM(7))))
+#define SUM(TERM) (TERM(0) + TERM(1) + TERM(2) + TERM(3) + TERM(4) + TERM(5) + TERM(6) + TERM(7))
 
 /* Ask for the start of the eight rows after those at k. */
 static inline void look_ahead(const char *weight, int64_t row_bytes, const int64_t *index, int64_t k, int64_t count) {
@@ -108,33 +109,48 @@ static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *ind
         for (k = 0; k < count; k++) result[width - 1] += value[k] * widen_bfloat16(weight[index[k] * out + width - 1]);
 }
 
-/* x (in,), weight (in, out) contiguous, norm (in,), bias (out,) or null, y (out,); index and value are scratch for
-   threads * in elements. A NaN is kept, so that it shows. */
-#define SITE(TYPE)                                                                                                    \
-    void site_##TYPE(const TYPE *x, const TYPE *weight, const float *norm, float threshold, const TYPE *bias, TYPE *y, \
-                     int64_t in, int64_t out, int64_t *index, float *value, int threads) {                            \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                               \
-            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                    \
-            int64_t *own_index = index + me * in;                                                                     \
-            float *own_value = value + me * in;                                                                       \
-            int64_t count = 0;                                                                                        \
-            for (int64_t i = 0; i < in; i++) {                                                                        \
-                const float v = widen_##TYPE(x[i]), size = v < 0 ? -v : v;                                            \
-                own_index[count] = i;                                                                                 \
-                own_value[count] = v;                                                                                 \
-                count += !(size * norm[i] <= threshold);                                                              \
-            }                                                                                                         \
-            const int64_t units = (out + UNIT - 1) / UNIT;                                                            \
-            const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;                         \
-            float result[BLOCK];                                                                                      \
-            for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                                        \
-                const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                            \
-                memset(result, 0, (size_t)width * sizeof(float));                                                     \
-                add_##TYPE(weight + j, out, own_index, own_value, count, width, result);                              \
-                for (int64_t i = 0; i < width; i++)                                                                   \
-                    y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);               \
-            }                                                                                                         \
-        }                                                                                                             \
+/* What stays the same from call to call: weight (in, out) contiguous, norm (in,), threshold (), bias (out,) or null. */
+struct site {
+    const void *weight;
+    const float *norm;
+    const float *threshold;
+    const void *bias;
+    int64_t in, out;
+};
+
+/* From x (in,) to y (out,); `everything` drops nothing. A NaN is kept, so that it shows. Returns 1 without memory. */
+#define SITE(TYPE)                                                                                          \
+    int site_##TYPE(const struct site *site, const TYPE *x, TYPE *y, int everything, int threads) {         \
+        const int64_t in = site->in, out = site->out;                                                       \
+        const TYPE *weight = site->weight, *bias = site->bias;                                              \
+        const float *norm = site->norm, threshold = everything ? -1.0f : *site->threshold;                  \
+        int64_t *index = malloc((size_t)threads * (size_t)in * (sizeof(int64_t) + sizeof(float)));          \
+        if (!index) return 1;                                                                               \
+        float *value = (float *)(index + threads * in);                                                     \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                     \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                          \
+            int64_t *own_index = index + me * in;                                                           \
+            float *own_value = value + me * in;                                                             \
+            int64_t count = 0;                                                                              \
+            for (int64_t i = 0; i < in; i++) {                                                              \
+                const float v = widen_##TYPE(x[i]), size = v < 0 ? -v : v;                                  \
+                own_index[count] = i;                                                                       \
+                own_value[count] = v;                                                                       \
+                count += !(size * norm[i] <= threshold);                                                    \
+            }                                                                                               \
+            const int64_t units = (out + UNIT - 1) / UNIT;                                                  \
+            const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;               \
+            float result[BLOCK];                                                                            \
+            for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                              \
+                const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                  \
+                memset(result, 0, (size_t)width * sizeof(float));                                           \
+                add_##TYPE(weight + j, out, own_index, own_value, count, width, result);                    \
+                for (int64_t i = 0; i < width; i++)                                                         \
+                    y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);     \
+            }                                                                                               \
+        }                                                                                                   \
+        free(index);                                                                                        \
+        return 0;                                                                                           \
     }
 
 typedef float float32;
