@@ -1,7 +1,7 @@
 """Run the experiments of docs/results.md and write the page. `make results` does it; stopped, it goes on where it was.
 
 python docs/make_results.py            run what is not there yet in build/results, then write page, figures and results.json
-python docs/make_results.py --fresh    run everything again
+python docs/make_results.py --fresh    run everything again, finished cells of comparisons too
 python docs/make_results.py --page     only write the page and the figures from docs/results.json
 python docs/make_results.py demo ref   only steps whose names begin so; the others keep their stored figures
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,9 +60,15 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     stored: dict[str, Any] = json.loads(STORED.read_text("utf-8")) if STORED.is_file() else {}
-    for name, command in STEPS.items():
-        if args.page or (args.steps and not name.startswith(tuple(args.steps))):
-            continue
+    chosen = {
+        name: command
+        for name, command in STEPS.items()
+        if not args.page and (not args.steps or name.startswith(tuple(args.steps)))
+    }
+    if args.fresh:  # a comparison goes on with the cells in its folder, which earlier code may have made
+        for folder in filter(None, map(output_folder, chosen.values())):
+            shutil.rmtree(folder, ignore_errors=True)
+    for name, command in chosen.items():
         if "ref" in name and not (ROOT / REF).is_dir():
             click.echo(f"{name}: {REF} is not here; its stored figures stay", err=True)
             continue
@@ -70,6 +77,12 @@ def main() -> None:
     STORED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
     PAGE.write_text(page(stored), "utf-8")
     figures(stored)
+
+
+def output_folder(command: str) -> Path | None:
+    """The folder that a step writes, where it does."""
+    words = shlex.split(command)
+    return ROOT / words[words.index("-o") + 1] if "-o" in words else None
 
 
 def run(name: str, command: str, *, fresh: bool = False) -> dict[str, Any]:
