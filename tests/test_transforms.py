@@ -7,9 +7,11 @@ import torch
 from tiny import FAMILIES, make
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from wina_calib import transforms
-from wina_calib.errors import TransformError, UsageError
+from wina_calib.errors import TransformError, UnsupportedModel, UsageError
 from wina_calib.families import describe, mask_groups
 from wina_calib.transforms import Rotations, apply_ends, apply_layer, plan, reason_not_exact, unties, uses_norm
 
@@ -102,6 +104,62 @@ def test_exact_in_float64_or_refused(family, overrides, name):
     rotations = random_rotations(arch, plan(name, arch))
     out = transformed(model, arch, rotations)
     assert relative_difference(out(IDS).logits, model(IDS).logits) < EXACT
+
+
+def random_model(model_type):
+    """A random model of a type that transformers knows, in float64, and its description; None where that is not possible."""
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=3, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    for extra in ({"head_dim": 16}, {}):
+        try:
+            config = CONFIG_MAPPING[model_type](**sizes, **extra)
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(config)
+            break
+        except Exception:  # configs and models refuse sizes with errors of every kind
+            empty = None
+    if empty is None or sum(p.numel() for p in empty.parameters()) > 5_000_000:
+        return None
+    try:
+        arch = describe(empty)
+    except UnsupportedModel:
+        return None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(5)
+    return model, arch
+
+
+@pytest.mark.parametrize("model_type", ["bitnet", "diffllama"])
+def test_values_that_are_changed_on_their_way_keep_their_basis(model_type):
+    _, arch = random_model(model_type)
+    assert plan("auto", arch).name == "global"
+    with pytest.raises(TransformError, match=r"self_attn\.\w+.* may change values between v_proj and o_proj"):
+        plan("head", arch)
+
+
+def test_a_parameter_on_the_residual_stream_is_no_free_rotation():
+    model = make("llama")
+    model.model.layers[1].register_parameter("scale", nn.Parameter(torch.ones(64)))
+    with pytest.raises(TransformError, match="scale of layer 1 may scale the residual stream"):
+        plan("global", describe(model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_auto_is_exact_on_every_model_type_that_is_taken():
+    found = {}
+    for model_type in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING_NAMES)):
+        made = random_model(model_type)
+        if made is not None:
+            model, arch = made
+            out = transformed(model, arch, random_rotations(arch, plan("auto", arch)))
+            found[model_type] = relative_difference(out(IDS).logits, model(IDS).logits)
+    assert len(found) > 20
+    assert {name: error for name, error in found.items() if error > EXACT} == {}
 
 
 @torch.no_grad()

@@ -97,7 +97,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. Paths are relative to it; `prefix` ("model.layers.3.") makes them absolute."""
+    """One decoder layer. Paths are relative to it; `prefix` ("model.layers.3.") makes them absolute.
+
+    `others` are its parameters that belong neither to a site nor to a norm of the residual stream.
+    """
 
     index: int
     prefix: str
@@ -110,6 +113,7 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
+    others: tuple[str, ...] = ()
 
     def site(self, name: str) -> Site:
         """Return the site called `name` (one of `SITES`)."""
@@ -236,6 +240,7 @@ def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
         raise UnsupportedModel(f"{prefix[:-1]} has norms {sorted(norms)}, a layout that is not known. {SUPPORTED}.")
     gains = {name: Norm(name, _gain(child, prefix + name)) for name, child in norms.items()}
     attn_norm, mlp_norm, post = layout
+    known = (*(f"{module}." for module in claimed), *(f"{name}." for name in norms))
     heads = int(getattr(config, "num_attention_heads"))  # noqa: B009 - typed access to a config of any family
     head_dim = int(getattr(layer.get_submodule(blocks["attention"]), "head_dim", 0)) or sites[1].width // heads
     return Layer(
@@ -250,6 +255,7 @@ def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
         heads=heads,
         kv_heads=(sites[0].out_features - heads * head_dim) // (2 * head_dim),
         head_dim=head_dim,
+        others=tuple(name for name, _ in layer.named_parameters() if not name.startswith(known)),
     )
 
 

@@ -163,6 +163,9 @@ def _residual_obstacle(layer: Layer) -> str | None:
         )
     if layer.attn_norm is None or layer.mlp_norm is None:
         return f"a block of layer {layer.index} reads the residual stream without a norm"
+    loose = [name for name in layer.others if not name.startswith((f"{layer.attention}.", f"{layer.mlp}."))]
+    if loose:
+        return f"{', '.join(loose)} of layer {layer.index} may scale the residual stream channel by channel"
     return None
 
 
@@ -178,4 +181,8 @@ def _head_obstacle(layer: Layer) -> str | None:
             )
     if layer.site("attn_out").width != query or layer.heads % layer.kv_heads:
         return f"o_proj of layer {layer.index} does not read {layer.heads} heads of {layer.head_dim}"
+    kept = (layer.attention + ".q", layer.attention + ".k")  # what queries and keys go through does not touch values
+    between = [n for n in layer.others if n.startswith(f"{layer.attention}.") and not n.startswith(kept)]
+    if between:
+        return f"{', '.join(between)} of layer {layer.index} may change values between v_proj and o_proj"
     return None
