@@ -263,6 +263,27 @@ def test_biases_are_not_stale_copies(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.usefixtures("packing")
+def test_an_optimizer_made_before_the_first_pass_trains_the_weights(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.model.layers[1].self_attn.q_proj.weight.clone()
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert error(model.model.layers[1].self_attn.q_proj.weight, before) > 0
+
+
+@pytest.mark.usefixtures("packing")
+def test_biases_can_be_trained_alone(tmp_path: Path, text: Path) -> None:
+    tiny.save("qwen2", tmp_path / "m")
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", budget="uniform", data=str(text), samples=64, seq_len=128)
+    model = wina_calib.load(tmp_path / "s").requires_grad_(False)
+    biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("_proj.bias")]
+    model(IDS, labels=IDS).loss.backward()
+    assert len(biases) == 9
+    assert all(bias.grad is not None for bias in biases)
+
+
+@pytest.mark.usefixtures("packing")
 def test_inference_mode_leaves_a_model_that_can_be_trained(calibrated: Path) -> None:
     model = wina_calib.load(calibrated)
     with torch.inference_mode():

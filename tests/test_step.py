@@ -93,7 +93,7 @@ def test_replaced_weights_are_compiled_again(calibrated: Path) -> None:
     first = model.model.layers[0].self_attn.q_proj
     number = first.number
     assert number != step.UNNUMBERED
-    first.set_weight(first.weight.detach() * 2)
+    first.weight = torch.nn.Parameter(first.weight.detach() * 2)
     runtime_state(model).stale = True
     assert close(compiled.logits(), Decoder(model, compiled=False).logits())
     assert first.number != number

@@ -187,19 +187,18 @@ class SparseLinear(nn.Linear):
         if torch.compiler.is_compiling() and input.dtype == self.packed_dtype and step.serves(self.number, input):
             return step.part(self.number, self.start, self.start + self.out_features, input)
         packed = self.packed
-        # Gradients go to the modules' own weights.
-        if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self.weight.requires_grad):
+        if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input)
         return packed.part(self.position, input)
+
+    def _is_trained(self) -> bool:
+        """Whether gradients go to the module's own weight or bias, which the packed ones know nothing of."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def places_now(self) -> tuple[int, ...]:
         """Where weight and bias are in memory."""
         bias = self.bias
         return (self.weight.data_ptr(),) if bias is None else (self.weight.data_ptr(), bias.data_ptr())
-
-    def set_weight(self, value: Tensor) -> None:
-        """Replace the weight's storage and keep its other properties."""
-        self.weight = nn.Parameter(value, requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.site.state.stale, self.number = True, step.UNNUMBERED
@@ -221,12 +220,20 @@ def _pack(members: Sequence[SparseLinear], *, columns: bool) -> Packed:
     packed = Packed([m.weight for m in members], [m.bias for m in members], columns=columns)
     for member, part in zip(members, packed.parts_of(packed.weight), strict=True):
         member.packed = packed
-        member.set_weight(part)
+        member.weight = _moved(member.weight, part)
     if packed.bias is not None:
         for member, part in zip(members, packed.parts_of(packed.bias), strict=True):
             if member.bias is not None:
-                member.bias = nn.Parameter(part, requires_grad=member.bias.requires_grad)
+                member.bias = _moved(member.bias, part)
     return packed
+
+
+def _moved(parameter: Any, storage: Tensor) -> Any:
+    """A parameter with its values elsewhere: the same object, which an optimizer may hold, where torch lets it change."""
+    if parameter.is_inference():
+        return nn.Parameter(storage, requires_grad=parameter.requires_grad)
+    parameter.data = storage
+    return parameter
 
 
 def _holds(packed: Packed, members: Sequence[SparseLinear]) -> bool:
