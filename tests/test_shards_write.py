@@ -220,11 +220,14 @@ def test_full_disk_names_the_space_needed(tmp_path, monkeypatch, call):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_file_system_without_allocation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("known", [True, False])
+def test_file_or_operating_system_without_allocation(tmp_path, monkeypatch, known):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    if not known:
+        monkeypatch.delattr(os, "posix_fallocate")
     with ShardWriter(tmp_path / SINGLE, LARGE, {}) as writer:
         writer.write("a", torch.ones(1 << 20))
     assert same_bytes(load_file(tmp_path / SINGLE)["a"], torch.ones(1 << 20))

@@ -233,8 +233,8 @@ def _allocate(descriptor: int, size: int) -> None:
     """Reserve `size` bytes, where the file system can."""
     try:
         os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+    except (AttributeError, OSError) as error:  # not every system has it, and not every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)
 
