@@ -55,7 +55,7 @@ def outputs(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_every_figure_by_hand(calibrated: Path, llama: Path, text: Path) -> None:
-    found = wina_calib.evaluate(calibrated, data=str(text), tokens=1280)
+    found = wina_calib.evaluate(calibrated, data=text, tokens=1280)
     ids = evaluation_blocks((str(text),), load_tokenizer(calibrated), 1280, 128).ids
     assert ids.shape == (10, 128)
     dense = outputs(AutoModelForCausalLM.from_pretrained(llama), ids)

@@ -39,6 +39,9 @@ _JOINED = 1 << 18
 _OVERLAP_LINE = 40
 
 
+Data = str | Path | Sequence[str | Path]
+
+
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that packing needs."""
 
@@ -62,6 +65,11 @@ class Blocks:
     def tokens(self) -> int:
         """Number of tokens."""
         return self.ids.numel()
+
+
+def data_specs(data: Data) -> tuple[str, ...]:
+    """One data spec or path, or several, as a tuple of specs."""
+    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
 def load_blocks(

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from wina_calib.bounds import accumulated_bound, column_lengths, theoretical_error
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
-from wina_calib.corpus import HELDOUT_DATA, load_blocks
+from wina_calib.corpus import HELDOUT_DATA, Data, data_specs, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
@@ -125,7 +125,7 @@ def model_bounds(
     sparsity: float | None = None,
     score: str | None = None,
     masks: str | None = None,
-    data: Sequence[str] = HELDOUT_DATA,
+    data: Data = HELDOUT_DATA,
     tokens: int = TOKENS,
     device: str = "auto",
     dtype: str = "auto",
@@ -169,7 +169,7 @@ def model_bounds(
     run = _Run(
         source=source,
         name=str(model),
-        ids=_ids(source, data, tokens),
+        ids=_ids(source, data_specs(data), tokens),
         device=place,
         dtype=pick_dtype(dtype, source.dtype, place),
         step=lambda: progress(next(done), total),
@@ -347,11 +347,9 @@ class _Sums:
         )
 
 
-def _ids(source: Source, data: Sequence[str], tokens: int) -> Tensor:
+def _ids(source: Source, data: tuple[str, ...], tokens: int) -> Tensor:
     seq_len = min(fitting_length(source, _SEQ_LEN), tokens)
-    return load_blocks(
-        tuple(data), source.tokenizer(), samples=tokens // seq_len, seq_len=seq_len, seed=0, min_tokens=2
-    ).ids
+    return load_blocks(data, source.tokenizer(), samples=tokens // seq_len, seq_len=seq_len, seed=0, min_tokens=2).ids
 
 
 def _is_calibrated(folder: Path) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from wina_calib.corpus import DEFAULT_DATA, check_spec
+from wina_calib.corpus import DEFAULT_DATA, check_spec, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.score import SCORES, SELECT
 from wina_calib.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
@@ -143,10 +142,9 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
     unknown = sorted(set(values) - known)
     if unknown:
         raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    data = values.get("data", DEFAULT_DATA)
     grid = values.get("grid", DEFAULT_ANCHORS)
     values = values | {
-        "data": (str(data),) if isinstance(data, str | Path) else tuple(map(str, data)),
+        "data": data_specs(values.get("data", DEFAULT_DATA)),
         "grid": (float(grid),) if isinstance(grid, int | float) else tuple(map(float, grid)),
     }
     for name in ("min", "max"):

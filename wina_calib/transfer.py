@@ -24,7 +24,7 @@ from wina_calib.budgets import Budget, BudgetFile, Cells, explicit
 from wina_calib.budgets.model import Floats
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
-from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.corpus import HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.evaluate import Measured, dense_states, evaluation_blocks, load_on, measure, set_budget
 from wina_calib.families import SITES
@@ -119,9 +119,9 @@ def transfer(
     target: str | Path,
     *,
     sparsities: Sequence[float] = (),
-    heldout: str | Sequence[str] = HELDOUT_DATA,
+    heldout: Data = HELDOUT_DATA,
     tokens: int = 32_768,
-    data: str | Sequence[str] = (),
+    data: Data = (),
     samples: int = SAMPLES,
     device: str = "auto",
     dtype: str = "auto",
@@ -152,9 +152,9 @@ def transfer(
             f"samples is {samples}, tokens {tokens}, sparsities {', '.join(map(str, asked))}; expected at least 1 and 2, "
             "and sparsities in (0, 1)."
         )
-    held = (heldout,) if isinstance(heldout, str) else tuple(map(str, heldout))
+    held = data_specs(heldout)
     place = pick_device(device)
-    text = _dense_text(taker, (data,) if isinstance(data, str) else tuple(data), samples)
+    text = _dense_text(taker, data_specs(data), samples)
     blocks = evaluation_blocks(held, load_tokenizer(taker.folder), tokens, taker.settings.seq_len)
     skipped = _impossible(giver, taker)
     dense_scores = _dense_scores(taker, text, place, dtype) if "quantile" not in skipped else []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wina_calib.checkpoint import open_checkpoint
-from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.corpus import HELDOUT_DATA, Data, data_specs
 from wina_calib.diagnose.depth import EXTREMES, Extreme, Propagation, extremes, extremes_text, propagation
 from wina_calib.diagnose.importance import INPUTS, Importance, importance, spearman
 from wina_calib.diagnose.subject import Subject
@@ -100,7 +100,7 @@ def diagnose(
     inputs: int = INPUTS,
     amounts: Sequence[int] = AMOUNTS,
     fit_seq_len: int | None = None,
-    data: str | Sequence[str] = HELDOUT_DATA,
+    data: Data = HELDOUT_DATA,
     tokens: int = TOKENS,
     device: str = "auto",
     dtype: str = "auto",
@@ -145,7 +145,7 @@ def diagnose(
         raise UsageError(
             f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(WHAT[:-1])}."
         )
-    specs = (data,) if isinstance(data, str) else tuple(map(str, data))
+    specs = data_specs(data)
     place = pick_device(device)
     blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
     model = load_on(opened.folder, place, dtype)
