@@ -15,6 +15,7 @@ import wina_calib
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.cli import main
 from wina_calib.corpus import load_blocks
+from wina_calib.errors import ModelFolderError
 from wina_calib.progress import Silent
 from wina_calib.runtime.load import runtime_state
 from wina_calib.source import demo_folder
@@ -204,3 +205,19 @@ def test_base_perplexity_is_stored(calibrated: Path) -> None:
     assert provenance["base_ppl"] > 1
     assert provenance["base_ppl_data"] == ["builtin:heldout"]
     assert provenance["blocks"] == 80
+
+
+def test_a_tokenizer_of_a_larger_model_is_named(tmp_path: Path, text: Path) -> None:
+    tiny.save("llama", tmp_path / "m", vocab_size=200)
+    with pytest.raises(ModelFolderError, match=r"the tokenizer makes token \d+, the model has 200"):
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_perplexity_beyond_all_numbers_is_json(tmp_path: Path, text: Path) -> None:
+    model = tiny.save("llama", tmp_path / "m")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e3)
+    model.save_pretrained(tmp_path / "m", max_shard_size="60KB")
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), transform="none", **SMALL)
+    json.loads((tmp_path / "s" / "config.json").read_text(), parse_constant=pytest.fail)

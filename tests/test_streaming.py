@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from wina_calib.likelihood import next_token_nll
+from wina_calib.passes import dense_pass
 from wina_calib.source import open_source
 from wina_calib.streaming import HiddenStates, LayerStream
 
@@ -55,6 +58,22 @@ def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
                 assert torch.equal(head(hidden[batch]), expected[batch].logits)
     loss = torch.nn.functional.cross_entropy(expected[0].logits[0, :-1], ids[0, 1:], reduction="none")
     assert torch.allclose(next_token_nll(stream, hidden)[0], loss, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoder_that_gives_more_than_hidden_states(tmp_path: Path) -> None:
+    if "gemma4_unified_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no such family")
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    config = CONFIG_MAPPING["gemma4_unified_text"](**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    ids = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    source = open_source(str(tmp_path / "m"))
+    stream = LayerStream(source, ids, micro_batch=1, dtype=torch.float32, device=torch.device("cpu"))
+    hidden = dense_pass(stream)
+    for _, head in stream.heads():
+        assert torch.equal(head(hidden[1]), model(ids[1:]).logits)
 
 
 def test_only_two_layers_are_ever_loaded(llama: Path) -> None:

@@ -29,12 +29,13 @@ from wina_calib.calibrate import calibrate
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, open_checkpoint
 from wina_calib.comparison import Comparison, Row, Skipped
-from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
 from wina_calib.errors import CheckpointError, UsageError, WinaError
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate
-from wina_calib.evaluate import Measured, evaluation_blocks, measure, perplexity, quality_sums
+from wina_calib.evaluate import Measured, evaluation_blocks, measure, quality_sums
 from wina_calib.families import describe
 from wina_calib.gates import fit_gates, gated_share, masked_gates
+from wina_calib.likelihood import perplexity
 from wina_calib.methods import Method, find_methods
 from wina_calib.model_config import code_is_trusted, has_own_code, remote_code
 from wina_calib.options import OPERATIONAL, CalibrateOptions, make_options
@@ -60,8 +61,8 @@ def compare(
     *,
     methods: str | Method | Sequence[str | Method] = DEFAULT_METHODS,
     sparsities: float | Sequence[float] = SPARSITIES,
-    data: str | Sequence[str] = DEFAULT_DATA,
-    heldout: str | Sequence[str] = HELDOUT_DATA,
+    data: Data = DEFAULT_DATA,
+    heldout: Data = HELDOUT_DATA,
     samples: int = 128,
     seq_len: int = 2048,
     tokens: int = 32_768,
@@ -115,7 +116,7 @@ def compare(
     shared = make_options(base)  # refuses what is out of range before any work
     if not grid or tokens < 2:
         raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
-    held = (heldout,) if isinstance(heldout, str) else tuple(map(str, heldout))
+    held = data_specs(heldout)
     with remote_code(trust_remote_code):
         source = open_source(str(model), revision=revision)
         place = pick_device(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from wina_calib.cells import count_cells
-from wina_calib.corpus import HELDOUT_DATA, Blocks, is_local, load_blocks, text_hashes
+from wina_calib.corpus import HELDOUT_DATA, Blocks, Data, data_specs, is_local, load_blocks, text_hashes
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
+from wina_calib.likelihood import perplexity
 from wina_calib.placement import pick_device, pick_dtype
 from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState, model_weighted
@@ -118,7 +118,7 @@ class Measured:
 def evaluate(
     path_or_repo: str | Path,
     *,
-    data: str | Sequence[str] = HELDOUT_DATA,
+    data: Data = HELDOUT_DATA,
     sparsity: float | None = None,
     tokens: int = 32_768,
     device: str = "auto",
@@ -141,11 +141,10 @@ def evaluate(
     Raises:
         WinaError: the checkpoint or the text cannot be used.
     """
-    specs = (data,) if isinstance(data, str) else tuple(map(str, data))
     folder, _ = resolve(str(path_or_repo), revision=revision)
     place = pick_device(device)
     return evaluate_model(
-        load_on(folder, place, dtype), folder, specs, sparsity=sparsity, tokens=tokens, progress=progress
+        load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=progress
     )
 
 
@@ -294,11 +293,6 @@ def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
         return 0.0
     mine = text_hashes(here)
     return len(mine & text_hashes(local)) / len(mine) if mine else 0.0
-
-
-def perplexity(loss: float) -> float:
-    """Of a mean loss in nats a token; finite."""
-    return math.exp(min(loss, 700.0))
 
 
 def load_on(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:

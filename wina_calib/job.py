@@ -22,7 +22,7 @@ from wina_calib.checkpoint_writer import write_calibration, write_weights
 from wina_calib.corpus import Blocks
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
 from wina_calib.journal import Journal, Phase
-from wina_calib.likelihood import next_token_nll
+from wina_calib.likelihood import next_token_nll, perplexity
 from wina_calib.masked import MaskRule
 from wina_calib.memory import resident_bytes
 from wina_calib.options import CalibrateOptions
@@ -229,7 +229,7 @@ class Job:
         stream = self._stream(self.source, blocks.ids, spill=False)
         self._phase("dense perplexity", len(self.source.architecture.layers), phase)
         hidden = dense_pass(stream, phase=phase, progress=self.report.step)
-        found = float(next_token_nll(stream, hidden).double().mean().exp())
+        found = perplexity(float(next_token_nll(stream, hidden).double().mean()))
         phase.finish(values={"perplexity": found})
         return found
 

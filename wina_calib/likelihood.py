@@ -6,6 +6,7 @@ softmax over the whole vocabulary needs, a maximum and a sum, is carried from pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class _Softmax:
     def nll(self) -> Tensor:
         """Negative log-likelihood of the labels, (blocks, seq)."""
         return self.total - self.chosen
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token; finite."""
+    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()

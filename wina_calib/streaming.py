@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from wina_calib.errors import ModelFolderError
 from wina_calib.families import Architecture
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.source import Source, load_into
@@ -130,6 +131,9 @@ class LayerStream:
     Attributes:
         batches: the tokens of all micro-batches.
         mine: which of them are this process's.
+
+    Raises:
+        ModelFolderError: a token is outside of the model's vocabulary.
     """
 
     def __init__(
@@ -143,6 +147,11 @@ class LayerStream:
         spill: Path | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        if int(ids.max()) >= source.architecture.vocab_size:
+            raise ModelFolderError(
+                f"{source.folder}: the tokenizer makes token {int(ids.max())}, the model has {source.architecture.vocab_size}. "
+                "Put the tokenizer that belongs to the model into its folder."
+            )
         self.source = source
         self.device = device
         self.dtype = dtype
@@ -288,6 +297,14 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class _Decoded(BaseModelOutputWithPast):
+    """The decoder's output; what else a family's decoder would give is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class Head:
     """Logits from the decoder's output, through the model's own forward around its decoder.
 
@@ -304,7 +321,7 @@ class Head:
         """Logits (batch, seq, vocab) of hidden states (batch, seq, hidden)."""
         states = hidden if self._norm is None else self._norm(hidden)
         before = self._base.__dict__.get("forward")
-        self._base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+        self._base.forward = lambda *args, **kwargs: _Decoded(last_hidden_state=states)
         try:
             return self._model(inputs_embeds=states, use_cache=False).logits  # type: ignore[no-any-return]
         finally:
