@@ -55,6 +55,17 @@ def test_one_file_or_many_tied_or_not(tmp_path: Path, text: Path, shard: str, ti
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weights", ["full", "reference"])
+def test_an_adapter_config_beside_the_weights_is_left_behind(tmp_path: Path, text: Path, weights: str) -> None:
+    tiny.save("llama", tmp_path / "m")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing", "target_modules": ["q_proj"]}
+    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps(adapter))
+    options = OPTIONS | {"transform": "none", "weights": weights}
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), **options)
+    assert wina_calib.load(tmp_path / "s")(IDS).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_saving_it_makes_a_whole_checkpoint(reference: Path, tmp_path: Path) -> None:
     model = wina_calib.load(reference)
     model.save_pretrained(tmp_path / "whole")

@@ -27,6 +27,9 @@ SHARD_BYTES = 5 << 30
 _ROW_BYTES = 64 << 20
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")
 _REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore")
+_ADAPTER = (
+    "adapter_config.json"  # beside it transformers takes a folder for an adapter and loads another model's weights
+)
 
 
 def write_weights(
@@ -218,7 +221,7 @@ def side_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file()
         and path.suffix not in skipped
-        and path.name not in _REWRITTEN
+        and path.name not in (*_REWRITTEN, _ADAPTER)
         and not path.name.endswith(".index.json")
     ]
 

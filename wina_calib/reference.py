@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wina_calib.checkpoint import INDEX_FILE, WINA_FILE, Checkpoint, open_checkpoint
-from wina_calib.checkpoint_writer import write_index, write_json, write_wina_file
+from wina_calib.checkpoint import WINA_FILE, Checkpoint, open_checkpoint
+from wina_calib.checkpoint_writer import side_files, write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
 from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.settings import Settings
@@ -24,7 +24,6 @@ from wina_calib.source import Source, weights_folder
 from wina_calib.transforms import Plan
 
 FORMAT = "wina-reference/1"
-_NOT_LINKED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
 
 
 def check_possible(transform: Plan) -> None:
@@ -91,9 +90,8 @@ def _link(opened: Checkpoint, weights: Path, target: Path) -> None:
     shards = Shards.open(weights)
     # transformers prefers a file called model.safetensors to an index.
     names = {"model.safetensors": "model-00001-of-00001.safetensors"}
-    for path in weights.iterdir():
-        if path.is_file() and path.name not in _NOT_LINKED:
-            (target / names.get(path.name, path.name)).symlink_to(path.resolve())
+    for path in [*side_files(weights), *{info.file for info in shards.values()}]:
+        (target / names.get(path.name, path.name)).symlink_to(path.resolve())
     (target / WINA_FILE).symlink_to((opened.folder / WINA_FILE).resolve())
     files = {name: names.get(info.file.name, info.file.name) for name, info in shards.items()}
     files |= dict.fromkeys(opened.shards, WINA_FILE)
