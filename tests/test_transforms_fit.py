@@ -172,6 +172,8 @@ def test_too_few_tokens_are_refused(llama):
     arch = describe(llama)
     with pytest.raises(TransformError, match=r"64 dimensions needs 256 sampled tokens and got 180"):
         fit("global", arch, loader(llama, arch), collect(llama, arch, per_site=30))
+    with pytest.raises(TransformError, match=r"16 dimensions needs 64 sampled tokens and got 30"):
+        fit("head", arch, loader(llama, arch), collect(llama, arch, "head", per_site=15))
     with pytest.raises(TransformError, match="needs the statistics"):
         fit("head", arch, loader(llama, arch))
 

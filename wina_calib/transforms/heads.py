@@ -10,7 +10,7 @@ from torch import Tensor
 from wina_calib.families import Layer
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, held_out_cost, learn
-from wina_calib.transforms.statistics import Statistics
+from wina_calib.transforms.statistics import Statistics, check_tokens
 
 STEPS = 100
 
@@ -28,9 +28,13 @@ def fit_heads(
 
     Starts at the covariance eigenvectors of all query heads of a group; a head whose held-out cost would not fall keeps
     the identity.
+
+    Raises:
+        TransformError: too few sampled tokens for the heads' width.
     """
     group = layer.heads // layer.kv_heads
     x = statistics.sample(layer.index, "attn_out").to(device)
+    check_tokens(len(x) * group, layer.head_dim)
     values = x.reshape(len(x), layer.kv_heads, group, layer.head_dim).permute(1, 2, 0, 3)
     weight = weights[f"{layer.site('attn_out').projections[0].module}.weight"].to(device)
     columns = weight.reshape(len(weight), layer.kv_heads, group, layer.head_dim).permute(1, 2, 0, 3)

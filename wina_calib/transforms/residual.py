@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from wina_calib.errors import TransformError
 from wina_calib.families import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
-from wina_calib.transforms.statistics import Statistics, sampled_layers
+from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
-# Pooled tokens a dimension below which a covariance is mostly noise.
-MIN_TOKENS_PER_DIMENSION = 4
 SITES_PER_STEP = 4
 STEPS = {"cpu": 400, "cuda": 2000}
 # On a CPU a step of a model wider than this takes many seconds: it gets proportionally fewer.
@@ -54,11 +51,7 @@ def fit_residual(
     """
     width = arch.hidden_size
     tokens = sum(len(statistics.sample(index, site)) for index in sampled_layers(arch) for site in INPUT_SITES)
-    if tokens < MIN_TOKENS_PER_DIMENSION * width:
-        raise TransformError(
-            f"a rotation of {width} dimensions needs {MIN_TOKENS_PER_DIMENSION * width} sampled tokens and got {tokens}: "
-            "calibrate on more text, or use --transform none."
-        )
+    check_tokens(tokens, width)
     pooled = torch.zeros(width, width, dtype=torch.float64, device=device)
     problems: list[Problem] = []
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,8 @@ from wina_calib.transforms.plan import INPUT_SITES, plan
 # Layers whose inputs are sampled for a residual rotation: neighbours are alike, so deep models need not sample all.
 MAX_LAYERS = 32
 _HEAD_ROWS = 2048
+# Tokens a dimension below which a covariance is mostly noise.
+MIN_TOKENS_PER_DIMENSION = 4
 
 
 class Statistics:
@@ -161,6 +163,16 @@ class Statistics:
             layer, site, kind = name.split(".")
             target = self._samples if kind == "sample" else self._filled
             target[int(layer), site] = value.clone()
+
+
+def check_tokens(tokens: int, dimensions: int) -> None:
+    """Raise TransformError where so many sampled tokens are too few for a rotation."""
+    needed = MIN_TOKENS_PER_DIMENSION * dimensions
+    if tokens < needed:
+        raise TransformError(
+            f"a rotation of {dimensions} dimensions needs {needed} sampled tokens and got {tokens}: calibrate on more text, or "
+            "use --transform none."
+        )
 
 
 def sampled_layers(arch: Architecture) -> tuple[int, ...]:
