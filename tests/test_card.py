@@ -171,6 +171,16 @@ def test_hostile_names_stay_text(folder: Path) -> None:
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
 
 
+def test_hostile_facts_are_no_markup(folder: Path) -> None:
+    names = {"base_model": "x](javascript:y)<script>", "base_commit": "abc<script>"}
+    facts = dict.fromkeys(("blocks", "seq_len", "seed", "base_ppl_tokens"), "|<script>")
+    provenance(folder, **names, **facts)
+    write_card(folder)
+    outside = re.sub("`[^`]*`", "", (folder / "README.md").read_text())
+    assert "<script>" not in outside
+    assert "javascript" not in outside
+
+
 def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, text: Path) -> None:
     result = evaluate(folder, data=str(text), tokens=1024)
     save_evaluation(folder, result)

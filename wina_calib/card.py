@@ -35,6 +35,8 @@ BEGIN = "<!-- wina_calib: made from the checkpoint's facts up to the end mark; w
 END = "<!-- wina_calib: end -->"
 _LICENCE = ("license", "license_name", "license_link")
 _MAX_CARD = 2 << 20
+_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _BLOCK = re.compile(r"\A---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
@@ -155,14 +157,14 @@ def hub_datasets(specs: Sequence[str]) -> list[str]:
             names.append(rest.partition(":")[0])
         elif name in known:
             names.append(str(known[name]["path"]))
-    return list(dict.fromkeys(name for name in names if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)))
+    return list(dict.fromkeys(name for name in names if _REPO.fullmatch(name)))
 
 
 def find_base(folder: Path, settings: Settings) -> Base:
     """What is known of the base model without asking the network."""
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
-    if not isinstance(commit, str):
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not _REPO.fullmatch(name):
         local = demo_folder() if name == DEMO else Path(name).expanduser()
         return Base(None, None, local.name or name, _card_of(local))
     try:
@@ -255,8 +257,8 @@ def _figures(opened: Checkpoint) -> str:
     base_ppl = settings.provenance.get("base_ppl")
     if isinstance(base_ppl, int | float):
         data = _data(settings.provenance.get("base_ppl_data", ()))
-        tokens = settings.provenance.get("base_ppl_tokens", 0)
-        rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens:,} tokens of {data}"))
+        tokens = _count(settings.provenance.get("base_ppl_tokens"), ",")
+        rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
     meaning = "Read fraction: bytes of weights read for a token over the dense model's, run-time matrices included."
     return f"## Figures\n\n{_table(('', ''), rows)}\n\n{meaning}"
 
@@ -285,7 +287,10 @@ def _making(settings: Settings, base: Base) -> str:
             "data",
             f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}",
         ),
-        ("tokens", f"{facts.get('blocks', '?')} blocks of {facts.get('seq_len', '?')}, seed {facts.get('seed', '?')}"),
+        (
+            "tokens",
+            "{} blocks of {}, seed {}".format(*(_count(facts.get(name)) for name in ("blocks", "seq_len", "seed"))),
+        ),
         ("fitted at", ", ".join(percent(anchor) for anchor in settings.anchors)),
         ("versions", ", ".join(code(f"{name} {version}") for name, version in shown.items())),
     ]
@@ -311,6 +316,10 @@ def _limits(settings: Settings, *, reference: bool) -> str:
 def without_folders(text: str) -> str:
     """A command or data spec without the folders of local paths, which say more of a machine than of a model."""
     return re.sub(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
+
+
+def _count(value: Any, form: str = "") -> str:
+    return format(value, form) if isinstance(value, int) else "?"
 
 
 def _data(specs: Sequence[Any]) -> str:
