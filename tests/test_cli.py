@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,15 @@ def test_a_share_is_a_number_or_a_percentage(given: str, number: float | None) -
         assert "not a share" in found.stderr
     else:
         assert as_json(found)["rows"][-1]["sparsity"] == number
+
+
+def test_an_empty_prompt_without_a_first_token(calibrated: Path, tmp_path: Path) -> None:
+    shutil.copytree(calibrated, tmp_path / "s")
+    tokenizer = json.loads((tmp_path / "s" / "tokenizer.json").read_text())
+    (tmp_path / "s" / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    refused = run("generate", tmp_path / "s", "")
+    assert refused.exit_code == 2
+    assert "the prompt is empty" in refused.stderr
 
 
 def test_generate_and_export(calibrated: Path, llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import click
 import torch
 
 from wina_calib.commands.common import Share, device_option, emit, json_option, revision_option, trust_option
+from wina_calib.errors import UsageError
 from wina_calib.placement import pick_device
 from wina_calib.runtime.load import load
 from wina_calib.source import load_tokenizer, resolve
@@ -67,6 +68,8 @@ def generate(
     tokenizer: Any = load_tokenizer(folder)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not inputs["input_ids"].shape[1]:
+        raise UsageError("the prompt is empty, and this model's tokenizer puts nothing before a text. Give some text.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(**inputs, max_new_tokens=new, do_sample=sample, pad_token_id=pad)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
