@@ -56,6 +56,8 @@ def test_unknown_options_and_choices(tmp_path: Path) -> None:
         wina_calib.calibrate("demo", tmp_path / "s", sparsty=0.5)
     with pytest.raises(UsageError, match="score is 'wine'"):
         wina_calib.calibrate("demo", tmp_path / "s", score="wine")
+    with pytest.raises(UsageError, match="seed is -1; expected a whole number from 0 to 4294967295"):
+        wina_calib.calibrate("demo", tmp_path / "s", seed=-1)
 
 
 # --- the model folder ------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class CalibrateOptions:
             ),
             (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
             (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
+            (0 <= self.seed < 1 << 32, f"seed is {self.seed}; expected a whole number from 0 to {(1 << 32) - 1}"),
             (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
             (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
             (len(self.data) > 0, "no data was given"),
