@@ -40,9 +40,9 @@ results: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
 
-# Asks the package index and its vulnerability database about every pinned version.
+# Asks the package index and its vulnerability database about every pinned version; one that it cannot ask about is an error.
 audit: $(VENV)-audit
-	$(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --desc
+	$(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --desc
 
 $(VENV)-audit:
 	$(PYTHON) -m venv $@

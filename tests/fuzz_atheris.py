@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing with atheris, on demand: `pip install atheris; python tests/fuzz_atheris.py budget -runs=100000`.
 
-Targets: checkpoint, index, budget, spec, text, settings. Arguments after the target go to libFuzzer. Only our errors may come
-out, within five seconds and 500 MB.
+Targets: checkpoint, index, budget, spec, text, settings, each from valid inputs. Arguments after the target go to libFuzzer.
+Only our errors may come out, within five seconds and 500 MB.
 """
 
 import json
@@ -11,9 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import atheris
+import numpy as np
+import torch
+from safetensors.torch import save
 
-with atheris.instrument_imports(include=["wina_calib.shards", "wina_calib.budgets", "wina_calib.textfiles"]):
-    from wina_calib.budgets import parse_budget
+# Before anything else imports them: only what is imported here is followed.
+PARTS = ["wina_calib.shards", "wina_calib.budgets", "wina_calib.textfiles", "wina_calib.settings"]
+with atheris.instrument_imports(include=PARTS):
+    from budget_cases import small_cells
+
+    from wina_calib.budgets import Budget, ModelKey, format_budget, parse_budget
+    from wina_calib.budgets.file import explicit
     from wina_calib.corpus import check_spec, documents
     from wina_calib.errors import WinaError
     from wina_calib.settings import Settings
@@ -64,6 +72,25 @@ def settings(data: bytes) -> None:
         Settings.from_dict({"format_version": "1.0", "sparsity": 0.5, "anchors": [0.5]} | raw)
 
 
+def seeds() -> dict[str, list[bytes]]:
+    """Valid inputs of each target, to start from; what an index names lies in the folder."""
+    shards = {name: save({name: torch.ones(2, 3)}, {"format": "pt"}) for name in ("a", "b")}
+    for name, shard in shards.items():
+        (FOLDER / f"{name}.safetensors").write_bytes(shard)
+    whole = {"metadata": {"total_size": 48}, "weight_map": {name: f"{name}.safetensors" for name in shards}}
+    cells = small_cells(2)
+    given = explicit(Budget(np.full((2, 4), 0.5)), cells, ModelKey.of("llama", 64, cells), 0.5, "wina")
+    made = Settings(0.5, (0.25, 0.5), curve_levels=(0.0, 0.5), provenance={"data": ["builtin:calibration"]})
+    return {
+        "checkpoint": [*shards.values(), save({"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.tensor(True)})],
+        "index": [json.dumps(whole).encode()],
+        "budget": [b" " + format_budget(given, "json").encode(), b"\xff" + format_budget(given, "yaml").encode()],
+        "spec": [b"text.txt", b"lines.jsonl", b"user/data:train:text", b"builtin:calibration"],
+        "text": [b' {"text": "one"}\n{"text": "two"}\n', b"\xffone\n\ntwo\n"],
+        "settings": [json.dumps(made.to_dict()).encode()],
+    }
+
+
 TARGETS = {f.__name__: f for f in (checkpoint, index, budget, spec, text, settings)}
 
 
@@ -77,7 +104,11 @@ def main() -> None:
         with suppress(WinaError):
             target(data)
 
-    atheris.Setup([*sys.argv, "-timeout=5", "-rss_limit_mb=1500", "-malloc_limit_mb=500"], one)
+    start = Path(tempfile.mkdtemp(prefix="seeds-"))
+    for number, seed in enumerate(seeds()[target.__name__]):
+        one(seed)
+        (start / str(number)).write_bytes(seed)
+    atheris.Setup([*sys.argv, str(start), "-timeout=5", "-rss_limit_mb=1500", "-malloc_limit_mb=500"], one)
     atheris.Fuzz()
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -233,6 +234,8 @@ def test_a_link_out_of_the_model_folder_is_not_copied(tmp_path: Path, llama: Pat
     shutil.copytree(llama, tmp_path / "m")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "m" / "notes.txt").symlink_to(tmp_path / "secret")
+    heard = Mock()
     with pytest.raises(CheckpointError, match="leaves the folder"):
-        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), samples=64, seq_len=128, budget="uniform")
+        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), samples=64, seq_len=128, progress=heard)
+    heard.planned.assert_not_called()  # before any work
     assert not (tmp_path / "s").exists()

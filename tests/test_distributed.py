@@ -57,6 +57,7 @@ def start(folder: Path, processes: int, code: str, arguments: list[str]) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -64,7 +65,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 240.0) -> tuple[int,
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and all that it has started
         process.communicate()
         pytest.fail("the processes hang")
     return process.returncode, out, err

@@ -21,12 +21,11 @@ import wina_calib
 from wina_calib.errors import OutOfMemoryError
 from wina_calib.fit import MaskedLayer
 from wina_calib.placement import keep_in_memory
-from wina_calib.streaming import LayerStream
+from wina_calib.streaming import HiddenStates, LayerStream
 
 LIMIT = 2_500_000_000
 CGROUPS = Path("/sys/fs/cgroup/memory")
 MB = 1_000_000
-on_demand = pytest.mark.skipif("WINA_PEAK" not in os.environ, reason="not yet run through: set WINA_PEAK")
 # Calibrates on fewer tokens than the least that is allowed, as a model of gigabytes takes seconds a token on a small CPU.
 CALIBRATE = """
 import functools, json, sys, time
@@ -123,15 +122,13 @@ def test_a_checkpoint_of_4_gb_in_2_5_gb(tmp_path: Path, text: Path) -> None:
     [
         ({"layers": 2, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 4, "vocab": 2048}, {}),
         ({"layers": 3, "hidden": 512, "inner": 16384, "heads": 8, "kv_heads": 4, "vocab": 512}, {}),
-        pytest.param(
+        (
             {"layers": 2, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 4, "vocab": 150_000},
             {"transform": "none"},
-            marks=on_demand,
         ),
-        pytest.param(
+        (
             {"layers": 12, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8, "vocab": 512},
             {"micro_batch": 8},
-            marks=on_demand,
         ),
     ],
     ids=["tiny", "large layers", "large vocabulary", "many layers"],
@@ -147,6 +144,20 @@ def test_hidden_states_beyond_two_go_to_files() -> None:
     assert keep_in_memory(cpu, 4, 30 * MB)
     assert not keep_in_memory(cpu, 4, 40 * MB)
     assert keep_in_memory(cpu, 2, 10_000 * MB)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what is mapped")
+def test_files_of_hidden_states_are_memory_mapped(tmp_path: Path) -> None:
+    store, value = HiddenStates(tmp_path, torch.device("cpu")), torch.randn(2, 3, 4)
+    store[0] = value
+    read = store[0]
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert str(file) in Path("/proc/self/maps").read_text()
+    read += 1  # stays in memory
+    assert torch.equal(store[0], value)
+    store[0] = read  # the old file may still be in use
+    assert torch.equal(read, value + 1)
+    assert torch.equal(store[0], value + 1)
 
 
 @pytest.mark.parametrize("budget", ["uniform", "global"])

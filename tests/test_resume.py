@@ -245,7 +245,7 @@ def test_a_save_keeps_what_was_and_shares_what_stays(spilled: bool, tmp_path: Pa
     store[0] = -values[0]  # after the save, before the next
     again = HiddenStates(spill, torch.device("cpu"))
     reopened = Journal(tmp_path / "s").phase("p")
-    reopened.restore("h", again, range(2))
+    reopened.restore("h", again, {0: 2, 1: 1})
     assert torch.equal(again[0], values[0])
     assert torch.equal(again[1], values[1])
     phase.save(2, tensors={"y": torch.tensor([2])}, values={"f": 0.2}, stores={"h": store})
@@ -254,8 +254,28 @@ def test_a_save_keeps_what_was_and_shares_what_stays(spilled: bool, tmp_path: Pa
     reopened = Journal(tmp_path / "s").phase("p")
     assert (reopened.step, reopened.values, reopened.finished) == (2, {"f": 0.2}, False)
     assert reopened.tensors() == {"x": torch.tensor([1.0]), "y": torch.tensor([2])}
-    reopened.restore("h", again, range(2))
+    reopened.restore("h", again, {0: 2, 1: 1})
     assert torch.equal(again[0], -values[0])
+
+
+def test_what_passes_counts_until_the_next_save(tmp_path: Path) -> None:
+    phase = open_journal(tmp_path / "s", dict).phase("p")
+    phase.save(1, tensors={"x": torch.tensor([1])}, passing={"state": torch.tensor([7])})
+    assert Journal(tmp_path / "s").phase("p").tensors() == {"x": torch.tensor([1]), "state": torch.tensor([7])}
+    phase.save(2, passing={"state": torch.tensor([8])})
+    assert Journal(tmp_path / "s").phase("p").tensors() == {"x": torch.tensor([1]), "state": torch.tensor([8])}
+    phase.finish(tensors={"y": torch.tensor([2])})
+    assert Journal(tmp_path / "s").phase("p").tensors() == {"x": torch.tensor([1]), "y": torch.tensor([2])}
+    assert not list((tmp_path / "s").rglob("*passing*"))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 24])  # bytes, of two blocks of 24
+def test_hidden_states_that_were_cut_are_refused(kept: int, tmp_path: Path) -> None:
+    phase = open_journal(tmp_path / "s", dict).phase("p")
+    phase.save(1, stores={"h": filled([torch.randn(2, 3, 4).bfloat16()])})
+    (tmp_path / "s" / "p" / "0001" / "h.0").write_bytes(bytes(kept))
+    with pytest.raises(StateError, match="not as long as"):
+        Journal(tmp_path / "s").phase("p").restore("h", HiddenStates(None, torch.device("cpu")), {0: 2})
 
 
 def test_saving_costs_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from wina_calib.allocation import settle
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, open_checkpoint
+from wina_calib.checkpoint_writer import checked_side_files
 from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.identity import identity
@@ -89,6 +90,8 @@ def prepare(
     transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
     if by_reference:
         check_possible(transform)
+    else:
+        checked_side_files(source.folder)
     if has_own_code(source.folder) and (by_reference or not transform.is_free):
         what = "weights by reference" if by_reference else f"the run-time matrices of transform {transform.name}"
         raise UsageError(

@@ -206,8 +206,20 @@ def copy_side_files(source: Path, folder: Path) -> None:
     Raises:
         CheckpointError: one is a link that leaves the folder: a checkpoint may be published.
     """
-    for path in side_files(source):
-        shutil.copyfile(safe_path(source, path.name), folder / path.name)
+    for path in checked_side_files(source):
+        shutil.copyfile(path, folder / path.name)
+
+
+def checked_side_files(folder: Path) -> list[Path]:
+    """The same as `side_files`, but refuses a link that leaves the folder.
+
+    Raises:
+        CheckpointError: a checkpoint may be published, so what is outside is not copied into it.
+    """
+    files = side_files(folder)
+    for path in files:
+        safe_path(folder, path.name)
+    return files
 
 
 def side_files(folder: Path) -> list[Path]:

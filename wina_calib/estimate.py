@@ -27,7 +27,7 @@ class Estimate:
     Attributes:
         memory_bytes: peak resident memory.
         hidden_bytes: hidden states, in memory or on disk.
-        disk_bytes: size of the checkpoint.
+        disk_bytes: size of the checkpoint, and at most of the state and the hidden states beside it while the work lasts.
         tokens: calibration tokens.
         passes: forward passes over these tokens.
         flops: floating-point operations of all passes.
@@ -63,6 +63,7 @@ def estimate(
     resident: int,
     backward_tokens: int = 0,
     backward_states: int = 0,
+    felt_bytes: int = 0,
 ) -> Estimate:
     """Predict the cost of a calibration.
 
@@ -80,6 +81,7 @@ def estimate(
         resident: bytes that the process takes before the work.
         backward_tokens: tokens that go backward together to choose the budget; 0 where none do.
         backward_states: bytes of the hidden states and gradients in memory meanwhile.
+        felt_bytes: bytes of all of these, wherever they are.
     """
     arch = source.architecture
     sample = statistics = 0
@@ -110,7 +112,7 @@ def estimate(
     return Estimate(
         memory_bytes=resident + LOADED_LATER + max(phases.values()),
         hidden_bytes=hidden,
-        disk_bytes=sum(info.nbytes for info in source.shards.values()),
+        disk_bytes=sum(info.nbytes for info in source.shards.values()) + 2 * max(hidden, felt_bytes),
         tokens=tokens,
         passes=passes,
         flops=2.0 * weights * tokens * passes,

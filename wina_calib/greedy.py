@@ -126,7 +126,7 @@ def greedy(
     for name, value in phase.tensors().items():
         rows[:, int(name)] = value.numpy()
     if phase.step:
-        phase.restore("hidden", hidden, stream.mine)
+        phase.restore("hidden", hidden, stream.blocks)
     for index, module in stream.layers(phase.step):
         layer = arch.layers[index]
         following = stream.store()

@@ -75,6 +75,7 @@ class Job:
             resident=resident_bytes(),
             backward_tokens=min(felt, self._backward_batch * self.blocks.ids.shape[1]),
             backward_states=(layers + 3) * state if keep_in_memory(self.device, layers + 1, state) else 0,
+            felt_bytes=(layers + 3) * state,
         )
 
     def _passes(self, base: Blocks) -> float:
@@ -184,7 +185,8 @@ class Job:
         if self.options.weights == "reference":
             return self.source, False
         # Only the first process fits and writes: what it saves, it saves alone.
-        transform, weights = (self.journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
+        journal = self.journal if self.ranks.is_first else Journal()
+        transform, weights = (journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
         statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
         untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
         return open_source(str(folder), calibrated=True), untied

@@ -4,6 +4,7 @@ The folder holds `job.json`, which says what the work is, and a folder for each 
 
     PHASE/state.json          the last save: steps done, small values, names of the files below
     PHASE/0003.safetensors    tensors that are new since the save before
+    PHASE/0003.passing.safetensors    tensors that count until the next save only
     PHASE/0003/NAME.7         micro-batch 7 of a store of hidden states, raw bytes
 
 `state.json` is replaced in one step when all the others are on disk, so a save counts whole or not at all.
@@ -38,7 +39,16 @@ from wina_calib.streaming import HiddenStates
 
 PATIENCE = 20.0
 JOB, STATE = "job.json", "state.json"
-_EMPTY: Mapping[str, Any] = {"step": 0, "finished": False, "values": {}, "serial": 0, "tensors": [], "stores": {}}
+_EMPTY: Mapping[str, Any] = {
+    "step": 0,
+    "finished": False,
+    "values": {},
+    "serial": 0,
+    "tensors": [],
+    "passing": [],
+    "stores": {},
+}
+_PASSING = ".passing.safetensors"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -96,7 +106,8 @@ class Phase:
     def __init__(self, journal: Journal, folder: Path | None, ranks: Ranks) -> None:
         self._journal, self._folder, self._ranks = journal, folder, ranks
         self._pending: dict[str, Tensor] = {}
-        self._take(_EMPTY if folder is None or not (folder / STATE).exists() else _read_json(folder / STATE))
+        # The first process alone looks at the disk and decides for all where they go on.
+        self._take(ranks.first(lambda _: _saved(folder)))
 
     @property
     def is_saved(self) -> bool:
@@ -106,7 +117,7 @@ class Phase:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that were saved."""
         found: dict[str, Tensor] = {}
-        for name in self._files:
+        for name in (*self._files, *self._passing):
             assert self._folder is not None
             with _readable(self._folder):
                 found |= load_file(self._folder / name)
@@ -116,20 +127,21 @@ class Phase:
         """Whether a store of this name was saved."""
         return store in self._stores
 
-    def restore(self, name: str, store: HiddenStates, batches: range) -> None:
-        """Fill a store with its micro-batches as they were saved."""
+    def restore(self, name: str, store: HiddenStates, blocks: Mapping[int, int]) -> None:
+        """Fill a store with its micro-batches as they were saved; `blocks` says which, and the blocks of each."""
         assert self._folder is not None
         meta = self._stores[name]
         with _readable(self._folder):
-            for index in batches:
+            for index, count in blocks.items():
                 path = self._folder / f"{self._serial:04d}" / f"{name}.{index}"
-                store.read_from(index, path, getattr(torch, meta["dtype"]), meta["block"])
+                store.read_from(index, path, getattr(torch, meta["dtype"]), (count, *meta["block"]))
 
     def save(
         self,
         step: int,
         *,
         tensors: Mapping[str, Tensor] | None = None,
+        passing: Mapping[str, Tensor] | None = None,
         values: Mapping[str, Any] | None = None,
         stores: Mapping[str, HiddenStates] | None = None,
         prepare: Callable[[], None] | None = None,
@@ -140,6 +152,7 @@ class Phase:
         Args:
             step: steps done.
             tensors: what is new since the last call; kept until it is saved.
+            passing: what counts until the next save only.
             values: all small values.
             stores: all stores that the next steps need.
             prepare: called before a save, to force to disk what it relies on.
@@ -152,16 +165,18 @@ class Phase:
             return
         start = time.monotonic()
         serial = self._serial + 1
-        files = [f"{serial:04d}.safetensors"] if self._pending else []
+        new = {f"{serial:04d}.safetensors": self._pending, f"{serial:04d}{_PASSING}": dict(passing or {})}
+        new = {name: found for name, found in new.items() if found} if self._ranks.is_first else {}
         state = {
             "step": step,
             "finished": finished,
             "values": dict(values or {}),
             "serial": serial,
-            "tensors": self._files + files,
+            "tensors": self._files + [name for name in new if not name.endswith(_PASSING)],
+            "passing": [name for name in new if name.endswith(_PASSING)],
             "stores": {name: _form(store) for name, store in (stores or {}).items()} if self._ranks.is_first else {},
         }
-        if self._write(self._ranks.from_first(state), stores or {}, prepare):
+        if self._write(self._ranks.from_first(state), new, stores or {}, prepare):
             self._pending.clear()
         elif self._ranks.is_first:
             self._journal.report.note(f"the disk is too full to save the state of this run in {self._journal.folder}")
@@ -191,26 +206,35 @@ class Phase:
             self.step, self.finished = int(state["step"]), bool(state["finished"])
             self.values: dict[str, Any] = dict(state["values"])
             self._serial, self._files = int(state["serial"]), [str(name) for name in state["tensors"]]
+            self._passing = [str(name) for name in state["passing"]]
             self._stores: dict[str, dict[str, Any]] = dict(state["stores"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"{self._folder} is damaged: {error!r}. Add --restart to start over.") from error
 
     def _write(
-        self, state: Mapping[str, Any], stores: Mapping[str, HiddenStates], prepare: Callable[[], None] | None
+        self,
+        state: Mapping[str, Any],
+        new: Mapping[str, Mapping[str, Tensor]],
+        stores: Mapping[str, HiddenStates],
+        prepare: Callable[[], None] | None,
     ) -> bool:
-        """Write a save, which counts with its last step; whether there was room for it."""
+        """Write a save, which counts with its last step; whether there was room for it.
+
+        `new` are the tensors of the files that are new, of the first process alone.
+        """
         assert self._folder is not None
         first, place = self._ranks.is_first, self._folder / f"{state['serial']:04d}"
         old = self._folder / f"{self._serial:04d}"
+        passed = self._passing
         fits = self._where_it_fits(lambda: self._begin(place) if first else None)
-        fits = fits and self._where_it_fits(lambda: self._put(place, stores, prepare))
+        fits = fits and self._where_it_fits(lambda: self._put(place, new, stores, prepare))
         fits = fits and self._where_it_fits(lambda: write_file(place.parent / STATE, encode(state)) if first else None)
         if fits:
             self._take(state)
         if first:
             shutil.rmtree(old if fits else place, ignore_errors=True)
-            if not fits:
-                place.with_suffix(".safetensors").unlink(missing_ok=True)
+            for name in passed if fits else new:
+                (self._folder / name).unlink(missing_ok=True)
         return fits
 
     def _begin(self, place: Path) -> None:
@@ -218,16 +242,21 @@ class Phase:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
 
-    def _put(self, place: Path, stores: Mapping[str, HiddenStates], prepare: Callable[[], None] | None) -> None:
+    def _put(
+        self,
+        place: Path,
+        new: Mapping[str, Mapping[str, Tensor]],
+        stores: Mapping[str, HiddenStates],
+        prepare: Callable[[], None] | None,
+    ) -> None:
         if prepare is not None:
             prepare()
         for name, store in stores.items():
             for index in store.indices:
                 store.write_to(index, place / f"{name}.{index}")
-        if self._ranks.is_first and self._pending:
-            path = place.with_suffix(".safetensors")
-            save_file({name: t.detach().cpu().contiguous() for name, t in self._pending.items()}, path)
-            sync_file(path)
+        for file, tensors in new.items():
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, place.parent / file)
+            sync_file(place.parent / file)
         sync_folder(place)
         sync_folder(place.parent)
 
@@ -243,6 +272,10 @@ class Phase:
                 raise
             fits = False
         return all(self._ranks.gather([fits]))
+
+
+def _saved(folder: Path | None) -> Mapping[str, Any]:
+    return _EMPTY if folder is None or not (folder / STATE).exists() else _read_json(folder / STATE)
 
 
 NOT_SAVED = Journal().phase("nothing")

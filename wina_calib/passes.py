@@ -41,7 +41,7 @@ def dense_pass(
     blocks, seq_len = stream.batches[0].shape
     hidden = stream.embed()
     if phase.step:
-        phase.restore("hidden", hidden, stream.mine)
+        phase.restore("hidden", hidden, stream.blocks)
         if statistics is not None:
             statistics.load_state_dict(phase.tensors())
     for index, module in stream.layers(phase.step):
@@ -99,7 +99,7 @@ def fit_thresholds(
     stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
     if phase.step:
         for name, store in stores.items():
-            phase.restore(name, store, stream.mine)
+            phase.restore(name, store, stream.blocks)
     tensors: dict[str, Tensor] = phase.tensors()
     for index, module in stream.layers(phase.step):
         layer = arch.layers[index]

@@ -120,7 +120,7 @@ def measure_curves(
     count = len(stream.source.architecture.layers)
     if phase.finished:
         last, found = stream.store(), phase.tensors()["curves"].numpy()
-        phase.restore("last", last, stream.mine)
+        phase.restore("last", last, stream.blocks)
     else:
         thresholds, inputs = _forward(stream, rule, phase, progress)
         last = inputs.pop(count)
@@ -147,7 +147,7 @@ def _forward(
         inputs[0].clear()
         inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
         for i, store in inputs.items():
-            phase.restore(f"input{i}", store, stream.mine)
+            phase.restore(f"input{i}", store, stream.blocks)
         for name, value in phase.tensors().items():
             kind, where, key = name.split(":")
             if kind == "threshold":
@@ -200,7 +200,7 @@ def _backward(
     if done:
         gradients = stream.store(), stream.store()
         for name, store in zip(_GRADIENTS, gradients, strict=True):
-            phase.restore(name, store, stream.mine)
+            phase.restore(name, store, stream.blocks)
         for name, value in phase.tensors().items():
             kind, where, _ = name.split(":")
             if kind == "loss":

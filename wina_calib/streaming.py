@@ -10,7 +10,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _PART_BYTES, _PART_ROWS = 64 << 20, 1 << 16  # of lm_head that may be in memory 
 
 
 class HiddenStates:
-    """One hidden state a micro-batch: in memory, or in one file a micro-batch when `folder` is given."""
+    """One hidden state a micro-batch: in memory, or in one memory-mapped file a micro-batch when `folder` is given."""
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
         self._device = device
@@ -77,12 +77,9 @@ class HiddenStates:
         if self._folder is None:
             self._files[index] = path
 
-    def read_from(self, index: int, path: Path, dtype: torch.dtype, row: Sequence[int]) -> None:
-        """Take a micro-batch of blocks of shape `row` from such a file."""
-        blocks, rest = divmod(path.stat().st_size, math.prod(row) * dtype.itemsize)
-        if rest:
-            raise OSError(errno.EIO, "hidden states on disk are cut short", str(path))
-        self[index] = _read(path, dtype, (blocks, *row))
+    def read_from(self, index: int, path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Take a micro-batch of this dtype and shape from such a file."""
+        self[index] = _read(path, dtype, shape)
         if self._folder is None:
             self._files[index] = path
 
@@ -103,12 +100,11 @@ class HiddenStates:
 
 
 def _read(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    flat = torch.empty(shape, dtype=dtype)
-    raw = flat.view(-1).view(torch.uint8).numpy().data
-    with path.open("rb") as file:
-        if file.readinto(raw) != len(raw):
-            raise OSError(errno.EIO, "hidden states on disk are cut short", str(path))
-    return flat
+    """A file's numbers, memory-mapped: read as they are used, and writes stay in memory."""
+    count = math.prod(shape)
+    if path.stat().st_size != count * dtype.itemsize:
+        raise OSError(errno.EIO, "hidden states on disk are not as long as they were written", str(path))
+    return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
 
 
 def _write(path: Path, value: Tensor) -> None:
@@ -168,6 +164,11 @@ class LayerStream:
         for buffer_name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = buffer_name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    @property
+    def blocks(self) -> dict[int, int]:
+        """Number of blocks of each of this process's micro-batches."""
+        return {index: len(self.batches[index]) for index in self.mine}
 
     def store(self) -> HiddenStates:
         """A new empty store of hidden states."""

@@ -86,12 +86,16 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", type=Path, help="measure this model instead of a random one")
+    parser.add_argument(
+        "--choice", action="store_true", help="only a plain pass, and transform and budget as by default"
+    )
     parser.add_argument("--decompositions", type=int, default=0, help="also time the transforms' at this width")
     args = parser.parse_args()
 
     device = pick_device(args.device)
     clock = Clock(device)
-    model, out = args.folder / "model", args.folder / "out"
+    model, out = args.model or args.folder / "model", args.folder / "out"
     if not model.is_dir():
         random_model.write(model, layers=args.layers, **SHAPES[args.shape])
     source = open_source(str(model))
@@ -132,24 +136,30 @@ def main() -> None:
         found[name] = min(timed(clock, work) for _ in range(times))
         click.echo(f"{name:40s} {found[name]:9.2f} s")
 
+    def choice() -> None:
+        one = job(plan("auto", arch).name, (0.5,), "global")
+        chosen = one._budget(one._transformed(out)[0])
+        if chosen.dense is not None:
+            chosen.dense.clear()
+
+    def whole() -> None:
+        base = Blocks(ids[: max(1, 16384 // args.seq_len)], ("random",), 1, "")
+        job("global", (0.5,), "global").run(out, base)
+
     timed(clock, lambda: dense_pass(job("none", (0.5,), "uniform")._stream(source, ids[:2])).clear())
-    measure("plain", plain, 2)
-    measure("with statistics", statistics)
-    measure("fit, 1 sparsity", lambda: fit((0.5,)))
+    measure("plain", plain, 1 if args.choice else 2)
+    if not args.choice:
+        measure("with statistics", statistics)
+        measure("fit, 1 sparsity", lambda: fit((0.5,)))
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    base = Blocks(ids[: max(1, 16384 // args.seq_len)], ("random",), 1, "")
-    measure("whole", lambda: job("global", (0.5,), "global").run(out, base))
+    out.mkdir(parents=True)
+    measure("transform and budget" if args.choice else "whole", choice if args.choice else whole)
     clock.phase("", 0)
     for name, value in clock.seconds.items():
         click.echo(f"  of it {name:34s} {value:9.2f} s")
-    measure("fit, 3 sparsities", lambda: fit((0.25, 0.5, 0.65)))
 
     plain_s = found["plain"]
     ratios = {
-        "statistics": (found["with statistics"] - plain_s) / plain_s,
-        "fit at one sparsity": found["fit, 1 sparsity"] / plain_s,
-        "each further sparsity": (found["fit, 3 sparsities"] - found["fit, 1 sparsity"]) / 2 / plain_s,
         "transform and global budget": sum(
             seconds
             for name, seconds in clock.seconds.items()
@@ -157,13 +167,21 @@ def main() -> None:
         )
         / plain_s,
     }
+    if not args.choice:
+        measure("fit, 3 sparsities", lambda: fit((0.25, 0.5, 0.65)))
+        further = found["fit, 3 sparsities"] - found["fit, 1 sparsity"]
+        ratios |= {
+            "statistics": (found["with statistics"] - plain_s) / plain_s,
+            "fit at one sparsity": found["fit, 1 sparsity"] / plain_s,
+            "each further sparsity": further / 2 / plain_s,
+        }
     if args.decompositions:
         parts = decomposition_seconds(args.decompositions, device, steps=3)
         found |= {f"{name} at {args.decompositions}": value for name, value in parts.items()}
     for name, value in ratios.items():
         click.echo(f"{name:40s} {value:9.2f} plain passes")
     facts = {
-        "shape": args.shape,
+        "shape": str(args.model or args.shape),
         "layers": args.layers,
         "tokens": ids.numel(),
         "device": str(device),

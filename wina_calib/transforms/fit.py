@@ -80,7 +80,9 @@ def fit(
             device=device,
             report=report,
             saved={name.removeprefix(_DESCENT): value for name, value in found.items() if name.startswith(_DESCENT)},
-            save=lambda state: keep({_DESCENT + name: value for name, value in state.items()}),
+            save=lambda state: phase.save(
+                phase.step + 1, passing={_DESCENT + name: value for name, value in state.items()}
+            ),
         )
         keep({"residual": fitted})
     found = {name: value for name, value in found.items() if not name.startswith(_DESCENT)}
