@@ -74,6 +74,11 @@ def test_sparse_and_dense_side_by_side(calibrated: Path, task_files: Path) -> No
     assert {(score.task, score.metric) for score in found} >= {("wina_arc", "acc"), ("wina_lambada", "acc")}
     assert all(score.dense == score.sparse for score in found)
     assert all(0.0 <= score.sparse <= 1.0 for score in found if score.metric == "acc")
+    sparse = evaluate_tasks(
+        calibrated, ["wina_arc", "wina_lambada"], sparsity=0.95, limit=10, include_path=task_files, dtype="float32"
+    )
+    assert [score.dense for score in sparse] == [score.dense for score in found]
+    assert any(score.dense != score.sparse for score in sparse)
 
 
 @needs_harness
