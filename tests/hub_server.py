@@ -231,6 +231,8 @@ def validate_yaml(h: _Handler) -> None:
             errors.append({"message": f'"base_model_relation" is {relation!r}'})
         if card.get("base_model") is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", card["base_model"]):
             errors.append({"message": '"base_model" is not a repository id'})
+        if card.get("license") == "other" and not re.fullmatch(r"[a-z0-9.-]+", str(card.get("license_name"))):
+            errors.append({"message": '"license_name" must name the other licence'})
         wrong = [key for key in ("tags", "datasets") if not isinstance(card.get(key, []), list)]
         errors += [{"message": f'"{key}" must be an array'} for key in wrong]
     except yaml.YAMLError as error:
