@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import drive, needs_browser
 from click.testing import CliRunner, Result
 
 import wina_calib
@@ -220,6 +221,28 @@ def test_curve_without_a_name(made: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_page(made: Path, tmp_path: Path) -> None:
     assert run(made, "-s", 0.4, "--html", tmp_path / "b.html").exit_code == 0
     assert "layers" in (tmp_path / "b.html").read_text()
+
+
+@needs_browser
+def test_what_the_page_downloads_is_accepted(made: Path, folder: Path, tmp_path: Path) -> None:
+    assert run(made, "--html", tmp_path / "made.html").exit_code == 0
+    (tmp_path / "browser").mkdir()
+    actions = """
+        slide("0.4"); cell(3).click(); slide("0.55");
+        result.shown = shown(); result.pins = $("pins").textContent;
+        $("download").click();
+        await new Promise((done) => setTimeout(done, 300));
+    """
+    names = ("result.json", "budget-0.550.yaml")
+    found = drive(tmp_path / "browser", (tmp_path / "made.html").read_text("utf-8"), actions, names)
+    assert found["pins"].startswith("1 of ")
+    file = tmp_path / "browser" / "budget-0.550.yaml"
+    result = run(folder, "--budget", file, "--apply", folder)
+    assert result.exit_code == 0, result.output
+    applied = open_checkpoint(folder)
+    assert applied.settings.sparsity == pytest.approx(0.55, abs=1e-9)
+    stored = applied.sparsities(applied.settings.sparsity).reshape(-1)
+    assert [float(value) for value in found["shown"]] == pytest.approx(stored, abs=0.000501)
 
 
 def test_without_curves(calibrated: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wina_calib import plots
+from wina_calib.budgets import Budget
 from wina_calib.card import without_folders
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.families import SITES
 from wina_calib.output import check_output, output_folder
+from wina_calib.rebudget import stored_curves
 from wina_calib.results import read_evaluation
 from wina_calib.tables import LEVELS
 from wina_calib.text import percent
@@ -101,15 +103,8 @@ def draw(opened: Checkpoint) -> Iterator[Figure]:
 
 def predicted_rise(opened: Checkpoint, model_sparsity: float) -> float | None:
     """Predicted rise of the loss (nats/token) at a model sparsity; None where no curves are stored."""
-    levels = opened.settings.curve_levels
-    if not levels:
-        return None
-    sparsities, total = opened.sparsities(model_sparsity), 0.0
-    for (layer, site), sparsity in zip(opened.architecture.sites, sparsities.reshape(-1), strict=True):
-        curve = opened.site(layer, site).curve
-        assert curve is not None
-        total += float(np.interp(sparsity, levels, curve.numpy()))
-    return total
+    curves = stored_curves(opened)
+    return None if curves is None else Budget(opened.sparsities(model_sparsity)).predicted_loss(curves)
 
 
 def _frontier(opened: Checkpoint) -> Figure | None:
