@@ -13,7 +13,7 @@ from wina_calib.transforms import Plan, Statistics, needed_sites
 
 LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, once the work runs
 CLOSED_LOOP_PASSES = 1.6  # of a plain forward pass, for one anchor
-_LOGIT_ROWS = 1024  # 256 rows of logits, their probabilities and gradients
+_LOGIT_ROWS = 2560  # 256 rows of logits, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
 # residual stream's width and the widest site's.
 _FORWARD = 4, 4
