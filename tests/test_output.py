@@ -44,7 +44,7 @@ def test_vanishes_when_the_work_fails(tmp_path: Path, error: type[BaseException]
 def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("1")
-    with pytest.raises(OutputError, match="--overwrite"), output_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"--overwrite \(Python: overwrite=True\)"), output_folder(tmp_path / "out"):
         pass
     with pytest.raises(ValueError, match="stop"), output_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").write_text("2")

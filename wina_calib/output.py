@@ -55,7 +55,9 @@ def claimed(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with readable_errors(target), lock(target):
         _recover(target, _old(target))
         if target.exists() and not overwrite:
-            raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
+            raise OutputError(
+                f"{target} exists. Give another folder, or --overwrite (Python: overwrite=True) to replace it."
+            )
         yield target
 
 
@@ -97,7 +99,9 @@ def check_output(target: Path, *, overwrite: bool, keep: Path | None = None, mad
 
 def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[str, ...]) -> None:
     if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists. Give another folder, or --overwrite to replace it.")
+        raise OutputError(
+            f"{target} exists. Give another folder, or --overwrite (Python: overwrite=True) to replace it."
+        )
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file. Give a folder.")
     if keep is not None and (keep.resolve() == target or target in keep.resolve().parents):
