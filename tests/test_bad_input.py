@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForCon
 
 import wina_calib
 from wina_calib.cli import main
+from wina_calib.diagnose import diagnose
 from wina_calib.errors import UsageError
 from wina_calib.families import SUPPORTED
+from wina_calib.model_bounds import model_bounds
+from wina_calib.options import make_options
 from wina_calib.shards import Shards, ShardWriter
+from wina_calib.transfer import transfer
 
 SMALL = ("--samples", "64", "--seq-len", "128", "--budget", "uniform", "--grid", "0.5", "--transform", "none")
 MLP = "model.layers.1.mlp.up_proj.weight"
@@ -58,6 +62,10 @@ def test_unknown_options_and_choices(tmp_path: Path) -> None:
         wina_calib.calibrate("demo", tmp_path / "s", score="wine")
     with pytest.raises(UsageError, match="seed is -1; expected a whole number from 0 to 4294967295"):
         wina_calib.calibrate("demo", tmp_path / "s", seed=-1)
+    for grid in ("0.5,0.6", "all", None, ["a"], ("0.5", None)):
+        with pytest.raises(UsageError, match=r"grid is .*; expected numbers in \(0, 1\)"):
+            wina_calib.calibrate("demo", tmp_path / "s", grid=grid)
+    assert make_options({"grid": "0.5"}) == make_options({"grid": 0.5})
 
 
 # --- the model folder ------------------------------------------------------------------------------------------------
@@ -202,3 +210,22 @@ def test_a_checkpoint_of_a_newer_format(command: str, calibrated: Path, tmp_path
     assert line.startswith("Error: ") and "format 2.0" in line and "Update" in line
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
     assert not (tmp_path / "report").exists()
+
+
+def test_a_loaded_model_is_no_name_of_one(calibrated: Path, tmp_path: Path) -> None:
+    loaded = wina_calib.load(calibrated)
+    calls: list[Callable[[], object]] = [
+        lambda: wina_calib.evaluate(loaded),
+        lambda: wina_calib.load(loaded),
+        lambda: wina_calib.push_to_hub(loaded, "me/s"),
+        lambda: wina_calib.calibrate(loaded, tmp_path / "s"),
+        lambda: wina_calib.compare(loaded, tmp_path / "c"),
+        lambda: transfer(loaded, calibrated),
+        lambda: transfer(calibrated, loaded),
+        lambda: diagnose(loaded),
+        lambda: model_bounds(loaded),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="a LlamaForCausalLM was given; give its folder or its Hub id"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard
 
 import wina_calib
 from wina_calib import plots
-from wina_calib.card import HEAT_MAP, hub_datasets, without_folders, write_card
-from wina_calib.checkpoint import read_settings
+from wina_calib.card import hub_datasets, without_folders, write_card
+from wina_calib.checkpoint import HEAT_MAP, read_settings
 from wina_calib.errors import CheckpointError
 from wina_calib.evaluate import evaluate
+from wina_calib.export import export_dense
 from wina_calib.hub import prepare
 from wina_calib.results import EVALUATION_FILE, read_evaluation, save_evaluation
 
@@ -224,6 +225,15 @@ def test_the_heat_map_is_drawn_for_a_push_and_always_the_same(folder: Path) -> N
     assert first[HEAT_MAP].startswith(b"\x89PNG")
     prepare(folder, "me/sparse")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_a_dense_model_takes_over_nothing_that_tells_of_the_sparse_one(folder: Path, tmp_path: Path) -> None:
+    for name in (HEAT_MAP, EVALUATION_FILE):
+        (folder / name).write_bytes(b"{}")
+    (folder / "LICENSE").write_text("kept")
+    export_dense(folder, tmp_path / "dense")
+    assert not {path.name for path in (tmp_path / "dense").iterdir()} & {HEAT_MAP, EVALUATION_FILE}
+    assert (tmp_path / "dense" / "LICENSE").read_text() == "kept"
 
 
 def test_without_matplotlib_the_card_has_a_table_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
     chosen = make_options(options)
     with remote_code(chosen.trust_remote_code), shared_ranks() as ranks:
         try:
-            job, base = ranks.agree(lambda: prepare(str(model), Path(output), chosen, progress, ranks))
+            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, progress, ranks))
             if ranks.is_first:
                 job.report.planned(job.estimate(base))
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
@@ -76,7 +76,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
 
 
 def prepare(
-    model: str, target: Path, chosen: CalibrateOptions, progress: Progress | None, ranks: Ranks
+    model: str | Path, target: Path, chosen: CalibrateOptions, progress: Progress | None, ranks: Ranks
 ) -> tuple[Job, Blocks]:
     """Check everything that can be checked before the work, and read the text.
 

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import Checkpoint, open_checkpoint
+from wina_calib.checkpoint import HEAT_MAP, Checkpoint, open_checkpoint
 from wina_calib.corpus import catalogue
 from wina_calib.errors import CheckpointError, HubError
 from wina_calib.families import SITES
@@ -29,7 +29,6 @@ from wina_calib.source import DEMO, demo_folder
 from wina_calib.text import percent, rise
 
 CARD = "README.md"
-HEAT_MAP = "wina_budget.png"
 TAGS = ("wina", "activation-sparsity", "arxiv:2505.19427")
 BEGIN = "<!-- wina_calib: made from the checkpoint's facts up to the end mark; write your own text outside -->"
 END = "<!-- wina_calib: end -->"

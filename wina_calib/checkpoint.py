@@ -26,6 +26,7 @@ from wina_calib.source import is_added, is_derived, weights_folder
 from wina_calib.tables import LEVELS, site_sparsity
 
 WINA_FILE = "wina.safetensors"
+HEAT_MAP = "wina_budget.png"
 INDEX_FILE = "model.safetensors.index.json"
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import wina_calib
-from wina_calib.checkpoint import INDEX_FILE, WINA_FILE, read_index, rotation_name
+from wina_calib.checkpoint import HEAT_MAP, INDEX_FILE, WINA_FILE, read_index, rotation_name
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.model_config import RUNTIME_TYPE, has_own_code
+from wina_calib.results import EVALUATION_FILE
 from wina_calib.settings import FORMAT_VERSION, Settings
 from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json, safe_path
 from wina_calib.source import Source
@@ -26,7 +27,8 @@ from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, 
 SHARD_BYTES = 5 << 30
 _ROW_BYTES = 64 << 20
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")
-_REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore")
+# Written anew, or true of this one folder only.
+_REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore", HEAT_MAP, EVALUATION_FILE)
 _ADAPTER = (
     "adapter_config.json"  # beside it transformers takes a folder for an adapter and loads another model's weights
 )

@@ -118,7 +118,7 @@ def compare(
         raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
     held = data_specs(heldout)
     with remote_code(trust_remote_code):
-        source = open_source(str(model), revision=revision)
+        source = open_source(model, revision=revision)
         place = pick_device(device)
         bench = _Bench(
             source=source,

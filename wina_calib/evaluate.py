@@ -141,7 +141,7 @@ def evaluate(
     Raises:
         WinaError: the checkpoint or the text cannot be used.
     """
-    folder, _ = resolve(str(path_or_repo), revision=revision)
+    folder, _ = resolve(path_or_repo, revision=revision)
     place = pick_device(device)
     return evaluate_model(
         load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=progress

@@ -10,14 +10,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from wina_calib import plots
-from wina_calib.card import HEAT_MAP, TAGS, put, write_card
-from wina_calib.checkpoint import WINA_FILE, is_rotation, open_checkpoint, read_settings
+from wina_calib.card import TAGS, put, write_card
+from wina_calib.checkpoint import HEAT_MAP, WINA_FILE, is_rotation, open_checkpoint, read_settings
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.families import SITES
 from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.remote import CONFLICT, readable_errors, status_of
 from wina_calib.settings import Settings
-from wina_calib.source import is_added
+from wina_calib.source import given_name, is_added
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
@@ -68,7 +68,13 @@ def push_to_hub(
         ```
     """
     return push(
-        Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message, token=token
+        Path(given_name(folder)),
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        token=token,
     ).url
 
 

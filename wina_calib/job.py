@@ -189,7 +189,7 @@ class Job:
         transform, weights = (journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
         statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
         untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
-        return open_source(str(folder), calibrated=True), untied
+        return open_source(folder, calibrated=True), untied
 
     def _write_weights(
         self, folder: Path, statistics: Statistics | None, transform: Phase, weights: Phase, tick: Callable[[], None]

@@ -156,13 +156,13 @@ def model_bounds(
     """
     if tokens < 2 or (sparsity is not None and not 0.0 <= sparsity < 1.0):
         raise UsageError(f"tokens is {tokens} and sparsity {sparsity}; expected at least 2, and a number in [0, 1).")
-    folder, _ = resolve(str(model), revision=revision)
+    folder, _ = resolve(model, revision=revision)
     opened = open_checkpoint(folder) if _is_calibrated(folder) else None
     if opened is not None and (transforms or score or masks):
         raise UsageError(
             f"{model} is calibrated: its transform, score and masks are fixed. Give the base model to vary them."
         )
-    source = open_source(str(model), revision=revision, calibrated=opened is not None)
+    source = open_source(model, revision=revision, calibrated=opened is not None)
     place = pick_device(device)
     names = tuple(transforms or TRANSFORMS)
     done, total = count(1), len(source.architecture.layers) * (len(names) if opened is None else 1)

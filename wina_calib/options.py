@@ -144,9 +144,13 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
     if unknown:
         raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     grid = values.get("grid", DEFAULT_ANCHORS)
+    try:
+        grid = (float(grid),) if isinstance(grid, str | int | float) else tuple(map(float, grid))
+    except (TypeError, ValueError):
+        raise UsageError(f"grid is {grid!r:.80}; expected numbers in (0, 1), such as (0.25, 0.5).") from None
     values = values | {
         "data": data_specs(values.get("data", DEFAULT_DATA)),
-        "grid": (float(grid),) if isinstance(grid, int | float) else tuple(map(float, grid)),
+        "grid": grid,
     }
     for name in ("min", "max"):
         given = values.get(name, ())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel
+from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel, UsageError
 from wina_calib.families import Architecture, Layer, describe
 from wina_calib.model_config import (
     CONFIG_BYTES,
@@ -125,8 +125,19 @@ def demo_folder() -> Path:
     return Path(__file__).parent / "data" / "demo-llama-5m"
 
 
+def given_name(model: object) -> str:
+    """What a user gave as a checkpoint or model, as text.
+
+    Raises:
+        UsageError: it is neither text nor a path, such as a model that is loaded already.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    raise UsageError(f"a {type(model).__name__} was given; give its folder or its Hub id, as text or as a Path.")
+
+
 def resolve(
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -143,9 +154,11 @@ def resolve(
         local_files_only: do not ask the network.
 
     Raises:
+        UsageError: it is neither text nor a path.
         ModelFolderError: there is no such folder.
         HubError: the Hub does not give it.
     """
+    model = given_name(model)
     if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise ModelFolderError(f"subfolder is {subfolder!r}; expected a path inside of {model}.")
     path, commit = _root(model, revision, token, subfolder, local_files_only)
@@ -171,7 +184,7 @@ def _root(
 
 
 def open_source(
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -200,7 +213,7 @@ def open_source(
     shards = Shards.open(folder)
     _check_tensors(folder, meta, architecture, shards)
     _check_tied(folder, architecture, shards)
-    return Source(model, folder, commit, config, architecture, shards)
+    return Source(str(model), folder, commit, config, architecture, shards)
 
 
 def weights_folder(

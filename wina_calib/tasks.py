@@ -71,7 +71,7 @@ def evaluate_tasks(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(unknown)}. See `wina-calib lm-eval ls tasks`.")
-    folder, _ = resolve(str(path_or_repo), revision=revision)
+    folder, _ = resolve(path_or_repo, revision=revision)
     model = load(folder, dtype=dtype, device_map=device_map)
     set_prefill(model, "sparse")
     asked = sparse_sites(model)[0].settings.sparsity if sparsity is None else sparsity

@@ -145,7 +145,7 @@ def transfer(
         UsageError: an option is out of range.
         WinaError: a checkpoint or text cannot be used.
     """
-    giver, taker = (open_checkpoint(resolve(str(name))[0]) for name in (source, target))
+    giver, taker = (open_checkpoint(resolve(name)[0]) for name in (source, target))
     asked = tuple(sparsities) or (taker.settings.sparsity,)
     if samples < 1 or tokens < 2 or not all(0.0 < s < 1.0 for s in asked):
         raise UsageError(
@@ -235,8 +235,8 @@ def budget_file(source: str | Path, target: str | Path, sparsity: float | None =
     Raises:
         WinaError: one of both cannot be used.
     """
-    giver = open_checkpoint(resolve(str(source))[0])
-    opened = open_source(str(weights_folder(resolve(str(target))[0])), calibrated=True)
+    giver = open_checkpoint(resolve(source)[0])
+    opened = open_source(weights_folder(resolve(target)[0]), calibrated=True)
     asked = giver.settings.sparsity if sparsity is None else sparsity
     cells = count_cells(opened.architecture, "none")
     budget = Budget(matched_budget(giver, cells, asked))

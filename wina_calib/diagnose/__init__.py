@@ -129,7 +129,7 @@ def diagnose(
     unknown = [name for name in what if name not in WHAT]
     if unknown or not what:
         raise UsageError(f"what is {', '.join(what) or 'empty'}; expected some of {', '.join(WHAT)}.")
-    opened = open_checkpoint(resolve(str(checkpoint))[0])
+    opened = open_checkpoint(resolve(checkpoint)[0])
     asked = opened.settings.sparsity if sparsity is None else sparsity
     wrong = [s for s in (asked, *extreme) if not 0.0 < s < 1.0]
     if wrong or tokens < 2 or inputs < 0 or any(a < 1 for a in amounts) or (fit_seq_len or 16) < 16:

@@ -62,9 +62,8 @@ def load(
         model = wina_calib.load("demo-sparse", sparsity=0.4)
         ```
     """
-    name = str(path_or_repo)
     folder, commit = resolve(
-        name, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
+        path_or_repo, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     read_settings(folder)
     with remote_code(trust_remote_code):
@@ -75,7 +74,7 @@ def load(
     keep_with(model, kept)
     if commit is not None or kept is not None:
         # What is derived from the model, such as an adapter's base, is to name what was asked for and not its cache.
-        model.name_or_path = model.config._name_or_path = name
+        model.name_or_path = model.config._name_or_path = str(path_or_repo)
     if prefill is not None:
         set_prefill(model, prefill)
     if sparsity is not None:
