@@ -16,8 +16,12 @@ import wina_calib
 from wina_calib.allocation import measured_pairs
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
 from wina_calib.cli import main
+from wina_calib.diagnose import diagnose
+from wina_calib.evaluate import find_warnings
 from wina_calib.rebudget import Request, choose
+from wina_calib.report import page
 from wina_calib.runtime.load import sparse_sites
+from wina_calib.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,42 @@ def test_interpolated_anchors_do_not_pile_up(folder: Path) -> None:
     for sparsity in (0.41, 0.42, 0.43):
         read(folder, "-s", sparsity, "--apply", folder)
     assert open_checkpoint(folder).settings.anchors == (0.25, 0.43, 0.5, 0.65)
+
+
+def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
+    said = "sparsity 0.8 lies outside of 0.25 to 0.65"
+    for args in ([], ["--apply", str(folder)]):
+        done = CliRunner().invoke(main, ["budget", str(folder), "-s", "0.8", *args])
+        assert done.exit_code == 0 and said in done.stderr and said not in done.stdout
+    settings = open_checkpoint(folder).settings
+    assert settings.anchors == (0.25, 0.5, 0.65, 0.8) and settings.fitted_anchors == (0.25, 0.5, 0.65)
+    assert said in find_warnings(settings, ("nowhere",), 0.8, 0.8, 1000)[0]
+    assert find_warnings(settings, ("nowhere",), 0.6, 0.6, 1000) == ()
+    card, fitted = (folder / "README.md").read_text("utf-8"), "25.0 %, 50.0 %, 65.0 %"
+    assert f"| fitted at | {fitted} |" in card and "between 25.0 % and 65.0 %;" in card
+    assert f"fitted at {fitted})" in CliRunner().invoke(main, ["inspect", str(folder)]).stdout
+    assert f"80.0 %, fitted at {fitted}".replace(" %", "&nbsp;%") in page(open_checkpoint(folder), ())
+    result = diagnose(folder, what=["extremes"], extreme=(0.65, 0.8), data="builtin:heldout", tokens=128)
+    assert result.extremes is not None and [row.fitted for row in result.extremes] == [True, False]
+    done = CliRunner().invoke(main, ["budget", str(folder), "-s", "0.8", "--apply", str(folder), "--refit"])
+    assert done.exit_code == 0 and said not in done.stderr
+    assert open_checkpoint(folder).settings.fitted_anchors == (0.25, 0.5, 0.65, 0.8)
+    assert CliRunner().invoke(main, ["budget", str(folder)]).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("named", "fitted"),
+    [
+        (None, (0.2, 0.5)),
+        ([], (0.2, 0.5)),
+        ([0.5], (0.2,)),
+        ([0.2, 0.5], (0.2, 0.5)),
+        ("0.5", (0.2, 0.5)),
+        (7, (0.2, 0.5)),
+    ],
+)
+def test_fitted_anchors(named: object, fitted: tuple[float, ...]) -> None:
+    assert Settings(0.5, (0.2, 0.5), provenance={"interpolated_anchors": named}).fitted_anchors == fitted
 
 
 def test_a_budget_moves_to_another_checkpoint_of_the_model(calibrated: Path, made: Path, tmp_path: Path) -> None:

@@ -290,14 +290,14 @@ def _making(settings: Settings, base: Base) -> str:
             "tokens",
             "{} blocks of {}, seed {}".format(*(_count(facts.get(name)) for name in ("blocks", "seq_len", "seed"))),
         ),
-        ("fitted at", ", ".join(percent(anchor) for anchor in settings.anchors)),
+        ("fitted at", ", ".join(percent(anchor) for anchor in settings.fitted_anchors)),
         ("versions", ", ".join(code(f"{name} {version}") for name, version in shown.items())),
     ]
     return "## How it was made\n\n" + _table(("", ""), rows)
 
 
 def _limits(settings: Settings, *, reference: bool) -> str:
-    first, last = settings.anchors[0], settings.anchors[-1]
+    first, last = settings.fitted_anchors[0], settings.fitted_anchors[-1]
     points = [
         "Thresholds fit text like the calibration data. On other text the achieved sparsity and the quality differ: "
         "measure with `wina-calib evaluate DIR --data YOUR_TEXT`.",

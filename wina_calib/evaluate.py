@@ -267,13 +267,9 @@ def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real:
     found = []
     if tokens < FEW_TOKENS:
         found.append(f"{tokens} tokens are too few to rely on these figures. Give more text, or a larger --tokens.")
-    lowest, highest = settings.anchors[0], settings.anchors[-1]
-    outside = asked > 0 and not lowest <= asked <= highest
-    if outside:
-        found.append(
-            f"sparsity {asked:g} lies outside of {lowest:g} to {highest:g}, where thresholds were fitted. Calibrate with "
-            "it in --grid."
-        )
+    outside = settings.unfitted(asked)
+    if outside is not None:
+        found.append(outside)
     if abs(real - asked) > DRIFT:
         reason = (
             "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"

@@ -35,13 +35,11 @@ from wina_calib.options import make_options
 from wina_calib.output import staged_files
 from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
-from wina_calib.settings import Settings
+from wina_calib.settings import INTERPOLATED, Settings
 from wina_calib.shards import read_json
 from wina_calib.source import load_tokenizer, open_source, weights_folder
 from wina_calib.tables import threshold_between
 from wina_calib.transforms import plan
-
-INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
 
 
 @dataclass(frozen=True)
@@ -266,8 +264,7 @@ def apply(
             f"the budget is for {mine.model_type} with {mine.layers} layers ({mine.fingerprint}); {destination.folder} "
             f"holds {theirs.model_type} with {theirs.layers} layers ({theirs.fingerprint})."
         )
-    interpolated = {float(s) for s in old.provenance.get(INTERPOLATED, ())}
-    kept = {anchor for anchor in old.anchors if anchor not in interpolated}
+    kept = set(old.fitted_anchors)
     added = {choice.sparsity} if choice.sparsity > 0 else set()
     anchors = tuple(sorted(kept | added))
     provenance = old.provenance | {INTERPOLATED: [] if refit else sorted(added - kept)}

@@ -81,9 +81,10 @@ def draw(opened: Checkpoint) -> Iterator[Figure]:
         yield frontier
     anchor = _anchor(opened)
     errors = np.array([[float(opened.site(a, b).error[anchor]) for b in a.sites] for a in arch.layers])
+    at = settings.anchors[anchor]
     caption = (
-        "Error of each site's output when its masked inputs are left out, relative to its dense output, at the fitted "
-        f"sparsity {percent(settings.anchors[anchor])}."
+        "Error of each site's output when its masked inputs are left out, relative to its dense output, at "
+        f"{'the fitted' if at in settings.fitted_anchors else 'an interpolated'} sparsity {percent(at)}."
     )
     yield Figure("error.png", caption, plots.lines(errors, SITES, "output error by site", "relative error"))
     levels = LEVELS.numpy()
@@ -129,7 +130,7 @@ def _frontier(opened: Checkpoint) -> Figure | None:
 
 
 def _anchor(opened: Checkpoint) -> int:
-    """Index of the fitted sparsity nearest to the one asked for."""
+    """Index of the stored sparsity nearest to the one asked for."""
     return int(np.argmin([abs(anchor - opened.settings.sparsity) for anchor in opened.settings.anchors]))
 
 
@@ -161,7 +162,7 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
     settings, facts = opened.settings, opened.settings.provenance
     cells = count_cells(opened.architecture, settings.transform)
     rows: list[tuple[str, Any]] = [
-        ("sparsity", f"{percent(settings.sparsity)}, fitted at {', '.join(map(percent, settings.anchors))}"),
+        ("sparsity", f"{percent(settings.sparsity)}, fitted at {', '.join(map(percent, settings.fitted_anchors))}"),
         ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
         ("score, masks, budget", f"{settings.score}, {settings.masks}, {settings.budget}"),

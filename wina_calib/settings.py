@@ -17,6 +17,7 @@ FORMAT_VERSION = "1.0"
 MASKS = ("shared", "per-projection")
 PREFILL = ("sparse", "dense")
 FIRST_TOKEN = ("dense", "sparse")
+INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Settings:
 
     Attributes:
         sparsity: model sparsity asked for; the stored thresholds are those for it.
-        anchors: ascending model sparsities at which tables and budget were fitted.
+        anchors: ascending model sparsities at which tables and budget are stored; see `fitted_anchors`.
         score: how inputs are scored.
         masks: one mask a site or one a projection.
         exponent: power of the column norms in the score.
@@ -69,6 +70,22 @@ class Settings:
     def has_kernels(self) -> bool:
         """Whether masks are those that the fast kernels make: scores from magnitudes, above a threshold."""
         return self.select == "threshold" and self.score in ("wina", "teal")
+
+    @property
+    def fitted_anchors(self) -> tuple[float, ...]:
+        """The anchors at which thresholds were fitted: not those that a budget chosen later put between or beyond them."""
+        named = self.provenance.get(INTERPOLATED)
+        return tuple(a for a in self.anchors if not isinstance(named, list | tuple) or a not in named) or self.anchors
+
+    def unfitted(self, sparsity: float) -> str | None:
+        """What to tell of a model sparsity that lies outside of those that thresholds were fitted at; None inside."""
+        lowest, highest = self.fitted_anchors[0], self.fitted_anchors[-1]
+        if sparsity == 0 or lowest <= sparsity <= highest:
+            return None
+        return (
+            f"sparsity {sparsity:g} lies outside of {lowest:g} to {highest:g}, where thresholds were fitted. Calibrate "
+            "with it in --grid, or fit it with `wina-calib budget DIR --sparsity S --apply DIR --refit`."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""

@@ -144,6 +144,9 @@ def command(
     choice = choose(opened, request)
     page = _page(choice) if html is not None else ""
     destination = open_checkpoint(Path(target)) if target is not None else None
+    unfitted = None if refit else (destination or opened).settings.unfitted(choice.sparsity)
+    if unfitted is not None:
+        note(f"warning: {unfitted}")
     shown = to_json(choice.cells, choice.budget, choice.curves, fixed=choice.fixed) | {"budget": choice.name}
     text = [_table(choice)]
     if curve is not None:

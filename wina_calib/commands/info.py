@@ -53,7 +53,7 @@ def render(facts: RemoteFacts) -> str:
         ["base model", str(provenance.get("base_model"))],
         ["weights", "the base model's, by reference" if facts.by_reference else weights],
         ["size", human_bytes(facts.total_bytes)],
-        ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.anchors))})"],
+        ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.fitted_anchors))})"],
         ["score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"],
         ["transform", f"{settings.transform} ({facts.runtime_elements:,} run-time weights)"],
         ["budget", settings.budget],

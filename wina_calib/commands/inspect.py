@@ -61,6 +61,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "read_fraction": cells.read_fraction_at(settings.sparsity),
         "read_fraction_decoder": cells.read_fraction_at(settings.sparsity, lm_head=False),
         "runtime_matrices": cells.runtime_matrices,
+        "fitted_anchors": list(settings.fitted_anchors),
         "settings": settings.to_dict(),
         "sites": sites,
     }
@@ -72,7 +73,7 @@ def render(facts: dict[str, Any]) -> str:
     rows = [
         ["base model", str(settings["provenance"].get("base_model"))],
         ["structure", f"{facts['model_type']}, {facts['layers']} layers"],
-        ["sparsity", f"{percent(settings['sparsity'])} (fitted at {', '.join(map(percent, settings['anchors']))})"],
+        ["sparsity", f"{percent(settings['sparsity'])} (fitted at {', '.join(map(percent, facts['fitted_anchors']))})"],
         ["score, masks, selection", ", ".join(settings[key] for key in ("score", "masks", "select"))],
         ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
         ["budget", settings["budget"]],

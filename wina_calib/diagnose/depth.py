@@ -128,7 +128,7 @@ def extremes(
     settings = {f"{s:g}": thresholds_at(subject.model, s) for s in sparsities}
     found = watch(subject, settings, progress)
     sites = sparse_sites(subject.model)
-    highest = max(subject.opened.settings.anchors)
+    highest = subject.opened.settings.fitted_anchors[-1]
     rows = []
     for sparsity in sparsities:
         own, asked = found[f"{sparsity:g}"], settings[f"{sparsity:g}"]
