@@ -255,7 +255,7 @@ def test_products_of_one_layer(shape: Path) -> None:
         (["demo", "--prompt", "3000"], "the model takes 2048"),
         (["--random", "lama-3-8b"], "Nearest known: llama-3-8b"),
         (["--kernel-only"], "--random CONFIG"),
-        (["demo", "--kernel-only", "-s", "2"], "expected numbers"),
+        (["demo", "--kernel-only", "-s", "200%"], "expected numbers"),
     ],
 )
 def test_wrong_options_are_refused(args: list[str], message: str) -> None:

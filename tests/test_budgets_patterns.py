@@ -56,10 +56,18 @@ def test_values_absolute_and_relative():
     assert (base == 0.5).all()
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "", "0,5", "half", "0x1p-1", "1_0", "٠.٥", "+", "0.1.2"])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "1e999", "", "0,5", "half", "0x1p-1", "1_0", "٠.٥", "+", "0.1.2", "%", "5%%", "nan%"]
+)
 def test_values_that_are_no_numbers_are_refused(value):
     with pytest.raises(BudgetError, match="not a number"):
         Setting.parse("*", value)
+
+
+def test_values_in_percent():
+    texts = ("layers.0.*=30%", "layers.0.attn_in=+10%", "layers.0.mlp_in= -2.5 %")
+    found = apply_settings(np.full((6, 4), 0.5), [Setting.parse_option(text) for text in texts], CELLS)
+    assert found[0] == pytest.approx(np.array([0.4, 0.3, 0.275, 0.3]))
 
 
 def test_option_without_equals_is_refused():

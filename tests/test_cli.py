@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 import wina_calib
 from wina_calib.checkpoint import read_settings
 from wina_calib.cli import COMMANDS, main
-from wina_calib.commands.common import bar
+from wina_calib.commands.common import Counts, Share, bar
 from wina_calib.commands.demo import PROMPTS
 from wina_calib.evaluate import find_warnings
 from wina_calib.text import fixed, rise, table
@@ -210,6 +210,20 @@ def test_a_share_is_a_number_or_a_percentage(given: str, number: float | None) -
         assert as_json(found)["rows"][-1]["sparsity"] == number
 
 
+def test_a_bare_number_above_one_is_no_share(tmp_path: Path) -> None:
+    said = "3 is 300 %: write 3% or 0.03"
+    for args in (
+        ["budget", "nowhere", "--max-ppl-rise", "3"],
+        ["calibrate", "demo", "-o", str(tmp_path / "out"), "--sparsity", "3"],
+        ["calibrate", "demo", "-o", str(tmp_path / "out"), "--grid", "0.25,3"],
+        ["flops", "demo", "-s", "0.5,3"],
+    ):
+        found = run(*args)
+        assert found.exit_code == 2 and said in " ".join(found.stderr.split()), found.stderr
+    assert Share().convert("300%", None, None) == 3.0
+    assert Counts().convert("1,256", None, None) == (1, 256)
+
+
 def test_an_empty_prompt_without_a_first_token(calibrated: Path, tmp_path: Path) -> None:
     shutil.copytree(calibrated, tmp_path / "s")
     tokenizer = json.loads((tmp_path / "s" / "tokenizer.json").read_text())
@@ -270,7 +284,7 @@ def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["calibrate", "demo", "-o", "OUT", "--sparsity", "1.5"], 2, "sparsity is 1.5"),
+        (["calibrate", "demo", "-o", "OUT", "--sparsity", "150%"], 2, "sparsity is 1.5"),
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "150%"], 2, "sparsity is 1.5"),
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "x"], 2, "x"),
         (["calibrate", "demo"], 2, "--output"),

@@ -23,15 +23,16 @@ def shown(text: str) -> str:
 
 
 def parse_number(text: str) -> float:
-    """A finite decimal number.
+    """A finite decimal number, or a percentage: `0.45` or `45%`.
 
     Raises:
         BudgetError: anything else, infinities and NaN included.
     """
-    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    plain = text.removesuffix("%").rstrip()
+    value = float(plain) if _NUMBER.fullmatch(plain) else math.nan
     if not math.isfinite(value):
-        raise BudgetError(f"{shown(text)} is not a number: write a decimal like 0.45")
-    return value
+        raise BudgetError(f"{shown(text)} is not a number: write a decimal like 0.45, or 45%")
+    return value / 100 if text.endswith("%") else value
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Setting:
     Attributes:
         pattern: which cells, see `select`.
         value: the sparsity, or what is added to the present one.
-        relative: whether `value` is added. Written with a sign (`+0.1`, `-0.05`).
+        relative: whether `value` is added. Written with a sign (`+0.1`, `-5%`).
     """
 
     pattern: str

@@ -61,7 +61,7 @@ def tokens_option(default: int = 32_768) -> Callable[..., Any]:
 
 
 class Share(click.ParamType[float]):
-    """A share: `0.03` or `3%`."""
+    """A share: `0.03` or `3%`; more than a whole only with the `%`, as a bare 3 may mean either."""
 
     name = "share"
 
@@ -69,9 +69,14 @@ class Share(click.ParamType[float]):
         """`3%` -> 0.03."""
         text = str(value).strip()
         try:
-            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+            number = float(text.removesuffix("%"))
         except ValueError:
             self.fail(f"{value!r} is not a share such as 3% or 0.03", param, ctx)
+        if text.endswith("%"):
+            return number / 100
+        if number > 1:
+            self.fail(f"{text} is {number * 100:g} %: write {text}% or {number / 100:g}", param, ctx)
+        return number
 
 
 class Fractions(click.ParamType[tuple[float, ...]]):
@@ -84,6 +89,21 @@ class Fractions(click.ParamType[tuple[float, ...]]):
         if isinstance(value, tuple):
             return value
         return tuple(Share().convert(part, param, ctx) for part in str(value).split(",") if part.strip())
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """`1,16` -> (1, 16)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers such as 1,16,256", param, ctx)
 
 
 def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:

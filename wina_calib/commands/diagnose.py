@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from wina_calib.commands.common import (
+    Counts,
     Fractions,
     Share,
     device_option,
@@ -39,7 +40,7 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
     help="Inputs of every site that importance drops one by one.",
 )  # fmt: skip
 @click.option(
-    "--amounts", type=Fractions(), default=",".join(map(str, AMOUNTS)), show_default=True,
+    "--amounts", type=Counts(), default=",".join(map(str, AMOUNTS)), show_default=True,
     metavar="N,N,...", help="Numbers of blocks that texts fits on.",
 )  # fmt: skip
 @click.option("--fit-seq-len", type=int, metavar="N", help="Tokens of such a block; the calibration's by default.")
@@ -49,7 +50,7 @@ from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnos
 @dtype_option
 @trust_option
 @json_option
-def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: bool, **options: Any) -> None:
+def command(checkpoint: str, what: str, amounts: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Look behind the figures of a calibrated checkpoint.
 
     \b
@@ -64,8 +65,6 @@ def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: boo
       wina-calib diagnose demo-sparse
       wina-calib diagnose demo-sparse --what propagation -s 0.65 --json
     """
-    if not all(amount.is_integer() for amount in map(float, amounts)):
-        raise click.UsageError("--amounts are whole numbers of blocks, such as 1,16,256.")
     parts = [name.strip() for name in what.split(",") if name.strip()]
     bars: dict[str, Callable[[int, int], None]] = {}
     with ExitStack() as shown:
@@ -76,7 +75,5 @@ def command(checkpoint: str, what: str, amounts: tuple[float, ...], as_json: boo
                 bars[name] = shown.enter_context(steps(name))
             bars[name](done, total)
 
-        found = diagnose(
-            checkpoint, what=parts, amounts=tuple(int(amount) for amount in amounts), progress=progress, **options
-        )
+        found = diagnose(checkpoint, what=parts, amounts=amounts, progress=progress, **options)
     emit(found.to_dict(), found.text(), as_json=as_json)
