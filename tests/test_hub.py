@@ -15,6 +15,7 @@ from hub_server import Hub
 from hub_store import File, Repo
 
 import wina_calib
+from wina_calib.errors import HubError, UsageError
 
 SECRET, STRANGER = "hf_aSecretThatNobodyMaySee", "hf_aStranger"
 PUSH = "import sys; from wina_calib.cli import main; main(['push', *sys.argv[1:]])"
@@ -199,7 +200,7 @@ def test_a_private_repository_keeps_strangers_out(
         ("hf_madeUp", "me/refused", "refused the token"),
         (STRANGER, "me/refused", "refused the token"),
         ("", "me/refused", "refused the token, or there is none"),
-        (SECRET, "not a name", "no repository name"),
+        (SECRET, "me/not a name", "no repository name"),
     ],
 )
 def test_a_refused_push_says_why_in_one_line(
@@ -229,10 +230,33 @@ def test_a_damaged_checkpoint_is_not_uploaded(hub: Hub, folder: Path, client: sc
 
 def test_without_a_network_it_says_so(hub: Hub, folder: Path, client: script.Worker) -> None:
     with hub.away():
-        for command in ([PUSH, folder, "me/away"], [LOAD, "me/away", "{}"]):
+        for command, said in {
+            (
+                PUSH,
+                folder,
+                "me/away",
+            ): f"{hub.url} did not answer, and nothing was sent. Check the network and run the same",
+            (CLI, "list"): f"{hub.url} did not answer. Check the network and run the same command again.",
+            (CLI, "info", "me/away"): f"{hub.url} did not answer. Check the network and run the same command again.",
+            (
+                LOAD,
+                "me/away",
+                "{}",
+            ): f"not all of it is in the cache, and {hub.url} did not answer. Check the network, or",
+        }.items():
             done = client.run(*command)
             assert done.returncode == 1
-            assert "did not answer. Check the network" in done.stderr.splitlines()[-1]
+            assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_push_that_cannot_be_meant_or_done_here(folder: Path) -> None:
+    before = local_files(folder)
+    for repo in ("sparse", "/sparse", "sparse/"):
+        with pytest.raises(UsageError, match="expected USER/REPO, such as USER/sparse"):
+            wina_calib.push_to_hub(folder, repo)
+    assert local_files(folder) == before
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and nothing was sent. Unset it and run"):
+        wina_calib.push_to_hub(folder, "me/sparse")
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(

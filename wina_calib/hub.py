@@ -59,6 +59,7 @@ def push_to_hub(
         The repository's address, or the pull request's.
 
     Raises:
+        UsageError: `repo` lacks the user.
         CheckpointError: the folder is damaged; nothing was uploaded.
         HubError: the Hub refused, or cannot be reached. What was uploaded of large files is not sent again.
 
@@ -89,10 +90,15 @@ def push(
     token: str | bool | None = None,
 ) -> Pushed:
     """As `push_to_hub`; tells too whether anything changed."""
+    if not all(repo.partition("/")):
+        raise UsageError(
+            f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
+        )
     prepare(folder, repo)
     api = HfApi(token=token)
-    with readable_errors(repo, revision):
+    with readable_errors(repo, revision, kept=", and nothing was sent"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         for attempt in range(_ATTEMPTS):

@@ -39,7 +39,8 @@ def fetch(
         HubError: it cannot be had; the message says why.
     """
     patterns = [f"{subfolder}/{pattern}" for pattern in MODEL_FILES] if subfolder else list(MODEL_FILES)
-    with readable_errors(repo, revision):
+    asked = "was not asked (local_files_only)" if local_files_only else "did not answer"
+    with readable_errors(repo, revision, cached=f"not all of it is in the cache, and {constants.ENDPOINT} {asked}"):
         found = snapshot_download(
             repo, revision=revision, token=token, allow_patterns=patterns, local_files_only=local_files_only
         )
@@ -48,14 +49,21 @@ def fetch(
 
 
 @contextmanager
-def readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn huggingface_hub's errors into one line about `repo` with the remedy."""
+def readable_errors(repo: str, revision: str | None = None, *, cached: str = "", kept: str = "") -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line about `repo` with the remedy.
+
+    Args:
+        repo: what it is about.
+        revision: what was asked for.
+        cached: for what the cache could have given, what to say where nobody answers.
+        kept: how things stand where nobody answers, for what only a Hub can do.
+    """
     try:
         yield
     except Exception as error:
         if not _from_hub(error):
             raise
-        raise HubError(f"{repo}: {_reason(error, revision)}") from None
+        raise HubError(f"{repo}: {_reason(error, revision, cached, kept)}") from None
 
 
 def status_of(error: BaseException) -> int | None:
@@ -78,7 +86,7 @@ def _from_hub(error: BaseException) -> bool:
     return isinstance(error, hub) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
 
 
-def _reason(error: BaseException, revision: str | None) -> str:
+def _reason(error: BaseException, revision: str | None, cached: str, kept: str) -> str:
     cause = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), error)
     status = status_of(cause)
     if isinstance(cause, errors.GatedRepoError):
@@ -97,12 +105,14 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return "it was changed by another push meanwhile. Push again."
     if status is not None:
         return f"the Hub answered {status}. Try again later."
-    if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+    offline = constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled)
+    if cached and offline:
         return "HF_HUB_OFFLINE is set, and the cache does not have all that is needed. Unset it, or fetch it once while online."
-    return (
-        f"not all of it is in the cache, and {constants.ENDPOINT} was not asked or did not answer. "
-        "Check the network, or fetch it once while online."
-    )
+    if cached:
+        return f"{cached}. Check the network, or fetch it once while online."
+    if offline:
+        return f"HF_HUB_OFFLINE is set{kept}. Unset it and run the same command again."
+    return f"{constants.ENDPOINT} did not answer{kept}. Check the network and run the same command again."
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -180,7 +180,9 @@ def _root(
     try:
         return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
     except HubError as error:
-        raise HubError(f"{error} There is no folder of that name here either.") from None
+        if "/" in model:
+            raise HubError(f"{error} There is no folder of that name here either.") from None
+        raise HubError(f"there is no folder {model} here. As a Hub id, {error}") from None
 
 
 def open_source(
