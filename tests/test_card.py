@@ -13,6 +13,7 @@ import wina_calib
 from wina_calib import plots
 from wina_calib.card import hub_datasets, without_folders, write_card
 from wina_calib.checkpoint import HEAT_MAP, read_settings
+from wina_calib.commands.evaluate import render
 from wina_calib.errors import CheckpointError
 from wina_calib.evaluate import evaluate
 from wina_calib.export import export_dense
@@ -47,6 +48,7 @@ def test_every_fact_of_the_calibration_is_told(calibrated: Path) -> None:
     settings, card = read_settings(calibrated), (calibrated / "README.md").read_text()
     facts = settings.provenance
     assert "| transform | none, 0 run-time weights |" in card
+    assert "budget chosen later" not in card
     assert "| sparsity asked | 50.0 % |" in card
     assert f"| command | `{without_folders(facts['command'])}` |" in card
     assert f"| weights | sha256 `{settings.weights}` |" in card
@@ -174,7 +176,7 @@ def test_hostile_names_stay_text(folder: Path) -> None:
 
 def test_hostile_facts_are_no_markup(folder: Path) -> None:
     names = {"base_model": "x](javascript:y)<script>", "base_commit": "abc<script>"}
-    facts = dict.fromkeys(("blocks", "seq_len", "seed", "base_ppl_tokens"), "|<script>")
+    facts = dict.fromkeys(("blocks", "seq_len", "seed", "base_ppl_tokens", "rebudgeted"), "|<script>")
     provenance(folder, **names, **facts)
     write_card(folder)
     outside = re.sub("`[^`]*`", "", (folder / "README.md").read_text())
@@ -192,6 +194,7 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
     assert f"tokens of `{text.name}`" in card
     assert f"| perplexity sparse | {result.sparse_ppl:.3f} (" in card
     assert f"| sparsity achieved (asked 50.0 %) | {100 * result.model_sparsity:.1f} % |" in card
+    assert "perplexity of the base model" not in card  # it is of other text
     wina_file = folder / "wina.safetensors"
     data = bytearray(wina_file.read_bytes())
     data[-4:] = b"\0\0\0\0"
@@ -199,6 +202,17 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
     assert read_evaluation(folder) is None
     write_card(folder)
     assert "not measured yet" in (folder / "README.md").read_text()
+
+
+def test_the_base_models_perplexity_stands_beside_figures_of_the_same_tokens_only(folder: Path) -> None:
+    for tokens, same in ((1024, False), (16_384, True)):
+        result = evaluate(folder, tokens=tokens)
+        save_evaluation(folder, result)
+        write_card(folder)
+        assert result.base_ppl_comparable is same
+        assert ("original model's perplexity" in render(result)) is same
+        assert ("| perplexity of the base model |" in (folder / "README.md").read_text("utf-8")) is same
+    assert result.dense_ppl == pytest.approx(result.base_ppl, rel=1e-4)
 
 
 def test_a_damaged_evaluation_is_named(folder: Path) -> None:

@@ -160,6 +160,7 @@ def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
     assert find_warnings(settings, ("nowhere",), 0.6, 0.6, 1000) == ()
     card, fitted = (folder / "README.md").read_text("utf-8"), "25.0 %, 50.0 %, 65.0 %"
     assert f"| fitted at | {fitted} |" in card and "between 25.0 % and 65.0 %;" in card
+    assert "| budget chosen later | `wina-calib budget`: `global` for 80.0 %, thresholds `from stored tables` |" in card
     assert f"fitted at {fitted})" in CliRunner().invoke(main, ["inspect", str(folder)]).stdout
     assert f"80.0 %, fitted at {fitted}".replace(" %", "&nbsp;%") in page(open_checkpoint(folder), ())
     result = diagnose(folder, what=["extremes"], extreme=(0.65, 0.8), data="builtin:heldout", tokens=128)
@@ -167,6 +168,7 @@ def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
     done = CliRunner().invoke(main, ["budget", str(folder), "-s", "0.8", "--apply", str(folder), "--refit"])
     assert done.exit_code == 0 and said not in done.stderr
     assert open_checkpoint(folder).settings.fitted_anchors == (0.25, 0.5, 0.65, 0.8)
+    assert "for 80.0 %, thresholds `fitted anew` |" in (folder / "README.md").read_text("utf-8")
     assert CliRunner().invoke(main, ["budget", str(folder)]).stderr == ""
 
 

@@ -24,7 +24,7 @@ from wina_calib.model_config import has_own_code, is_reference
 from wina_calib.output import readable_errors
 from wina_calib.remote import fetch
 from wina_calib.results import read_evaluation
-from wina_calib.settings import Settings
+from wina_calib.settings import REBUDGETED, Settings
 from wina_calib.source import DEMO, demo_folder
 from wina_calib.text import percent, rise
 
@@ -254,7 +254,10 @@ def _figures(opened: Checkpoint) -> str:
             ("measured on", f"{measured['tokens']:,} tokens of {_data(measured['data'])}"),
         ]
     base_ppl = settings.provenance.get("base_ppl")
-    if isinstance(base_ppl, int | float):
+    comparable = (
+        measured is None or measured.get("base_ppl_comparable") is True
+    )  # else it seems to contradict the dense one
+    if isinstance(base_ppl, int | float) and comparable:
         data = _data(settings.provenance.get("base_ppl_data", ()))
         tokens = _count(settings.provenance.get("base_ppl_tokens"), ",")
         rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
@@ -278,8 +281,13 @@ def _making(settings: Settings, base: Base) -> str:
     facts = settings.provenance
     versions = facts.get("versions")
     shown = versions if isinstance(versions, dict) else {}
+    later = facts.get(REBUDGETED)
+    chosen = (
+        f"`wina-calib budget`: {code(settings.budget)} for {percent(settings.sparsity)}, thresholds {code(str(later))}"
+    )
     rows = [
         ("command", code(without_folders(str(facts.get("command", "unknown"))))),
+        *([("budget chosen later", chosen)] if later is not None else []),
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
         (

@@ -52,6 +52,7 @@ class Evaluation:
         dense_ppl: perplexity of the checkpoint at sparsity 0.
         sparse_ppl: perplexity at the sparsity.
         base_ppl: perplexity of the original model, stored by calibration, and on what it was measured.
+        base_ppl_comparable: whether that were the very tokens that `dense_ppl` is of.
         kl: mean KL divergence of the sparse from the dense prediction, nats a token.
         top1_agreement: share of tokens where both predict the same next token.
         read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
@@ -67,6 +68,7 @@ class Evaluation:
     sparse_ppl: float
     base_ppl: float
     base_ppl_data: str
+    base_ppl_comparable: bool
     kl: float
     top1_agreement: float
     read_fraction: float
@@ -178,6 +180,7 @@ def evaluate_model(
         sparse_ppl=found.ppl,
         base_ppl=float(provenance.get("base_ppl", float("nan"))),
         base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
+        base_ppl_comparable=provenance.get("base_ppl_fingerprint") == blocks.fingerprint,
         kl=found.kl,
         top1_agreement=found.top1_agreement,
         read_fraction=cells.read_fraction_at(found.model_sparsity),

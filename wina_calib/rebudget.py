@@ -35,7 +35,7 @@ from wina_calib.options import make_options
 from wina_calib.output import staged_files
 from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
-from wina_calib.settings import INTERPOLATED, Settings
+from wina_calib.settings import INTERPOLATED, REBUDGETED, Settings
 from wina_calib.shards import read_json
 from wina_calib.source import load_tokenizer, open_source, weights_folder
 from wina_calib.tables import threshold_between
@@ -267,7 +267,8 @@ def apply(
     kept = set(old.fitted_anchors)
     added = {choice.sparsity} if choice.sparsity > 0 else set()
     anchors = tuple(sorted(kept | added))
-    provenance = old.provenance | {INTERPOLATED: [] if refit else sorted(added - kept)}
+    how = "fitted anew" if refit else "from stored tables"
+    provenance = old.provenance | {INTERPOLATED: [] if refit else sorted(added - kept), REBUDGETED: how}
     settings = replace(old, sparsity=choice.sparsity, anchors=anchors, budget=choice.name, provenance=provenance)
     rows = choice.rows(anchors)
     if refit is None:

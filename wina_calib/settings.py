@@ -18,6 +18,7 @@ MASKS = ("shared", "per-projection")
 PREFILL = ("sparse", "dense")
 FIRST_TOKEN = ("dense", "sparse")
 INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
+REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def render(result: Evaluation) -> str:
         ["read fraction", "100.0 %", percent(result.read_fraction), "lm_head included"],
         ["read fraction, decoder", "100.0 %", percent(result.read_fraction_decoder), ""],
     ]
-    original = f"original model's perplexity: {result.base_ppl:.3f} ({result.base_ppl_data})"
+    original = f"; original model's perplexity: {result.base_ppl:.3f}" if result.base_ppl_comparable else ""
     return (
-        table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}; {original}"
+        table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}{original}"
     )
