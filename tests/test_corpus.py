@@ -281,7 +281,8 @@ class TestPacking:
         ):
             pack(tmp_path, **options)
         with pytest.raises(
-            UsageError, match="10 blocks of 100 tokens were asked for, 1,000 in all.*--samples or --seq-len"
+            UsageError,
+            match="10 blocks of 100 tokens were asked for, 1,000 in all; .* at this length, --samples 80 or more",
         ):
             pack(tmp_path, **options | {"samples": 10})
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
 import wina_calib
 from wina_calib.checkpoint import open_checkpoint
+from wina_calib.cli import main
 from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, UsageError
 from wina_calib.evaluate import evaluate
 from wina_calib.export import export_dense
 from wina_calib.hub import prepare
+from wina_calib.progress import Silent
 from wina_calib.source import load_tokenizer, open_source
 
 OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128}
@@ -23,8 +26,15 @@ IDS = torch.arange(4, 28).view(2, 12)
 
 @pytest.fixture(scope="module")
 def reference(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    told: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
     folder = tmp_path_factory.mktemp("reference") / "sparse"
-    wina_calib.calibrate(llama, folder, weights="reference", data=str(text), **OPTIONS)
+    wina_calib.calibrate(llama, folder, weights="reference", data=str(text), progress=Listening(), **OPTIONS)
+    assert [note for note in told if "cannot be pushed" in note] == told[:1]
     return folder
 
 
@@ -91,12 +101,21 @@ def test_other_weights_are_refused_before_use(reference: Path, llama: Path, tmp_
     wina_calib.load(reference, base=str(shutil.copytree(llama, tmp_path / "moved")))
 
 
+@pytest.mark.parametrize("sizes", [{"hidden_size": 32}, {"intermediate_size": 96}, {"num_hidden_layers": 2}])
+def test_another_model_is_not_the_base_model(reference: Path, tmp_path: Path, sizes: dict[str, int]) -> None:
+    tiny.save("llama", tmp_path / "other", **sizes)
+    with pytest.raises(CheckpointError, match=f"is not the base model that {reference} was made for"):
+        wina_calib.load(reference, base=str(tmp_path / "other"))
+
+
 def test_a_base_model_that_is_not_here_is_named(reference: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(reference, tmp_path / "broken"))
     raw = json.loads((broken / "wina_config.json").read_text())
     (broken / "wina_config.json").write_text(json.dumps(raw | {"base_model": "/nowhere/base"}))
-    with pytest.raises(ModelFolderError, match=r"takes its weights from /nowhere/base.*base="):
+    with pytest.raises(ModelFolderError, match=r"takes its weights from /nowhere/base.*base=.*--no-weights"):
         wina_calib.load(broken)
+    done = CliRunner().invoke(main, ["inspect", str(broken), "--no-weights"])
+    assert done.exit_code == 0, done.output
     (broken / "wina_config.json").write_text(json.dumps(raw | {"base_model": 3}))
     with pytest.raises(ModelFolderError, match="names no base model"):
         wina_calib.load(broken)

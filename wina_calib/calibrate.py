@@ -67,6 +67,11 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
             job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, progress, ranks))
             if ranks.is_first:
                 job.report.planned(job.estimate(base))
+                if chosen.weights == "reference" and job.source.commit is None:
+                    job.report.note(
+                        "the base model is a local folder: this checkpoint needs it where it is, and cannot be pushed. "
+                        "Calibrate by a Hub id, or without --weights reference, to push it"
+                    )
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
             with advice(job.micro_batch, job.blocks.ids.shape), torch.inference_mode(False), torch.enable_grad():
                 return Result(Path(output), _run(job, base, Path(output)))

@@ -150,9 +150,15 @@ class Checkpoint:
             names = model_names(shards, self.architecture)
         found = shards.fingerprint(names)
         if found != self.settings.weights and not self._is_cast_of_the_weights(shards):
+            differ = (
+                f"the weights are not those that the calibration was made for (fingerprint {found[:12]}, expected "
+                f"{self.settings.weights[:12]})"
+            )
+            if folder == self.folder:
+                raise CheckpointError(f"{folder}: {differ}. Calibrate these weights again.")
             raise CheckpointError(
-                f"{folder}: the weights are not those that the calibration was made for (fingerprint {found[:12]}, "
-                f"expected {self.settings.weights[:12]}). Calibrate these weights again."
+                f"{folder} is not the base model that {self.folder} was made for: {differ}. Give that model, or calibrate "
+                "this one."
             )
 
     def _is_cast_of_the_weights(self, shards: Shards) -> bool:
@@ -162,7 +168,10 @@ class Checkpoint:
         for layer, site in self.architecture.sites:
             stored = self.site(layer, site)
             for group in self.settings.rule.groups(site):
-                weights = [shards.load(f"{layer.prefix}{p.module}.weight") for p in group.projections]
+                names = [f"{layer.prefix}{p.module}.weight" for p in group.projections]
+                if any(name not in shards or shards[name].shape[1:] != (site.width,) for name in names):
+                    return False
+                weights = [shards.load(name) for name in names]
                 exact = norms_match(stored.norms[group.name], weights, self.settings.exponent, tolerance=1e-6)
                 if exact or not norms_match(stored.norms[group.name], weights, self.settings.exponent):
                     return False

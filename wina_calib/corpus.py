@@ -280,7 +280,7 @@ def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: 
     if samples * seq_len < min_tokens:
         raise UsageError(
             f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least "
-            f"{min_tokens:,} are needed. Ask for more with --samples or --seq-len."
+            f"{min_tokens:,} are needed: at this length, --samples {-(-min_tokens // seq_len):,} or more."
         )
 
 

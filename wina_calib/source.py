@@ -240,8 +240,8 @@ def weights_folder(
         raise ModelFolderError(f"{folder / REFERENCE_FILE} names no base model. Download or calibrate it again.")
     if base is None and commit is None and not Path(name).is_dir():
         raise ModelFolderError(
-            f"{folder} takes its weights from {name}, which is not here. Say where they are: "
-            'wina_calib.load(..., base="FOLDER").'
+            f"{folder} takes its weights from {name}, which is not here. Move that folder back or put a link to it there; in "
+            'Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect --no-weights` works without it.'
         )
     return resolve(base or name, revision=None if base else commit, token=token, local_files_only=local_files_only)[0]
 

@@ -44,7 +44,9 @@ from wina_calib.text import table
     "--data", multiple=True, default=DEFAULT_DATA, show_default=True, metavar="SPEC", help="Calibration text."
 )
 @heldout_option("--heldout")
-@click.option("--samples", default=128, show_default=True, metavar="N", help="Calibration blocks.")
+@click.option(
+    "--samples", default=128, show_default=True, metavar="N", help="Calibration blocks; at least 8,000 tokens in all."
+)
 @click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Tokens a block.")
 @tokens_option()
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of every random choice.")
