@@ -254,9 +254,8 @@ def _figures(opened: Checkpoint) -> str:
             ("measured on", f"{measured['tokens']:,} tokens of {_data(measured['data'])}"),
         ]
     base_ppl = settings.provenance.get("base_ppl")
-    comparable = (
-        measured is None or measured.get("base_ppl_comparable") is True
-    )  # else it seems to contradict the dense one
+    # Beside figures of other tokens it would look as if the checkpoint were another dense model.
+    comparable = measured is None or measured.get("base_ppl_comparable") is True
     if isinstance(base_ppl, int | float) and comparable:
         data = _data(settings.provenance.get("base_ppl_data", ()))
         tokens = _count(settings.provenance.get("base_ppl_tokens"), ",")
@@ -282,12 +281,10 @@ def _making(settings: Settings, base: Base) -> str:
     versions = facts.get("versions")
     shown = versions if isinstance(versions, dict) else {}
     later = facts.get(REBUDGETED)
-    chosen = (
-        f"`wina-calib budget`: {code(settings.budget)} for {percent(settings.sparsity)}, thresholds {code(str(later))}"
-    )
+    chosen = f"{code(settings.budget)} for {percent(settings.sparsity)}, thresholds {code(str(later))}"
     rows = [
         ("command", code(without_folders(str(facts.get("command", "unknown"))))),
-        *([("budget chosen later", chosen)] if later is not None else []),
+        *([("budget chosen later", f"`wina-calib budget`: {chosen}")] if later is not None else []),
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
         (
