@@ -93,11 +93,11 @@ def run(name: str, command: str, *, fresh: bool = False) -> dict[str, Any]:
         if found["command"] == command:
             return found
     click.echo(f"{name}: wina-calib {command}", err=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     result = prune(name, invoke(command))
     seconds = max(time.monotonic() - start, _cell_seconds(result))
     found = {"command": command, "seconds": round(seconds), "result": rounded(result)}
-    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found), "utf-8")
     return found
 
