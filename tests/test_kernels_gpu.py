@@ -194,6 +194,8 @@ def test_the_mask_of_many_rows_is_the_references(dtype, width):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "groups", "size", "length"), [(8, 2, 64, 37), (6, 6, 32, 130), (40, 2, 128, 300)])
 def test_attention_of_one_token(dtype, heads, groups, size, length):
+    if INTERPRET and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies matrices of bfloat16 as if their bits were whole numbers")
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, h, n, size, generator=generator).to(dtype).to(DEVICE)

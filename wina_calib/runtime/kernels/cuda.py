@@ -76,17 +76,16 @@ def _start(kernel: Any, grid: tuple[int, int, int], given: Given, **constants: A
             kinds.append(argument.dtype)
         else:
             kinds.append(argument)
-    aligned = address % ALIGNMENT == 0 and _starts_directly()
+    if address % ALIGNMENT or not _starts_directly():
+        return kernel[grid](*given, **constants), ()
     key = (id(kernel), torch.cuda.current_device(), *kinds, *constants.values())
-    ready = _ready.get(key) if aligned else None
+    ready = _ready.get(key)
     if ready is not None:
         _repeat(ready, grid, given)
         return ready
     compiled = kernel[grid](*given, **constants)
-    ready = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) :]) if aligned else ()
-    if aligned:
-        _ready[key] = ready
-    return ready
+    _ready[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) :])
+    return _ready[key]
 
 
 def _repeat(ready: tuple[Any, tuple[object, ...]], grid: tuple[int, int, int], given: Given) -> None:
