@@ -32,6 +32,8 @@ DEMO = "demo"
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _TIED_ROWS = 8192
 _CHECKED = 1 << 20  # numbers looked at together
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_OWN_PAGES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,15 @@ class Source:
 
 
 def _return_freed_memory() -> None:
-    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next."""
+    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next.
+
+    Large tensors get pages of their own from here on. Without that glibc puts all below 32 MB side by side once some were
+    freed, and a small one at the end keeps what lies before it.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        libc.malloc_trim(0)
 
 
 def load_tokenizer(folder: Path) -> Any:

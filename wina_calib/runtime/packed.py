@@ -175,7 +175,7 @@ class Packed:
         return torch.where(dropped, self.zero, x)
 
     def _mask_vectorised(self, x: Tensor) -> Tensor:
-        """`mask` by operators that torch has vector code for on a CPU, a fifth of the time; the last keeps a NaN."""
+        """`mask` by operators that torch has vector code for on a CPU; the last keeps a NaN."""
         score = (x * self.norm).abs_()
         dense = rows_for(self.state.dense_rows, x)
         if dense is not None:
