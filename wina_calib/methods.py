@@ -6,6 +6,7 @@ compared is what they drop, not how well they meet the asked sparsity.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -116,7 +117,11 @@ def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
         plain = name.removeprefix("-")
         chosen = GROUPS.get(plain) or ((METHODS[plain],) if plain in METHODS else ())
         if not chosen:
-            raise UsageError(f"method {plain!r} is unknown; known: {', '.join((*METHODS, *GROUPS))}.")
+            near = difflib.get_close_matches(plain, (*METHODS, *GROUPS), n=1)
+            raise UsageError(
+                f"method {plain!r} is unknown.{f' Did you mean {near[0]!r}?' if near else ''} "
+                "`wina-calib compare --list` tells all and their groups."
+            )
         if name == plain:
             found |= {method.name: method for method in chosen}
         else:

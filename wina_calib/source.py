@@ -33,7 +33,7 @@ _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _TIED_ROWS = 8192
 _CHECKED = 1 << 20  # numbers looked at together
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_OWN_PAGES = 16 << 20
+_OWN_PAGES = 4 << 20
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def command(
     """Put methods side by side: MODEL calibrated with each, measured on the same text at the same sparsities.
 
     `papers` are WINA, TEAL, CATS and others; `ablation` changes one part of the defaults at a time. Every finished figure is
-    kept in the folder: run the same command again to go on after a stop, or with more methods or sparsities to add to it.
-    With other text, tokens, seed, dtype or versions figures are computed anew, and the old ones left aside.
+    kept in the folder: run the same command again to go on after a stop, or name more methods or sparsities beside the ones
+    before. The table has what is named. With other text, tokens, seed, dtype or versions figures are computed anew, and the
+    old ones left aside.
 
     \b
     Examples:
@@ -76,10 +77,10 @@ def command(
       wina-calib compare demo -o demo-compare --methods ablation
     """
     if as_list:
-        rows = [[m.name, m.group, m.about] for m in METHODS.values()]
+        rows = [[m.name, m.group if m.group in GROUPS else f"ablation: {m.group}", m.about] for m in METHODS.values()]
         listed = {name: [m.name for m in members] for name, members in GROUPS.items()}
         about = {m.name: m.about for m in METHODS.values()}
-        emit({"methods": about, "groups": listed}, table(["method", "part of", "what it is"], rows), as_json=as_json)
+        emit({"methods": about, "groups": listed}, table(["method", "group", "what it is"], rows), as_json=as_json)
         return
     if model is None or output is None:
         raise click.UsageError("give MODEL and -o DIR, or --list.")
