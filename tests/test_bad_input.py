@@ -50,7 +50,7 @@ def refused(tmp_path: Path, text: Path) -> Callable[..., None]:
     return run
 
 
-@pytest.mark.parametrize("sparsity", ["-0.1", "1.0", "1.5", "nan"])
+@pytest.mark.parametrize("sparsity", ["-0.1", "1.0", "150%", "nan"])
 def test_sparsity_out_of_range(sparsity: str, refused: Callable[..., None]) -> None:
     refused("sparsity is", "--sparsity", sparsity, code=2, model="demo")
 
