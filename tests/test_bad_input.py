@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import wina_calib
 from wina_calib.cli import main
@@ -100,16 +101,7 @@ def test_a_quantized_model(model: Path, refused: Callable[..., None]) -> None:
 
 
 def test_other_kinds_of_models_are_refused_with_what_is_supported(tmp_path: Path, refused: Callable[..., None]) -> None:
-    experts = MixtralConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        vocab_size=320,
-        num_local_experts=2,
-    )
-    AutoModelForCausalLM.from_config(experts).save_pretrained(tmp_path / "experts")
+    AutoModelForCausalLM.from_config(tiny.EXPERTS).save_pretrained(tmp_path / "experts")
     t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=320)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     refused("model.layers.0.mlp (MixtralSparseMoeBlock) has no down_proj", model=tmp_path / "experts")

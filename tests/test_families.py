@@ -6,7 +6,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    MixtralConfig,
     Qwen3MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -55,15 +54,7 @@ def test_fused_projections_are_one_mask_group() -> None:
     ("config", "named"),
     [
         (
-            MixtralConfig(
-                hidden_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                intermediate_size=32,
-                vocab_size=64,
-                num_local_experts=2,
-            ),
+            tiny.EXPERTS,
             "model.layers.0",
         ),
         (

@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
@@ -32,6 +33,15 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
+EXPERTS = MixtralConfig(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    vocab_size=320,
+    num_local_experts=2,
+)
 _CONFIGS = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),

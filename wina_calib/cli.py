@@ -47,7 +47,8 @@ class _Lazy(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"wina_calib.commands.{cmd_name.replace('-', '_')}")
-        return module.command  # type: ignore[no-any-return]
+        command: click.Command = module.command
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

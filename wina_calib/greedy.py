@@ -279,7 +279,8 @@ class _Search:
         (group,) = self.masked.groups[site]
         projection = self.masked.module.get_submodule(group.projections[0].module)
         with self.masked.on_tail():
-            return projection.forward(self.masked.mask(group, x))  # type: ignore[no-any-return]
+            y: Tensor = projection.forward(self.masked.mask(group, x))
+            return y
 
     @property
     def _tail_length(self) -> int:

@@ -115,12 +115,13 @@ class MaskedLayer:
 
     def weight(self, projection: Projection) -> Tensor:
         """Weight of one projection, (out, in)."""
-        return self.module.get_submodule(projection.module).weight  # type: ignore[return-value]
+        return self.module.get_parameter(f"{projection.module}.weight")
 
     def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The layer's output (batch, seq, hidden) with the masks of the cuts set so far."""
         try:
-            return self.module(hidden, **kwargs)  # type: ignore[no-any-return]
+            output: Tensor = self.module(hidden, **kwargs)
+            return output
         finally:
             self._last.clear()
 

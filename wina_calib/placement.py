@@ -29,7 +29,8 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """`auto` is the stored dtype on an accelerator and float32 on a CPU, where 16-bit products are mostly slow."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     return torch.float32 if device.type == "cpu" else stored
 
 

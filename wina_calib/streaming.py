@@ -274,7 +274,8 @@ class LayerStream:
         module._parameters["weight"] = _frozen(rows.to(self.device, self.dtype))
         module.padding_idx = None
         try:
-            return module(inverse.to(self.device))  # type: ignore[no-any-return]
+            embedded: Tensor = module(inverse.to(self.device))
+            return embedded
         finally:
             module._parameters["weight"], module.padding_idx = saved, padding
 
@@ -324,7 +325,8 @@ class Head:
         before = self._base.__dict__.get("forward")
         self._base.forward = lambda *args, **kwargs: _Decoded(last_hidden_state=states)
         try:
-            return self._model(inputs_embeds=states, use_cache=False).logits  # type: ignore[no-any-return]
+            logits: Tensor = self._model(inputs_embeds=states, use_cache=False).logits
+            return logits
         finally:
             del self._base.forward
             if before is not None:
