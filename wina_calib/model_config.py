@@ -96,23 +96,21 @@ def describe_config(config: PreTrainedConfig) -> Architecture:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules with everything, buffers too, on the meta device: whatever the config says, no memory."""
     with torch.device("meta"):
-        return _build(config, torch.float32, {})
+        return _build(config, torch.float32)
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its weights on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return _build(config, dtype, {"attn_implementation": attention} if attention else {})
+        return _build(config, dtype)
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     refuse_encoder_decoder(config)
     try:
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=code_is_trusted(), **extra
-        ).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
     except Exception as error:
         raise UnsupportedModel(
             f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {first_line(error)} "

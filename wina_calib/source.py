@@ -22,7 +22,6 @@ from wina_calib.model_config import (
     first_line,
     is_reference,
     load_config,
-    meta_model,
     skeleton,
 )
 from wina_calib.remote import fetch
@@ -52,10 +51,6 @@ class Source:
         """The dtype of the decoder's weights on disk."""
         layer = self.architecture.layers[0]
         return self.shards[f"{layer.prefix}{layer.sites[0].projections[0].module}.weight"].dtype
-
-    def meta_model(self, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
-        """Build the model with weights on the meta device and real buffers."""
-        return meta_model(self.config, dtype, attention)
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a decoder layer's tensors on disk, in file order."""

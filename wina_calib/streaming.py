@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from wina_calib.errors import ModelFolderError
 from wina_calib.families import Architecture
+from wina_calib.model_config import meta_model
 from wina_calib.ranks import ALONE, Ranks
 from wina_calib.source import Source, load_into
 
@@ -156,7 +157,7 @@ class LayerStream:
         self.tokens = ids.numel()
         self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
         self.mine = ranks.share(len(self.batches))
-        self.model: PreTrainedModel = source.meta_model(dtype)
+        self.model: PreTrainedModel = meta_model(source.config, dtype)
         self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)
         base_path = source.architecture.layers_path.rpartition(".")[0]
         self._base = self.model.get_submodule(base_path) if base_path else self.model

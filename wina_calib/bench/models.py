@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -16,7 +15,7 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.families import Architecture, describe
 from wina_calib.flops import find_config
-from wina_calib.model_config import code_is_trusted, load_config
+from wina_calib.model_config import code_is_trusted, load_config, meta_model
 from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
 from wina_calib.runtime.quantizer import insert_sites
@@ -99,7 +98,7 @@ def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: in
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """A stock model with normal weights, norm gains 1 and biases 0."""
-    model = empty_model(config, dtype)
+    model = meta_model(config, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     std = float(getattr(config, "initializer_range", INITIAL_STD) or INITIAL_STD)
     made: dict[int, nn.Parameter] = {}
@@ -127,7 +126,7 @@ def stock_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = model.get_input_embeddings().weight.dtype
-    twin = empty_model(copy.deepcopy(config), dtype)
+    twin = meta_model(copy.deepcopy(config), dtype)
     own = {layer.prefix + p.module + ".weight" for layer, site in describe(twin).sites for p in site.projections}
     state = {
         name: tensor.clone(memory_format=torch.contiguous_format) if name in own else tensor
@@ -207,9 +206,3 @@ def own_bytes(model: nn.Module, extra: tuple[Any, ...] = ()) -> int:
     """Bytes of a model's weights and buffers, and of `extra` tensors; shared memory counts once."""
     tensors = [*model.parameters(), *model.buffers(), *extra]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A stock model with weights on the meta device and real buffers."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
