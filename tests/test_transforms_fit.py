@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import TransformError
 from wina_calib.families import describe
+from wina_calib.ranks import Ranks
 from wina_calib.source import demo_folder
 from wina_calib.transforms import Statistics, fit, needed_sites
 from wina_calib.transforms.eigen import eigenvectors
@@ -178,6 +179,18 @@ def test_too_few_tokens_are_refused(llama):
         fit("head", arch, loader(llama, arch))
 
 
+class Beside(Ranks):
+    """One of two processes: what it adds is added to what the other has, in the same order."""
+
+    def __init__(self, other: dict[str, torch.Tensor]) -> None:
+        super().__init__(rank=1, size=2)
+        sites = sorted({name.rpartition(".")[0] for name in other})
+        self.__dict__["others"] = iter(other[f"{site}.{kind}"] for site in sites for kind in ("sample", "filled"))
+
+    def add(self, counts: torch.Tensor) -> None:
+        counts += next(self.others).view(torch.uint8)
+
+
 def test_the_sample_does_not_depend_on_cuts_or_ranks(llama):
     arch = describe(llama)
     whole = collect(llama, arch, per_site=200)
@@ -186,7 +199,8 @@ def test_the_sample_does_not_depend_on_cuts_or_ranks(llama):
     ranks = [Statistics(arch, "global+head", tokens=TOKENS, per_site=200) for _ in range(2)]
     feed(llama, arch, ranks[0], ids[:6], (4, 2))
     feed(llama, arch, ranks[1], ids[6:], (5, 5), first_block=6)
-    ranks[1].merge(ranks[0])
+    for layer in range(3):
+        ranks[1].reduce(layer, Beside(ranks[0].state_dict(layer)))
     for layer in range(3):
         for site in ("attn_in", "mlp_in", "attn_out"):
             assert torch.equal(cut.sample(layer, site), whole.sample(layer, site))
@@ -194,8 +208,6 @@ def test_the_sample_does_not_depend_on_cuts_or_ranks(llama):
     assert not torch.equal(whole.rows(0, "attn_in"), whole.rows(0, "mlp_in"))
     with pytest.raises(TransformError, match=r"layer 0 attn_in hold \d+ of 200 planned rows"):
         ranks[0].sample(0, "attn_in")
-    with pytest.raises(TransformError, match="different passes"):
-        whole.merge(Statistics(arch, "global+head", tokens=TOKENS, per_site=200, seed=1))
 
 
 def test_statistics_are_saved_and_loaded(llama):

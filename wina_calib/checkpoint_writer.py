@@ -41,7 +41,6 @@ def write_weights(
     folder: Path,
     *,
     device: torch.device,
-    max_shard: int = SHARD_BYTES,
     phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> bool:
@@ -56,7 +55,6 @@ def write_weights(
         rotations: its matrices.
         folder: an empty folder, or one with as much as `phase` says.
         device: where the weights are transformed.
-        max_shard: bytes a file.
         phase: where it is saved which tensors are written.
         progress: called for every layer.
 
@@ -82,7 +80,7 @@ def write_weights(
         specs[norm_name] = (specs[norm_name][0], tuple(norm.shape))
     if untied:
         specs[head] = specs[f"{arch.embed}.weight"]
-    shards = plan_shards(_by_layer(specs, arch), max_shard)
+    shards = plan_shards(_by_layer(specs, arch), SHARD_BYTES)
     files = {name: _shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
     names = [_shard_file(i, len(shards)) for i in range(len(shards))]
     if (phase.step or phase.finished) and not all((folder / name).exists() for name in names):

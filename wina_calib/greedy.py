@@ -102,8 +102,6 @@ def greedy(
     rule: MaskRule,
     anchors: Sequence[float],
     *,
-    step: float = STEP,
-    last_fraction: float = LAST_FRACTION,
     lazy: bool = True,
     phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
@@ -114,8 +112,6 @@ def greedy(
         stream: the dense model, transformed already, and the tokens to use.
         rule: how masks are made.
         anchors: ascending model sparsities, which here are those of every layer.
-        step: rise of a site's sparsity where it is as large as a square matrix of the hidden size.
-        last_fraction: share of each block that the error is measured on.
         lazy: try a candidate again only when it may be the best; without it every step tries all.
         phase: where every layer's outputs and sparsities are saved.
         progress: called for every layer.
@@ -132,7 +128,7 @@ def greedy(
         following = stream.store()
         masked = _TailLayer(layer, module, rule, stream.rotations(index))
         with masked:
-            search = _Search(stream, masked, hidden, step, last_fraction, cost)
+            search = _Search(stream, masked, hidden, cost)
             search.dense_pass(following)
             path = search.path(anchors[-1], lazy=lazy)
             search.clear()
@@ -157,8 +153,6 @@ class _Search:
     stream: LayerStream
     masked: _TailLayer
     hidden: HiddenStates
-    step: float
-    last_fraction: float
     cost: Cost
     tables: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, HiddenStates] = field(default_factory=dict)
@@ -198,7 +192,7 @@ class _Search:
         """Sparsity of the layer and of its sites, (steps + 1, 1 + sites), from 0 until `sparsity` is reached."""
         sites = self.layer.sites
         sizes = np.array([site.weights for site in sites], dtype=np.float64)
-        steps = self.step * self.stream.source.architecture.hidden_size**2 / sizes
+        steps = STEP * self.stream.source.architecture.hidden_size**2 / sizes
         current = np.zeros(len(sites))
         path = [np.zeros(1 + len(sites))]
         rises: dict[int, float] = {}
@@ -285,7 +279,7 @@ class _Search:
     @property
     def _tail_length(self) -> int:
         seq = self.stream.batches[0].shape[1]
-        return seq - max(1, int(seq * (1 - self.last_fraction)))
+        return seq - max(1, int(seq * (1 - LAST_FRACTION)))
 
     def _tail(self, x: Tensor) -> Tensor:
         return x[:, -self._tail_length :]

@@ -37,7 +37,6 @@ TOKENS = 4096
 _SEQ_LEN = 512
 _ROUNDING = 1e-5
 _NOTHING = 1e-12
-_CALIBRATED = "calibrated"
 
 Cuts = Callable[[Layer], Mapping[str, Cut]]
 Progress = Callable[[int, int], None]

@@ -85,10 +85,6 @@ class Ranks:
                 dist.broadcast(value, owner)
         return value
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.gather([None])
-
     def agree(self, work: Callable[[], T]) -> T:
         """Do something in every process; where it fails in one, it fails in all.
 

@@ -1,8 +1,8 @@
 """A mergeable histogram of scores with fixed relative resolution.
 
 Bins are the leading bits of a float32: sign 0, 8 exponent bits, 8 mantissa bits. A bin's edges differ by at most 1/256, so a
-quantile is off by less than 0.4 % of its value, whatever the number of tokens. Counts are integers: merging is exact and does
-not depend on order.
+quantile is off by less than 0.4 % of its value, whatever the number of tokens. Counts are integers: adding those of two
+histograms is exact and does not depend on order.
 """
 
 from __future__ import annotations
@@ -21,18 +21,14 @@ RELATIVE_ERROR = 2.0 ** (_SHIFT - 23)
 class ScoreHistogram:
     """Counts of non-negative float32 scores in 65,280 bins of relative width at most 1/256 (512 KiB)."""
 
-    def __init__(self, device: torch.device | str = "cpu", counts: Tensor | None = None) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device) if counts is None else counts
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
     def update(self, scores: Tensor) -> None:
         """Add scores (any shape, float32, not negative)."""
         bits = scores.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
         index = bits >> _SHIFT
         self.counts += windowed_counts(index) if index.is_cuda else torch.bincount(index, minlength=BINS)
-
-    def merge(self, other: ScoreHistogram) -> None:
-        """Add the counts of another histogram."""
-        self.counts += other.counts.to(self.counts.device)
 
     @property
     def total(self) -> int:
@@ -62,17 +58,6 @@ class ScoreHistogram:
         inside = (target - (cumulative[index] - counts[index])) / counts[index].clamp(min=1)
         low, high = _edge(index), _edge(index + 1)
         return low + (high - low) * inside.clamp(0.0, 1.0)
-
-    def share_at_most(self, threshold: float) -> float:
-        """Share of scores that are at most `threshold`, within the share of one bin."""
-        if threshold < 0 or not self.total:
-            return 0.0
-        counts = self.counts[:_FINITE_BINS].cpu().double()
-        value = torch.tensor([threshold], dtype=torch.float32)
-        index = int(value.view(torch.int32)) >> _SHIFT
-        low, high = float(_edge(torch.tensor(index))), float(_edge(torch.tensor(index + 1)))
-        inside = (threshold - low) / (high - low)
-        return float((counts[:index].sum() + inside * counts[index]) / counts.sum())
 
 
 def windowed_counts(index: Tensor) -> Tensor:

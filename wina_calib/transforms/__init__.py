@@ -1,10 +1,10 @@
 """Orthogonal transforms that make dropped inputs cheaper, exact in real arithmetic.
 
 `plan` resolves a name for a model, `Statistics` samples activations in the dense pass, `fit` finds the matrices, and
-`apply_layer` and `apply_ends` fold them into weights.
+`apply_layer`, `embedding_rows` and `head_rows` fold them into weights.
 """
 
-from wina_calib.transforms.apply import apply_ends, apply_layer, embedding_rows, fold_final_norm, head_rows
+from wina_calib.transforms.apply import apply_layer, embedding_rows, fold_final_norm, head_rows
 from wina_calib.transforms.fit import fit
 from wina_calib.transforms.plan import (
     INPUT_SITES,
@@ -14,7 +14,6 @@ from wina_calib.transforms.plan import (
     plan,
     reason_not_exact,
     run_time_weights,
-    unties,
     uses_norm,
 )
 from wina_calib.transforms.statistics import Statistics, needed_sites
@@ -25,7 +24,6 @@ __all__ = [
     "Plan",
     "Rotations",
     "Statistics",
-    "apply_ends",
     "apply_layer",
     "embedding_rows",
     "fit",
@@ -35,6 +33,5 @@ __all__ = [
     "plan",
     "reason_not_exact",
     "run_time_weights",
-    "unties",
     "uses_norm",
 ]

@@ -45,35 +45,6 @@ def apply_layer(
     return out
 
 
-def apply_ends(
-    arch: Architecture, weights: Mapping[str, Tensor], rotations: Rotations, *, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """Transform embedding, final norm and lm_head.
-
-    Args:
-        arch: the model's description.
-        weights: `{arch.embed}.weight`, `{arch.final_norm.module}.weight` and, unless tied, `{arch.lm_head}.weight`
-            (and ".bias").
-        rotations: the fitted matrices.
-        device: where to compute.
-
-    Returns:
-        The same tensors transformed. A tied model gets its own `{arch.lm_head}.weight` where it cannot stay tied
-        (`unties`).
-    """
-    out = dict(weights)
-    if rotations.residual is None:
-        return out
-    embed, norm, head = f"{arch.embed}.weight", f"{arch.final_norm.module}.weight", f"{arch.lm_head}.weight"
-    gain, out[norm] = fold_final_norm(arch, weights[norm])
-    out[embed] = embedding_rows(weights[embed], rotations, device=device)
-    if head in weights:
-        out[head] = head_rows(weights[head], gain, rotations, device=device)
-    elif gain is not None:
-        out[head] = head_rows(weights[embed], gain, rotations, device=device)
-    return out
-
-
 def fold_final_norm(arch: Architecture, weight: Tensor) -> tuple[Tensor | None, Tensor]:
     """Split the final norm's stored weight (d,) into the gain for `head_rows` and the weight to store.
 

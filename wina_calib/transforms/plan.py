@@ -101,20 +101,6 @@ def reason_not_exact(name: str, arch: Architecture) -> str | None:
     return None
 
 
-def unties(name: str, arch: Architecture, final_norm: Tensor) -> bool:
-    """Whether the transform makes embedding and lm_head differ in a model that ties them.
-
-    A residual rotation turns both alike, but folds the final norm's gain into lm_head alone. A gain that is the same
-    for all channels commutes with the rotation and needs no fold: such a model stays tied.
-
-    Args:
-        name: the transform.
-        arch: the model.
-        final_norm: (d,) the final norm's stored weight.
-    """
-    return arch.tied and plan(name, arch).residual and not is_uniform(final_norm)
-
-
 def uses_norm(name: str, group: MaskGroup) -> bool:
     """Whether a mask group's score multiplies `abs(x)` by the column norm (True) or is the magnitude alone (False).
 

@@ -94,23 +94,6 @@ class Statistics:
         self._samples[key][low:high] = x.detach()[here].to("cpu", torch.bfloat16)
         self._filled[key][low:high] = True
 
-    def merge(self, other: Statistics) -> None:
-        """Add the rows that another rank has seen of the same pass."""
-        if (self.tokens, self.seed, self.per_site, self._sites) != (
-            other.tokens,
-            other.seed,
-            other.per_site,
-            other._sites,
-        ):
-            raise TransformError("statistics of different passes cannot be merged: tokens, seed or sites differ.")
-        for key, sample in other._samples.items():
-            filled = other._filled[key]
-            if key not in self._samples:
-                self._samples[key], self._filled[key] = sample.clone(), filled.clone()
-                continue
-            self._samples[key][filled] = sample[filled]
-            self._filled[key] |= filled
-
     def reduce(self, layer: int, ranks: Ranks) -> None:
         """Give every rank the rows of a layer that any of them has seen."""
         for key in sorted(self._keys):

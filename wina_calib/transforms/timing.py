@@ -13,27 +13,26 @@ from wina_calib.transforms.learn import Problem, learn
 from wina_calib.transforms.residual import SITES_PER_STEP, rank_for
 
 
-def seconds(width: int, device: torch.device | str, *, steps: int = 3, svd: bool = True) -> dict[str, float]:
+def seconds(width: int, device: torch.device | str, *, steps: int = 3) -> dict[str, float]:
     """Time the parts of a fit.
 
     Args:
         width: of the residual stream. Weights are (width, width) and (3.5 width, width), as in Llama 3.
         device: where to compute.
         steps: descent steps to average over.
-        svd: also time the SVD of the square weight, which the fit avoids.
 
     Returns:
-        Seconds: "gram" of both weights, "eigh" of it, "svd" (if asked), "step" of the residual descent, checks included.
-        `paper` and `stacked` pay gram and eigh for every site, `global` one eigh and its steps for the whole model.
+        Seconds: "gram" of both weights, "eigh" of it, "svd" of the square weight, which the fit avoids, "step" of the
+        residual descent, checks included. `paper` and `stacked` pay gram and eigh for every site, `global` one eigh and its
+        steps for the whole model.
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, width, generator=generator) for rows in (width, width * 7 // 2)]
     out: dict[str, float] = {}
     matrix = _timed(out, "gram", device, lambda: gram(weights, None, device))
     vectors = _timed(out, "eigh", device, lambda: eigenvectors(matrix))
-    if svd:
-        square = weights[0].to(device).double()
-        _timed(out, "svd", device, lambda: torch.linalg.svd(square).Vh)
+    square = weights[0].to(device).double()
+    _timed(out, "svd", device, lambda: torch.linalg.svd(square).Vh)
     problem = Problem(
         inputs=torch.randn(1, 1024, width, generator=generator).bfloat16().to(device),
         factor=torch.randn(1, rank_for(width), width, generator=generator).to(device),
