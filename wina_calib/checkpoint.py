@@ -17,10 +17,10 @@ from torch import Tensor
 
 from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture, Layer, MaskGroup, Site
-from wina_calib.model_config import REFERENCE_FILE, describe_config, is_reference, load_config
+from wina_calib.model_config import CONFIG_BYTES, METHOD, config_file, describe_config, load_config
 from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
-from wina_calib.settings import METHOD, Settings
+from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
 from wina_calib.source import is_added, is_derived, weights_folder
 from wina_calib.tables import LEVELS, site_sparsity
@@ -198,10 +198,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_settings(folder: Path) -> Settings:
     """Read the calibration's settings from config.json."""
     finish_staged(folder)
-    path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
+    path = config_file(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")
-    raw = read_json(path, max_bytes=4 << 20)
+    raw = read_json(path, max_bytes=CONFIG_BYTES)
     section = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(section, dict) or section.get("quant_method") != METHOD:
         raise CheckpointError(f"{folder} is not calibrated. Run `wina-calib calibrate {folder} -o NEW_FOLDER` first.")

@@ -14,13 +14,12 @@ from torch import Tensor
 
 import wina_calib
 from wina_calib.checkpoint import HEAT_MAP, INDEX_FILE, WINA_FILE, read_index, rotation_name
-from wina_calib.errors import CheckpointError
 from wina_calib.families import Architecture
 from wina_calib.journal import NOT_SAVED, Phase
-from wina_calib.model_config import RUNTIME_TYPE, has_own_code
+from wina_calib.model_config import RUNTIME_TYPE, has_own_code, read_config
 from wina_calib.results import EVALUATION_FILE
 from wina_calib.settings import FORMAT_VERSION, Settings
-from wina_calib.shards import Shards, ShardWriter, plan_shards, read_json, safe_path
+from wina_calib.shards import Shards, ShardWriter, plan_shards, safe_path
 from wina_calib.source import Source
 from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, fold_final_norm, head_rows
 
@@ -29,9 +28,8 @@ _ROW_BYTES = 64 << 20
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")
 # Written anew, or true of this one folder only.
 _REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore", HEAT_MAP, EVALUATION_FILE)
-_ADAPTER = (
-    "adapter_config.json"  # beside it transformers takes a folder for an adapter and loads another model's weights
-)
+# Beside it transformers takes a folder for an adapter and loads another model's weights.
+_ADAPTER = "adapter_config.json"
 
 
 def write_weights(
@@ -182,9 +180,7 @@ def write_config(source: Source, folder: Path, *, untied: bool, settings: Settin
 
     A checkpoint that needs run-time matrices gets a `model_type` of its own, so that nothing loads it as if it were dense.
     """
-    raw = read_json(source.folder / "config.json", max_bytes=4 << 20)
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{source.folder / 'config.json'} holds no JSON object.")
+    raw = read_config(source.folder)
     if untied:
         raw["tie_word_embeddings"] = False
     if settings is not None:

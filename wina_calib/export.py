@@ -7,9 +7,9 @@ from pathlib import Path
 from wina_calib.checkpoint import open_checkpoint
 from wina_calib.checkpoint_writer import copy_side_files, header_metadata, write_index, write_json
 from wina_calib.errors import UnsupportedModel
-from wina_calib.model_config import is_reference
+from wina_calib.model_config import is_reference, read_config
 from wina_calib.output import check_output, output_folder
-from wina_calib.shards import ShardWriter, read_json
+from wina_calib.shards import ShardWriter
 from wina_calib.source import is_added, weights_folder
 
 
@@ -42,8 +42,7 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
                 for name in names:
                     writer.write(name, opened.shards.load(name))
         write_index(target, files, {name: opened.shards[name].nbytes for name in files})
-        config = read_json(folder / "config.json", max_bytes=4 << 20)
-        assert isinstance(config, dict)
+        config = read_config(folder)
         config.pop("quantization_config", None)
         copy_side_files(folder, target)
         write_json(target / "config.json", config)

@@ -20,7 +20,7 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.families import Architecture
-from wina_calib.model_config import describe_config, load_config
+from wina_calib.model_config import CONFIG_BYTES, calibration_of, describe_config, first_line, load_config
 from wina_calib.shards import read_json
 from wina_calib.source import DEMO, demo_folder
 from wina_calib.text import percent, table
@@ -30,7 +30,6 @@ SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 CONTEXT = 4096
 CONVENTION = "linear layers and a dense lm_head, a multiply-add counts 1; no embedding, attention or run-time matrices"
 _PRESETS = Path(__file__).parent / "data" / "presets.json"
-_CONFIG_BYTES = 4 << 20
 _GIGA = 1e9
 
 
@@ -203,7 +202,7 @@ def _figure(value: float) -> str:
 @cache
 def presets() -> dict[str, dict[str, Any]]:
     """Configs that are known by name, without weights."""
-    raw = read_json(_PRESETS, max_bytes=_CONFIG_BYTES)
+    raw = read_json(_PRESETS, max_bytes=CONFIG_BYTES)
     assert isinstance(raw, dict)
     return raw
 
@@ -239,30 +238,26 @@ def _fetch(repo: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ModelFolderError(
-            f"config.json of {repo} could not be fetched from the Hub ({reason}). Check the name, the network and, for private "
-            "or gated models, `hf auth login`; or give a config file."
+            f"config.json of {repo} could not be fetched from the Hub ({first_line(error)}). Check the name, the network and, "
+            "for private or gated models, `hf auth login`; or give a config file."
         ) from error
 
 
 def _parse(path: Path) -> PreTrainedConfig:
     """Read a config file that has another name than config.json."""
-    raw = read_json(path, max_bytes=_CONFIG_BYTES)
+    raw = read_json(path, max_bytes=CONFIG_BYTES)
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise ModelFolderError(f"{path} is no model config: it holds no JSON object with a model_type.")
     try:
         return AutoConfig.for_model(**raw)
     except Exception as error:
-        raise ModelFolderError(f"{path} cannot be read as a model config: {str(error).strip()[:300]}") from error
+        raise ModelFolderError(f"{path} cannot be read as a model config: {first_line(error)}") from error
 
 
 def _own_transform(config: PreTrainedConfig) -> str:
     """The transform of a calibrated checkpoint's config; "none" for any other."""
-    section = getattr(config, "quantization_config", None)
-    if isinstance(section, dict) and section.get("quant_method") == "wina":
-        return str(section.get("transform", "none"))
-    return "none"
+    return str((calibration_of(config) or {}).get("transform", "none"))
 
 
 def _reach(config: PreTrainedConfig, layers: int, context: int) -> list[int]:

@@ -22,10 +22,9 @@ from wina_calib.corpus import HELDOUT_DATA, Data, data_specs, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.families import Layer, MaskGroup
 from wina_calib.masked import MaskedLayer, MaskRule
-from wina_calib.model_config import load_config
+from wina_calib.model_config import calibration_of, load_config
 from wina_calib.placement import fitting_length, pick_device, pick_dtype
 from wina_calib.score import Cut, kept_inputs
-from wina_calib.settings import METHOD
 from wina_calib.source import Source, open_source, resolve
 from wina_calib.streaming import LayerStream
 from wina_calib.tables import site_sparsity, threshold_between
@@ -156,7 +155,7 @@ def model_bounds(
     if tokens < 2 or (sparsity is not None and not 0.0 <= sparsity < 1.0):
         raise UsageError(f"tokens is {tokens} and sparsity {sparsity}; expected at least 2, and a number in [0, 1).")
     folder, _ = resolve(model, revision=revision)
-    opened = open_checkpoint(folder) if _is_calibrated(folder) else None
+    opened = open_checkpoint(folder) if calibration_of(load_config(folder)) else None
     if opened is not None and (transforms or score or masks):
         raise UsageError(
             f"{model} is calibrated: its transform, score and masks are fixed. Give the base model to vary them."
@@ -349,8 +348,3 @@ class _Sums:
 def _ids(source: Source, data: tuple[str, ...], tokens: int) -> Tensor:
     seq_len = min(fitting_length(source, _SEQ_LEN), tokens)
     return load_blocks(data, source.tokenizer(), samples=tokens // seq_len, seq_len=seq_len, seed=0, min_tokens=2).ids
-
-
-def _is_calibrated(folder: Path) -> bool:
-    section = getattr(load_config(folder), "quantization_config", None)
-    return isinstance(section, dict) and section.get("quant_method") == METHOD

@@ -16,6 +16,7 @@ from wina_calib.errors import ModelFolderError, UnsupportedModel
 from wina_calib.families import SUPPORTED, Architecture, describe, refuse_encoder_decoder
 from wina_calib.shards import read_json
 
+METHOD = "wina"  # the `quant_method` of a calibrated model's config
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
 REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint that refers to its base model's weights
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
@@ -48,9 +49,7 @@ def code_is_trusted() -> bool:
 
 def has_own_code(folder: Path) -> bool:
     """Whether a model folder has a model type that only Python code in the folder knows."""
-    path = folder / ("config.json" if not is_reference(folder) else REFERENCE_FILE)
-    raw = read_json(path, max_bytes=CONFIG_BYTES) if path.is_file() else None
-    return isinstance(raw, dict) and _needs_code(raw)
+    return config_file(folder).is_file() and _needs_code(read_config(folder))
 
 
 def check_code(folder: Path) -> None:
@@ -67,16 +66,34 @@ def is_reference(folder: Path) -> bool:
     return (folder / REFERENCE_FILE).is_file()
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """Read config.json of a folder, bounded in size, and let transformers parse it."""
-    path = folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
+def config_file(folder: Path) -> Path:
+    """The file that holds a folder's config."""
+    return folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config file holds, bounded in size."""
+    path = config_file(folder)
     if not path.is_file():
         raise ModelFolderError(f"{folder} has no config.json: not a Hugging Face model folder.")
     raw = read_json(path, max_bytes=CONFIG_BYTES)
-    if isinstance(raw, dict) and is_reference(folder):
-        raw = raw.get("config")
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path} holds no JSON object.")
+    return raw
+
+
+def calibration_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What calibration wrote into a config; None for a model that is not calibrated."""
+    section = getattr(config, "quantization_config", None)
+    return section if isinstance(section, dict) and section.get("quant_method") == METHOD else None
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Read config.json of a folder, bounded in size, and let transformers parse it."""
+    path, whole = config_file(folder), read_config(folder)
+    raw = whole.get("config") if is_reference(folder) else whole
+    if not isinstance(raw, dict):
+        raise ModelFolderError(f"{path} holds no config. Download or calibrate it again.")
     check_code(folder)
     _check_sizes(path, raw)
     base = str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE)

@@ -30,13 +30,12 @@ from wina_calib.checkpoint_writer import write_index, write_json, write_wina_fil
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
 from wina_calib.job import Job
-from wina_calib.model_config import REFERENCE_FILE, is_reference
+from wina_calib.model_config import config_file, read_config
 from wina_calib.options import make_options
 from wina_calib.output import staged_files
 from wina_calib.placement import default_micro_batch, pick_device, pick_dtype
 from wina_calib.progress import Progress, Silent
 from wina_calib.settings import INTERPOLATED, REBUDGETED, Settings
-from wina_calib.shards import read_json
 from wina_calib.source import load_tokenizer, open_source, weights_folder
 from wina_calib.tables import threshold_between
 from wina_calib.transforms import plan
@@ -361,15 +360,12 @@ def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -
     names = set(expected_tensors(opened.architecture, opened.settings))
     sizes = {name: info.nbytes for name, info in opened.shards.items() if name not in names}
     files = {name: file for name, file in read_index(folder).items() if name not in names}
-    config = REFERENCE_FILE if is_reference(folder) else "config.json"
-    raw = read_json(folder / config, max_bytes=4 << 20)
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{folder / config} holds no JSON object.")
+    raw = read_config(folder)
     with staged_files(folder) as staged:
         write_wina_file(staged / WINA_FILE, tensors)
         added = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
-        write_json(staged / config, raw | {"quantization_config": settings.to_dict()})
+        write_json(staged / config_file(folder).name, raw | {"quantization_config": settings.to_dict()})
     open_checkpoint(folder)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from wina_calib.checkpoint import WINA_FILE, Checkpoint, open_checkpoint
 from wina_calib.checkpoint_writer import side_files, write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
-from wina_calib.model_config import REFERENCE_FILE, is_reference
+from wina_calib.model_config import REFERENCE_FILE, is_reference, read_config
 from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
 from wina_calib.source import Source, weights_folder
@@ -44,7 +44,7 @@ def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Setti
         "format": FORMAT,
         "base_model": source.name if source.commit else str(source.folder.absolute()),
         "base_commit": source.commit,
-        "config": read_json(source.folder / "config.json"),
+        "config": read_config(source.folder),
         "quantization_config": settings.to_dict(),
     }
     write_json(folder / REFERENCE_FILE, reference)

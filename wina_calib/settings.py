@@ -10,9 +10,9 @@ import numpy as np
 
 from wina_calib.errors import CheckpointError
 from wina_calib.masked import MaskRule
+from wina_calib.model_config import METHOD
 from wina_calib.score import SCORES, SELECT
 
-METHOD = "wina"
 FORMAT_VERSION = "1.0"
 MASKS = ("shared", "per-projection")
 PREFILL = ("sparse", "dense")

@@ -17,6 +17,7 @@ from wina_calib.errors import HubError, ModelFolderError, NumericError, Unsuppor
 from wina_calib.families import Architecture, Layer, describe
 from wina_calib.model_config import (
     CONFIG_BYTES,
+    METHOD,
     REFERENCE_FILE,
     code_is_trusted,
     first_line,
@@ -271,7 +272,7 @@ def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method == "wina":
+    if method == METHOD:
         raise ModelFolderError(
             f"{folder} is calibrated already. Re-choose its sparsity with `wina-calib budget {folder} --apply {folder}` or "
             "calibrate the base model."

@@ -15,13 +15,13 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.families import Architecture, describe
 from wina_calib.flops import find_config
-from wina_calib.model_config import code_is_trusted, load_config, meta_model
+from wina_calib.model_config import calibration_of, code_is_trusted, load_config, meta_model
 from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
 from wina_calib.runtime.quantizer import insert_sites
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.score import scores
-from wina_calib.settings import METHOD, Settings
+from wina_calib.settings import Settings
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.source import is_added, resolve
 from wina_calib.tables import LEVELS
@@ -68,9 +68,8 @@ def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) ->
     """
     folder, _ = resolve(model)
     config = load_config(folder)
-    quantization = getattr(config, "quantization_config", None)
     place = None if device.type == "cpu" else device
-    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+    if calibration_of(config):
         sparse = load(model, dtype=dtype or "auto", device_map=place).eval()
         settings = sparse_sites(sparse)[0].settings
         dense = stock_twin(sparse, config)

@@ -7,7 +7,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wina_calib.settings import METHOD, Settings
+from wina_calib.model_config import METHOD
+from wina_calib.settings import Settings
 
 
 @register_quantization_config(METHOD)

@@ -16,11 +16,12 @@ from transformers.quantizers.base import HfQuantizer
 from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
+from wina_calib.model_config import METHOD
 from wina_calib.runtime import attention, compiling
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
-from wina_calib.settings import METHOD, Settings
+from wina_calib.settings import Settings
 from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
 
