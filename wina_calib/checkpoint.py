@@ -22,7 +22,7 @@ from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
-from wina_calib.source import is_added, is_derived, weights_folder
+from wina_calib.source import is_added, is_derived, is_rotation, weights_folder
 from wina_calib.tables import LEVELS, site_sparsity
 
 WINA_FILE = "wina.safetensors"
@@ -78,16 +78,6 @@ def model_names(shards: Shards, arch: Architecture) -> list[str]:
     """Names of a model's weights on disk, which its fingerprint covers: run-time matrices too."""
     tied = f"{arch.lm_head}.weight" if arch.tied else None
     return sorted(n for n in shards if not is_derived(n) and n != tied and (not is_added(n) or is_rotation(n)))
-
-
-def is_rotation(name: str) -> bool:
-    """Whether a stored tensor is a run-time matrix."""
-    return is_added(name) and name.endswith(".rotation")
-
-
-def rotation_name(layer: Layer, site: str) -> str:
-    """Name of a site's run-time matrix."""
-    return f"{layer.prefix}wina.{site}.rotation"
 
 
 @dataclass(frozen=True)
@@ -172,8 +162,9 @@ class Checkpoint:
                 if any(name not in shards or shards[name].shape[1:] != (site.width,) for name in names):
                     return False
                 weights = [shards.load(name) for name in names]
-                exact = norms_match(stored.norms[group.name], weights, self.settings.exponent, tolerance=1e-6)
-                if exact or not norms_match(stored.norms[group.name], weights, self.settings.exponent):
+                norms = column_norms(weights).pow(self.settings.exponent)
+                exact = norms_match(stored.norms[group.name], norms, tolerance=1e-6)
+                if exact or not norms_match(stored.norms[group.name], norms):
                     return False
         return True
 
@@ -208,15 +199,6 @@ def read_settings(folder: Path) -> Settings:
     return Settings.from_dict(section)
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """Tensor name to file name."""
-    raw = read_json(folder / INDEX_FILE, max_bytes=64 << 20)
-    files = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map. Download the checkpoint again.")
-    return files
-
-
 def check_complete(
     where: Path | str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -236,7 +218,7 @@ def check_complete(
 
 
 def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a calibration tensor is NaN, infinite or negative beyond `KEEP_ALL`."""
+    """Raise CheckpointError where a calibration tensor is NaN or infinite."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -244,7 +226,6 @@ def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def norms_match(stored: Tensor, weights: list[Tensor], exponent: float, tolerance: float = 2e-2) -> bool:
-    """Whether stored norms belong to these weights, up to rounding of the weights to another dtype."""
-    fresh = column_norms(weights).pow(exponent)
+def norms_match(stored: Tensor, fresh: Tensor, tolerance: float = 2e-2) -> bool:
+    """Whether stored norms are those computed anew, up to rounding of the weights to another dtype."""
     return bool(torch.allclose(fresh, stored.to(fresh.device), rtol=tolerance, atol=1e-6))

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import wina_calib
-from wina_calib.checkpoint import HEAT_MAP, INDEX_FILE, WINA_FILE, read_index, rotation_name
+from wina_calib.checkpoint import HEAT_MAP, INDEX_FILE, WINA_FILE
 from wina_calib.families import Architecture
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.model_config import RUNTIME_TYPE, has_own_code, read_config
 from wina_calib.results import EVALUATION_FILE
 from wina_calib.settings import FORMAT_VERSION, Settings
 from wina_calib.shards import Shards, ShardWriter, plan_shards, safe_path
-from wina_calib.source import Source
+from wina_calib.shards.layout import nbytes
+from wina_calib.source import Source, rotation_name
 from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, fold_final_norm, head_rows
 
 SHARD_BYTES = 5 << 30
@@ -127,7 +128,7 @@ def write_weights(
             else:
                 writer.abort()
         raise
-    write_index(folder, files, {name: _nbytes(spec) for name, spec in specs.items()})
+    write_index(folder, files, {name: nbytes(*spec) for name, spec in specs.items()})
     write_config(source, folder, untied=untied, settings=None, runtime=False)
     copy_side_files(source.folder, folder)
     return untied
@@ -138,13 +139,10 @@ def write_calibration(
 ) -> None:
     """Add the fitted tensors to a folder of weights; index and config last."""
     write_wina_file(folder / WINA_FILE, tensors)
-    index = read_index(folder)
-    files = {name: file for name, file in index.items() if file != WINA_FILE} | dict.fromkeys(tensors, WINA_FILE)
-    shards = Shards.open(folder)
-    sizes = {name: shards[name].nbytes for name in shards} | {
-        name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()
-    }
-    write_index(folder, files, sizes)
+    weights = {name: info for name, info in Shards.open(folder).items() if info.file.name != WINA_FILE}
+    files = {name: info.file.name for name, info in weights.items()} | dict.fromkeys(tensors, WINA_FILE)
+    sizes = {name: info.nbytes for name, info in weights.items()}
+    write_index(folder, files, sizes | {name: tensor.nbytes for name, tensor in tensors.items()})
     write_config(source, folder, untied=untied, settings=settings, runtime=runtime)
 
 
@@ -261,10 +259,3 @@ def _row_chunks(source: Source, name: str) -> Any:
     rows = max(1, _ROW_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
     for first in range(0, info.shape[0], rows):
         yield first, source.load(name, slice(first, min(first + rows, info.shape[0])))
-
-
-def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    elements = 1
-    for size in spec[1]:
-        elements *= size
-    return elements * spec[0].itemsize

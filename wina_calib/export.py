@@ -10,7 +10,7 @@ from wina_calib.errors import UnsupportedModel
 from wina_calib.model_config import is_reference, read_config
 from wina_calib.output import check_output, output_folder
 from wina_calib.shards import ShardWriter
-from wina_calib.source import is_added, weights_folder
+from wina_calib.source import is_added, is_rotation, weights_folder
 
 
 def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:
@@ -28,7 +28,7 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
     opened = open_checkpoint(folder)
     if is_reference(folder):
         raise UnsupportedModel(f"{folder} holds no weights: the dense model is {weights_folder(folder)} itself.")
-    if any(name.endswith(".rotation") for name in opened.shards):
+    if any(map(is_rotation, opened.shards)):
         raise UnsupportedModel(
             f"{folder} needs run-time matrices (transform {opened.settings.transform}); no plain dense model equals it. "
             "Calibrate with --transform global or none."

@@ -11,13 +11,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from wina_calib import plots
 from wina_calib.card import TAGS, put, write_card
-from wina_calib.checkpoint import HEAT_MAP, WINA_FILE, is_rotation, open_checkpoint, read_settings
+from wina_calib.checkpoint import HEAT_MAP, WINA_FILE, open_checkpoint, read_settings
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.families import SITES
 from wina_calib.model_config import REFERENCE_FILE, is_reference
 from wina_calib.remote import CONFLICT, readable_errors, status_of
 from wina_calib.settings import Settings
-from wina_calib.source import given_name, is_added
+from wina_calib.source import given_name, is_added, is_rotation
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.

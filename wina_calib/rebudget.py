@@ -25,7 +25,7 @@ from wina_calib.budgets import (
 )
 from wina_calib.budgets.model import Floats
 from wina_calib.cells import count_cells
-from wina_calib.checkpoint import WINA_FILE, Checkpoint, SiteTensors, expected_tensors, open_checkpoint, read_index
+from wina_calib.checkpoint import WINA_FILE, Checkpoint, SiteTensors, expected_tensors, open_checkpoint
 from wina_calib.checkpoint_writer import write_index, write_json, write_wina_file
 from wina_calib.corpus import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
@@ -359,11 +359,11 @@ def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -
     folder = opened.folder
     names = set(expected_tensors(opened.architecture, opened.settings))
     sizes = {name: info.nbytes for name, info in opened.shards.items() if name not in names}
-    files = {name: file for name, file in read_index(folder).items() if name not in names}
+    files = {name: info.file.name for name, info in opened.shards.items() if name not in names}
     raw = read_config(folder)
     with staged_files(folder) as staged:
         write_wina_file(staged / WINA_FILE, tensors)
-        added = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        added = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
         write_json(staged / config_file(folder).name, raw | {"quantization_config": settings.to_dict()})
     open_checkpoint(folder)

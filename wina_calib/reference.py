@@ -38,7 +38,7 @@ def check_possible(transform: Plan) -> None:
 def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Settings, source: Source) -> None:
     """Write a checkpoint that refers to the weights of `source`; `wina_config.json` last."""
     write_wina_file(folder / WINA_FILE, tensors)
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     write_index(folder, dict.fromkeys(tensors, WINA_FILE), sizes)
     reference = {
         "format": FORMAT,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wina_calib.checkpoint import WINA_FILE, read_index
+from wina_calib.checkpoint import WINA_FILE
 from wina_calib.errors import CheckpointError
 from wina_calib.output import write_file
 from wina_calib.shards import Shards, read_json
@@ -70,5 +70,5 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 def calibration_fingerprint(folder: Path) -> str:
     """Fingerprint of everything that calibration stored, thresholds and budget included."""
-    names = [name for name, file in read_index(folder).items() if file == WINA_FILE]
-    return Shards.open(folder).fingerprint(names)
+    shards = Shards.open(folder)
+    return shards.fingerprint([name for name, info in shards.items() if info.file.name == WINA_FILE])

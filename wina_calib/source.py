@@ -61,7 +61,7 @@ class Source:
     def rotations(self, index: int) -> dict[str, Tensor]:
         """A layer's run-time matrices by site name; empty for a model without them."""
         layer = self.architecture.layers[index]
-        names = {site.name: f"{layer.prefix}wina.{site.name}.rotation" for site in layer.sites}
+        names = {site.name: rotation_name(layer, site.name) for site in layer.sites}
         return {site: self.load(name) for site, name in names.items() if name in self.shards}
 
     def end_names(self) -> list[str]:
@@ -255,6 +255,16 @@ def is_added(name: str) -> bool:
     return ".wina." in name
 
 
+def is_rotation(name: str) -> bool:
+    """Whether a stored tensor is a run-time matrix."""
+    return is_added(name) and name.endswith(".rotation")
+
+
+def rotation_name(layer: Layer, site: str) -> str:
+    """Name of a site's run-time matrix."""
+    return f"{layer.prefix}wina.{site}.rotation"
+
+
 def is_derived(name: str) -> bool:
     """Whether a stored tensor is one that models compute for themselves (old checkpoints keep some)."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in _DERIVED)
@@ -283,7 +293,7 @@ def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
 def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architecture, shards: Shards) -> None:
     head, norm = f"{architecture.lm_head}.weight", f"{architecture.final_norm.module}.weight"
     expected = {name: tuple(t.shape) for name, t in meta.state_dict().items() if not is_derived(name)}
-    if any(name.endswith(".rotation") for name in shards):
+    if any(map(is_rotation, shards)):
         expected[norm] = (1, *expected[norm])  # so that the base model's class refuses it
     optional = {head} if architecture.tied else set()
     missing = sorted(set(expected) - set(shards) - optional)

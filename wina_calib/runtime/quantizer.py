@@ -21,6 +21,7 @@ from wina_calib.runtime import attention, compiling
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
+from wina_calib.score import column_norms
 from wina_calib.settings import Settings
 from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
@@ -134,7 +135,7 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
         norm = model.get_submodule(f"{layer.prefix}wina.{group.key}").norm
         if module.weight.is_meta or settings.transform == "paper":
             continue
-        if not norms_match(norm, [module.weight], settings.exponent):
+        if not norms_match(norm, column_norms([module.weight]).pow(settings.exponent)):
             raise RuntimeLoadError(
                 f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made "
                 "for. Were they trained or replaced afterwards? Calibrate them again."

@@ -48,7 +48,7 @@ class Problem:
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors take."""
-        return sum(t.numel() * t.element_size() for t in (self.inputs, self.factor, self.tail, self.weight))
+        return sum(t.nbytes for t in (self.inputs, self.factor, self.tail, self.weight))
 
 
 def low_rank(
