@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.passes import dense_pass
 from wina_calib.source import Source
 from wina_calib.streaming import LayerStream
 from wina_calib.transforms import Rotations, Statistics, apply_layer, embedding_rows, fit, needed_sites, plan
@@ -59,24 +59,7 @@ def see_through(
     name = plan(transform, source.architecture).name
     statistics = None
     if needed_sites(name, source.architecture):
-        statistics = _sample(LayerStream(source, ids, micro_batch=1, dtype=dtype, device=device), name)
+        statistics = Statistics(source.architecture, name, tokens=len(ids) * (ids.shape[1] - 1))
+        dense_pass(LayerStream(source, ids, micro_batch=1, dtype=dtype, device=device), statistics)
     rotations = fit(name, source.architecture, source.load_layer, statistics, device=device)
     return TransformedSource(**vars(source), transform=name, turned=rotations)
-
-
-@torch.no_grad()
-def _sample(stream: LayerStream, name: str) -> Statistics:
-    """Inputs of the sites that the transform's fit reads, from one dense pass."""
-    arch, rows = stream.source.architecture, stream.batches[0].shape[1] - 1
-    statistics = Statistics(arch, name, tokens=len(stream.batches) * rows)
-    hidden = stream.embed()
-    for index, module in stream.layers():
-        with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
-            for batch in range(len(stream.batches)):
-
-                def observe(site: str, x: Tensor, layer: int = index, first: int = batch * rows) -> None:
-                    statistics.update(layer, site, x[:, 1:].flatten(0, 1), first)
-
-                layer.observe = observe
-                hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
-    return statistics
