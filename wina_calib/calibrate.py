@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wina_calib.allocation import settle
+from wina_calib.background import Background
 from wina_calib.card import write_card
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import WINA_FILE, open_checkpoint
@@ -19,7 +20,7 @@ from wina_calib.corpus import HELDOUT_DATA, Blocks, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.identity import identity
 from wina_calib.job import Job
-from wina_calib.journal import Background, Journal, drop, open_journal
+from wina_calib.journal import Journal, drop, open_journal
 from wina_calib.memory import advice, ran_out
 from wina_calib.model_config import has_own_code, remote_code
 from wina_calib.options import CalibrateOptions, make_options

@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -384,26 +383,3 @@ def _readable(place: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise
         raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error
-
-
-class Background:
-    """A value that is computed in a thread of its own, which ends with the process."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self._thread.start()
-
-    def __call__(self) -> Any:
-        """The value; waits for it, and raises what the work has raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            self._result = work()
-        except BaseException as error:
-            self._error = error
