@@ -17,6 +17,7 @@ from wina_calib.budgets import (
     Curves,
     ModelKey,
     Setting,
+    Target,
     budget_at,
     read_budget,
     select,
@@ -118,7 +119,7 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
     if options.min or options.max:
         raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
     _, own = file_budget(options.budget, arch, cells)
-    default = type(options).__dataclass_fields__["sparsity"].default
+    default = CalibrateOptions.sparsity
     if options.sparsity != default and abs(options.sparsity - own) > 0.005:
         raise BudgetError(
             f"{options.budget} has model sparsity {own:.4f}, asked is {options.sparsity}. Leave --sparsity out, "
@@ -159,7 +160,7 @@ def allocate(
     if options.budget == "greedy":
         some = stream(GREEDY_TOKENS)
         found = greedy(some, rule, options.anchors, phase=phase, progress=progress)
-        facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": sum(ids.numel() for ids in some.batches)}
+        facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
         return Allocation(found.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
     felt, dense = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
@@ -194,11 +195,11 @@ def scaled_curves(
     )
     low = [i for i, anchor in enumerate(anchors) if anchor <= SCALED_TO] or [0]
     factor = scale([rises[i].loss for i in low], [predicted[i] for i in low])
-    tokens = sum(ids.numel() for ids in chosen.stream.batches)
+    tokens = chosen.stream.tokens
     facts = {
         "anchors": list(anchors),
         "tokens": tokens,
-        "passes": PASSES * tokens / sum(ids.numel() for ids in stream.batches),
+        "passes": PASSES * tokens / stream.tokens,
         "factor": factor,
         "factor_at": [anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],
@@ -270,16 +271,16 @@ def solve_rows(
     Raises:
         BudgetError: bounds and pinned cells leave no room for the asked sparsity.
     """
-    rows = []
+    rows: list[Any] = []
     for anchor in anchors:
         lower, upper = bounds.at(anchor, strict=anchor == asked)
         try:
-            rows.append(_solve(cells, anchor, lower, upper, curves, fixed))
+            rows.append(solve(cells, curves, anchor, lower, upper, fixed).sparsities)
         except BudgetError:
             if anchor == asked or fixed is None:
                 raise
-            rows.append(_solve(cells, anchor, lower, upper, curves, None))
-    return np.stack(rows)
+            rows.append(solve(cells, curves, anchor, lower, upper, None).sparsities)
+    return np.array(rows)
 
 
 def spread(anchors: Sequence[float], cells: Cells, sparsities: Floats) -> Floats:
@@ -329,12 +330,13 @@ def stored_name(options: CalibrateOptions) -> str:
     return "custom" if options.min or options.max else options.budget
 
 
-def _solve(
-    cells: Cells, anchor: float, lower: Floats, upper: Floats, curves: Curves | None, fixed: Floats | None
-) -> Floats:
-    solve: Callable[..., Any] = uniform if curves is None else solve_global
-    args = (cells, anchor) if curves is None else (cells, curves, anchor)
-    return np.array(solve(*args, lower=lower, upper=upper, fixed=fixed).sparsities)
+def solve(
+    cells: Cells, curves: Curves | None, target: Target | float, lower: Floats, upper: Floats, fixed: Floats | None
+) -> Budget:
+    """The global budget where there are curves, the uniform one otherwise."""
+    if curves is None:
+        return uniform(cells, target, lower=lower, upper=upper, fixed=fixed)
+    return solve_global(cells, curves, target, lower=lower, upper=upper, fixed=fixed)
 
 
 def _bound(cells: Cells, texts: Sequence[str], flag: str) -> Floats:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wina_calib.allocation import Allocation, Bounds, file_budget, measured_pairs, model_key, solve_rows, spread
+from wina_calib.allocation import Allocation, Bounds, file_budget, measured_pairs, model_key, solve, solve_rows, spread
 from wina_calib.budgets import (
     Budget,
     Cells,
@@ -19,9 +19,7 @@ from wina_calib.budgets import (
     Target,
     Totals,
     fixed_cells,
-    solve_global,
     totals,
-    uniform,
 )
 from wina_calib.budgets.model import Floats
 from wina_calib.cells import count_cells
@@ -118,7 +116,7 @@ class Choice:
         if self.kind != "solved":
             return Budget(self.rows([sparsity])[0])
         lower, upper = self.bounds.at(sparsity, strict=False)
-        return _solve(self.cells, self.curves, Target("sparsity", sparsity), lower, upper, self.fixed)
+        return solve(self.cells, self.curves, Target("sparsity", sparsity), lower, upper, self.fixed)
 
 
 def choose(opened: Checkpoint, request: Request) -> Choice:
@@ -149,7 +147,7 @@ def choose(opened: Checkpoint, request: Request) -> Choice:
         pinned = Budget(fixed).model_sparsity(cells) if all_pinned and fixed is not None else own
         target = Target("sparsity", pinned)
     lower, upper = bounds.at(target.value if target.kind == "sparsity" else 0.0, strict=True)
-    budget = _solve(cells, curves, target, lower, upper, fixed)
+    budget = solve(cells, curves, target, lower, upper, fixed)
     sparsity = target.value if target.kind == "sparsity" else budget.model_sparsity(cells)
     if curves is None and fixed is None and not bounded and request.file is None:
         stored = Budget(opened.sparsities(sparsity))
@@ -367,11 +365,3 @@ def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -
         write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
         write_json(staged / config_file(folder).name, raw | {"quantization_config": settings.to_dict()})
     open_checkpoint(folder)
-
-
-def _solve(
-    cells: Cells, curves: Curves | None, target: Target, lower: Floats, upper: Floats, fixed: Floats | None
-) -> Budget:
-    if curves is None:
-        return uniform(cells, target, lower=lower, upper=upper, fixed=fixed)
-    return solve_global(cells, curves, target, lower=lower, upper=upper, fixed=fixed)

@@ -131,7 +131,7 @@ def measure_curves(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
     divergence = np.maximum.accumulate(found[0], axis=2)
-    tokens = sum(ids.numel() for ids in stream.batches)
+    tokens = stream.tokens
     return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[1], tokens), last
 
 
@@ -240,7 +240,7 @@ def _layer_curves(
     layer = stream.source.architecture.layers[index]
     nothing = torch.zeros(2, len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
     mine: list[Tensor] = []
-    tokens = sum(ids.numel() for ids in stream.batches)
+    tokens = stream.tokens
     tapped = _Tapped(layer, module, rule, stream.rotations(index))
     with tapped:
         for batch in stream.mine:
