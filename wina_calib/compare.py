@@ -247,7 +247,7 @@ class _Bench:
 
     def _key(self, method: Method, options: CalibrateOptions, text: Blocks) -> dict[str, Any]:
         """Everything that a method's figures depend on, the sparsity left out."""
-        return finite(  # type: ignore[no-any-return]
+        key: dict[str, Any] = finite(
             {
                 "weights": self.weights,
                 "method": "gates" if method.gated else "sites",
@@ -259,6 +259,7 @@ class _Bench:
                 "versions": self._protocol["versions"],
             }
         )
+        return key
 
     @property
     def _protocol(self) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
     return base_name, base, found[0]
 
 
-def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
+def _layer(layer: nn.Module, index: int, prefix: str, config: PreTrainedConfig) -> Layer:
     blocks = {kind: _block_with(layer, prefix, name) for kind, name in _OUTPUTS.items()}
     sites = tuple(_site(layer, prefix, name, blocks) for name in SITES)
     claimed = {p.module for site in sites for p in site.projections}
@@ -241,7 +241,7 @@ def _layer(layer: nn.Module, index: int, prefix: str, config: object) -> Layer:
     gains = {name: Norm(name, _gain(child, prefix + name)) for name, child in norms.items()}
     attn_norm, mlp_norm, post = layout
     known = (*(f"{module}." for module in claimed), *(f"{name}." for name in norms))
-    heads = int(getattr(config, "num_attention_heads"))  # noqa: B009 - typed access to a config of any family
+    heads = int(config.num_attention_heads)
     head_dim = int(getattr(layer.get_submodule(blocks["attention"]), "head_dim", 0)) or sites[1].width // heads
     return Layer(
         index=index,

@@ -23,7 +23,7 @@ OPERATIONAL = frozenset(
 )
 
 
-def option(default: Any, help: str, **extra: Any) -> Any:  # noqa: A002 - the word that click uses
+def option(default: Any, help: str, **extra: Any) -> Any:
     """Declare an option: its default, its help, and for the command line `choices`, `flag`, `multiple`, `share` or `metavar`."""
     return field(default=default, metadata={"help": help, **extra})
 

@@ -93,15 +93,16 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        result, failure = None, None
+        failure: Exception | None = None
+        results: list[T] = []
         try:
-            result = work()
+            results.append(work())
         except Exception as error:
             failure = error
         failed = [rank for rank, fine in enumerate(self.gather([failure is None])) if not fine]
         if failed:
             raise failure if failure is not None and failed[0] == self.rank else _stopped(told=True)
-        return result  # type: ignore[return-value]
+        return results[0]
 
     def first(self, work: Callable[[Callable[[], None]], T]) -> T:
         """Do something in the first process and give its small result to all.

@@ -23,8 +23,5 @@ def command(args: tuple[str, ...]) -> None:
     require_harness()
     from lm_eval.__main__ import cli_evaluate
 
-    import wina_calib.runtime.quantizer
-    import wina_calib.runtime.types  # noqa: F401 - makes transformers, and so the harness, know the format
-
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
