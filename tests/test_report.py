@@ -17,6 +17,7 @@ from wina_calib.checkpoint import open_checkpoint
 from wina_calib.cli import main
 from wina_calib.errors import OutputError, UsageError
 from wina_calib.evaluate import evaluate
+from wina_calib.rebudget import stored_curves
 from wina_calib.report import predicted_rise, write_report
 from wina_calib.results import save_evaluation
 
@@ -91,14 +92,14 @@ def test_the_same_checkpoint_gives_the_same_bytes(curved: Path, tmp_path: Path) 
 
 
 def test_without_curves_and_evaluation_there_is_no_frontier(calibrated: Path, tmp_path: Path) -> None:
-    assert predicted_rise(open_checkpoint(calibrated), 0.5) is None
+    assert stored_curves(open_checkpoint(calibrated)) is None
     write_report(calibrated, tmp_path / "report")
     assert not (tmp_path / "report" / "frontier.png").exists()
 
 
 def test_predicted_rise_grows_with_sparsity(curved: Path) -> None:
     opened = open_checkpoint(curved)
-    rises = [predicted_rise(opened, sparsity) for sparsity in (0.0, 0.25, 0.5, 0.65)]
+    rises = [predicted_rise(opened, stored_curves(opened), sparsity) for sparsity in (0.0, 0.25, 0.5, 0.65)]
     assert rises[0] == 0.0
     assert rises == sorted(rises)
     assert rises[-1] > 0

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wina_calib import plots
-from wina_calib.budgets import Budget
+from wina_calib.budgets import Budget, Curves
 from wina_calib.card import without_folders
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import Checkpoint, open_checkpoint
@@ -102,9 +102,8 @@ def draw(opened: Checkpoint) -> Iterator[Figure]:
         yield Figure(f"scores-{layer.index:03d}.png", caption, png)
 
 
-def predicted_rise(opened: Checkpoint, model_sparsity: float) -> float | None:
-    """Predicted rise of the loss (nats/token) at a model sparsity; None where no curves are stored."""
-    curves = stored_curves(opened)
+def predicted_rise(opened: Checkpoint, curves: Curves | None, model_sparsity: float) -> float | None:
+    """Predicted rise of the loss (nats/token) at a model sparsity; None without curves."""
     return None if curves is None else Budget(opened.sparsities(model_sparsity)).predicted_loss(curves)
 
 
@@ -115,8 +114,9 @@ def _frontier(opened: Checkpoint) -> Figure | None:
     measured = read_evaluation(opened.folder)
     dense = float(measured["dense_ppl"]) if measured else float(settings.provenance.get("base_ppl", float("nan")))
     predicted: list[tuple[float, float]] = []
+    curves = stored_curves(opened)
     for sparsity in np.linspace(0.0, settings.anchors[-1], 14):
-        rise = predicted_rise(opened, float(sparsity))
+        rise = predicted_rise(opened, curves, float(sparsity))
         if rise is not None and np.isfinite(dense):
             predicted.append((cells.read_fraction_at(float(sparsity)), dense * float(np.exp(rise))))
     points = [(float(measured["read_fraction"]), float(measured["sparse_ppl"]))] if measured else []

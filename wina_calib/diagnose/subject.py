@@ -146,9 +146,9 @@ class _Sums:
             own = self._counts.setdefault(key, SiteCount())
             own.seen, own.dropped = own.seen + count.seen, own.dropped + count.dropped
         self._quality += quality
-        for layer, (d, s) in enumerate(zip(dense, sparse, strict=True)):
-            self._error[layer] += (s.float() - d.float()).square().sum(dtype=torch.float64).cpu()
-            self._whole[layer] += d.float().square().sum(dtype=torch.float64).cpu()
+        pairs = [(d.float(), s.float()) for d, s in zip(dense, sparse, strict=True)]
+        self._error += torch.stack([(s - d).square().sum(dtype=torch.float64) for d, s in pairs]).cpu()
+        self._whole += torch.stack([d.square().sum(dtype=torch.float64) for d, _ in pairs]).cpu()
 
     def result(self, sites: Sequence[SiteState], blocks: Blocks) -> Watched:
         quality = Measured.from_sums(self._quality, self._counts, sites, blocks)

@@ -50,6 +50,7 @@ class Statistics:
         }
         self._samples: dict[tuple[int, str], Tensor] = {}
         self._filled: dict[tuple[int, str], Tensor] = {}
+        self._rows: dict[tuple[int, str], Tensor] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -68,9 +69,13 @@ class Statistics:
 
     def rows(self, layer: int, site: str) -> Tensor:
         """Sorted indices of the tokens that this site keeps."""
+        if (layer, site) in self._rows:
+            return self._rows[layer, site]
         index = layer * len(INPUT_SITES + ("attn_out",)) + (*INPUT_SITES, "attn_out").index(site)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
-        return torch.randperm(self.tokens, generator=generator)[: self._count(site)].sort().values
+        chosen = torch.randperm(self.tokens, generator=generator)[: self._count(site)]
+        self._rows[layer, site] = chosen.sort().values
+        return self._rows[layer, site]
 
     def update(self, layer: int, site: str, x: Tensor, first: int) -> None:
         """Take what is wanted of a micro-batch.
