@@ -43,8 +43,9 @@ from wina_calib.commands.common import (
 )
 from wina_calib.corpus import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
+from wina_calib.frontier import Measure, frontier
 from wina_calib.placement import pick_device
-from wina_calib.rebudget import Choice, Measure, Refit, Request, apply, choose, frontier
+from wina_calib.rebudget import Choice, Refit, Request, apply, choose
 from wina_calib.source import resolve
 from wina_calib.text import percent, table
 
