@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import wina_calib
 import wina_calib.compare
 from wina_calib.cli import main
-from wina_calib.compare import draw_comparison
+from wina_calib.comparison import draw_comparison
 from wina_calib.errors import CorpusError, OutputError, UsageError
 from wina_calib.methods import GROUPS, METHODS, Method, find_methods
 from wina_calib.options import CalibrateOptions, make_options

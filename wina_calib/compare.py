@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from wina_calib.budgets import Cells
 from wina_calib.calibrate import calibrate
 from wina_calib.cells import count_cells
 from wina_calib.checkpoint import model_names, open_checkpoint
-from wina_calib.comparison import Comparison, Row, Skipped
+from wina_calib.comparison import Comparison, Row, Skipped, draw_comparison
 from wina_calib.corpus import DEFAULT_DATA, HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
 from wina_calib.errors import CheckpointError, UsageError, WinaError
 from wina_calib.estimate import CLOSED_LOOP_PASSES, Estimate
@@ -147,21 +147,6 @@ def compare(
         return found
 
 
-def draw_comparison(found: Comparison) -> bytes:
-    """Perplexity, KL divergence and agreement, against model sparsity and against read fraction, as a PNG."""
-    names = dict.fromkeys(row.method for row in found.rows)
-    lines = {name: sorted((r for r in found.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
-    across = {"model sparsity": "model_sparsity", "read fraction (lm_head included)": "read_fraction"}
-    up = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
-    panels = {
-        (x, y): {n: [(getattr(r, across[x]), getattr(r, up[y])) for r in rows] for n, rows in lines.items()}
-        for y in up
-        for x in across
-    }
-    perplexity, kl, _ = up
-    return plots.tradeoffs(panels, {perplexity: found.rows[0].dense_ppl}, found.model, logarithmic=(perplexity, kl))
-
-
 @dataclass(frozen=True)
 class _Task:
     """One method with what it needs: its options, the digest of all that its figures depend on, and its open cells."""
@@ -226,7 +211,7 @@ class _Bench:
 
     def _task(self, method: Method, sparsities: Sequence[float], rows: dict[tuple[str, float], Row]) -> _Task:
         """The cells of a method that are still open; finished ones go to `rows`."""
-        own = {f.name: getattr(self.shared, f.name) for f in fields(CalibrateOptions)} | dict(method.options)
+        own = asdict(self.shared) | dict(method.options)
         own["samples"] = max(1, round(own["samples"] * method.share))
         options = make_options(own)
         plan(options.transform, self.source.architecture)  # refuses a transform that is not exact here
@@ -319,7 +304,7 @@ class _Bench:
         if took is None:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            values = {f.name: getattr(task.options, f.name) for f in fields(CalibrateOptions)}
+            values = asdict(task.options)
             untouched = plan(task.options.transform, self.source.architecture).name == "none"
             weights = "reference" if untouched and not has_own_code(self.source.folder) else "full"
             values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}

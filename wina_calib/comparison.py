@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wina_calib import plots
 from wina_calib.text import percent, rise, table
 
 _HEADERS = (
@@ -160,3 +161,18 @@ def _short(row: Row | None) -> str:
 def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw_comparison(found: Comparison) -> bytes:
+    """Perplexity, KL divergence and agreement, against model sparsity and against read fraction, as a PNG."""
+    names = dict.fromkeys(row.method for row in found.rows)
+    lines = {name: sorted((r for r in found.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
+    across = {"model sparsity": "model_sparsity", "read fraction (lm_head included)": "read_fraction"}
+    up = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
+    panels = {
+        (x, y): {n: [(getattr(r, across[x]), getattr(r, up[y])) for r in rows] for n, rows in lines.items()}
+        for y in up
+        for x in across
+    }
+    perplexity, kl, _ = up
+    return plots.tradeoffs(panels, {perplexity: found.rows[0].dense_ppl}, found.model, logarithmic=(perplexity, kl))
