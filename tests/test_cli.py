@@ -285,7 +285,6 @@ def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
     ("args", "code", "said"),
     [
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "150%"], 2, "sparsity is 1.5"),
-        (["calibrate", "demo", "-o", "OUT", "--sparsity", "150%"], 2, "sparsity is 1.5"),
         (["calibrate", "demo", "-o", "OUT", "--sparsity", "x"], 2, "x"),
         (["calibrate", "demo"], 2, "--output"),
         (["calibrate", "demo", "-o", "OUT", "--score", "wine"], 2, "wine"),
