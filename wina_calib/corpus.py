@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import CorpusError, UsageError
+from wina_calib.text import first_line
 from wina_calib.textfiles import path_documents, path_exists, pieces, row_text, shown, split_path
 
 MIN_TOKENS = 8_000
@@ -250,18 +251,17 @@ def _hub_documents(entry: dict[str, Any], spec: str) -> Iterator[str]:
     except CorpusError:
         raise
     except Exception as error:  # the library, its file systems and its decoders raise dozens of types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CorpusError(
             f"data {shown(spec)}: dataset {entry['path']!r}, config {entry.get('config')}, split {entry['split']} "
-            f"could not be read: {reason} Check these names on the Hub, and the network, or give a file with --data."
+            f"could not be read: {first_line(error)} Check these names on the Hub, and the network, or give a file with --data."
         ) from error
 
 
-def _joined(lines: Iterable[str], first_line: str) -> Iterator[str]:
+def _joined(lines: Iterable[str], beginning: str) -> Iterator[str]:
     """Put documents together whose rows are lines; a document begins where a line matches."""
     text = ""
     for line in lines:
-        if text and (re.match(first_line, line) or len(text) > _JOINED):
+        if text and (re.match(beginning, line) or len(text) > _JOINED):
             yield text
             text = ""
         text += line

@@ -20,10 +20,10 @@ from wina_calib.budgets import Cells
 from wina_calib.cells import count_cells
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.families import Architecture
-from wina_calib.model_config import CONFIG_BYTES, calibration_of, describe_config, first_line, load_config
+from wina_calib.model_config import CONFIG_BYTES, calibration_of, describe_config, load_config
 from wina_calib.shards import read_json
 from wina_calib.source import DEMO, demo_folder
-from wina_calib.text import percent, table
+from wina_calib.text import first_line, percent, table
 from wina_calib.transforms import plan
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)

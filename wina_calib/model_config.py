@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from wina_calib.errors import ModelFolderError, UnsupportedModel
 from wina_calib.families import SUPPORTED, Architecture, describe, refuse_encoder_decoder
 from wina_calib.shards import read_json
+from wina_calib.text import first_line
 
 METHOD = "wina"  # the `quant_method` of a calibrated model's config
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
@@ -153,9 +154,3 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
             raise ModelFolderError(
                 f"{path}: {name} is {value!s:.40}; at most {limit} is supported. Download the model again."
             )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

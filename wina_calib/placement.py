@@ -7,6 +7,7 @@ import torch
 from wina_calib.errors import UsageError
 from wina_calib.ranks import local_device
 from wina_calib.source import Source
+from wina_calib.text import first_line
 
 SPARE_BYTES = 64 << 20
 # At most so many tokens at a time, and so many numbers at the widest site.
@@ -22,7 +23,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(local_device() if name in ("auto", "cuda") else name)
         torch.zeros(1, device=device, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

@@ -20,13 +20,13 @@ from wina_calib.model_config import (
     METHOD,
     REFERENCE_FILE,
     code_is_trusted,
-    first_line,
     is_reference,
     load_config,
     skeleton,
 )
 from wina_calib.remote import fetch
 from wina_calib.shards import Shards, read_json
+from wina_calib.text import first_line
 
 DEMO = "demo"
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wina_calib.errors import CorpusError, UsageError
+from wina_calib.text import first_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PIECE = 1 << 18
@@ -185,7 +186,7 @@ def _parquet_documents(file: Path, field: str) -> Iterator[str]:
                 for row in batch.to_pylist():
                     yield row_text(row, {"column": field}, str(file))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{file}: not a readable parquet file ({_first_line(error)}).") from error
+        raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
 
 
 _READERS = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
@@ -211,7 +212,3 @@ def _valid(text: str) -> str:
 
 def _type_name(value: object) -> str:
     return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_SHOWN]
