@@ -133,9 +133,6 @@ def keep(file: Path, found: dict[str, Any]) -> None:
     temporary.replace(file)
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
-
-
 def write_page(results: Path) -> None:
     """Put the tables of all results between the page's marks."""
     found = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob("*/*.json"))]

@@ -169,9 +169,6 @@ def rounded(value: Any) -> Any:
     return value
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
-
-
 def page(stored: dict[str, Any]) -> str:
     """The whole page from stored results."""
     parts = [

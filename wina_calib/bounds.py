@@ -35,9 +35,6 @@ _SMALL = 7  # columns of the matrices whose masks are all tried
 _TIE = 1e-9
 
 
-# --- the lemma and the theorem ---------------------------------------------------------------------------------------
-
-
 def measured_error(weight: Tensor, dropped: Tensor) -> Tensor:
     """Squared output error `||W d||^2` of dropped inputs: weight (out, in), dropped (..., in) -> (...)."""
     return torch.nn.functional.linear(dropped, weight).square().sum(-1)
@@ -78,9 +75,6 @@ def orthogonal_columns(weight: Tensor) -> Tensor:
 def column_lengths(weight: Tensor) -> Tensor:
     """Column norms (in,) in float64."""
     return weight.double().square().sum(0).sqrt()
-
-
-# --- the synthetic experiment ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,6 @@ def _card_of(folder: Path) -> dict[str, Any]:
         return {}  # a card that cannot be read tells nothing
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:
     """The card's text in Markdown."""
     settings, folder = opened.settings, opened.folder

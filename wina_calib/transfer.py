@@ -281,9 +281,6 @@ def render(found: Transfer) -> str:
     return "\n\n".join([start, table(headers, rows), "\n".join([*alike, *about, *left])])
 
 
-# --- what can be carried over ----------------------------------------------------------------------------------------
-
-
 def _impossible(giver: Checkpoint, taker: Checkpoint) -> dict[str, str]:
     mine, theirs = taker.settings, giver.settings
     if mine.select == "topk":
@@ -336,9 +333,6 @@ def dense_scores(stream: LayerStream, rule: MaskRule) -> list[dict[str, Tensor]]
         found.append({key: table for tables in sites.values() for key, table in tables.items()})
     hidden.clear()
     return found
-
-
-# --- put on the target -----------------------------------------------------------------------------------------------
 
 
 def _count(progress: Progress, before: int, parts: int, done: int, total: int) -> None:

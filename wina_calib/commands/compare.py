@@ -18,6 +18,7 @@ from wina_calib.commands.common import (
     note,
     revision_option,
     tokens_option,
+    trust_option,
 )
 from wina_calib.compare import DEFAULT_METHODS, SPARSITIES, compare
 from wina_calib.corpus import DEFAULT_DATA
@@ -54,7 +55,7 @@ from wina_calib.text import table
 @device_option
 @dtype_option
 @revision_option
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model folder brings. Read it first.")
+@trust_option
 @json_option
 def command(
     model: str | None,
