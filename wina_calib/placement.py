@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from wina_calib.errors import UsageError
@@ -13,6 +17,7 @@ SPARE_BYTES = 64 << 20
 # At most so many tokens at a time, and so many numbers at the widest site.
 _MICRO_BATCH = {"cpu": (4096, 1 << 23), "cuda": (16_384, 1 << 28)}
 _BACKWARD = {"cpu": (2048, 1 << 22), "cuda": (8192, 1 << 27)}
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,6 +63,24 @@ def keep_in_memory(device: torch.device, states: int, nbytes: int) -> bool:
     if device.type == "cuda":
         return states * nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]
     return (states - 2) * nbytes <= SPARE_BYTES
+
+
+@contextmanager
+def fixed_order(device: torch.device) -> Iterator[None]:
+    """Make a GPU add in a fixed order: without this the backward pass of attention gives other last bits each time."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")  # torch asks for it before matrix products, which do not change
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if workspace is None:
+            del os.environ[_WORKSPACE]
 
 
 def fitting_length(source: Source, seq_len: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
 from wina_calib.errors import RankError
@@ -58,6 +58,7 @@ class Ranks:
         """Add integer counts over all processes, in place."""
         if self.size > 1:
             with _together():
+                _meet(counts)
                 dist.all_reduce(counts)
 
     def gather(self, mine: Sequence[T]) -> list[T]:
@@ -82,6 +83,7 @@ class Ranks:
         """One process's tensor in all; the others give one of the same shape and dtype, which is overwritten."""
         if self.size > 1:
             with _together():
+                _meet(value)
                 dist.broadcast(value, owner)
         return value
 
@@ -164,13 +166,22 @@ def shared_ranks() -> Iterator[Ranks]:
         dist.init_process_group(backend, store=PrefixStore("wina", store), rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(rank, size, store)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        with suppress(Exception):
+            _abort_process_group()  # to end in order, NCCL would wait for a process that may have died
+        raise
+    dist.destroy_process_group()
 
 
 def local_device() -> str:
     """The CUDA device that is this process's own among those of one machine."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "cuda"
+
+
+def _meet(tensor: Tensor) -> None:
+    """Before NCCL takes a tensor, wait for the others by gloo, which says when one has died; NCCL would wait for good."""
+    if tensor.is_cuda:
+        dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager

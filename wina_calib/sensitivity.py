@@ -26,6 +26,7 @@ from wina_calib.families import Layer, MaskGroup
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.likelihood import loss_gradients
 from wina_calib.masked import MaskedLayer, MaskRule
+from wina_calib.placement import fixed_order
 from wina_calib.score import kept_inputs, scores
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
@@ -246,14 +247,16 @@ def _layer_curves(
         for batch in stream.mine:
             totals = nothing.clone()
             hidden = inputs[batch].detach().requires_grad_()
-            out = tapped.run(hidden, stream.kwargs(index, batch))
+            with fixed_order(stream.device):
+                out = tapped.run(hidden, stream.kwargs(index, batch))
             taps = dict(tapped.taps)
             tapped.taps.clear()
             levels: dict[str, list[Tensor]] = {}
             for label, store in enumerate(gradients):
-                gradient, *found = torch.autograd.grad(
-                    out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=label == 0
-                )
+                with fixed_order(stream.device):
+                    gradient, *found = torch.autograd.grad(
+                        out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=label == 0
+                    )
                 store[batch] = gradient
                 felt = dict(zip(taps, found, strict=True))
                 del found

@@ -3,7 +3,7 @@
     python tests/gpu/calibration_bench.py --shape llama-3-8b --layers 8 --samples 128 --seq-len 2048 --folder /tmp/bench
 
 Works on a CPU and on a GPU. The weights are random and the tokens too; the model is written to --folder first. Prints a
-table and, last, one JSON object.
+table as it goes and, last, one JSON object, which --out holds as far as it is known, from the first figure on.
 """
 
 import argparse
@@ -40,10 +40,11 @@ SHAPES = {
 
 
 class Clock:
-    """Seconds of every phase of a calibration."""
+    """Seconds of every phase of a calibration; `ended` hears when one is over."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ended: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.ended = ended
         self._device = device
         self._phase: str | None = None
 
@@ -55,6 +56,8 @@ class Clock:
         now = self.now()
         if self._phase is not None:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+            click.echo(f"  of it {self._phase:34s} {self.seconds[self._phase]:9.2f} s")
+            self.ended()
         self._phase, self._since = name, now
 
     def step(self, note: str) -> None:
@@ -91,13 +94,16 @@ def main() -> None:
         "--choice", action="store_true", help="only a plain pass, and transform and budget as by default"
     )
     parser.add_argument("--decompositions", type=int, default=0, help="also time the transforms' at this width")
+    parser.add_argument("--out", type=Path, help="file for the JSON object")
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    clock = Clock(device)
+    clock, found = Clock(device), dict[str, float]()
     model, out = args.model or args.folder / "model", args.folder / "out"
     if not model.is_dir():
-        random_model.write(model, layers=args.layers, **SHAPES[args.shape])
+        found["write the model"] = timed(
+            clock, lambda: random_model.write(model, layers=args.layers, **SHAPES[args.shape])
+        )
     source = open_source(str(model))
     arch = source.architecture
     ids = torch.randint(4, arch.vocab_size, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
@@ -130,11 +136,29 @@ def main() -> None:
         kept = Statistics(arch, "global", tokens=ids.numel() - len(ids))
         dense_pass(job("none", (0.5,), "uniform")._stream(source, ids), kept).clear()
 
-    found: dict[str, float] = {}
+    facts: dict[str, Any] = {
+        "shape": str(args.model or args.shape),
+        "layers": args.layers,
+        "tokens": ids.numel(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype),
+        "torch": torch.__version__,
+        "seconds": found,
+        "phases": clock.seconds,
+    }
+
+    def keep() -> None:
+        if device.type == "cuda":
+            facts["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+        if args.out is not None:
+            args.out.write_text(json.dumps(facts))
+
+    clock.ended = keep
 
     def measure(name: str, work: Callable[[], Any], times: int = 1) -> None:
         found[name] = min(timed(clock, work) for _ in range(times))
         click.echo(f"{name:40s} {found[name]:9.2f} s")
+        keep()
 
     def choice() -> None:
         one = job(plan("auto", arch).name, (0.5,), "global")
@@ -155,8 +179,6 @@ def main() -> None:
     out.mkdir(parents=True)
     measure("transform and budget" if args.choice else "whole", choice if args.choice else whole)
     clock.phase("", 0)
-    for name, value in clock.seconds.items():
-        click.echo(f"  of it {name:34s} {value:9.2f} s")
 
     plain_s = found["plain"]
     ratios = {
@@ -178,20 +200,13 @@ def main() -> None:
     if args.decompositions:
         parts = decomposition_seconds(args.decompositions, device, steps=3)
         found |= {f"{name} at {args.decompositions}": value for name, value in parts.items()}
+        for name, value in parts.items():
+            click.echo(f"{name:40s} {value:9.2f} s, {args.decompositions} wide")
     for name, value in ratios.items():
         click.echo(f"{name:40s} {value:9.2f} plain passes")
-    facts = {
-        "shape": str(args.model or args.shape),
-        "layers": args.layers,
-        "tokens": ids.numel(),
-        "device": str(device),
-        "dtype": str(dtype),
-    }
-    if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
-    click.echo(
-        json.dumps(facts | {"torch": torch.__version__, "seconds": found, "phases": clock.seconds, "ratios": ratios})
-    )
+    facts["ratios"] = ratios
+    keep()
+    click.echo(json.dumps(facts))
 
 
 if __name__ == "__main__":
