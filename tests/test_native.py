@@ -13,8 +13,8 @@ from kernel_cases import ADVERSARIAL, LIMITS, adversarial, error, exact, operand
 from wina_calib.runtime.kernels import native, reference
 
 needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
-# Around the numbers of rows and outputs that are taken at a time: 8, 32, 2048; odd ones; less than a block.
-SHAPES = [(1, 1), (5, 3), (8, 32), (17, 33), (64, 2049), (333, 130), (96, 4101)]
+# Around the numbers of rows and outputs that are taken at a time: 8, 16, 32, 6144; odd ones; less than a block.
+SHAPES = [(1, 1), (5, 3), (8, 32), (17, 33), (16, 47), (64, 2049), (333, 130), (33, 6145), (96, 12301)]
 
 
 @pytest.fixture(autouse=True)

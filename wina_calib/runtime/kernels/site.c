@@ -1,8 +1,9 @@
 /* y = (x * [abs(x) * norm > threshold]) @ weight + bias for one row x, reading only the kept rows of `weight` (in, out).
 
    Threads share the outputs, so that there is no sum of parts and a result does not depend on their number. Each makes
-   the list of kept inputs for itself: that is cheaper than to wait for one. Eight rows are read side by side, which the
-   processor fetches ahead as eight streams, and their products are summed before they are added to the block's results.
+   the list of kept inputs for itself: that is cheaper than to wait for one. Eight rows are read side by side, line by
+   line, while the next eight are fetched into the second cache; their products are summed before they are added to the
+   block's results.
    Sums are in float32. OpenMP's functions are found in the process when this is loaded: torch's threads do the work. */
 
 #include <stdint.h>
@@ -12,9 +13,9 @@
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-#define AHEAD 2   /* cache lines at the start of the next eight rows that are asked for early */
-#define UNIT 32   /* outputs that a thread's share is a multiple of */
-#define BLOCK 2048 /* outputs whose results a thread holds at a time */
+#define WORDS 16   /* words of four bytes in a cache line */
+#define UNIT 32    /* outputs that a thread's share is a multiple of */
+#define BLOCK 6144 /* outputs whose results a thread holds at a time */
 
 typedef uint16_t bfloat16;
 
@@ -35,42 +36,48 @@ static inline bfloat16 narrow_bfloat16(float value) { /* to nearest, ties to eve
     return (bfloat16)(value != value ? 0x7fc0 : rounded);
 }
 
-#define ROW(TYPE, i)                                   \
-    const TYPE *restrict row##i = weight + index[k + i] * out; \
-    const float x##i = value[k + i];
-#define EIGHT_ROWS(TYPE) \
-    ROW(TYPE, 0) ROW(TYPE, 1) ROW(TYPE, 2) ROW(TYPE, 3) ROW(TYPE, 4) ROW(TYPE, 5) ROW(TYPE, 6) ROW(TYPE, 7)
+#define EIGHT(EACH) EACH(0) EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) EACH(7)
 #define SUM(TERM) (TERM(0) + TERM(1) + TERM(2) + TERM(3) + TERM(4) + TERM(5) + TERM(6) + TERM(7))
+#define ROW(i)                                                   \
+    const number *restrict row##i = weight + index[k + i] * out; \
+    const float x##i = value[k + i];
 
-/* Ask for the start of the eight rows after those at k. */
-static inline void look_ahead(const char *weight, int64_t row_bytes, const int64_t *index, int64_t k, int64_t count) {
-    if (k + 16 <= count)
-        for (int i = 8; i < 16; i++)
-            for (int line = 0; line < AHEAD; line++)
-                __builtin_prefetch(weight + index[k + i] * row_bytes + 64 * line);
-}
+/* The row eight after this one; at the end of the list this one, which costs nothing. */
+#define NEXT(i) const number *next##i = weight + index[k + 8 + i < count ? k + 8 + i : k + i] * out;
+#define FETCH(i) __builtin_prefetch((const char *)next##i + 4 * start, 0, 2);
+
+/* Run BODY for each word j of eight rows, a cache line at a time, of which the same in the next eight is asked for. */
+#define BY_LINES(words, BODY)                                        \
+    EIGHT(ROW) EIGHT(NEXT)                                           \
+    for (int64_t start = 0; start < words; start += WORDS) {         \
+        EIGHT(FETCH)                                                 \
+        if (start + WORDS <= words)                                  \
+            for (int64_t j = start; j < start + WORDS; j++) { BODY } \
+        else                                                         \
+            for (int64_t j = start; j < words; j++) { BODY }         \
+    }
 
 /* result[j] += sum over kept inputs of value * weight[index, j], for j < width. */
 static void add_float32(const float *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
                         int64_t width, float *restrict result) {
+    typedef float number;
     int64_t k = 0;
-    for (; k + 8 <= count; k += 8) {
-        EIGHT_ROWS(float)
-        look_ahead((const char *)weight, out * (int64_t)sizeof(float), index, k, count);
 #define TERM(i) x##i * row##i[j]
-        for (int64_t j = 0; j < width; j++) result[j] += SUM(TERM);
+    for (; k + 8 <= count; k += 8) {
+        BY_LINES(width, result[j] += SUM(TERM);)
     }
     for (; k < count; k++) {
-        ROW(float, 0)
+        ROW(0)
         for (int64_t j = 0; j < width; j++) result[j] += TERM(0);
-#undef TERM
     }
+#undef TERM
 }
 
 /* The same in bfloat16: two neighbours are loaded as one word, whose halves are widened without a shuffle. Results of
    even and odd columns are apart until the end. */
 static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
                          int64_t width, float *restrict result) {
+    typedef bfloat16 number;
     float even[BLOCK / 2], odd[BLOCK / 2];
     const int64_t pairs = width / 2;
     memset(even, 0, (size_t)pairs * sizeof(float));
@@ -82,16 +89,10 @@ static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *ind
 #define EVEN(i) x##i * float_of(word##i << 16)
 #define ODD(i) x##i * float_of(word##i & 0xffff0000u)
     for (; k + 8 <= count; k += 8) {
-        EIGHT_ROWS(bfloat16)
-        look_ahead((const char *)weight, out * (int64_t)sizeof(bfloat16), index, k, count);
-        for (int64_t j = 0; j < pairs; j++) {
-            LOAD(0) LOAD(1) LOAD(2) LOAD(3) LOAD(4) LOAD(5) LOAD(6) LOAD(7)
-            even[j] += SUM(EVEN);
-            odd[j] += SUM(ODD);
-        }
+        BY_LINES(pairs, EIGHT(LOAD) even[j] += SUM(EVEN); odd[j] += SUM(ODD);)
     }
     for (; k < count; k++) {
-        ROW(bfloat16, 0)
+        ROW(0)
         for (int64_t j = 0; j < pairs; j++) {
             LOAD(0)
             even[j] += EVEN(0);
