@@ -2,13 +2,14 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact, operands
 
 from wina_calib.runtime import kernels
-from wina_calib.runtime.kernels import autotune, cuda
+from wina_calib.runtime.kernels import autotune, cluster, cuda
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # The interpreter makes loop bounds of one-element arrays by int(), which numpy refuses since 2.4.
@@ -101,8 +102,13 @@ def test_nan_shows_in_the_output():
 class TestOnTheGpu:
     """What only a device shows: graphs, compilation, tuning."""
 
-    @pytest.fixture(autouse=True)
-    def cache(self, monkeypatch, tmp_path):
+    @pytest.fixture(autouse=True, params=["cuda", "triton"])
+    def cache(self, request, monkeypatch, tmp_path):
+        if request.param == "triton":
+            monkeypatch.setattr(cluster, "available", lambda index: False)
+        elif not cluster.available(0):
+            pytest.skip("needs a card with clusters")
+        self.kind = request.param
         monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path))
         monkeypatch.setattr(autotune, "_known", {})
         monkeypatch.setattr(autotune, "_loaded", set())
@@ -122,12 +128,14 @@ class TestOnTheGpu:
         monkeypatch.setattr(autotune, "_loaded", set())
         monkeypatch.setattr(cuda, "_fastest", None)
         assert error(kernels.sparse_site(*args), exact(*args)) <= LIMITS[torch.bfloat16]
-        assert autotune.Config(*entry) in autotune.candidates(2048, 2560, 2)
+        owner, kind = (cluster, cluster.Shape) if self.kind == "cuda" else (autotune, autotune.Config)
+        assert kind(*entry) in owner.candidates(2048, 2560, 2)
 
     def test_capture_of_an_untuned_shape(self, monkeypatch):
         monkeypatch.setattr(cuda, "_fastest", None)
         x, weight_t, norm, threshold = operands(1, 2048, 768, torch.bfloat16, device=DEVICE)
-        launch((x, weight_t, norm, threshold))
+        if self.kind == "triton":
+            launch((x, weight_t, norm, threshold))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -160,6 +168,7 @@ class TestOnTheGpu:
             raise RuntimeError("Failed to find C compiler")
 
         monkeypatch.setattr(cuda, "launch", broken)
+        monkeypatch.setattr(cluster, "launch", broken)
         monkeypatch.setattr(cuda, "_unusable", set())
         args = operands(1, 512, 384, torch.bfloat16, device=DEVICE)
         for _ in range(2):
@@ -173,6 +182,59 @@ class TestOnTheGpu:
             results = [cuda.launch(config, *args) for args in calls]
             for y, args in zip(results, calls, strict=True):
                 assert error(y, exact(*args)) <= LIMITS[torch.bfloat16]
+
+
+@pytest.mark.skipif(INTERPRET or not torch.cuda.is_available() or not cluster.available(0), reason="needs clusters")
+class TestProductInCuda:
+    """The product in CUDA itself, at sizes around what its blocks take."""
+
+    SHAPES = tuple(dict.fromkeys(cluster.NARROW + cluster.WIDE)) + (cluster.Shape(32, 4, 1, 8),)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("width", "out"), [(1, 8), (40, 8), (333, 136), (4096, 1000), (14336, 512)])
+    def test_matches_float64(self, dtype, width, out):
+        args = operands(1, width, out, dtype, device=DEVICE)
+        bias = torch.randn(out, device=DEVICE).to(dtype)
+        for extra in ((), (torch.tensor([False], device=DEVICE), bias), (torch.tensor([True], device=DEVICE),)):
+            expected = exact(*args, *extra)
+            for shape in self.SHAPES:
+                if shape.passes(width) <= cluster.MAX_PASSES:
+                    y = cluster.launch(shape, *args, *extra)
+                    assert error(y, expected) <= LIMITS[dtype], shape
+                    assert torch.equal(cluster.launch(shape, *args, *extra), y)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("case", ADVERSARIAL)
+    def test_adversarial_inputs(self, dtype, case):
+        args = adversarial(case, 1000, 520, dtype, device=DEVICE)
+        for shape in self.SHAPES:
+            y = cluster.launch(shape, *args)
+            assert error(y, exact(*args)) <= LIMITS[dtype], shape
+            if case == "nothing":
+                assert not y.any()
+
+    def test_nan_and_strides(self):
+        x, weight_t, norm, threshold = operands(1, 512, 256, torch.bfloat16, device=DEVICE)
+        wide = torch.stack([x, x], dim=2).reshape(1, 1024)[:, ::2]
+        shape = self.SHAPES[0]
+        assert torch.equal(
+            cluster.launch(shape, wide, weight_t, norm, threshold), cluster.launch(shape, x, weight_t, norm, threshold)
+        )
+        x[0, 77] = float("nan")
+        assert cluster.launch(shape, x, weight_t, norm, threshold).isnan().all()
+
+    def test_a_thread_that_has_not_used_the_card(self):
+        args = operands(1, 512, 256, torch.bfloat16, device=DEVICE)
+        with ThreadPoolExecutor(4) as pool:
+            for y in pool.map(lambda _: cluster.launch(self.SHAPES[0], *args), range(64)):
+                assert error(y, exact(*args)) <= LIMITS[torch.bfloat16]
+
+    def test_what_it_cannot_read_goes_elsewhere(self):
+        odd = operands(1, 512, 130, torch.bfloat16, device=DEVICE)
+        assert not cluster.serves(*odd[:2])
+        assert not cluster.serves(*operands(2, 512, 256, torch.bfloat16, device=DEVICE)[:2])
+        assert not cluster.serves(*operands(1, 100_000, 256, torch.bfloat16, device=DEVICE)[:2])
+        assert error(kernels.sparse_site(*odd), exact(*odd)) <= LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,16 +8,17 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 # Raised when a kernel changes so that remembered shapes are measured again.
-KERNEL_VERSION = 3
+KERNEL_VERSION = 4
 REPEATS = 9
 # A search that has taken this long stops with the best so far. Compiling a candidate takes about half a second.
 BUDGET_SECONDS = 15.0
@@ -25,7 +26,7 @@ BUDGET_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Config:
-    """A launch shape: inputs a program compacts, rows and columns of the weight it reads at a time, its warps."""
+    """A launch shape of Triton's kernels: inputs a program compacts, rows and columns it reads at a time, its warps."""
 
     slice: int
     block_k: int
@@ -78,11 +79,6 @@ def _scaled(config: Config, itemsize: int) -> Config:
     return Config(config.slice, config.block_k, max(32, config.block_n * 2 // itemsize), config.warps)
 
 
-def default_config(width: int, out: int, itemsize: int) -> Config:
-    """The launch shape used without a measurement."""
-    return candidates(width, out, itemsize)[0]
-
-
 def candidates(width: int, out: int, itemsize: int) -> list[Config]:
     """Launch shapes worth timing for a weight (in `width`, out `out`), best guess first, at most 16."""
     shapes = [_scaled(config, itemsize) for config in (WIDE_16_BIT if out >= WIDE_OUTPUTS else NARROW_16_BIT)]
@@ -100,13 +96,37 @@ def padded_rows(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def fastest(shapes: list[Config], run: Callable[[Config], float], budget: float = BUDGET_SECONDS) -> Config | None:
+# A frozen dataclass of whole numbers.
+Shape = TypeVar("Shape")
+
+
+def chosen(key: str, shapes: Sequence[Shape], measure: Callable[[], Shape | None]) -> Shape | None:
+    """The launch shape that is remembered for `key`, else the one that `measure` finds, which is remembered.
+
+    The first of `shapes` where nothing can be measured: in a capture, without memory, with `WINA_CALIB_AUTOTUNE=0`.
+    None where `measure` finds none that runs.
+    """
+    known = recall(key)
+    if known is not None:
+        return type(shapes[0])(*known)
+    if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
+        return shapes[0]
+    try:
+        best = measure()
+    except torch.OutOfMemoryError:
+        return shapes[0]
+    if best is not None:
+        remember(key, best)
+    return best
+
+
+def fastest(shapes: Sequence[Shape], run: Callable[[Shape], float], budget: float = BUDGET_SECONDS) -> Shape | None:
     """The candidate with the least `run` time in the time allowed, or None if none runs.
 
     A candidate that cannot run (too few registers, an older compiler) is skipped.
     """
     start = time.monotonic()
-    times: dict[Config, float] = {}
+    times: dict[Shape, float] = {}
     for shape in shapes:
         try:
             times[shape] = run(shape)
@@ -123,47 +143,46 @@ def cache_file() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache" / "wina_calib") / "kernels.json"
 
 
-def key_of(device: str, width: int, out: int, dtype: torch.dtype) -> str:
-    """What a measurement holds for."""
-    import triton
+def key_of(index: int, compiler: str, width: int, out: int, dtype: torch.dtype) -> str:
+    """What a measurement holds for: card, compiler and its version, weight."""
+    device = torch.cuda.get_device_name(index)
+    return f"{KERNEL_VERSION}|{device}|{compiler}|{str(dtype)[6:]}|{width}x{out}"
 
-    return f"{KERNEL_VERSION}|{device}|triton {triton.__version__}|{str(dtype)[6:]}|{width}x{out}"
 
-
-_known: dict[str, Config] = {}
+_known: dict[str, tuple[int, ...]] = {}
 _loaded: set[Path] = set()
 
 
-def recall(key: str) -> Config | None:
-    """The remembered launch shape, from memory or, once, from disk."""
+def recall(key: str) -> tuple[int, ...] | None:
+    """The numbers of the remembered launch shape, from memory or, once, from disk."""
     found = _known.get(key)
     if found is not None:
         return found
     file = cache_file()
     if file not in _loaded:
         _loaded.add(file)
-        for name, config in _read(file).items():
-            _known.setdefault(name, config)
+        for name, values in _read(file).items():
+            _known.setdefault(name, values)
     return _known.get(key)
 
 
-def remember(key: str, config: Config) -> None:
+def remember(key: str, shape: Any) -> None:
     """Keep a launch shape for this process and, where the cache can be written, for later ones."""
-    _known[key] = config
+    _known[key] = astuple(shape)
     file = cache_file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: astuple(c) for name, c in (_read(file) | {key: config}).items()}
+        content = _read(file) | {key: _known[key]}
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
             json.dump(content, temporary, indent=0)
         Path(temporary.name).replace(file)
 
 
-def _read(file: Path) -> dict[str, Config]:
+def _read(file: Path) -> dict[str, tuple[int, ...]]:
     """The cache on disk; a damaged one counts as empty."""
     try:
         content = json.loads(file.read_text())
         entries = {str(name): tuple(int(v) for v in values) for name, values in content.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: Config(*values) for name, values in entries.items() if len(values) == 4 and min(values) > 0}
+    return {name: values for name, values in entries.items() if len(values) == 4 and min(values) > 0}

@@ -1,15 +1,16 @@
-"""CUDA kernels: the host side of `_triton`, its launch shapes and their tuning.
+"""CUDA: the product in CUDA (`cluster`) where the card has it, else in Triton (`_triton`); masks and attention in Triton.
 
-Nothing here waits for the device or depends on data, so the product may be captured in a CUDA graph. Which launch
-shape is best depends on the weight's shape and the card; `config_for` measures a short list once, outside of any
-capture, and `autotune` remembers it on disk.
+Nothing here waits for the device or depends on data, so all may be captured in a CUDA graph. Which launch shape is
+best depends on the weight's shape and the card; a short list is measured once, outside of any capture, and `autotune`
+remembers the best on disk.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
+import statistics
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from wina_calib.runtime.kernels import autotune, reference
-from wina_calib.runtime.kernels.autotune import Config
+from wina_calib.runtime.kernels import autotune, cluster, reference
+from wina_calib.runtime.kernels.autotune import Config, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ ATTENTION_BLOCK = 128
 # Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
 FLUSH_BYTES = 256 << 20
 FLUSHES = 3
+MOST_COPIES = 8  # of a weight, run one after the other in a measurement
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _unusable: set[int] = set()
@@ -92,7 +94,8 @@ def _repeat(ready: tuple[Any, tuple[object, ...]], grid: tuple[int, int, int], g
     """Start a compiled kernel on the current device and stream with arguments of the kind it was compiled for."""
     kernel, constants = ready
     stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *given, *constants)
+    numbers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]  # of a tensor Triton asks more
+    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *numbers, *constants)
 
 
 @cache
@@ -116,6 +119,9 @@ def sparse_site(
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    shape = _shape_for(x, weight_t)
+    if shape is not None:
+        return cluster.launch(shape, x, weight_t, norm, threshold, dense_rows, bias)
     config = config_for(x, weight_t) if x.device.index not in _unusable else None
     if config is None:
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
@@ -267,11 +273,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 @cache
 def _key(index: int, width: int, out: int, dtype: torch.dtype) -> str:
-    return autotune.key_of(torch.cuda.get_device_name(index), width, out, dtype)
+    import triton
+
+    return autotune.key_of(index, f"triton {triton.__version__}", width, out, dtype)
 
 
 def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
-    """The launch shape for these operands: remembered, else measured now, else (in a capture) a rule's.
+    """The launch shape of Triton's kernels for these operands.
 
     None where no candidate runs, for want of a compiler, say; said once.
     """
@@ -279,27 +287,31 @@ def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
     out = weight_t.shape[1]
     if rows > 1:
         return autotune.rows_config(rows, x.element_size())
-    key = _key(x.device.index, width, out, x.dtype)
-    known = autotune.recall(key)
-    if known is not None:
-        return known
     shapes = autotune.candidates(width, out, x.element_size())
-    if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
-        return shapes[0]
-    try:
-        best = _fastest(weight_t, shapes)
-    except torch.OutOfMemoryError:  # no room to measure in
-        return shapes[0]
+    key = _key(x.device.index, width, out, x.dtype)
+    best = autotune.chosen(key, shapes, lambda: _fastest(weight_t, shapes, launch))
     if best is None:
         _unusable.add(x.device.index)
         logger.warning("Triton cannot compile for %s: masked dense products are used instead", x.device)
-        return None
-    autotune.remember(key, best)
     return best
 
 
-def _fastest(weight_t: Tensor, shapes: list[Config]) -> Config | None:
-    """Time each candidate on this weight with normal inputs of which 58 % are dropped, the cache cold."""
+def _shape_for(x: Tensor, weight_t: Tensor) -> cluster.Shape | None:
+    """The launch shape of the product in CUDA; None where it cannot be used."""
+    if not cluster.serves(x, weight_t):
+        return None
+    width, out = weight_t.shape
+    shapes = cluster.candidates(width, out, x.element_size())
+
+    def measure() -> cluster.Shape | None:
+        cluster.prepare(shapes, x.device.index, x.dtype, width)
+        return _fastest(weight_t, shapes, cluster.launch)
+
+    return autotune.chosen(cluster.key_of(x.device.index, width, out, x.dtype), shapes, measure)
+
+
+def _fastest(weight_t: Tensor, shapes: Sequence[Shape], start: Callable[..., Tensor]) -> Shape | None:
+    """Time each candidate with normal inputs of which 58 % are dropped, on copies of the weight that no cache holds all."""
     device = weight_t.device
     width = weight_t.shape[0]
     generator = torch.Generator(device=device).manual_seed(0)
@@ -307,19 +319,22 @@ def _fastest(weight_t: Tensor, shapes: list[Config]) -> Config | None:
     norm = torch.ones(width, device=device)
     threshold = torch.full((), 0.8, device=device)
     flush = torch.ones(FLUSH_BYTES // 4, device=device)
+    size = weight_t.numel() * weight_t.element_size()
+    copies = [weight_t, *(weight_t.clone() for _ in range(min(MOST_COPIES, FLUSH_BYTES // size)))]
 
-    def run(config: Config) -> float:
-        launch(config, x, weight_t, norm, threshold)
+    def run(shape: Shape) -> float:
+        start(shape, x, weight_t, norm, threshold)
         events = []
         for _ in range(autotune.REPEATS):
             for _ in range(FLUSHES):
                 flush.sum()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            launch(config, x, weight_t, norm, threshold)
-            end.record()
-            events.append((start, end))
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for weight in copies:
+                start(shape, x, weight, norm, threshold)
+            last.record()
+            events.append((first, last))
         torch.cuda.synchronize(device)
-        return float(min(start.elapsed_time(end) for start, end in events))
+        return float(statistics.median(first.elapsed_time(last) for first, last in events))
 
     return autotune.fastest(shapes, run)
