@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wina_calib.runtime import step
+from wina_calib.runtime import step, stopping
 
 
 @dataclass
@@ -70,6 +70,7 @@ class RuntimeState:
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a prompt, look whether weights were replaced without notice, as merging an adapter may do."""
         tokens = _tokens(args, kwargs)
+        stopping.mark(kwargs.get("past_key_values"), tokens)
         if not self.stale and (tokens is None or tokens.shape[1] > 1):
             self.stale = any(site.is_replaced() for site in self.sites)
 
