@@ -75,7 +75,7 @@ def test_this_transformers_has_the_rule_that_is_known(calibrated: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_tokens_are_the_same(calibrated: Path, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wina_calib.load(calibrated).to("cuda")
+    model = wina_calib.load(calibrated).to("cuda", torch.bfloat16)
     options = {"do_sample": False, "cache_implementation": implementation, "pad_token_id": 3}
     prompt = torch.cat([PROMPT, PROMPT.flip(1)]).cuda()
     made = []

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# From the driver's header: attributes of a function and of a launch, and the error of a thread without a context.
+# From the driver's header: attributes of a function and of a launch, and the errors of a thread without a context.
 MAX_SHARED_ATTRIBUTE = 8
 OVERLAP_ATTRIBUTE = 6
-NO_CONTEXT = 201
+NO_CONTEXT = (3, 201)
 # Shared memory of a block that needs no asking.
 PLAIN_SHARED_BYTES = 48 << 10
 
@@ -59,7 +59,7 @@ class Launch:
     ) -> None:
         self.function = function
         if shared > PLAIN_SHARED_BYTES:
-            check(_driver().cuFuncSetAttribute(function, MAX_SHARED_ATTRIBUTE, shared))
+            call(_driver().cuFuncSetAttribute, function, MAX_SHARED_ATTRIBUTE, shared)
         self.attribute = _Attribute(id=OVERLAP_ATTRIBUTE, value=1)
         self.launch = _Launch(grid, (threads, 1, 1), shared, None, ctypes.pointer(self.attribute), 1)
         self.at = ctypes.addressof(self.launch)
@@ -76,11 +76,7 @@ class Launch:
         with self.lock:
             self.addresses[:] = list(addresses)
             self.launch.stream = stream
-            error = self.start(self.at, self.function, self.arguments, None)
-            if error == NO_CONTEXT:  # a thread that has not used the card yet
-                torch.cuda.current_stream().query()
-                error = self.start(self.at, self.function, self.arguments, None)
-        check(error)
+            call(self.start, self.at, self.function, self.arguments, None)
 
 
 @cache
@@ -95,22 +91,26 @@ def _driver() -> Any:
     return library
 
 
-def check(error: int) -> None:
-    """Raise RuntimeError for an error of the driver."""
+def call(function: Callable[..., int], *arguments: Any) -> None:
+    """Call the driver, again where the thread has not used the card yet. Raises RuntimeError for another error."""
+    error = function(*arguments)
+    if error in NO_CONTEXT:
+        torch.cuda.current_stream().query()
+        error = function(*arguments)
     if error:
         raise RuntimeError(f"the CUDA driver answers with error {error}")
 
 
 def load(code: bytes, name: str) -> ctypes.c_void_p:
-    """The kernel of this name in machine code, on the current card, which torch has used before.
+    """The kernel of this name in machine code, on the current card.
 
     Raises:
         OSError: there is no driver.
         RuntimeError: the card does not take it.
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    check(_driver().cuModuleLoadData(ctypes.byref(module), code))
-    check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    call(_driver().cuModuleLoadData, ctypes.byref(module), code)
+    call(_driver().cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     return function
 
 
