@@ -51,6 +51,20 @@ def test_load_rows(tmp_path, rows):
     assert same_bytes(Shards.open(tmp_path).load("a", rows=rows), tensor[rows])
 
 
+@pytest.mark.parametrize("rows", [[], [0], [0, 1, 2, 4], [1, 3, 3], [4, 2, 3], range(5)])
+def test_load_rows_by_number(tmp_path, rows):
+    tensor, numbers = torch.arange(20.0).reshape(5, 4), torch.tensor(list(rows), dtype=torch.int64)
+    save_file({"pad": torch.ones(7), "a": tensor}, tmp_path / SINGLE)
+    assert same_bytes(Shards.open(tmp_path).load("a", rows=numbers), tensor[numbers])
+
+
+@pytest.mark.parametrize("rows", [[-1], [3, 5], [1 << 40], [4, -1, 2]])
+def test_load_rows_that_are_not_there(tmp_path, rows):
+    save_file({"a": torch.ones(5, 4)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="5 rows"):
+        Shards.open(tmp_path).load("a", rows=torch.tensor(rows))
+
+
 def test_load_rows_reads_only_those_bytes(tmp_path, monkeypatch):
     save_file({"a": torch.arange(4000.0).reshape(1000, 4)}, tmp_path / SINGLE)
     shards = Shards.open(tmp_path)
@@ -63,7 +77,8 @@ def test_load_rows_reads_only_those_bytes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", counting)
     shards.load("a", rows=slice(10, 13))
-    assert sizes == [3 * 4 * 4]
+    shards.load("a", rows=torch.tensor([1, 7, 8, 9]))
+    assert sizes == [3 * 4 * 4, 1 * 4 * 4, 3 * 4 * 4]
 
 
 def test_load_rows_needs_rows_and_step_one(tmp_path):

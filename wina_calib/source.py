@@ -80,8 +80,8 @@ class Source:
         prefix = self.architecture.layers[index].prefix
         return {name.removeprefix(prefix): self.load(name) for name in self.layer_names(index)}
 
-    def load(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor (or some rows of it) and check that it is finite."""
+    def load(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
+        """Read one tensor, or some rows of it as `Shards.load` takes them, and check that it is finite."""
         tensor = self.shards.load(name, rows=rows)
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(_CHECKED))
         if bad:

@@ -269,8 +269,7 @@ class LayerStream:
         arch = self.source.architecture
         module = self.model.get_submodule(arch.embed)
         unique, inverse = torch.unique(ids, return_inverse=True)
-        name = f"{arch.embed}.weight"
-        rows = torch.cat([self.source.load(name, slice(int(a), int(b) + 1)) for a, b in _runs(unique)])
+        rows = self.source.load(f"{arch.embed}.weight", unique)
         saved, padding = module._parameters["weight"], module.padding_idx
         module._parameters["weight"] = _frozen(rows.to(self.device, self.dtype))
         module.padding_idx = None
@@ -336,15 +335,3 @@ class Head:
 
 def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
-
-
-def _runs(sorted_ids: Tensor) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive ids as (first, last), so that neighbouring rows are read together."""
-    values = sorted_ids.tolist()
-    first = last = values[0]
-    for value in values[1:]:
-        if value != last + 1:
-            yield first, last
-            first = value
-        last = value
-    yield first, last

@@ -34,7 +34,7 @@ class TransformedSource(Source):
         """A layer's run-time matrices by site name."""
         return {site: q for (layer, site), q in self.turned.sites.items() if layer == index}
 
-    def load(self, name: str, rows: slice | None = None) -> Tensor:
+    def load(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """Read one tensor; rows of the embedding are transformed."""
         loaded = super().load(name, rows)
         is_embedding = name == f"{self.architecture.embed}.weight"

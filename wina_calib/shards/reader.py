@@ -79,13 +79,16 @@ class Shards(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None, rows: slice | None = None) -> torch.Tensor:
+    def load(
+        self, name: str, *, dtype: torch.dtype | None = None, rows: slice | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Read one tensor, or some of its rows, into memory of its own.
 
         Args:
             name: the tensor.
             dtype: convert to this dtype (default: as stored).
-            rows: read only these entries of the first dimension; step 1, otherwise like any Python slice.
+            rows: read only these entries of the first dimension: a slice of step 1, otherwise like any Python slice, or
+                their numbers (n,) int64, best in ascending order.
 
         Returns:
             A CPU tensor of the stored shape, with the chosen number of rows.
@@ -94,19 +97,26 @@ class Shards(Mapping[str, TensorInfo]):
             CheckpointError: no such tensor, it has no rows, or the file has changed and cannot be read.
         """
         info = self._info(name)
-        shape, first = info.shape, 0
+        shape, runs = info.shape, [(0, info.shape[0])] if info.shape else [(0, 1)]
         if rows is not None:
-            if not shape or rows.step not in (None, 1):
+            if not shape or (isinstance(rows, slice) and rows.step not in (None, 1)):
                 raise CheckpointError(f"{info.file}: tensor {shown(name)}: rows need a first dimension and step 1")
-            first, stop, _ = rows.indices(shape[0])
-            shape = (max(stop - first, 0), *shape[1:])
+            if isinstance(rows, slice):
+                first, stop, _ = rows.indices(shape[0])
+                runs = [(first, max(first, stop))]
+            else:
+                runs = list(_runs(rows.tolist()))
+                if any(not 0 <= first < stop <= shape[0] for first, stop in runs):
+                    raise CheckpointError(
+                        f"{info.file}: tensor {shown(name)} has {shape[0]} rows, no others can be read"
+                    )
+            shape = (sum(stop - first for first, stop in runs), *shape[1:])
         size = math.prod(shape) * info.dtype.itemsize
         try:
             raw = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise CheckpointError(f"{info.file}: tensor {shown(name)}: no memory for {size} bytes") from error
-        row_bytes = math.prod(shape[1:]) * info.dtype.itemsize
-        self._read(info, raw, first * row_bytes)
+        self._read(info, raw, runs, math.prod(shape[1:]) * info.dtype.itemsize)
         # A byte other than 0 and 1 in a bool tensor is undefined behaviour.
         tensor = raw.ne(0) if info.dtype == torch.bool else raw.view(info.dtype)
         tensor = tensor.view(shape)
@@ -126,7 +136,7 @@ class Shards(Mapping[str, TensorInfo]):
             digest.update(json.dumps([name, DTYPE_NAMES[info.dtype], info.shape]).encode() + b"\n")
             for offset in range(0, info.nbytes, _CHUNK):
                 chunk = torch.empty(min(_CHUNK, info.nbytes - offset), dtype=torch.uint8)
-                self._read(info, chunk, offset)
+                self._read(info, chunk, [(offset, offset + len(chunk))], 1)
                 digest.update(chunk.numpy().data)
         return digest.hexdigest()
 
@@ -135,10 +145,23 @@ class Shards(Mapping[str, TensorInfo]):
             raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {shown(name)}; is it another model's?")
         return self._infos[name]
 
-    def _read(self, info: TensorInfo, raw: torch.Tensor, offset: int) -> None:
-        """Fill the byte tensor `raw` from byte `offset` of a tensor."""
+    def _read(self, info: TensorInfo, raw: torch.Tensor, runs: Iterable[tuple[int, int]], row_bytes: int) -> None:
+        """Fill the byte tensor `raw` with runs (first, stop) of rows, one after the other."""
+        into, done = raw.numpy().data, 0
         with open_regular(safe_path(self.folder, info.file.name)) as (descriptor, _):
-            read_into(descriptor, raw.numpy().data, info.start + offset, info.file)
+            for first, stop in runs:
+                size = (stop - first) * row_bytes
+                read_into(descriptor, into[done : done + size], info.start + first * row_bytes, info.file)
+                done += size
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring numbers as (first, stop), so that their rows are read at once."""
+    start = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            yield numbers[start], numbers[at - 1] + 1
+            start = at
 
 
 def _file_names(folder: Path) -> set[str]:
