@@ -20,7 +20,9 @@ import torch
 import wina_calib
 from wina_calib.errors import OutOfMemoryError
 from wina_calib.fit import MaskedLayer
+from wina_calib.memory import Growth
 from wina_calib.placement import keep_in_memory
+from wina_calib.source import open_source
 from wina_calib.streaming import HiddenStates, LayerStream
 
 LIMIT = 2_500_000_000
@@ -133,10 +135,25 @@ def test_a_checkpoint_of_4_gb_in_2_5_gb(tmp_path: Path, text: Path) -> None:
     ],
     ids=["tiny", "large layers", "large vocabulary", "many layers"],
 )
-def test_the_prediction_holds(shape: dict[str, int], options: dict[str, Any], tmp_path: Path, text: Path) -> None:
+def test_bound_and_prediction_hold(shape: dict[str, int], options: dict[str, Any], tmp_path: Path, text: Path) -> None:
+    """Two layers in float32, two hidden states and 600 MB; prediction within 25 %."""
     model = random_model.write(tmp_path / "m", **shape)
     found = calibrate(model, tmp_path / "s", data=str(text), samples=16, seq_len=256, **options)
+    layer = open_source(model).architecture.layer_weights
+    assert found["peak"] < 2 * 4 * (layer + 16 * 256 * shape["hidden"]) + 600 * MB, found
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.25), found
+
+
+def test_freed_memory_goes_back_once_a_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([100 * MB, 120 * MB, 140 * MB, 110 * MB, 140 * MB, 150 * MB, 115 * MB])
+    given_back = []
+    monkeypatch.setattr("wina_calib.memory.resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr("wina_calib.memory.return_freed_memory", lambda: given_back.append(1))
+    growth, seen = Growth(), []
+    for _ in range(4):
+        growth.check()
+        seen.append(len(given_back))
+    assert seen == [0, 1, 1, 2]
 
 
 def test_hidden_states_beyond_two_go_to_files() -> None:

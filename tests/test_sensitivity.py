@@ -146,7 +146,7 @@ def test_the_first_order_part_counts_as_far_as_its_noise_allows() -> None:
     assert (nothing.loss == 0).all()
 
 
-def test_at_most_three_passes_over_the_calibration_tokens() -> None:
+def test_at_most_three_quarters_of_the_calibration_tokens() -> None:
     assert usable_tokens(8192) == 6144
     assert usable_tokens(10**6) == MAX_TOKENS
 
@@ -161,6 +161,21 @@ def test_dropped_sums(seed: int, rows: int, width: int, levels: int) -> None:
     expected = torch.stack([torch.where(score <= t, values, 0).sum(1) for t in thresholds], dim=1)
     found = dropped_sums(values, first_dropped(score, thresholds), levels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 38), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+def test_levels_are_those_that_a_search_finds(seed: int, levels: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(7, 50, generator=generator).abs() * scale
+    score[:, :9] = score[0, 0]
+    score[:2, 40:] = torch.tensor([0.0, torch.inf]).repeat(5)
+    places = torch.randint(
+        0, 50, (levels,), generator=generator
+    )  # many thresholds are equal to scores, and some to each other
+    thresholds = score[3, places].mul(1 + 1e-3 * torch.randint(0, 3, (levels,), generator=generator)).sort().values
+    expected = torch.bucketize(score, thresholds).to(torch.uint8)
+    assert torch.equal(first_dropped(score, thresholds), expected)
 
 
 def test_overflowing_logits_are_named(tmp_path: Path) -> None:

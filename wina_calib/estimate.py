@@ -8,12 +8,12 @@ import torch
 
 from wina_calib.families import Architecture
 from wina_calib.source import Source
-from wina_calib.streaming import head_rows
+from wina_calib.streaming import head_rows, logit_rows
 from wina_calib.transforms import Plan, Statistics, needed_sites
 
 LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, once the work runs
 CLOSED_LOOP_PASSES = 1.6  # of a plain forward pass, for one anchor
-_LOGIT_ROWS = 2560  # 256 rows of logits, and all that is computed of them and kept at a time
+_LOGITS = 10  # the logits of a part, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
 # residual stream's width and the widest site's.
 _FORWARD = 4, 4
@@ -59,6 +59,7 @@ def estimate(
     states: int,
     in_memory: bool,
     transform: Plan,
+    transform_tokens: int,
     dtype: torch.dtype,
     resident: int,
     backward_tokens: int = 0,
@@ -77,6 +78,7 @@ def estimate(
         states: hidden states of all tokens that the fit holds at a time.
         in_memory: whether in memory rather than in files.
         transform: the transform to fit.
+        transform_tokens: tokens that it is fitted on.
         dtype: compute dtype.
         resident: bytes that the process takes before the work.
         backward_tokens: tokens that go backward together to choose the budget; 0 where none do.
@@ -86,7 +88,7 @@ def estimate(
     arch = source.architecture
     sample = statistics = 0
     if needed_sites(transform.name, arch):
-        planned = Statistics(arch, transform.name, tokens=tokens)
+        planned = Statistics(arch, transform.name, tokens=transform_tokens)
         sample, statistics = planned.sample_bytes(), planned.nbytes()
     # While a layer runs, the next is read as it is on disk; while it is loaded, it is there in both dtypes.
     stored, computed = (arch.layer_weights * each.itemsize for each in (source.dtype, dtype))
@@ -104,7 +106,7 @@ def estimate(
         "forward": running + working(micro_batch * seq_len, _FORWARD) + max(hidden * in_memory, sample),
         "transform": 2 * stored + statistics,
         "backward": running + working(backward_tokens, _BACKWARD) + backward_states,
-        "logits": head + _LOGIT_ROWS * part * 4 + max(hidden * in_memory, backward_states),
+        "logits": head + 4 * _LOGITS * logit_rows(arch, dtype) * part + max(hidden * in_memory, backward_states),
     }
     weights = sum(site.weights for _, site in arch.sites)
     blocks = tokens // seq_len

@@ -70,6 +70,7 @@ class Job:
             states=self._fit_states,
             in_memory=self._in_memory(self._threshold_ids, self._fit_states),
             transform=self.transform,
+            transform_tokens=self._transform_ids.numel(),
             dtype=self.dtype,
             requested=self.blocks.requested,
             resident=resident_bytes(),

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import NumericError
-from wina_calib.streaming import Head, HiddenStates, LayerStream
+from wina_calib.streaming import Head, HiddenStates, LayerStream, logit_rows
 
-_ROWS = 256  # tokens whose logits are in memory at a time
 _PART_SEED = 1_000_000_007  # sets the generators of a block's labels apart from part to part
 
 
@@ -67,7 +66,7 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
     found = _Softmax(ids[:, 1:], stream.device)
     for first, head in stream.heads():
         for row, states in enumerate(_own_blocks(stream, hidden)):
-            for rows in _chunks(states[:-1]):
+            for rows in _chunks(stream, states[:-1]):
                 found.add((row, rows), _logits(head, states[rows]), first)
     return torch.stack(stream.ranks.gather(list(found.nll.cpu())))
 
@@ -87,7 +86,7 @@ def loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[
             start = (batch - stream.mine[0]) * size
             out = [torch.zeros(hidden.shape, device=stream.device) if first == 0 else store[batch] for store in both]
             for block in range(len(hidden)):
-                for rows in _chunks(hidden[block]):
+                for rows in _chunks(stream, hidden[block]):
                     leaf = hidden[block, rows].detach()[None].requires_grad_()
                     logits = head(leaf)[0].float()
                     expected = (logits.detach() - total[start + block, rows, None]).exp_()
@@ -123,7 +122,7 @@ def measured_rises(
             if not masked[0].has(block):
                 continue
             states = [expected, *(state[block] for state in masked)]
-            for rows in _chunks(expected[:-1]):
+            for rows in _chunks(dense_stream, expected[:-1]):
                 here = block, rows
                 logits = _logits(head, states[0][rows])
                 models[0].add(here, logits, first)
@@ -163,7 +162,7 @@ def _sampled(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[Tensor
     for part, (first, head) in enumerate(stream.heads()):
         for row, states in enumerate(_own_blocks(stream, last)):
             generator = label_generator(seed, before + row, stream.device, part)
-            for rows in _chunks(states):
+            for rows in _chunks(stream, states):
                 logits, here = _logits(head, states[rows]), (row, rows)
                 if not bool(torch.isfinite(logits).all()):
                     raise NumericError(
@@ -202,9 +201,10 @@ def _logits(head: Head, states: Tensor) -> Tensor:
     return head(states[None])[0].float()
 
 
-def _chunks(states: Tensor) -> Iterator[slice]:
+def _chunks(stream: LayerStream, states: Tensor) -> Iterator[slice]:
     """The rows of states (seq, hidden), a few at a time."""
-    return (slice(first, min(first + _ROWS, len(states))) for first in range(0, len(states), _ROWS))
+    rows = logit_rows(stream.source.architecture, stream.dtype)
+    return (slice(first, min(first + rows, len(states))) for first in range(0, len(states), rows))
 
 
 def _own_ids(stream: LayerStream) -> Tensor:

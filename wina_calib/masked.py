@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
+from wina_calib.memory import Growth
 from wina_calib.score import Cut, kept_inputs, mask_input, scores, stored_norm
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.tables import threshold_at
@@ -93,6 +94,7 @@ class MaskedLayer:
         self.observe: Callable[[str, Tensor], None] | None = None
         self._handles: list[Any] = []
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._growth = Growth()
 
     def __enter__(self) -> MaskedLayer:
         for groups in self.groups.values():
@@ -119,6 +121,7 @@ class MaskedLayer:
 
     def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The layer's output (batch, seq, hidden) with the masks of the cuts set so far."""
+        self._growth.check()
         try:
             output: Tensor = self.module(hidden, **kwargs)
             return output

@@ -1,16 +1,20 @@
-"""Out of memory, said so that one knows which option to change, and to what."""
+"""Resident memory kept low, and running out of it said so that one knows which option to change, and to what."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from wina_calib.errors import OutOfMemoryError
 
 _ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
 _IMPORTED = 400 << 20
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_OWN_PAGES = 4 << 20
+_GROWTH = 32 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
 
 
@@ -20,6 +24,31 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return _IMPORTED
+
+
+def return_freed_memory() -> None:
+    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next.
+
+    Large tensors get pages of their own from here on. Without that glibc puts all below 32 MB side by side once some were
+    freed, and a small one at the end keeps what lies before it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        libc.malloc_trim(0)
+
+
+class Growth:
+    """Gives freed memory back whenever the process has grown by `_GROWTH` bytes: among small tensors it would stay."""
+
+    def __init__(self) -> None:
+        self._before = resident_bytes()
+
+    def check(self) -> None:
+        """Look at the process, and give back if it has grown; some 20 us where it has not."""
+        if resident_bytes() - self._before > _GROWTH:
+            return_freed_memory()
+            self._before = resident_bytes()
 
 
 def ran_out(error: BaseException) -> bool:
@@ -34,7 +63,7 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def advice(micro_batch: int, shape: tuple[int, ...]) -> Iterator[None]:
     """Turn running out of memory into a message with the option that helps most and its value.
 

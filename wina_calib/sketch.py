@@ -26,8 +26,7 @@ class ScoreHistogram:
 
     def update(self, scores: Tensor) -> None:
         """Add scores (any shape, float32, not negative)."""
-        bits = scores.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
-        index = bits >> _SHIFT
+        index = bin_numbers(scores)
         self.counts += windowed_counts(index) if index.is_cuda else torch.bincount(index, minlength=BINS)
 
     @property
@@ -58,6 +57,12 @@ class ScoreHistogram:
         inside = (target - (cumulative[index] - counts[index])) / counts[index].clamp(min=1)
         low, high = _edge(index), _edge(index + 1)
         return low + (high - low) * inside.clamp(0.0, 1.0)
+
+
+def bin_numbers(scores: Tensor) -> Tensor:
+    """The bin of each score (any shape, float32, not negative), (n,) int32."""
+    bits = scores.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
+    return bits >> _SHIFT
 
 
 def windowed_counts(index: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel, UsageError
 from wina_calib.families import Architecture, Layer, describe
+from wina_calib.memory import return_freed_memory
 from wina_calib.model_config import (
     CONFIG_BYTES,
     METHOD,
@@ -32,8 +31,6 @@ DEMO = "demo"
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _TIED_ROWS = 8192
 _CHECKED = 1 << 20  # numbers looked at together
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_OWN_PAGES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Source:
         Raises:
             NumericError: a weight is NaN or infinite.
         """
-        _return_freed_memory()
+        return_freed_memory()
         prefix = self.architecture.layers[index].prefix
         return {name.removeprefix(prefix): self.load(name) for name in self.layer_names(index)}
 
@@ -94,18 +91,6 @@ class Source:
     def tokenizer(self) -> Any:
         """Load the model's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.folder)
-
-
-def _return_freed_memory() -> None:
-    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next.
-
-    Large tensors get pages of their own from here on. Without that glibc puts all below 32 MB side by side once some were
-    freed, and a small one at the end keeps what lies before it.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
-        libc.malloc_trim(0)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -28,7 +28,8 @@ from wina_calib.source import Source, load_into
 
 Kwargs = dict[str, Any]
 _LOAD_ROWS = 4096  # rows of lm_head that are read at a time
-_PART_BYTES, _PART_ROWS = 64 << 20, 1 << 16  # of lm_head that may be in memory whatever the size of a layer
+_PART_BYTES, _PART_ROWS = 32 << 20, 1 << 16  # of lm_head that may be in memory whatever the size of a layer
+_LOGITS, _LOGIT_ROWS = 1 << 21, 256  # of a part that may be in memory whatever the size of a layer, and tokens at most
 
 
 class HiddenStates:
@@ -284,6 +285,11 @@ def head_rows(arch: Architecture, dtype: torch.dtype) -> int:
     """Rows of lm_head that are in memory at a time: as much as the largest layer, or a little."""
     row = arch.hidden_size * dtype.itemsize
     return min(_PART_ROWS, arch.vocab_size, max(1, max(_PART_BYTES, arch.layer_weights * dtype.itemsize) // row))
+
+
+def logit_rows(arch: Architecture, dtype: torch.dtype) -> int:
+    """Tokens whose logits of a part of lm_head are in memory at a time: those of a tenth of a layer, or a few."""
+    return max(1, min(_LOGIT_ROWS, max(_LOGITS, arch.layer_weights // 10) // head_rows(arch, dtype)))
 
 
 class _Recorder(nn.Module):

@@ -36,6 +36,7 @@ SHAPES = {
     "llama-3-8b": {"hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "tinyllama-1.1b": {"hidden": 2048, "inner": 5632, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "small": {"hidden": 768, "inner": 2048, "heads": 12, "kv_heads": 12, "vocab": 16000},
+    "14m": {"hidden": 384, "inner": 1024, "heads": 6, "kv_heads": 6, "vocab": 4096},
 }
 
 
