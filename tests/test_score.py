@@ -1,9 +1,12 @@
 """Scores, joint norms and masks."""
 
+import math
+
 import pytest
 import torch
 
 from wina_calib.score import KEEP_ALL, SCORES, column_norms, keep_mask, mask_input, scores, stored_norm
+from wina_calib.source import all_finite
 
 
 def test_joint_norm_is_the_norm_of_the_stacked_columns() -> None:
@@ -52,3 +55,14 @@ def test_random_scores_repeat_and_are_spread_evenly() -> None:
     assert torch.equal(first, second)
     for share in (0.25, 0.5, 0.75):
         assert float((first < share).float().mean()) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 17, 999])
+def test_one_bad_number_is_found(dtype: torch.dtype, value: float, at: int) -> None:
+    numbers = torch.randn(1000).to(dtype)
+    assert all_finite(numbers)
+    numbers[at] = value
+    assert not all_finite(numbers)
+    assert all_finite(numbers[:0])

@@ -13,12 +13,10 @@ from torch.nn.functional import linear
 
 from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
 from wina_calib.memory import Growth
-from wina_calib.score import Cut, kept_inputs, mask_input, scores, stored_norm
+from wina_calib.score import Cut, kept_inputs, mask_input, rows_together, scores, stored_norm
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.tables import threshold_at
 from wina_calib.transforms import uses_norm
-
-_COUNTED = 1 << 20  # scores counted together
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class MaskedLayer:
 
     def count(self, group: MaskGroup, x: Tensor, into: ScoreHistogram) -> None:
         """Add the scores of a group's inputs (..., width) to a histogram, a few rows at a time."""
-        for rows in x.flatten(0, -2).split(max(1, _COUNTED // x.shape[-1])):
+        for rows in x.flatten(0, -2).split(rows_together(x)):
             into.update(scores(rows, self.norms[group.key], self.rule.score))
 
     def output_error(self, site: Site, x: Tensor) -> float:

@@ -17,6 +17,7 @@ SELECT = ("threshold", "topk")
 KEEP_ALL = -1.0
 Cut = Tensor | int  # a threshold, scalar float32, or how many inputs each row keeps
 _ROWS, _ELEMENTS = 1024, 1 << 20  # squared at a time, at most
+_TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 24}  # on a GPU, starting the work on a million takes longer than the work
 
 
 def column_norms(weights: Iterable[Tensor]) -> Tensor:
@@ -120,3 +121,8 @@ def _hash_uniform(x: Tensor) -> Tensor:
     mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 12)) * 0x297A2D39) & 0xFFFFFFFF
     return ((mixed ^ (mixed >> 15)) >> 8).to(torch.float32) / float(1 << 24)
+
+
+def rows_together(x: Tensor) -> int:
+    """How many rows of x (..., width) are looked at together, so that copies of them take little memory."""
+    return max(1, _TOGETHER.get(x.device.type, _TOGETHER["cpu"]) // x.shape[-1])

@@ -28,7 +28,7 @@ from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.likelihood import loss_gradients
 from wina_calib.masked import MaskedLayer, MaskRule
 from wina_calib.placement import fixed_order
-from wina_calib.score import kept_inputs, scores
+from wina_calib.score import kept_inputs, rows_together, scores
 from wina_calib.sketch import BINS, ScoreHistogram, bin_numbers
 from wina_calib.streaming import HiddenStates, LayerStream
 
@@ -39,7 +39,6 @@ PASSES = 5.0  # forward passes that the work on these tokens is worth
 _REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
 _RATIOS = (-0.75, 3.0)
-_NUMBERS = 1 << 20  # looked at together
 
 _GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 
@@ -276,7 +275,7 @@ def _layer_curves(
 
 def _parts(x: Tensor) -> Iterator[Tensor]:
     """Rows (n, width) of x (blocks, seq, width), a few at a time."""
-    return (part for block in x for part in block.split(max(1, _NUMBERS // x.shape[-1])))
+    return (part for block in x for part in block.split(rows_together(x)))
 
 
 def _levels(tapped: _Tapped, group: MaskGroup, x: Tensor, thresholds: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ class Source:
     def load(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """Read one tensor, or some rows of it as `Shards.load` takes them, and check that it is finite."""
         tensor = self.shards.load(name, rows=rows)
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(_CHECKED))
-        if bad:
+        parts = tensor.view(-1).split(_CHECKED)
+        if not all(all_finite(part) for part in parts):
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
             raise NumericError(
                 f"{self.shards[name].file.name}: {name} holds {bad} NaN or infinite values. The model is damaged: "
                 "download or save it again."
@@ -91,6 +92,11 @@ class Source:
     def tokenizer(self) -> Any:
         """Load the model's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.folder)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. The smallest and the largest tell, ten times faster than a look at each."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def load_tokenizer(folder: Path) -> Any:

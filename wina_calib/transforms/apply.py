@@ -126,14 +126,14 @@ def _rotate_outputs(layer: Layer, out: dict[str, Tensor], rotations: Rotations, 
         key = f"{projection.module}.weight"
         if residual is None and heads is None:
             continue
-        weight = out[key]
+        weight = out[key].to(device)
         result = torch.empty_like(weight)
         for columns in _slices(weight.shape[1], weight.shape[0], layer.heads // layer.kv_heads * layer.head_dim):
-            part = weight[:, columns].to(device).double()
+            part = weight[:, columns].double()
             if heads is not None:
                 part = _turn_columns(part, heads, columns, layer)
             result[:, columns] = (part if residual is None else residual.T @ part).to(weight)
-        out[key] = result
+        out[key] = result.to(out[key])
         if projection.bias and residual is not None:
             bias = out[f"{projection.module}.bias"]
             out[f"{projection.module}.bias"] = (bias.to(device).double() @ residual).to(bias)
@@ -155,12 +155,13 @@ def _times(
         return rows.to(like)
     scale = None if gain is None else gain.to(device)
     right = None if matrix is None else matrix.to(device)
-    out = torch.empty(rows.shape, dtype=like.dtype, device=like.device)
+    rows = rows.to(device)
+    out = torch.empty(rows.shape, dtype=like.dtype, device=device)
     for part in _slices(rows.shape[0], rows.shape[1], 1):
-        values = rows[part].to(device).double()
+        values = rows[part].double()
         values = values if scale is None else values * scale
         out[part] = (values if right is None else values @ right).to(out)
-    return out
+    return out.to(like)
 
 
 def _slices(length: int, width: int, multiple: int) -> Iterator[slice]:
