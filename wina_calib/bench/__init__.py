@@ -17,6 +17,7 @@ from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.flops import presets
 from wina_calib.placement import pick_device, pick_dtype
+from wina_calib.runtime import attention
 from wina_calib.source import load_tokenizer, weights_folder
 
 __all__ = ["Bench", "Dense", "Products", "Sparse", "Timing", "bench", "compare", "products"]
@@ -111,7 +112,11 @@ def compare(
     roof = copy_bandwidth(place)
     groups = groups or make_variants(pair, sparsities, ids, prompt, compiled=compiled)
     with_onednn = groups[0][0].session.onednn
-    stock = _stock_dense(pair, ids, prompt, new, rounds) if compiled or not with_onednn else None
+    stock = None
+    if compiled or not with_onednn:
+        stock = _stock_dense(pair, ids, prompt, new, rounds, with_onednn=with_onednn or not compiled)
+    if place.type == "cpu":
+        attention.prefer(pair.dense)
     measure(groups, new=new, rounds=rounds, progress=progress)
     dense, *sparse = [variant for group in groups for variant in group if not variant.merged]
     merged = [Timing.of(variant.step_ms).median for group in groups for variant in group if variant.merged]
@@ -175,9 +180,10 @@ def _tokens(pair: Pair, count: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def _stock_dense(pair: Pair, ids: Tensor, prompt: int, new: int, rounds: int) -> float:
-    """Milliseconds a token of the stock dense model as it is: without torch.compile, with torch's choice of products."""
+def _stock_dense(pair: Pair, ids: Tensor, prompt: int, new: int, rounds: int, *, with_onednn: bool) -> float:
+    """Milliseconds a token of the stock dense model without torch.compile, its attention torch's."""
     variant = Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(ids.device))
+    variant.session.onednn = with_onednn
     measure([[variant]], new=new, rounds=min(rounds, 3))
     return Timing.of(variant.step_ms).median
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from wina_calib.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.bench.models import Pair
-from wina_calib.runtime.compiling import compiled_call
+from wina_calib.runtime import compiling
 from wina_calib.runtime.load import runtime_state, set_sparsity
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Session:
 def session(model: PreTrainedModel, ids: Tensor, prompt: int, *, compiled: bool) -> Session:
     """Make a session; a compiled one decodes as `generate(cache_implementation="static")` does on a GPU."""
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
-    forward = compiled_call(model) if compiled else model.__call__
+    forward = compiling.compiled_call(model) if compiled else model.__call__
     return Session(model, ids, prompt, cache, forward)
 
 
@@ -121,17 +121,21 @@ def make_variants(
     """The dense model and the sparse one at each sparsity, in groups whose chunks can be interleaved.
 
     Uncompiled, every variant has a cache of its own and all are one group. A compiled model is tied to the addresses
-    of one cache, so its variants take turns round by round; there the merged dense variant is the last.
+    of one cache, so its variants take turns round by round; there the merged dense variant is the last. On a CPU, for
+    which transformers has no way to compile by default, the dense model is compiled as the sparse one is.
     """
     device = ids.device
+    with_onednn = _onednn_pays(session(pair.dense, ids, prompt, compiled=False))
     if compiled:
+        if device.type == "cpu":
+            compiling.prefer(pair.dense)
         dense, sparse = (session(m, ids, prompt, compiled=True) for m in (pair.dense, pair.sparse))
         alone = [Variant(dense, None, PeakMemory(device))]
         alone += [Variant(sparse, s, PeakMemory(device)) for s in sparsities]
+        dense.onednn = sparse.onednn = with_onednn
         return [[variant] for variant in (*alone, Variant(sparse, None, PeakMemory(device), merged=True))]
     found = [Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(device))]
     found += [Variant(session(pair.sparse, ids, prompt, compiled=False), s, PeakMemory(device)) for s in sparsities]
-    with_onednn = _onednn_pays(found[0].session)
     for variant in found:
         variant.session.onednn = with_onednn
     return [found]

@@ -1,8 +1,9 @@
-"""Attention of one token in a compiled decode step: one kernel on the cache as it lies.
+"""Attention of one token, for a model with fewer key heads than query heads: on the cache as it lies.
 
-For a model with fewer key heads than query heads, a compiled step with a static cache writes out a copy of the keys and
-values for every query head, of all places of the cache, before torch's attention reads them: five kernels a layer that
-take as long as a small product. Here one program a key head reads its part of the cache once for all its query heads.
+A compiled step with a static cache writes out a copy of the keys and values for every query head, of all places of the
+cache, before torch's attention reads them: five kernels a layer that take as long as a small product. Here one program a
+key head reads its part of the cache once for all its query heads. On a CPU, compiled or not, the query heads of a key head
+are rows of one query to torch's attention, which in 16 bits takes up to 17 times as long with a head for each.
 All else is torch's own attention.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -38,6 +40,22 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
     return mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, 1, key.shape[2]))
 
 
+def packs(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether the query heads of a key head can be rows of one query: one token on a CPU, a mask that is theirs all."""
+    heads, rows = query.shape[1:3]
+    if not query.is_cpu or rows != 1 or heads == key.shape[1] or heads % key.shape[1]:
+        return False
+    return mask is None or mask.shape[1] == 1
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """(batch, 1, heads, size) from query (batch, heads, 1, size), and key and value (batch, key heads, length, size)."""
+    batch, heads, _, size = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, size)
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, 1, heads, out.shape[-1])
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -51,6 +69,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query (batch, heads, rows, size) to (batch, rows, heads, size)."""
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    if plain and not dropout and packs(query, key, attention_mask):
+        return attend_packed(query, key, value, attention_mask, scaling), None
     if torch.compiler.is_compiling() and plain and not dropout and serves(query, key, value, attention_mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out: Tensor = torch.ops.wina_calib.attend(query, key, value, attention_mask, scale)
@@ -62,8 +82,8 @@ def attention_forward(
 
 
 def prefer(model: PreTrainedModel) -> None:
-    """Let a model that uses torch's attention decode with this one on CUDA."""
-    if torch.cuda.is_available() and cuda.available() and model.config._attn_implementation == STOCK:
+    """Let a model that uses torch's attention decode with this one."""
+    if model.config._attn_implementation == STOCK:
         model.config._attn_implementation = NAME
 
 

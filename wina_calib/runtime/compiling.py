@@ -61,15 +61,22 @@ def _is_foreign(value: Any) -> bool:
 
 
 def compile_config() -> CompileConfig:
-    """What `generate` uses by default, CUDA graphs included, with fewer checks where this torch can leave them out."""
-    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
-        return CompileConfig()
-    return CompileConfig(mode=None, options={"triton.cudagraphs": True, "guard_filter_fn": needed_ones})
+    """What `generate` uses by default on CUDA, CUDA graphs included, with fewer checks where this torch can leave them out.
+
+    On a machine without CUDA what `generate` takes as its `compile_config`: there it compiles only if it is given one.
+    """
+    graphs = {"triton.cudagraphs": True} if torch.cuda.is_available() else {}
+    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        config = CompileConfig(mode=None, options=graphs | {"guard_filter_fn": needed_ones})
+    else:
+        config = CompileConfig() if graphs else CompileConfig(mode=None)
+    config._compile_all_devices = True
+    return config
 
 
 def prefer(model: PreTrainedModel) -> None:
-    """Let `generate` compile this model so on CUDA, unless it is given a `compile_config`."""
-    if torch.cuda.is_available() and hasattr(model, "_default_compile_config"):
+    """Let this model be compiled so, unless `generate` is given a `compile_config`."""
+    if hasattr(model, "_default_compile_config"):
         model.__dict__["_default_compile_config"] = compile_config
 
 

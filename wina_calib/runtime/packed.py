@@ -131,6 +131,8 @@ class Packed:
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
         """Outputs (..., sum of outs) for one row x (..., in), masked or dense, whatever the state says."""
+        if self.row is not None and self.rotation is None:
+            return self.row(x, everything=dense)
         row = x.reshape(1, -1)
         if self.rotation is not None:
             row = row @ self.rotation
