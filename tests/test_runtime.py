@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 import wina_calib
 from wina_calib.checkpoint import read_settings
@@ -326,3 +326,24 @@ def test_a_model_that_names_our_attention_runs_anywhere(calibrated: Path) -> Non
     expected = logits(model)
     model.config._attn_implementation = attention.NAME
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_heads", [1, 2, 8])
+def test_attention_of_one_token_is_torchs(dtype: torch.dtype, key_heads: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, rows, 16).to(dtype) for heads, rows in ((8, 1), *[(key_heads, 30)] * 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 8 // key_heads
+    seen = torch.rand(2, 1, 1, 30) < 0.7
+    added = torch.where(seen, 0.0, -torch.inf).to(dtype)
+    assert attention.packs(query, key, seen) == (key_heads < 8)
+    assert not attention.packs(query.repeat(1, 1, 2, 1), key, None)
+    assert not attention.packs(query, key, seen.repeat(1, 8, 1, 1))
+    for mask, scale in ((None, None), (seen, 0.3), (added, None)):
+        found, _ = attention.attention_forward(module, query, key, value, mask, scaling=scale)
+        heads = [t.double().repeat_interleave(8 // key_heads, 1) for t in (key, value)]
+        wide = mask.double() if mask is added else mask
+        expected = scaled_dot_product_attention(query.double(), *heads, attn_mask=wide, scale=scale)
+        assert found.shape == (2, 1, 8, 16)
+        assert error(found.double(), expected.transpose(1, 2)) < (1e-2 if dtype == torch.bfloat16 else 1e-6)

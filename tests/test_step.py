@@ -208,3 +208,14 @@ def test_few_checks_a_layer(calibrated: Path) -> None:
     kept = sum(k for _, k in seen)
     assert 0 < kept <= 60 * len(model.model.layers)
     assert kept < len(seen) / 2
+
+
+@pytest.mark.slow
+def test_generate_compiles_on_a_cpu_where_it_is_asked_to(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(IDS, **options)
+    assert not hasattr(model, "_compiled_call")
+    found = model.generate(IDS, **options, compile_config=compiling.compile_config())
+    assert torch.equal(found, expected)
+    assert hasattr(model, "_compiled_call")
