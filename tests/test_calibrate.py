@@ -102,15 +102,20 @@ def test_other_scores(score: str, tmp_path: Path, llama: Path, text: Path) -> No
         assert value == pytest.approx(0.5, abs=0.02 if score != "teal" else 0.003), key
 
 
-def test_micro_batches_do_not_change_the_result_beyond_rounding(tmp_path: Path, llama: Path, text: Path) -> None:
-    tables = []
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_micro_batches_do_not_change_the_result_beyond_rounding(
+    budget: str, tmp_path: Path, llama: Path, text: Path
+) -> None:
+    """Site sparsities that are chosen by curves, and the curves, too."""
+    options, tables = SMALL | {"budget": budget, "data": str(text)}, []
     for batch in (1, 3, 8):
         folder = tmp_path / str(batch)
-        wina_calib.calibrate(llama, folder, transform="none", data=str(text), micro_batch=batch, **SMALL)
+        wina_calib.calibrate(llama, folder, transform="none", micro_batch=batch, **options)
         tables.append(open_checkpoint(folder).tensors)
     for other in tables[1:]:
         for name, value in tables[0].items():
             assert torch.allclose(other[name], value, rtol=5e-3, atol=1e-6), name
+    assert (budget == "global") == any(name.endswith(".curve") for name in tables[0])
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path: Path, llama: Path, text: Path) -> None:

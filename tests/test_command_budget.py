@@ -116,7 +116,7 @@ def test_file_round_trip(made: Path, tmp_path: Path) -> None:
         first = read(made, "-s", 0.42, "--min", "0.1", "--max", "layers.0.*=0.3", "-o", tmp_path / name)
         assert max(v for cell, v in first["cells"].items() if cell.startswith("layers.0.")) <= 0.3 + 1e-12
         again = read(made, "--budget", tmp_path / name)
-        assert again["cells"] == first["cells"]
+        assert again["cells"] == pytest.approx(first["cells"], abs=1e-7)  # as many digits as a checkpoint holds
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.42, 0.8, 0.1, 0.0])

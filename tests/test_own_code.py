@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import wina_calib
 from wina_calib.cli import main
-from wina_calib.errors import UnsupportedModel, UsageError
-from wina_calib.model_config import code_is_trusted, remote_code
+from wina_calib.errors import ModelFolderError, UnsupportedModel, UsageError
+from wina_calib.model_config import code_is_trusted, has_own_code, remote_code
 from wina_calib.source import load_tokenizer, open_source
 
 CODE = {
@@ -176,6 +176,14 @@ def test_what_does_not_go_with_it_is_refused_at_once(own: Path, text: Path, tmp_
     with pytest.raises(UsageError, match="Python code of its own, which does not go with"):
         wina_calib.calibrate(own, tmp_path / "out", data=str(text), trust_remote_code=True, **OPTIONS, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", ["[]", "null", '"own-llama"', "3"])
+def test_a_config_that_is_no_json_object_is_refused(config: str, own: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(own, tmp_path / "m"))
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelFolderError, match=r"config\.json holds no JSON object"):
+        has_own_code(folder)
 
 
 def test_code_beside_a_known_model_type_neither_runs_nor_is_copied(

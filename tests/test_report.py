@@ -120,6 +120,15 @@ def test_no_local_folder_is_told(calibrated: Path, llama: Path, text: Path, tmp_
     assert str(llama.parent) not in page
 
 
+def test_a_budget_chosen_later_is_told(calibrated: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(calibrated, tmp_path / "copy"))
+    assert "budget chosen later" not in write_report(folder, tmp_path / "before").read_text()
+    done = CliRunner().invoke(main, ["budget", str(folder), "--sparsity", "0.4", "--apply", str(folder)])
+    assert done.exit_code == 0, done.output
+    page = write_report(folder, tmp_path / "after").read_text()
+    assert re.search(r"budget chosen later</th><td>\w+ for 40\S*&nbsp;%, thresholds from stored tables<", page)
+
+
 def test_an_existing_folder_is_kept(calibrated: Path, tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     with pytest.raises(OutputError, match="exists"):

@@ -188,6 +188,17 @@ def test_set_sparsity_is_met_by_name_and_refused_out_of_range(calibrated: Path) 
         wina_calib.set_sparsity(torch.nn.Linear(2, 2), 0.5)
 
 
+@pytest.mark.parametrize(("sparsity", "inside"), [(0.0, True), (0.25, True), (0.65, True), (0.1, False), (0.97, False)])
+def test_a_sparsity_that_was_not_fitted_is_warned_of(
+    sparsity: float, inside: bool, calibrated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wina_calib.load(calibrated, sparsity)
+    assert wina_calib.set_sparsity(model, sparsity) == pytest.approx(sparsity, abs=1e-6)
+    said = [record.message for record in caplog.records if "thresholds were fitted" in record.message]
+    assert len(said) == (0 if inside else 2)
+    assert inside or f"sparsity {sparsity:g} lies outside of 0.25 to 0.65" in said[0]
+
+
 def test_thresholds_rise_with_sparsity(calibrated: Path) -> None:
     model = wina_calib.load(calibrated)
     last = None

@@ -109,6 +109,7 @@ def test_a_budget_file_for_a_model_that_is_not_calibrated(small: Path, large: Pa
     path, model = tmp_path / "budget.yaml", large.parent / "model"
     shown = CliRunner().invoke(main, ["transfer", str(small), str(model), "-o", str(path)])
     assert shown.exit_code == 0, shown.output
+    assert "at sparsity 0.5 for" in shown.stdout
     assert read_budget(path).sparsity == 0.5
     again = CliRunner().invoke(main, ["transfer", str(small), str(model), "-o", str(path)])
     assert again.exit_code == 1 and "--overwrite" in again.output

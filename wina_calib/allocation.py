@@ -42,6 +42,7 @@ from wina_calib.streaming import HiddenStates, LayerStream
 
 METHODS = ("global", "greedy", "uniform")
 MAX_SITE = 0.95
+_ROUNDING = 1e-6  # of the numbers in a budget file, and of what is computed of them
 GREEDY_TOKENS = 8192
 GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
 _FACTOR_SPREAD = 0.3  # how far ratios of measured and predicted loss rises may differ from anchor to anchor
@@ -292,16 +293,18 @@ def spread(anchors: Sequence[float], cells: Cells, sparsities: Floats) -> Floats
 
 
 def file_budget(path: str, arch: Architecture, cells: Cells) -> tuple[Floats, float]:
-    """Site sparsities (layers, sites) of a budget file, and their model sparsity.
+    """Site sparsities (layers, sites) of a budget file, and their model sparsity: as the file says, up to rounding.
 
     Raises:
         BudgetError: the file cannot be read, or is for another model.
     """
     try:
-        budget = read_budget(Path(path)).budget(model_key(arch, cells), cells)
+        content = read_budget(Path(path))
+        budget = content.budget(model_key(arch, cells), cells)
     except BudgetError as error:
         raise BudgetError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
-    return np.array(budget.sparsities), budget.model_sparsity(cells)
+    own = budget.model_sparsity(cells)
+    return np.array(budget.sparsities), content.sparsity if abs(own - content.sparsity) < _ROUNDING else own
 
 
 def model_key(arch: Architecture, cells: Cells) -> ModelKey:

@@ -20,7 +20,7 @@ from wina_calib.errors import NumericError, UsageError
 from wina_calib.families import SITES, describe
 from wina_calib.likelihood import perplexity
 from wina_calib.placement import pick_device, pick_dtype
-from wina_calib.runtime.load import load, runtime_state, set_sparsity, sparse_sites
+from wina_calib.runtime.load import choose_sparsity, load, runtime_state, sparse_sites
 from wina_calib.runtime.modules import SiteState, model_weighted
 from wina_calib.runtime.state import SiteCount
 from wina_calib.settings import Settings
@@ -166,7 +166,7 @@ def evaluate_model(
     sites = sparse_sites(model)
     settings = sites[0].settings
     asked = settings.sparsity if sparsity is None else sparsity
-    set_sparsity(model, asked)
+    choose_sparsity(model, asked)
     if budget is not None:
         set_budget(model, asked, budget)
     blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, settings.seq_len)

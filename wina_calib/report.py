@@ -21,6 +21,7 @@ from wina_calib.families import SITES
 from wina_calib.output import check_output, output_folder
 from wina_calib.rebudget import stored_curves
 from wina_calib.results import read_evaluation
+from wina_calib.settings import REBUDGETED
 from wina_calib.tables import LEVELS
 from wina_calib.text import percent
 
@@ -169,6 +170,9 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
         ("data", without_folders(", ".join(map(str, facts.get("data", ()))))),
         ("command", without_folders(str(facts.get("command", "unknown")))),
     ]
+    later = facts.get(REBUDGETED)
+    if later is not None:
+        rows.append(("budget chosen later", f"{settings.budget} for {percent(settings.sparsity)}, thresholds {later}"))
     measured = read_evaluation(opened.folder)
     if measured is not None:
         text = f"{measured['dense_ppl']:.3f} dense, {measured['sparse_ppl']:.3f} sparse at {percent(measured['model_sparsity'])}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from wina_calib.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.bench.models import Pair
 from wina_calib.runtime import compiling
-from wina_calib.runtime.load import runtime_state, set_sparsity
+from wina_calib.runtime.load import choose_sparsity, runtime_state
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Variant:
         if self.merged or self.sparsity is not None:
             runtime_state(self.session.model).dense = self.merged
         if self.sparsity is not None:
-            set_sparsity(self.session.model, self.sparsity)
+            choose_sparsity(self.session.model, self.sparsity)
 
     def prefill(self) -> None:
         """Run the prompt and note its time."""
@@ -187,7 +187,7 @@ def _round(group: Sequence[Variant], new: int, turn: int) -> None:
 
 def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
     """Model sparsity of decoded tokens at the thresholds for `sparsity`."""
-    set_sparsity(pair.sparse, sparsity)
+    choose_sparsity(pair.sparse, sparsity)
     run = session(pair.sparse, ids, prompt, compiled=False)
     with torch.no_grad():
         run.prefill()

@@ -16,7 +16,7 @@ from wina_calib.cells import count_cells
 from wina_calib.families import Architecture, describe
 from wina_calib.flops import find_config
 from wina_calib.model_config import calibration_of, code_is_trusted, load_config, meta_model
-from wina_calib.runtime.load import load, set_sparsity, sparse_sites
+from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
 from wina_calib.runtime.quantizer import insert_sites
 from wina_calib.runtime.state import RuntimeState
@@ -179,7 +179,7 @@ def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int) -> N
         finally:
             for hook in hooks:
                 hook.remove()
-    set_sparsity(pair.sparse, anchors[0])
+    choose_sparsity(pair.sparse, anchors[0])
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class BudgetFile:
 
 
 def explicit(budget: Budget, cells: Cells, model: ModelKey, sparsity: float, score: str) -> BudgetFile:
-    """A file content with one line for every cell.
+    """A file content with one line for every cell: numbers in as few digits as give the same float32, as checkpoints hold them.
 
     Args:
         budget: what to write.
@@ -104,9 +104,14 @@ def explicit(budget: Budget, cells: Cells, model: ModelKey, sparsity: float, sco
         sparsity: the model sparsity asked for.
         score: one of `SCORES`.
     """
-    values = budget.sparsities.reshape(-1).tolist()
+    values = [_short(value) for value in budget.sparsities.reshape(-1).tolist()]
     settings = tuple(Setting(name, value) for name, value in zip(cells.names(), values, strict=True))
-    return BudgetFile(model, sparsity, score, settings)
+    return BudgetFile(model, _short(sparsity), score, settings)
+
+
+def _short(value: float) -> float:
+    short = float(str(np.float32(value)))
+    return short if short < 1 else value
 
 
 def _number(value: float, *, sign: bool = False) -> str:

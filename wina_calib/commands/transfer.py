@@ -71,8 +71,10 @@ def command(
         if len(sparsities) > 1:
             raise click.UsageError("a budget file holds one sparsity: give one with -s.")
         check_files([output], overwrite=overwrite)
-        write_budget(output, budget_file(source, target, sparsities[0] if sparsities else None))
-        emit({"file": str(output)}, f"{output}: the budget of {source} for {target}", as_json=as_json)
+        budget = budget_file(source, target, sparsities[0] if sparsities else None)
+        write_budget(output, budget)
+        text = f"{output}: the budget of {source} at sparsity {budget.sparsity:g} for {target}"
+        emit({"file": str(output), "sparsity": budget.sparsity}, text, as_json=as_json)
         return
     with steps("transfer") as progress:
         found = transfer(source, target, sparsities=sparsities, progress=progress, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.settings import PREFILL, is_sparsity
 from wina_calib.source import resolve
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -90,11 +93,21 @@ def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
         sparsity: in [0, 1); 0 computes everything.
 
     Returns:
-        The weight-averaged site sparsity that the thresholds are set for: `sparsity` up to rounding.
+        The weight-averaged site sparsity that the thresholds are set for: `sparsity` up to rounding. Outside of those that
+        thresholds were fitted at it is extrapolated, which is logged as a warning.
 
     Raises:
         UsageError: the model is not sparse, or the sparsity is out of range.
     """
+    achieved = choose_sparsity(model, sparsity)
+    outside = sparse_sites(model)[0].settings.unfitted(float(sparsity))
+    if outside is not None:
+        logger.warning("%s", outside)
+    return achieved
+
+
+def choose_sparsity(model: torch.nn.Module, sparsity: float) -> float:
+    """As `set_sparsity`, but silent where thresholds were not fitted."""
     if not is_sparsity(sparsity):
         raise UsageError(f"sparsity is {sparsity!r:.80}; expected a number in [0, 1).")
     sparsity = float(sparsity)
