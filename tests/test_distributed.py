@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from wina_calib import ranks
+from wina_calib.errors import RankError
 from wina_calib.ranks import ALONE, Ranks
 
 _RANK = """
@@ -178,3 +180,16 @@ def test_alone_nothing_is_shared() -> None:
     with pytest.raises(ValueError, match="as it is"):
         ALONE.agree(lambda: (_ for _ in ()).throw(ValueError("as it is")))
     assert ALONE.speaks(ValueError())
+
+
+def test_a_request_to_end_does_not_hide_the_error_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks, "rendezvous", lambda *args, **kwargs: iter([(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ranks, "_abort_process_group", interrupted)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RankError, match="gone"), ranks.shared_ranks():
+        raise RankError("the other one is gone")

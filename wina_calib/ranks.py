@@ -167,10 +167,18 @@ def shared_ranks() -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size, store)
     except BaseException:
-        with suppress(Exception):
-            _abort_process_group()  # to end in order, NCCL would wait for a process that may have died
+        _abandon()
         raise
     dist.destroy_process_group()
+
+
+def _abandon() -> None:
+    """Leave the others; to end in order, NCCL would wait for a process that may have died.
+
+    A request to end that comes meanwhile, as torchrun sends it, does not take the place of the error on its way.
+    """
+    with suppress(Exception, KeyboardInterrupt):
+        _abort_process_group()
 
 
 def local_device() -> str:

@@ -1,6 +1,6 @@
 """End-to-end decoding on a GPU: compiled dense against compiled sparse, and where the time goes. Needs a GPU.
 
-    python tests/gpu/generate_bench.py [--out FOLDER] [--models llama-3-8b,llama-2-7b] [--seconds 400]
+    python tests/gpu/generate_bench.py [--out FOLDER] [--models llama-3-8b,llama-2-7b] [--seconds 400] [--generate-only]
 
 For each shape: a check of the results; `generate` with a static cache; site products; prompts; then `wina_calib.bench` with
 torch.compile, counts of compiled graphs and CUDA graph skips, kernel times of one step.
@@ -111,6 +111,8 @@ def one(name, options, report):
     entry["generate"] = generated(pair, ids)
     say("generate ms/token:", entry["generate"], graphs())
     save(report, options)
+    if options.generate_only:
+        return
     alone = products(name, sparsities=(0.0, 0.5, 0.65), device=DEVICE, dtype=torch.bfloat16)
     click.echo(alone.render())
     entry["products"] = alone.to_dict()
@@ -173,7 +175,9 @@ def main():
     parser.add_argument("--out", default=".")
     parser.add_argument("--models", default="llama-3-8b,llama-2-7b")
     parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--generate-only", action="store_true", help="only the times of `generate`")
     options = parser.parse_args()
+    say(torch.cuda.get_device_name(), "torch", torch.__version__)
     report = {}
     names = options.models.split(",")
     for name in names:
