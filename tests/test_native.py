@@ -68,6 +68,25 @@ def test_the_mask_is_the_references(dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("shared", [1, 1 << 40])
+def test_the_mask_of_many_rows_is_the_references(dtype, shared, monkeypatch):
+    monkeypatch.setattr(native, "MIN_SHARED", shared)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 9, 45).to(dtype), torch.rand(45) * torch.randint(0, 2, (45,))
+    x[0, 3, 5], x[1, 2, 7] = torch.nan, torch.inf
+    rows = torch.rand(2, 9) < 0.3
+    for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
+        for dense in (None, rows):
+            found = native.mask(x.transpose(0, 1), norm, threshold, None if dense is None else dense.T)
+            keep = ~((x.float().abs() * norm) <= threshold)
+            keep = keep if dense is None else keep | dense.unsqueeze(-1)
+            expected = torch.where(keep, x, torch.zeros((), dtype=dtype)).transpose(0, 1)
+            assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@needs_compiler
 def test_bfloat16_is_rounded_as_torch_does():
     values = torch.cat([torch.randn(4000), torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.3e38, 1e-40])])
     weight_t = torch.stack([values.bfloat16(), (values * 0.00390625).bfloat16()])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wina_calib.runtime import kernels, step
+from wina_calib.runtime.kernels import native
 from wina_calib.runtime.state import RuntimeState
 
 # On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
@@ -177,9 +178,11 @@ class Packed:
         return torch.where(dropped, self.zero, x)
 
     def _mask_vectorised(self, x: Tensor) -> Tensor:
-        """`mask` by operators that torch has vector code for on a CPU; the last keeps a NaN."""
-        score = (x * self.norm).abs_()
+        """`mask` in C, or by operators that torch has vector code for on a CPU; the last keeps a NaN."""
         dense = rows_for(self.state.dense_rows, x)
+        if self.row is not None and type(x) is Tensor and x.dtype == self.dtype and x.numel():
+            return native.mask(x, self.norm, self.threshold, dense)
+        score = (x * self.norm).abs_()
         if dense is not None:
             score += torch.where(dense, torch.inf, 0.0).unsqueeze(-1)
         masked: Tensor = torch.ops.aten.threshold_backward(x, score, self.cut)

@@ -35,6 +35,10 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast")
 # For this processor; the first that the compiler takes.
 TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
+SIGNATURES = {
+    "site": ([*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2], ctypes.c_int),
+    "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
+}
 COMPILE_SECONDS = 60
 # Weights below which a second thread costs more than it saves.
 MIN_SHARED = 1 << 17
@@ -73,7 +77,7 @@ class Row:
         self.dtype = weight_t.dtype
         self.width, self.out = weight_t.shape
         self.shared = self.width * self.out >= MIN_SHARED
-        self.function = _functions()[self.dtype]
+        self.function = _functions("site")[self.dtype]
         at = [None if t is None else t.data_ptr() for t in self.operands]
         self.site = _Site(*at, self.width, self.out)
         self.address = ctypes.addressof(self.site)
@@ -93,14 +97,32 @@ class Row:
         return y
 
 
+def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = None) -> Tensor:
+    """`score.mask_input` of x, bit for bit, in one pass.
+
+    Args:
+        x: (..., in), float32 or bfloat16.
+        norm: (in,) float32, contiguous.
+        threshold: () float32; -1 keeps everything.
+        open_rows: (...) bool, rows that are kept whole; None where there are none.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    rows = None if open_rows is None else open_rows.contiguous()
+    threads = torch.get_num_threads() if x.numel() >= MIN_SHARED else 1
+    places = (t if t is None else t.data_ptr() for t in (x, norm, threshold, rows, y))
+    _functions("mask")[x.dtype](*places, x.numel() // x.shape[-1], x.shape[-1], threads)
+    return y
+
+
 @cache
-def _functions() -> dict[torch.dtype, Any]:
+def _functions(name: str) -> dict[torch.dtype, Any]:
+    """`site` or `mask` for each dtype."""
     library = _library()
     assert library is not None
-    found = {torch.float32: library.site_float32, torch.bfloat16: library.site_bfloat16}
+    found = {dtype: getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}") for dtype in DTYPES}
     for function in found.values():
-        function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2]
-        function.restype = ctypes.c_int
+        function.argtypes, function.restype = SIGNATURES[name]
     return found
 
 

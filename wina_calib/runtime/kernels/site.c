@@ -17,6 +17,7 @@ int omp_get_num_threads(void);
 #define UNIT 32    /* outputs that a thread's share is a multiple of */
 #define BLOCK 6144 /* outputs whose results a thread holds at a time */
 
+typedef float float32;
 typedef uint16_t bfloat16;
 
 static inline float float_of(uint32_t bits) {
@@ -154,6 +155,23 @@ struct site {
         return 0;                                                                                           \
     }
 
-typedef float float32;
+/* From x (rows, in) to y, with zeros for what is dropped; `open` (rows,) or null says which rows are kept whole. */
+#define MASK(TYPE)                                                                                                    \
+    void mask_##TYPE(const TYPE *x, const float *norm, const float *threshold, const uint8_t *open, TYPE *y,          \
+                     int64_t rows, int64_t in, int threads) {                                                         \
+        const float limit = *threshold;                                                                               \
+        _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t r = 0; r < rows; r++) {        \
+            const TYPE *restrict from = x + r * in;                                                                   \
+            TYPE *restrict to = y + r * in;                                                                           \
+            const float cut = open && open[r] ? -1.0f : limit;                                                        \
+            for (int64_t i = 0; i < in; i++) {                                                                        \
+                const float v = widen_##TYPE(from[i]), size = v < 0 ? -v : v;                                         \
+                to[i] = size * norm[i] <= cut ? 0 : from[i];                                                          \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
 SITE(float32)
 SITE(bfloat16)
+MASK(float32)
+MASK(bfloat16)
