@@ -14,7 +14,7 @@ from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact,
 from torch.nn import functional as F
 
 from wina_calib.runtime import kernels
-from wina_calib.runtime.kernels import autotune, cpu, cuda, native, reference
+from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, native, nvrtc, reference
 
 SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
 
@@ -201,7 +201,7 @@ def test_column_storage_copies_the_transpose():
         ("cpu", torch.float32, 1, True, "cpu"),
         ("cpu", torch.bfloat16, 700, True, "cpu"),
         ("cpu", torch.float64, 1, True, "reference"),
-        ("cuda", torch.bfloat16, 1, True, "triton"),
+        ("cuda", torch.bfloat16, 1, True, "cuda"),
         ("cuda", torch.bfloat16, 2, True, "reference"),
         ("cuda", torch.float64, 1, True, "reference"),
         ("cuda", torch.bfloat16, 1, False, "reference"),
@@ -277,7 +277,7 @@ def test_choice_can_be_traced(device):
     torch._dynamo.reset()
 
     def chosen(x):
-        return x + (kernels.choose(device, torch.bfloat16, 1, column_contiguous=True) == "triton")
+        return x + (kernels.choose(device, torch.bfloat16, 1, column_contiguous=True) == "cuda")
 
     x = torch.zeros(2)
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), chosen(x))
@@ -334,6 +334,25 @@ class TestAutotune:
         assert len(tried) == 1
         assert autotune.fastest(shapes[:1], run) is None
 
+    @pytest.mark.parametrize("without", ["memory", "a shape that runs"])
+    def test_what_cannot_be_measured_is_tried_once_in_a_process(self, without, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        shapes, tried = autotune.candidates(4096, 4096, 2), []
+
+        def measure():
+            tried.append(1)
+            if without == "memory":
+                raise torch.OutOfMemoryError
+
+        for _ in range(3):
+            found = autotune.chosen("key", shapes, measure)
+            assert found == (shapes[0] if without == "memory" else None)
+        assert len(tried) == 1
+        self.forget(monkeypatch)
+        assert autotune.chosen("key", shapes, lambda: shapes[1]) == shapes[1]
+        self.forget(monkeypatch)
+        assert autotune.chosen("key", shapes, measure) == shapes[1]
+
     @pytest.mark.parametrize("itemsize", [2, 4])
     @pytest.mark.parametrize(("width", "out"), [(4096, 28672), (64, 16), (333, 130)])
     def test_candidates_are_few_and_powers_of_two(self, width, out, itemsize):
@@ -341,6 +360,47 @@ class TestAutotune:
         assert 1 <= len(shapes) <= 16
         for c in shapes:
             assert all(v & (v - 1) == 0 for v in (c.slice, c.block_k, c.block_n, c.warps))
+
+
+class TestShapesInCuda:
+    """What the code in `site.cu` takes for granted of its launch shapes, and what becomes of one that does not compile."""
+
+    @pytest.mark.parametrize("itemsize", [2, 4])
+    @pytest.mark.parametrize("out", [8, 4096, 28672])
+    @pytest.mark.parametrize("width", [1, 33, 4096, 14336, 65536])
+    def test_fit_the_code_and_the_card(self, width, out, itemsize):
+        shapes = cluster.candidates(width, out, itemsize)
+        assert len(shapes) >= (2 if width <= 16384 else 0)
+        for s in shapes:
+            assert s.lanes in (8, 16, 32) and s.cluster in (1, 2, 4, 8) and s.columns(itemsize) % s.cluster == 0
+            assert s.warps * cluster.WARP <= 1024 and s.passes(width) <= cluster.MAX_PASSES
+            assert s.cluster * s.slice(width) >= width and s.slice(width) < 1 << 16  # a place in it is a 16-bit number
+            assert s.shared_bytes(width, itemsize) <= 99 << 10  # what the smallest of these cards give a block
+        assert cluster.candidates(1 << 17, out, itemsize) == ()
+
+    def test_one_that_does_not_compile_does_not_stop_the_others(self, monkeypatch):
+        built = []
+
+        def build(source, architecture, constants):
+            built.append(constants["LANES"])
+            if len(built) == 1:
+                raise RuntimeError("does not compile")
+            return b""
+
+        monkeypatch.setattr(nvrtc, "build", build)
+        monkeypatch.setattr(cluster, "_architecture", lambda index: "sm_none")
+        cluster.prepare(cluster.NARROW, 0, torch.float16, 64)
+        assert sorted(built) == sorted(s.lanes for s in cluster.NARROW)
+
+    def test_serves_one_row_of_the_weights_own_dtype(self, monkeypatch):
+        monkeypatch.setattr(cluster, "available", lambda index: True)
+        weight_t = torch.zeros(64, 32, dtype=torch.bfloat16)
+        x = torch.zeros(1, 64, dtype=torch.bfloat16)
+        assert cluster.serves(x, weight_t)
+        assert not cluster.serves(x.float(), weight_t)
+        assert not cluster.serves(x.repeat(2, 1), weight_t)
+        assert not cluster.serves(x, weight_t[:, :28].contiguous())
+        assert not cluster.serves(x, torch.zeros(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32))
 
 
 @pytest.mark.slow

@@ -7,14 +7,16 @@
 | row-major | any | any | any | reference: masked dense product |
 | column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: product of the kept columns, in C if it can be |
 | column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
-| column-contiguous | CUDA with Triton | same | 1 | `triton`: compacted gather (it takes up to 8) |
-| column-contiguous | CUDA with Triton | same | more | `triton`: mask in one pass, then the dense product |
+| column-contiguous | CUDA with Triton | same | 1 | `cuda`: product of the kept columns, see below |
+| column-contiguous | CUDA with Triton | same | more | `cuda`: mask in one pass in Triton, then the dense product |
 | column-contiguous | any other | any | any | reference |
 
-Few: up to 4 rows of 16 bits on a processor without arithmetic for them. A call that needs gradients takes the
-reference path, which is differentiable. To `torch.compile` the kernels are one opaque operator,
-`wina_calib::sparse_site`: no graph break, no recompile when the threshold changes, and on CUDA nothing that a CUDA
-graph cannot capture. Eager calls skip the dispatcher, whose way through Python costs tens of microseconds.
+Few: up to 4 rows of 16 bits on a processor without arithmetic for them. One row on CUDA: in CUDA (`cluster`,
+`site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton (`_triton`, which
+takes up to 8). A call that needs gradients takes the reference path, which is differentiable. To `torch.compile` the
+kernels are one opaque operator, `wina_calib::sparse_site`: no graph break, no recompile when the threshold changes,
+and on CUDA nothing that a CUDA graph cannot capture. Eager calls skip the dispatcher, whose way through Python costs
+tens of microseconds.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
-Kernel = Literal["reference", "cpu", "triton"]
+Kernel = Literal["reference", "cpu", "cuda"]
 
 _library = torch.library.Library("wina_calib", "FRAGMENT")
 _library.define(
@@ -95,7 +97,7 @@ def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: boo
     if device == "cpu" and dtype in cpu.DTYPES:
         return "cpu"
     if device == "cuda" and dtype in cuda.DTYPES and cuda.available():
-        return "triton" if rows <= cuda.MAX_CHOSEN_ROWS else "reference"
+        return "cuda" if rows <= cuda.MAX_CHOSEN_ROWS else "reference"
     _say_once(device)
     return "reference"
 

@@ -104,18 +104,22 @@ def chosen(key: str, shapes: Sequence[Shape], measure: Callable[[], Shape | None
     """The launch shape that is remembered for `key`, else the one that `measure` finds, which is remembered.
 
     The first of `shapes` where nothing can be measured: in a capture, without memory, with `WINA_CALIB_AUTOTUNE=0`.
-    None where `measure` finds none that runs.
+    None where `measure` finds none that runs. Want of memory and of a shape that runs is met once in a process, since it
+    costs far more than a product; no file remembers it.
     """
     known = recall(key)
     if known is not None:
-        return type(shapes[0])(*known)
+        return type(shapes[0])(*known) if known else None
     if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
         return shapes[0]
     try:
         best = measure()
     except torch.OutOfMemoryError:
+        remember(key, shapes[0], later=False)
         return shapes[0]
-    if best is not None:
+    if best is None:
+        _known[key] = NONE_RUNS
+    else:
         remember(key, best)
     return best
 
@@ -149,6 +153,7 @@ def key_of(index: int, compiler: str, width: int, out: int, dtype: torch.dtype) 
     return f"{KERNEL_VERSION}|{device}|{compiler}|{str(dtype)[6:]}|{width}x{out}"
 
 
+NONE_RUNS = ()  # what is known of a weight for which no launch shape runs
 _known: dict[str, tuple[int, ...]] = {}
 _loaded: set[Path] = set()
 
@@ -166,9 +171,11 @@ def recall(key: str) -> tuple[int, ...] | None:
     return _known.get(key)
 
 
-def remember(key: str, shape: Any) -> None:
-    """Keep a launch shape for this process and, where the cache can be written, for later ones."""
+def remember(key: str, shape: Any, *, later: bool = True) -> None:
+    """Keep a launch shape for this process and, where the cache can be written, for `later` ones."""
     _known[key] = astuple(shape)
+    if not later:
+        return
     file = cache_file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -99,9 +100,10 @@ def candidates(width: int, out: int, itemsize: int) -> tuple[Shape, ...]:
 
 
 def serves(x: Tensor, weight_t: Tensor) -> bool:
-    """Whether the code can read these: one row, on a card that has it, and a weight whose rows lie at 16 bytes."""
+    """Whether the code can read these: one row of the weight's dtype, rows of the weight at 16 bytes, a card that has it."""
     return (
         x.shape[0] == 1
+        and x.dtype == weight_t.dtype
         and weight_t.shape[1] * weight_t.element_size() % VECTOR_BYTES == 0
         and weight_t.data_ptr() % VECTOR_BYTES == 0
         and bool(candidates(weight_t.shape[0], weight_t.shape[1], weight_t.element_size()))
@@ -141,9 +143,14 @@ def launch(
 
 
 def prepare(shapes: Sequence[Shape], index: int, dtype: torch.dtype, width: int) -> None:
-    """Compile launch shapes side by side."""
+    """Compile launch shapes side by side. One that does not compile is left to whoever starts it."""
+
+    def compile_one(shape: Shape) -> None:
+        with suppress(RuntimeError):
+            _code(_architecture(index), dtype, shape.slice(width), shape)
+
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda shape: _code(_architecture(index), dtype, shape.slice(width), shape), shapes))
+        list(pool.map(compile_one, shapes))
 
 
 @cache
