@@ -3,7 +3,8 @@
 Before every step transformers asks whether the last token ended the text, and the device is idle until the answer has
 come and the next step has been started: a fifth of the time of a token. transformers can ask one step later and undo
 the step that was one too many, but does so only on devices it names. Here its rule is extended to caches that a sparse
-model fills on CUDA; whatever else it asks stays. Tokens are the same.
+model fills on CUDA; whatever else it asks stays. Tokens are the same; a sampled text that ended with an end token has
+drawn once more from the random generator.
 """
 
 from __future__ import annotations
