@@ -1,7 +1,9 @@
 """Benchmarks: the JSON's shape, the sparsity that is really run, one set of weights, fitted thresholds, the command."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,12 +11,12 @@ import torch
 from click.testing import CliRunner
 
 from wina_calib.bench import Timing, bench, compare, models, products
-from wina_calib.bench.decode import make_variants
+from wina_calib.bench.decode import make_variants, measure
 from wina_calib.bench.instruments import PeakMemory, copy_bandwidth
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
 from wina_calib.families import describe
-from wina_calib.runtime import kernels
+from wina_calib.runtime import attention, kernels
 from wina_calib.runtime.kernels import native
 from wina_calib.runtime.load import sparse_sites
 
@@ -194,6 +196,25 @@ def test_random_models_of_every_family(family: str, tmp_path: Path) -> None:
     result = compare(pair, (0.5,), ids, 10, rounds=1, compiled=False)
     assert result.results[0].achieved_sparsity == pytest.approx(0.5, abs=0.05)
     assert models.random_pair(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32, seed=0).dense.device.type
+
+
+def test_on_a_cpu_the_stock_model_is_timed_beside_one_with_this_packages_attention(
+    shape: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = models.random_pair(str(shape), device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    ids = torch.randint(320, (1, 16), generator=torch.Generator().manual_seed(0))
+    models.fit(pair, (0.5,), ids, 8)
+    package, timed = sys.modules["wina_calib.bench"], []
+
+    def noted(*args: Any, **options: Any) -> None:
+        timed.append(pair.dense.config._attn_implementation)
+        measure(*args, **options)
+
+    monkeypatch.setattr(package, "measure", noted)
+    result = compare(pair, (0.5,), ids, 8, rounds=1, compiled=False)
+    assert timed == ["sdpa", attention.NAME]
+    assert result.dense.eager_ms_per_token > 0
+    assert "dense as transformers runs it" in result.render()
 
 
 def test_every_variant_runs_in_every_round(shape: Path) -> None:

@@ -113,7 +113,7 @@ def compare(
     groups = groups or make_variants(pair, sparsities, ids, prompt, compiled=compiled)
     with_onednn = groups[0][0].session.onednn
     stock = None
-    if compiled or not with_onednn:
+    if compiled or place.type == "cpu":
         stock = _stock_dense(pair, ids, prompt, new, rounds, with_onednn=with_onednn or not compiled)
     if place.type == "cpu":
         attention.prefer(pair.dense)
