@@ -1,11 +1,14 @@
 """The seam, the reference and the CPU kernels; the Triton kernels through their interpreter."""
 
+import ctypes
+import gc
 import importlib.util
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -401,6 +404,68 @@ class TestShapesInCuda:
         assert not cluster.serves(x.repeat(2, 1), weight_t)
         assert not cluster.serves(x, weight_t[:, :28].contiguous())
         assert not cluster.serves(x, torch.zeros(64 * 32 + 1, dtype=torch.bfloat16)[1:].view(64, 32))
+
+
+class TestStartingInCuda:
+    """What the driver is given, by a driver that only looks."""
+
+    @pytest.fixture(autouse=True)
+    def driver(self, monkeypatch):
+        self.limits, self.answers = [], []
+        monkeypatch.setattr(nvrtc, "_driver", lambda: self)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+
+    def cuFuncSetAttribute(self, *given):
+        self.limits.append(given)
+        return 0
+
+    def cuLaunchKernelEx(self, at, function, arguments, extra):
+        assert extra is None
+        given = nvrtc._Launch.from_address(at)
+        attribute = given.attributes[0]
+        self.seen = (
+            [*given.grid],
+            [*given.block],
+            given.shared,
+            given.stream,
+            given.count,
+            attribute.id,
+            attribute.value,
+        )
+        self.values = [ctypes.c_uint64.from_address(p).value for p in arguments[:2]]
+        self.values += [ctypes.c_int.from_address(p).value for p in arguments[2:]]
+        return self.answers.pop(0) if self.answers else 0
+
+    def test_structures_lie_as_the_drivers(self):
+        assert ctypes.sizeof(nvrtc._Attribute) == 72 and nvrtc._Attribute.value.offset == 8
+        assert [getattr(nvrtc._Launch, n).offset for n in ("stream", "attributes", "count")] == [32, 40, 48]
+
+    def test_addresses_and_sizes_are_handed_over_again_and_again(self):
+        launch = nvrtc.Launch(ctypes.c_void_p(5), (3, 2, 1), 128, 1000, 2, (7, 9))
+        for address in (1 << 40, 0):
+            gc.collect()
+            launch(address, 11)
+            assert self.values == [address, 11, 7, 9]
+            assert self.seen == ([3, 2, 1], [128, 1, 1], 1000, 77, 1, nvrtc.OVERLAP_ATTRIBUTE, 1)
+        assert not self.limits
+        nvrtc.Launch(ctypes.c_void_p(5), (1, 1, 1), 32, 60_000, 1, ())
+        assert [given[1:] for given in self.limits] == [(nvrtc.MAX_SHARED_ATTRIBUTE, 60_000)]
+        with pytest.raises(ValueError, match="size"):
+            launch(1)
+
+    def test_a_thread_without_a_context_gets_one_and_other_errors_are_raised(self, monkeypatch):
+        asked = []
+        stream = SimpleNamespace(query=lambda: asked.append(1))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        launch = nvrtc.Launch(ctypes.c_void_p(5), (1, 1, 1), 32, 0, 2, ())
+        self.answers = [201]
+        launch(1, 2)
+        assert asked == [1]
+        self.answers = [912]
+        with pytest.raises(RuntimeError, match="error 912"):
+            launch(1, 2)
+        assert not launch.lock.locked()
 
 
 @pytest.mark.slow

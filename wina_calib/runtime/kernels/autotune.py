@@ -97,10 +97,10 @@ def padded_rows(rows: int) -> int:
 
 
 # A frozen dataclass of whole numbers.
-Shape = TypeVar("Shape")
+AnyShape = TypeVar("AnyShape")
 
 
-def chosen(key: str, shapes: Sequence[Shape], measure: Callable[[], Shape | None]) -> Shape | None:
+def chosen(key: str, shapes: Sequence[AnyShape], measure: Callable[[], AnyShape | None]) -> AnyShape | None:
     """The launch shape that is remembered for `key`, else the one that `measure` finds, which is remembered.
 
     The first of `shapes` where nothing can be measured: in a capture, without memory, with `WINA_CALIB_AUTOTUNE=0`.
@@ -124,13 +124,15 @@ def chosen(key: str, shapes: Sequence[Shape], measure: Callable[[], Shape | None
     return best
 
 
-def fastest(shapes: Sequence[Shape], run: Callable[[Shape], float], budget: float = BUDGET_SECONDS) -> Shape | None:
+def fastest(
+    shapes: Sequence[AnyShape], run: Callable[[AnyShape], float], budget: float = BUDGET_SECONDS
+) -> AnyShape | None:
     """The candidate with the least `run` time in the time allowed, or None if none runs.
 
     A candidate that cannot run (too few registers, an older compiler) is skipped.
     """
     start = time.monotonic()
-    times: dict[Shape, float] = {}
+    times: dict[AnyShape, float] = {}
     for shape in shapes:
         try:
             times[shape] = run(shape)

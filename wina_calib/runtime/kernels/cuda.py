@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from wina_calib.runtime.kernels import autotune, cluster, reference
-from wina_calib.runtime.kernels.autotune import Config, Shape
+from wina_calib.runtime.kernels.autotune import AnyShape, Config
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def _shape_for(x: Tensor, weight_t: Tensor) -> cluster.Shape | None:
     return autotune.chosen(cluster.key_of(x.device.index, width, out, x.dtype), shapes, measure)
 
 
-def _fastest(weight_t: Tensor, shapes: Sequence[Shape], start: Callable[..., Tensor]) -> Shape | None:
+def _fastest(weight_t: Tensor, shapes: Sequence[AnyShape], start: Callable[..., Tensor]) -> AnyShape | None:
     """Time each candidate with normal inputs of which 58 % are dropped, on copies of the weight that no cache holds all."""
     device = weight_t.device
     width = weight_t.shape[0]
@@ -322,7 +322,7 @@ def _fastest(weight_t: Tensor, shapes: Sequence[Shape], start: Callable[..., Ten
     size = weight_t.numel() * weight_t.element_size()
     copies = [weight_t, *(weight_t.clone() for _ in range(min(MOST_COPIES, FLUSH_BYTES // size)))]
 
-    def run(shape: Shape) -> float:
+    def run(shape: AnyShape) -> float:
         start(shape, x, weight_t, norm, threshold)
         events = []
         for _ in range(autotune.REPEATS):
