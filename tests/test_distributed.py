@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from wina_calib import ranks
 from wina_calib.errors import RankError
@@ -182,13 +183,16 @@ def test_alone_nothing_is_shared() -> None:
     assert ALONE.speaks(ValueError())
 
 
-def test_a_request_to_end_does_not_hide_the_error_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+def _interrupted() -> None:
+    raise KeyboardInterrupt
 
+
+@pytest.mark.parametrize("abort", [_interrupted, None])
+def test_nothing_met_while_leaving_hides_the_error_on_its_way(abort: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a request to end nor a torch without the function."""
     monkeypatch.setattr(ranks, "rendezvous", lambda *args, **kwargs: iter([(torch.distributed.HashStore(), 0, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
-    monkeypatch.setattr(ranks, "_abort_process_group", interrupted)
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", abort)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RankError, match="gone"), ranks.shared_ranks():

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _abort_process_group
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from wina_calib.errors import RankError
@@ -175,10 +176,11 @@ def shared_ranks() -> Iterator[Ranks]:
 def _abandon() -> None:
     """Leave the others; to end in order, NCCL would wait for a process that may have died.
 
-    A request to end that comes meanwhile, as torchrun sends it, does not take the place of the error on its way.
+    A request to end that comes meanwhile, as torchrun sends it, does not take the place of the error on its way. Nor
+    does a torch that has no such function: this process ends anyway.
     """
     with suppress(Exception, KeyboardInterrupt):
-        _abort_process_group()
+        distributed_c10d._abort_process_group()
 
 
 def local_device() -> str:
