@@ -53,6 +53,18 @@ def test_the_rule_is_extended_to_marked_caches_on_cuda() -> None:
     assert not late(CUDA, None)
 
 
+def test_a_device_that_transformers_comes_to_name_stays_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_cuda_alone(device, cache, cache_is_returned, is_assistant):  # noqa: ANN001, ANN202
+        return device.type == "cuda"
+
+    monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(on_cuda_alone))
+    stopping.install()
+    cache = DynamicCache(config=tiny.make("llama").config)
+    setattr(cache, stopping.MARK, True)
+    assert late(CUDA, cache)
+    assert not late(CPU, cache)
+
+
 def test_another_rule_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(device, cache, **more):  # noqa: ANN001, ANN003, ANN202
         return False

@@ -31,7 +31,7 @@ def install() -> None:
 
     def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
         sparse = device.type == "cuda" and getattr(cache, MARK, False)
-        return bool(rule(LATE if sparse else device, cache, *args, **kwargs))
+        return any(rule(place, cache, *args, **kwargs) for place in ([device, LATE] if sparse else [device]))
 
     setattr(is_supported, MARK, True)
     check.is_supported = staticmethod(is_supported)
