@@ -437,6 +437,9 @@ class TestStartingInCuda:
         self.values += [ctypes.c_int.from_address(p).value for p in arguments[2:]]
         return self.answers.pop(0) if self.answers else 0
 
+    def cuGetErrorName(self, error, name):
+        name._obj.value = b"CUDA_ERROR_INVALID_CLUSTER_SIZE" if error == 912 else None
+
     def test_structures_lie_as_the_drivers(self):
         assert ctypes.sizeof(nvrtc._Attribute) == 72 and nvrtc._Attribute.value.offset == 8
         assert [getattr(nvrtc._Launch, n).offset for n in ("stream", "attributes", "count")] == [32, 40, 48]
@@ -462,9 +465,10 @@ class TestStartingInCuda:
         self.answers = [201]
         launch(1, 2)
         assert asked == [1]
-        self.answers = [912]
-        with pytest.raises(RuntimeError, match="error 912"):
-            launch(1, 2)
+        self.answers = [912, 7777]
+        for told in (r"CLUSTER_SIZE \(912\)", r"an unknown error \(7777\)"):
+            with pytest.raises(RuntimeError, match=told):
+                launch(1, 2)
         assert not launch.lock.locked()
 
 

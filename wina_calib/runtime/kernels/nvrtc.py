@@ -98,7 +98,9 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
         torch.cuda.current_stream().query()
         error = function(*arguments)
     if error:
-        raise RuntimeError(f"the CUDA driver answers with error {error}")
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(error, ctypes.byref(name))
+        raise RuntimeError(f"the CUDA driver answers with {(name.value or b'an unknown error').decode()} ({error})")
 
 
 def load(code: bytes, name: str) -> ctypes.c_void_p:
@@ -139,7 +141,9 @@ def build(source: Path, architecture: str, constants: Mapping[str, int]) -> byte
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"{source.name} does not compile for {architecture}: {log.value.decode()[:500]}")
+            raise RuntimeError(
+                f"{source.name} does not compile for {architecture}: {log.value.decode(errors='replace')[:500]}"
+            )
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetCUBIN(program, code)
