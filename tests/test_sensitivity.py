@@ -1,5 +1,6 @@
 """Curves from the streamed backward pass are those of the full model's own gradients, and predict what is measured."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from wina_calib.calibrate import calibrate
 from wina_calib.errors import NumericError
 from wina_calib.likelihood import label_generator
 from wina_calib.masked import MaskRule
+from wina_calib.placement import fixed_order
 from wina_calib.score import scores
 from wina_calib.sensitivity import (
     CURVE_LEVELS,
@@ -176,6 +178,21 @@ def test_levels_are_those_that_a_search_finds(seed: int, levels: int, scale: flo
     thresholds = score[3, places].mul(1 + 1e-3 * torch.randint(0, 3, (levels,), generator=generator)).sort().values
     expected = torch.bucketize(score, thresholds).to(torch.uint8)
     assert torch.equal(first_dropped(score, thresholds), expected)
+
+
+@pytest.mark.parametrize("before", [None, ":16:8"])
+def test_the_fixed_order_of_a_gpu_ends_with_its_context(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+    with fixed_order(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), fixed_order(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ[name] == (before or ":4096:8")
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ.get(name) == before
 
 
 def test_overflowing_logits_are_named(tmp_path: Path) -> None:
