@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import script
@@ -22,6 +23,7 @@ from wina_calib.checkpoint import read_settings
 from wina_calib.cli import COMMANDS, main
 from wina_calib.commands.common import Counts, Share, bar
 from wina_calib.commands.demo import PROMPTS
+from wina_calib.errors import StateError
 from wina_calib.evaluate import find_warnings
 from wina_calib.text import fixed, rise, table
 
@@ -274,6 +276,18 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(*shlex.split(command)[1:]).exit_code == 0, command
 
 
+def test_demo_goes_on_with_its_own_run_and_drops_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts = []
+
+    def calibrate(*_: Any, restart: bool, **options: Any) -> None:
+        restarts.append(restart)
+        raise KeyboardInterrupt("Stopped; kept.") if restart else StateError("another run's")
+
+    monkeypatch.setattr("wina_calib.commands.demo.calibrate", calibrate)
+    done = run("demo")
+    assert (done.exit_code, done.stderr, restarts) == (130, "Stopped; kept.\n", [False, True])
+
+
 def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
     assert (fixed(32.9584), fixed(47_188_087_028.9)) == ("32.958", "4.72e+10")
     assert (rise(1.123, 1.0), rise(4.7e10, 32.9)) == ("+12.3 %", "+1.43e+11 %")
@@ -301,6 +315,7 @@ def test_long_numbers_are_cut_and_empty_headers_left_out() -> None:
         (["info", "me/sparse"], 1, "HF_HUB_OFFLINE is set. Unset it and run the same command again."),
         (["info", "DENSE"], 2, "`wina-calib inspect"),
         (["inspect", "DENSE"], 1, "not calibrated"),
+        (["inspect", "demo"], 1, "Error: demo is not calibrated. Run `wina-calib calibrate demo -o NEW_FOLDER` first."),
         (["evaluate", "DENSE"], 1, "not calibrated"),
         (["generate", "DENSE", "x"], 1, "not calibrated"),
         (["no-such-command"], 2, "No such command"),

@@ -22,7 +22,7 @@ from wina_calib.output import finish_staged
 from wina_calib.score import column_norms
 from wina_calib.settings import Settings
 from wina_calib.shards import Shards, read_json
-from wina_calib.source import is_added, is_derived, is_rotation, weights_folder
+from wina_calib.source import DEMO, demo_folder, is_added, is_derived, is_rotation, weights_folder
 from wina_calib.tables import LEVELS, site_sparsity
 
 WINA_FILE = "wina.safetensors"
@@ -195,7 +195,8 @@ def read_settings(folder: Path) -> Settings:
     raw = read_json(path, max_bytes=CONFIG_BYTES)
     section = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(section, dict) or section.get("quant_method") != METHOD:
-        raise CheckpointError(f"{folder} is not calibrated. Run `wina-calib calibrate {folder} -o NEW_FOLDER` first.")
+        name = DEMO if folder == demo_folder() else folder
+        raise CheckpointError(f"{name} is not calibrated. Run `wina-calib calibrate {name} -o NEW_FOLDER` first.")
     return Settings.from_dict(section)
 
 

@@ -36,7 +36,10 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
         return
     if result.settings.provenance["untied"]:
-        note("note: lm_head has weights of its own now: the final norm's gain went into it, and embeddings have none")
+        note(
+            "note: lm_head no longer shares the embeddings' weights (the final norm's gain went into it), so the checkpoint "
+            "has more of them than the model"
+        )
     emit(summary(result), f"{result.folder}: calibrated for {result.settings.sparsity:.0%} sparsity.", as_json=as_json)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from wina_calib.calibrate import calibrate
+from wina_calib.calibrate import Result, calibrate
 from wina_calib.card import write_card
-from wina_calib.commands.calibrate import Bars, summary
+from wina_calib.commands.calibrate import Bars, stoppable, summary
 from wina_calib.commands.common import emit, json_option, note
 from wina_calib.commands.evaluate import render
 from wina_calib.commands.generate import generate
+from wina_calib.errors import StateError
 from wina_calib.evaluate import evaluate
 from wina_calib.results import save_evaluation
 
@@ -34,10 +35,17 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     Example:
       wina-calib demo -o demo-sparse
     """
-    with Bars() as progress:
-        result = calibrate(
-            "demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True, restart=True
+
+    def calibrated(*, restart: bool) -> Result:
+        return calibrate(
+            "demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True, restart=restart
         )
+
+    with Bars() as progress, stoppable():
+        try:
+            result = calibrated(restart=False)
+        except StateError:  # what was stopped here was another run
+            result = calibrated(restart=True)
     note("evaluate")
     quality = evaluate(output, tokens=16_384)
     save_evaluation(output, quality)
