@@ -149,6 +149,15 @@ def test_interpolated_anchors_do_not_pile_up(folder: Path) -> None:
     assert open_checkpoint(folder).settings.anchors == (0.25, 0.43, 0.5, 0.65)
 
 
+def test_a_budget_that_goes_nowhere_is_said_to(folder: Path, tmp_path: Path) -> None:
+    said, asked = "Nothing is changed: --apply DIR", ["budget", str(folder), "-s", "0.6"]
+    assert said in CliRunner().invoke(main, asked).stdout
+    assert json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout)
+    for args in (["budget", str(folder)], [*asked, "-o", str(tmp_path / "b.yaml")], [*asked, "--apply", str(folder)]):
+        done = CliRunner().invoke(main, args)
+        assert done.exit_code == 0 and said not in done.stdout
+
+
 def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
     said = "sparsity 0.8 lies outside of 0.25 to 0.65"
     for args in ([], ["--apply", str(folder)]):

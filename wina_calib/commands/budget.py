@@ -179,6 +179,8 @@ def command(
     if curve is not None:
         _write(Path(curve), _saved(points, Path(curve)))
         text.append(f"{curve}: frontier written.")
+    if destination is None and not outputs and request != Request():
+        text.append("Nothing is changed: --apply DIR puts this budget into a checkpoint, -o FILE writes it.")
     emit(shown, "\n".join(text), as_json=as_json)
 
 
