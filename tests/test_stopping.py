@@ -1,6 +1,7 @@
 """Looking at new tokens one step late: the rule, and that the tokens are the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ PROMPT = torch.tensor([[5, 6, 7, 8]])
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule as transformers has it: late on one kind of device, for a cache that can be cut or is not given back."""
 
-    def is_supported(device, cache, cache_is_returned, is_assistant):  # noqa: ANN001, ANN202
+    def is_supported(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
         if device.type != "mps" or is_assistant:
             return False
         return cache is None or cache.is_croppable or not cache_is_returned
@@ -54,7 +55,7 @@ def test_the_rule_is_extended_to_marked_caches_on_cuda() -> None:
 
 
 def test_a_device_that_transformers_comes_to_name_stays_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_cuda_alone(device, cache, cache_is_returned, is_assistant):  # noqa: ANN001, ANN202
+    def on_cuda_alone(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
         return device.type == "cuda"
 
     monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(on_cuda_alone))
@@ -66,7 +67,7 @@ def test_a_device_that_transformers_comes_to_name_stays_named(monkeypatch: pytes
 
 
 def test_another_rule_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def newer(device, cache, **more):  # noqa: ANN001, ANN003, ANN202
+    def newer(device: torch.device, cache: Any, **more: Any) -> bool:
         return False
 
     monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(newer))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -124,7 +124,7 @@ class Ranks:
                 signal = self.from_first(signal)
             if signal == _FAILED:
                 raise _stopped(told=True)
-            return self.from_first(None)  # type: ignore[return-value]
+            return self.from_first(cast("T", None))
         try:
             result = work(lambda: None if self.from_first(_WORKING) else None)
         except RankError:

@@ -99,7 +99,9 @@ _library.define(
 _library.impl("attend", cuda.attend, "CUDA")
 
 
-@torch.library.register_fake("wina_calib::attend", lib=_library)  # type: ignore[untyped-decorator]
 def _shape_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, rows, size = query.shape
     return query.new_empty(batch, rows, heads, size)
+
+
+torch.library.register_fake("wina_calib::attend", _shape_of, lib=_library)

@@ -28,7 +28,7 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype and name != "rotation":
@@ -76,7 +76,9 @@ class SiteState(Float32Buffers):
 
     def group(self, name: str) -> GroupState:
         """State of a mask group: `shared` or a projection's name."""
-        return self._modules[name]  # type: ignore[return-value]
+        found = self.get_submodule(name)
+        assert isinstance(found, GroupState)
+        return found
 
     def set_sparsity(self, model_sparsity: float, sparsity: float | None = None) -> float:
         """Set the thresholds for a model sparsity; the site's own comes from its budget unless given.
@@ -202,7 +204,7 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.site.state.stale, self.number = True, step.UNNUMBERED
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -101,7 +101,9 @@ def _product(x: Tensor, number: int, dense: bool) -> Tensor:
 _library.impl("group_product", _product, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("wina_calib::group_product", lib=_library)  # type: ignore[untyped-decorator]
 def _shape_of(x: Tensor, number: int, dense: bool) -> Tensor:
     group = _groups[number]
     return x.new_empty(*x.shape[:-1], group.out_features, dtype=group.dtype)
+
+
+torch.library.register_fake("wina_calib::group_product", _shape_of, lib=_library)

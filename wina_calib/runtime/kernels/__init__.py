@@ -66,7 +66,6 @@ _library.impl("dense_site", cpu.dense_columns, "CPU")
 _library.impl("sparse_site", cuda.sparse_site, "CUDA")
 
 
-@torch.library.register_fake("wina_calib::sparse_site", lib=_library)  # type: ignore[untyped-decorator]
 def _shape_of(
     x: Tensor,
     weight_t: Tensor,
@@ -78,9 +77,12 @@ def _shape_of(
     return x.new_empty(x.shape[0], weight_t.shape[1])
 
 
-@torch.library.register_fake("wina_calib::dense_site", lib=_library)  # type: ignore[untyped-decorator]
 def _dense_shape_of(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+torch.library.register_fake("wina_calib::sparse_site", _shape_of, lib=_library)
+torch.library.register_fake("wina_calib::dense_site", _dense_shape_of, lib=_library)
 
 
 def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: bool) -> Kernel:
