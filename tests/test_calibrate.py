@@ -68,7 +68,7 @@ def test_untied_embeddings_are_named(tmp_path: Path, text: Path) -> None:
     args = f"calibrate {tmp_path / 'm'} -o {tmp_path / 's'} --data {text} --transform global --budget uniform"
     done = CliRunner().invoke(main, [*args.split(), *["--samples", "64", "--seq-len", "128", "--grid", "0.5"]])
     assert done.exit_code == 0, done.stderr
-    assert "lm_head has weights of its own now" in done.stderr
+    assert "lm_head no longer shares the embeddings' weights" in done.stderr
     assert re.match(r"plan: [\d,]+ tokens, .* about [\d.]+ [kMG]B of memory, ", done.stderr)  # before all else
     assert json.loads((tmp_path / "s" / "config.json").read_text())["tie_word_embeddings"] is False
 

@@ -213,8 +213,9 @@ def test_files_of_hidden_states_change_nothing(
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("can't start new thread"),
     ],
-    ids=["python", "torch", "cuda"],
+    ids=["python", "torch", "cuda", "thread"],
 )
 def test_out_of_memory_names_the_option_and_its_value(
     error: Exception,
@@ -243,7 +244,7 @@ def test_memory_that_really_runs_out(tmp_path: Path, llama: Path, text: Path) ->
 
         class Listen(wina_calib.progress.Silent):
             def planned(self, estimate):
-                self.limit = memory_limit(12_000_000)
+                self.limit = memory_limit(48_000_000)  # enough for threads, too little for the blocks
                 self.limit.__enter__()
 
         model, out, data = sys.argv[1:]

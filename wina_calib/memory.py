@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wina_calib.errors import OutOfMemoryError
 
-_ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
+_ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc", "can't start new thread")
 _IMPORTED = 400 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _OWN_PAGES = 4 << 20
