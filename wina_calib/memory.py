@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from wina_calib.errors import OutOfMemoryError
 _ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc", "can't start new thread")
 _IMPORTED = 400 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_OWN_PAGES = 4 << 20
+OWN_PAGES = 4 << 20  # bytes from which on a tensor gets pages of its own
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
 _GROWTH = 32 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
 
@@ -34,8 +37,18 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        libc.mallopt(_M_MMAP_THRESHOLD, OWN_PAGES)
         libc.malloc_trim(0)
+
+
+def advise_huge_pages(first: int, size: int) -> None:
+    """Ask for huge pages for memory that was not touched yet, by its address and bytes. Advice only: failure is ignored."""
+    start = -(-first // _HUGE_PAGE) * _HUGE_PAGE
+    whole = (first + size - start) // _HUGE_PAGE * _HUGE_PAGE
+    if whole > 0 and sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        libc.madvise(start, whole, _MADV_HUGEPAGE)
 
 
 class Growth:

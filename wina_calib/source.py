@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ DEMO = "demo"
 _DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
 _TIED_ROWS = 8192
 _CHECKED = 1 << 20  # numbers looked at together
+_READERS = 4  # tensors of a layer that are read side by side
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,16 @@ class Source:
             NumericError: a weight is NaN or infinite.
         """
         return_freed_memory()
-        prefix = self.architecture.layers[index].prefix
-        return {name.removeprefix(prefix): self.load(name) for name in self.layer_names(index)}
+        prefix, names = self.architecture.layers[index].prefix, self.layer_names(index)
+        with ThreadPoolExecutor(_READERS) as pool:
+            tensors = pool.map(self.shards.load, names)
+            return {name.removeprefix(prefix): self._finite(name, t) for name, t in zip(names, tensors, strict=True)}
 
     def load(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """Read one tensor, or some rows of it as `Shards.load` takes them, and check that it is finite."""
-        tensor = self.shards.load(name, rows=rows)
+        return self._finite(name, self.shards.load(name, rows=rows))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         parts = tensor.view(-1).split(_CHECKED)
         if not all(all_finite(part) for part in parts):
             bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)

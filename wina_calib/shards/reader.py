@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from wina_calib.errors import CheckpointError
+from wina_calib.memory import OWN_PAGES, advise_huge_pages
 from wina_calib.shards.files import listed, open_regular, read_into, read_json, safe_path, shown
 from wina_calib.shards.layout import DTYPE_NAMES, TensorInfo, header_length, parse_header
 
@@ -116,6 +117,8 @@ class Shards(Mapping[str, TensorInfo]):
             raw = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:
             raise CheckpointError(f"{info.file}: tensor {shown(name)}: no memory for {size} bytes") from error
+        if size >= OWN_PAGES:  # page by page, the system takes twice as long to give the memory as to copy into it
+            advise_huge_pages(raw.data_ptr(), size)
         self._read(info, raw, runs, math.prod(shape[1:]) * info.dtype.itemsize)
         # A byte other than 0 and 1 in a bool tensor is undefined behaviour.
         tensor = raw.ne(0) if info.dtype == torch.bool else raw.view(info.dtype)

@@ -13,8 +13,6 @@ float32, a block of columns at a time, which for 8 rows and more is also faster 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wina_calib.memory import advise_huge_pages
 from wina_calib.runtime.kernels import native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +32,6 @@ MAX_SPARSE_ROWS = 4
 MAX_CANCELLATION = 4.0
 # Columns that the float32 product converts at a time; bounds its extra memory to in * this * 4 bytes.
 FLOAT_BLOCK = 1024
-HUGE_PAGE = 2 << 20
-MADV_HUGEPAGE = 14
 
 
 def sparse_site(
@@ -159,21 +156,10 @@ def column_storage(weights: Sequence[Tensor]) -> Tensor:
     width = weights[0].shape[1]
     out = sum(weight.shape[0] for weight in weights)
     stored = torch.empty(width, out, dtype=weights[0].dtype, device=weights[0].device)
-    _advise_huge_pages(stored)
+    if stored.device.type == "cpu":
+        advise_huge_pages(stored.data_ptr(), stored.nbytes)
     end = 0
     for weight in weights:
         start, end = end, end + weight.shape[0]
         stored[:, start:end] = weight.t()
     return stored
-
-
-def _advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages before the memory is first touched. Advice only: any failure is ignored."""
-    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
-        return
-    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
-    if size > 0:
-        libc = ctypes.CDLL(None)
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        libc.madvise(first, size, MADV_HUGEPAGE)
