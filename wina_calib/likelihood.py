@@ -74,34 +74,24 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
 def loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, HiddenStates]:
     """Gradients of the summed loss at the last hidden states: with labels sampled from the model, with the text's own.
 
+    Both are the mean gradient of a logit under the model's own predictions, less the gradient of the label's logit.
+
     Raises:
         NumericError: logits are NaN or infinite.
     """
-    total, sampled = _sampled(stream, last, seed)
-    both = stream.store(), stream.store()
-    size, seq = stream.batches[0].shape
-    for first, head in stream.heads():
-        for batch in stream.mine:
-            hidden, ids = last[batch], stream.batches[batch].to(stream.device)
-            start = (batch - stream.mine[0]) * size
-            out = [torch.zeros(hidden.shape, device=stream.device) if first == 0 else store[batch] for store in both]
-            for block in range(len(hidden)):
-                for rows in _chunks(stream, hidden[block]):
-                    leaf = hidden[block, rows].detach()[None].requires_grad_()
-                    logits = head(leaf)[0].float()
-                    expected = (logits.detach() - total[start + block, rows, None]).exp_()
-                    following = ids[block, rows.start + 1 : rows.stop + 1]
-                    for gradient, labels in zip(out, (sampled[start + block, rows], following), strict=True):
-                        felt = _minus_labels(expected, labels - first)
-                        felt[len(labels) :] = 0  # nothing follows the last token
-                        (found,) = torch.autograd.grad(logits, leaf, felt, retain_graph=True)
-                        gradient[block, rows] += found[0]
-            for store, gradient in zip(both, out, strict=True):
-                store[batch] = gradient
-    for store in both:
-        for batch in stream.mine:
-            store[batch] = store[batch].to(last[batch].dtype)
-    return both
+    gradients, sampled = _expected(stream, last, seed)
+    text = stream.store()
+    for batch, drawn in zip(stream.mine, sampled.split(len(stream.batches[0])), strict=False):
+        hidden, following = last[batch], stream.batches[batch].to(stream.device).roll(-1, 1)
+        both = gradients[batch], gradients[batch].clone()
+        for block, states in enumerate(hidden):
+            for rows in _chunks(stream, states):
+                labels = torch.stack([drawn[block, rows], following[block, rows]])
+                for gradient, own in zip(both, _label_gradients(stream, states[rows], labels), strict=True):
+                    gradient[block, rows] -= own
+        both[1][:, -1] = 0  # nothing follows the last token
+        gradients[batch], text[batch] = (gradient.to(hidden.dtype) for gradient in both)
+    return gradients, text
 
 
 @torch.no_grad()
@@ -147,42 +137,53 @@ def label_generator(seed: int, block: int, device: torch.device, part: int = 0) 
     return torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + block + part * _PART_SEED)
 
 
-@torch.no_grad()
-def _sampled(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[Tensor, Tensor]:
-    """Of this process's tokens, (blocks, seq): logarithm of the softmax's denominator; a label drawn from the model.
+def _expected(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, Tensor]:
+    """Of this process's tokens: mean gradient of a logit at the last hidden state; labels from the model, (blocks, seq).
 
-    The label is the one whose probability divided by a draw of its own from the exponential distribution is largest, which
-    is how torch.multinomial draws too.
+    The mean is float32, over all parts of the vocabulary so far, and so is the softmax. The label is the one whose
+    probability divided by a draw of its own from the exponential distribution is largest, which is how torch.multinomial
+    draws too.
     """
-    ids = _own_ids(stream)
-    softmax = _Softmax(ids, stream.device)
-    best = torch.full(ids.shape, -torch.inf, device=stream.device)
-    labels = torch.zeros(ids.shape, dtype=torch.int64, device=stream.device)
-    before = stream.mine[0] * len(stream.batches[0]) if len(ids) else 0
+    shape = _own_ids(stream).shape
+    total, best = (torch.full(shape, -torch.inf, device=stream.device) for _ in range(2))
+    labels = torch.zeros(shape, dtype=torch.int64, device=stream.device)
+    extremes = torch.zeros(2, device=stream.device)
+    means, size = stream.store(), len(stream.batches[0])
     for part, (first, head) in enumerate(stream.heads()):
-        for row, states in enumerate(_own_blocks(stream, last)):
-            generator = label_generator(seed, before + row, stream.device, part)
-            for rows in _chunks(stream, states):
-                logits, here = _logits(head, states[rows]), (row, rows)
-                if not bool(torch.isfinite(logits).all()):
-                    raise NumericError(
-                        f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32."
-                    )
-                softmax.add(here, logits, first)
-                drawn = torch.empty_like(logits).exponential_(generator=generator).log_()
-                value, label = torch.sub(logits, drawn, out=drawn).max(-1)
-                better = value > best[here]
-                labels[here] = torch.where(better, label + first, labels[here])
-                best[here] = torch.where(better, value, best[here])
-    return softmax.total, labels
+        for batch in stream.mine:
+            hidden = last[batch]
+            mean = means[batch] if part else torch.zeros(hidden.shape, device=stream.device)
+            for block, states in enumerate(hidden):
+                generator = label_generator(seed, batch * size + block, stream.device, part)
+                for rows in _chunks(stream, states):
+                    here = (batch - stream.mine[0]) * size + block, rows
+                    leaf = states[rows].detach()[None].requires_grad_()
+                    output = head(leaf)[0].float()
+                    logits = output.detach()
+                    extremes = torch.maximum(extremes, torch.stack(torch.aminmax(logits)).abs())  # NaN stays
+                    drawn = torch.empty_like(logits).exponential_(generator=generator).log_()
+                    value, label = torch.sub(logits, drawn, out=drawn).max(-1)
+                    labels[here] = torch.where(value > best[here], label + first, labels[here])
+                    best[here] = torch.maximum(value, best[here])
+                    now = torch.logaddexp(total[here], logits.logsumexp(-1))
+                    share = torch.sub(logits, now[:, None], out=drawn).exp_()
+                    (found,) = torch.autograd.grad(output, leaf, share)
+                    mean[block, rows] *= (total[here] - now).exp()[:, None]
+                    mean[block, rows] += found[0]
+                    total[here] = now
+            means[batch] = mean
+    if not bool(torch.isfinite(extremes).all()):
+        raise NumericError(f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32.")
+    return means, labels
 
 
-def _minus_labels(expected: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities (rows, part) less one at those labels, (rows or fewer,), that lie in the part."""
-    out = expected.clone()
-    (rows,) = torch.nonzero((labels >= 0) & (labels < expected.shape[1]), as_tuple=True)
-    out[rows, labels[rows]] -= 1
-    return out
+def _label_gradients(stream: LayerStream, states: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradients (rows, hidden) of the logits of labels (kinds, rows) at states (rows, hidden), of each kind of labels."""
+    known, places = torch.unique(labels, return_inverse=True)
+    leaf = states.detach()[None].requires_grad_()
+    with stream.head(known) as head:
+        chosen = head(leaf)[0].float().gather(1, places.t()).sum(0)
+        return [torch.autograd.grad(own, leaf, retain_graph=True)[0][0] for own in chosen]
 
 
 def _rise(models: Sequence[_Softmax], sums: Tensor, block: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils import deterministic
 
 from wina_calib.errors import UsageError
 from wina_calib.ranks import local_device
@@ -72,13 +74,17 @@ def fixed_order(device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tensors: Any = deterministic
+    filled = tensors.fill_uninitialized_memory
     workspace = os.environ.get(_WORKSPACE)
     os.environ.setdefault(_WORKSPACE, ":4096:8")  # torch asks for it before matrix products, which do not change
     torch.use_deterministic_algorithms(True)
+    tensors.fill_uninitialized_memory = False  # else every new tensor is written twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        tensors.fill_uninitialized_memory = filled
         if workspace is None:
             del os.environ[_WORKSPACE]
 

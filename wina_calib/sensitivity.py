@@ -36,7 +36,7 @@ CURVE_LEVELS = tuple(round(0.025 * i, 3) for i in range(39))
 MAX_TOKENS = 32_768
 SHARE = 0.75  # of all calibration tokens, at most
 PASSES = 5.0  # forward passes that the work on these tokens is worth
-_REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
+REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
 _RATIOS = (-0.75, 3.0)
 
@@ -51,7 +51,7 @@ class Sensitivity:
 
     Attributes:
         divergence: rise of the KL divergence, to second order.
-        first_order: (layers, sites, levels) rise of the loss on the text, to first order; of either sign.
+        first_order: (layers, sites) rise of the loss on the text at `REFERENCE`, to first order; of either sign.
         tokens: tokens that both are means over.
     """
 
@@ -67,11 +67,10 @@ class Sensitivity:
         used: its ratio to the divergence at one sparsity, shrunk as its own noise demands. That variance is known, as the
         divergence is half the mean square of what the first-order part is the mean of.
         """
-        level = CURVE_LEVELS.index(_REFERENCE)
-        divergence = self.divergence.loss[..., level]
+        divergence = self.divergence.loss[..., CURVE_LEVELS.index(REFERENCE)]
         felt = np.maximum(divergence, np.finfo(np.float64).tiny)
         trusted = divergence / (divergence + 2 / (self.tokens * _SPREAD**2))
-        ratio = np.clip(trusted * self.first_order[..., level] / felt, *_RATIOS)
+        ratio = np.clip(trusted * self.first_order / felt, *_RATIOS)
         return Curves(self.divergence.levels, self.divergence.loss * (1 + ratio[..., None]))
 
 
@@ -131,9 +130,8 @@ def measure_curves(
         raise NumericError(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
-    divergence = np.maximum.accumulate(found[0], axis=2)
-    tokens = stream.tokens
-    return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[1], tokens), last
+    divergence = np.maximum.accumulate(found[..., 1:], axis=2)
+    return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens), last
 
 
 def _forward(
@@ -193,10 +191,10 @@ def _backward(
     progress: Callable[[str], None],
     observe: Observe,
 ) -> Floats:
-    """Divergence and first order, (2, layers, sites, levels); the inputs are cleared on the way."""
+    """First order and divergence, (layers, sites, 1 + levels); the inputs are cleared on the way."""
     arch = stream.source.architecture
     count = len(arch.layers)
-    found = np.zeros((2, count, len(arch.layers[0].sites), len(CURVE_LEVELS)))
+    found = np.zeros((count, len(arch.layers[0].sites), 1 + len(CURVE_LEVELS)))
     done = max(phase.step - count, 0)
     if done:
         gradients = stream.store(), stream.store()
@@ -205,12 +203,12 @@ def _backward(
         for name, value in phase.tensors().items():
             kind, where, _ = name.split(":")
             if kind == "loss":
-                found[:, int(where)] = value.numpy()
+                found[int(where)] = value.numpy()
     else:
         gradients = loss_gradients(stream, last, seed)
     for index, module in stream.layers(0, count - done, backward=True):
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
-        found[:, index] = layer
+        found[index] = layer
         inputs.pop(index).clear()
         phase.save(
             2 * count - index,
@@ -237,40 +235,58 @@ def _layer_curves(
     thresholds: dict[str, Tensor],
     observe: Observe,
 ) -> Floats:
-    """Divergence and first order, (2, sites, levels), of a layer; `gradients` at its outputs become those at its inputs."""
+    """First order and divergence, (sites, 1 + levels), of a layer; `gradients` at its outputs become those at its inputs."""
     layer = stream.source.architecture.layers[index]
-    nothing = torch.zeros(2, len(layer.sites), len(CURVE_LEVELS), dtype=torch.float64)
+    nothing = torch.zeros(len(layer.sites), 1 + len(CURVE_LEVELS), dtype=torch.float64)
+    sampled, text = gradients
     mine: list[Tensor] = []
-    tokens = stream.tokens
     tapped = _Tapped(layer, module, rule, stream.rotations(index))
     with tapped:
         for batch in stream.mine:
-            totals = nothing.clone()
             hidden = inputs[batch].detach().requires_grad_()
             with fixed_order(stream.device):
                 out = tapped.run(hidden, stream.kwargs(index, batch))
             taps = dict(tapped.taps)
             tapped.taps.clear()
+            read = {key: rule.masked_rows(tap.detach()) for key, tap in taps.items()}
             levels: dict[str, list[Tensor]] = {}
-            for label, store in enumerate(gradients):
-                with fixed_order(stream.device):
-                    gradient, *found = torch.autograd.grad(
-                        out, [hidden, *taps.values()], store[batch].to(out.dtype), retain_graph=label == 0
-                    )
-                store[batch] = gradient
-                felt = dict(zip(taps, found, strict=True))
-                del found
-                for row, site in enumerate(layer.sites):
-                    groups = tapped.groups[site.name]
-                    for group in groups if label == 0 else ():
-                        x = rule.masked_rows(taps[group.key].detach())
-                        observe(index, group, x, rule.masked_rows(felt[group.key]))
-                        levels[group.key] = [_levels(tapped, group, part, thresholds[group.key]) for part in _parts(x)]
-                    dropped = sum(_dropped(rule, taps[g.key].detach(), felt.pop(g.key), levels[g.key]) for g in groups)
-                    assert isinstance(dropped, Tensor)
-                    totals[label, row, 1:] = (dropped.square().sum(0) / 2 if label == 0 else -dropped.sum(0)).cpu()
-            mine.append(totals)
-    return (_summed(stream.ranks.gather(mine), nothing) / tokens).numpy()
+            totals = nothing.to(stream.device, copy=True)
+
+            felt = _back(stream, batch, out, hidden, taps, sampled, again=True)
+            for row, site in enumerate(layer.sites):
+                groups = tapped.groups[site.name]
+                for group in groups:
+                    x, g = read[group.key], rule.masked_rows(felt[group.key])
+                    observe(index, group, x, g)
+                    levels[group.key] = [_levels(tapped, group, part, thresholds[group.key]) for part in _parts(x)]
+                    felt[group.key] = _dropped(x, g, levels[group.key])
+                totals[row, 2:] = torch.stack([felt.pop(g.key) for g in groups]).sum(0).square().sum(0) / 2
+
+            felt = _back(stream, batch, out, hidden, taps, text, again=False)
+            for row, site in enumerate(layer.sites):
+                for key in (group.key for group in tapped.groups[site.name]):
+                    totals[row, 0] -= _lost(read[key], rule.masked_rows(felt.pop(key)), levels[key])
+            mine.append(totals.cpu())
+    return (_summed(stream.ranks.gather(mine), nothing) / stream.tokens).numpy()
+
+
+def _back(
+    stream: LayerStream,
+    batch: int,
+    out: Tensor,
+    hidden: Tensor,
+    taps: Mapping[str, Tensor],
+    gradients: HiddenStates,
+    *,
+    again: bool,
+) -> dict[str, Tensor]:
+    """Gradients at the taps from that at `out`, which becomes that at `hidden`; `again` if another one will follow."""
+    with fixed_order(stream.device):
+        gradient, *felt = torch.autograd.grad(
+            out, [hidden, *taps.values()], gradients[batch].to(out.dtype), retain_graph=again
+        )
+    gradients[batch] = gradient
+    return dict(zip(taps, felt, strict=True))
 
 
 def _parts(x: Tensor) -> Iterator[Tensor]:
@@ -286,11 +302,22 @@ def _levels(tapped: _Tapped, group: MaskGroup, x: Tensor, thresholds: Tensor) ->
     return first_dropped(scores(x, tapped.norms[group.key], tapped.rule.score), thresholds)
 
 
-def _dropped(rule: MaskRule, x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    """Sum of gradient times input over what each level drops, for each row that may be masked, (rows, levels) float64."""
-    parts = zip(_parts(rule.masked_rows(x)), _parts(rule.masked_rows(g)), levels, strict=True)
+def _dropped(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Sum of gradient times input over what each level above 0 drops, of each row of x (blocks, seq, in), float64."""
     count = len(CURVE_LEVELS) - 1
-    return torch.cat([dropped_sums(g.float() * x.float(), level, count).double() for x, g, level in parts])
+    return torch.cat([dropped_sums(felt, level, count) for felt, level in zip(_felt(x, g), levels, strict=True)])
+
+
+def _lost(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Sum of gradient times input over what is dropped at `REFERENCE` of all rows of x (blocks, seq, in), float64."""
+    last = CURVE_LEVELS.index(REFERENCE) - 1
+    parts = [felt.mul_(level <= last) for felt, level in zip(_felt(x, g), levels, strict=True)]
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+
+
+def _felt(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+    """Gradient times input, (n, in) float32, a few rows at a time."""
+    return (g.float() * x.float() for x, g in zip(_parts(x), _parts(g), strict=True))
 
 
 def first_dropped(score: Tensor, thresholds: Tensor) -> Tensor:
@@ -317,13 +344,14 @@ def dropped_sums(values: Tensor, first: Tensor, levels: int) -> Tensor:
         levels: their number.
 
     Returns:
-        (rows, levels).
+        (rows, levels) float64; NaN or infinite in a row that holds such a value.
     """
-    if values.is_cuda:  # a scatter there adds in no fixed order
-        return torch.stack([torch.where(first <= level, values, 0).sum(1) for level in range(levels)], dim=1)
-    bins = values.new_zeros(len(values), levels + 1)
-    bins.scatter_add_(1, first.long(), values)
-    return bins[:, :-1].cumsum(1)
+    # As whole numbers: these add up to the same in any order, which a GPU's scatter does not keep.
+    largest = values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(values.dtype).tiny).double()
+    unit = largest * (values.shape[1] * 2.0**-62)
+    bins = torch.zeros(len(values), levels + 1, dtype=torch.int64, device=values.device)
+    bins.scatter_add_(1, first.long(), values.double().div_(unit).long())
+    return bins[:, :-1].cumsum(1) * unit
 
 
 def ranks(score: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -219,33 +220,36 @@ class LayerStream:
 
     def heads(self) -> Iterator[tuple[int, Head]]:
         """The final norm with a part of lm_head's rows, and which row is its first, until all have been loaded once."""
+        arch = self.source.architecture
+        for part in torch.arange(arch.vocab_size).split(head_rows(arch, self.dtype)):
+            with self.head(part) as head:
+                yield int(part[0]), head
+
+    @contextmanager
+    def head(self, rows: Tensor) -> Iterator[Head]:
+        """The final norm with some of lm_head's rows, ascending numbers (n,): it gives the logits of these."""
         arch, source = self.source.architecture, self.source
         norm, lm_head = self.model.get_submodule(arch.final_norm.module), self.model.get_submodule(arch.lm_head)
         weight = source.load(f"{arch.final_norm.module}.weight").flatten()  # (1, hidden) beside run-time matrices
         load_into(norm, {"weight": weight}, self.dtype, self.device)
         whole = dict(lm_head._parameters)  # on meta
-        name, rows = f"{arch.embed if arch.tied else arch.lm_head}.weight", head_rows(arch, self.dtype)
         try:
-            for first in range(0, arch.vocab_size, rows):
-                part = slice(first, min(first + rows, arch.vocab_size))
-                lm_head._parameters["weight"] = _frozen(self._converted(name, part))
-                if arch.lm_head_bias:
-                    bias = source.load(f"{arch.lm_head}.bias", part)
-                    lm_head._parameters["bias"] = _frozen(bias.to(self.device, self.dtype))
-                yield first, Head(self.model, self._base, norm)
-                lm_head._parameters.update(whole)
+            lm_head._parameters["weight"] = _frozen(
+                self._converted(f"{arch.embed if arch.tied else arch.lm_head}.weight", rows)
+            )
+            if arch.lm_head_bias:
+                bias = source.load(f"{arch.lm_head}.bias", rows)
+                lm_head._parameters["bias"] = _frozen(bias.to(self.device, self.dtype))
+            yield Head(self.model, self._base, norm)
         finally:
             lm_head._parameters.update(whole)
             norm.to("meta")
 
-    def _converted(self, name: str, rows: slice) -> Tensor:
+    def _converted(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a matrix in the compute dtype on the compute device, few at a time, so that none is in memory twice."""
-        out = torch.empty(
-            rows.stop - rows.start, self.source.shards[name].shape[1], dtype=self.dtype, device=self.device
-        )
-        for first in range(rows.start, rows.stop, _LOAD_ROWS):
-            some = slice(first, min(first + _LOAD_ROWS, rows.stop))
-            out[some.start - rows.start : some.stop - rows.start] = self.source.load(name, some)
+        out = torch.empty(len(rows), self.source.shards[name].shape[1], dtype=self.dtype, device=self.device)
+        for into, some in zip(out.split(_LOAD_ROWS), rows.split(_LOAD_ROWS), strict=True):
+            into.copy_(self.source.load(name, some))
         return out
 
     def _record(self, ids: Tensor) -> Tensor:
