@@ -175,3 +175,55 @@ def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written(tmp_path, monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file"))
     assert native._library.__wrapped__() is not None
+
+
+needs_product = pytest.mark.skipif(
+    not native.has_product(torch.bfloat16), reason="needs a processor that multiplies pairs of bfloat16"
+)
+
+
+@needs_product
+@pytest.mark.parametrize(("width", "out"), [*SHAPES, (257, 31), (520, 160)])
+@pytest.mark.parametrize("rows", [2, 8, 13, 520])
+def test_the_product_of_many_rows(rows, width, out, monkeypatch):
+    """Around 8 rows and 512, pairs of inputs and 256 of them, 32 outputs and 128; a row does not depend on the others."""
+    monkeypatch.setattr(native, "MIN_SHARED", 1)
+    out = min(out, 2049)
+    x, weight_t, _, _ = operands(rows, width, out, torch.bfloat16)
+    for bias in (None, torch.randn(out).bfloat16()):
+        expected = x.double() @ weight_t.double() + (0 if bias is None else bias.double())
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(native.product(x, weight_t, bias))
+        assert error(found[0], expected) <= LIMITS[torch.bfloat16]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(native.product(x[-2:], weight_t, bias), found[0][-2:])
+
+
+@needs_product
+def test_the_product_shows_what_is_not_finite_and_takes_any_strides():
+    x, weight_t, _, _ = operands(8, 64, 40, torch.bfloat16)
+    expected = native.product(x, weight_t)
+    assert torch.equal(native.product(x.t().contiguous().t(), weight_t), expected)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    found = native.product(x, weight_t)
+    assert found[1].isnan().all()
+    assert found[2].isinf().all()
+    assert torch.equal(found[3:], expected[3:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 64, 2049])
+def test_the_norm_is_torchs_to_rounding(dtype, width, monkeypatch):
+    monkeypatch.setattr(native, "MIN_SHARED", 1)
+    x, weight = (torch.randn(3, 7, width) * 3).to(dtype), torch.randn(width).to(dtype)
+    wide = x.double()
+    expected = weight.double() * (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).to(dtype).double()
+    found = native.norm(x.transpose(0, 1), weight, 1e-5)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), expected.transpose(0, 1), rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )

@@ -17,7 +17,7 @@ from wina_calib.corpus import HELDOUT_DATA, load_blocks
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.flops import presets
 from wina_calib.placement import pick_device, pick_dtype
-from wina_calib.runtime import attention
+from wina_calib.runtime import attention, head
 from wina_calib.source import load_tokenizer, weights_folder
 
 __all__ = ["Bench", "Dense", "Products", "Sparse", "Timing", "bench", "compare", "products"]
@@ -117,6 +117,7 @@ def compare(
         stock = _stock_dense(pair, ids, prompt, new, rounds, with_onednn=with_onednn or not compiled)
     if place.type == "cpu":
         attention.prefer(pair.dense)
+        head.prefer(pair.dense)
     measure(groups, new=new, rounds=rounds, progress=progress)
     dense, *sparse = [variant for group in groups for variant in group if not variant.merged]
     merged = [Timing.of(variant.step_ms).median for group in groups for variant in group if variant.merged]

@@ -17,7 +17,7 @@ from wina_calib.checkpoint import check_complete, check_values, expected_tensors
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
 from wina_calib.model_config import METHOD
-from wina_calib.runtime import attention, compiling, stopping
+from wina_calib.runtime import attention, compiling, head, norms, stopping
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
@@ -91,6 +91,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     assert isinstance(dense, nn.Linear)
                     layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
         layer.add_module("wina", holder)
+    norms.replace_norms(model, state)
     if rotated:
         norm = model.get_submodule(arch.final_norm.module)
         norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
@@ -99,6 +100,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     model.__dict__["wina_state"] = state
     compiling.prefer(model)
     attention.prefer(model)
+    head.prefer(model)
     stopping.install()
 
 

@@ -37,6 +37,7 @@ class RuntimeState:
         dense: compute everything densely.
         dense_rows: (batch, seq) bool, rows of this forward pass that are never masked; None when there are none.
         counts: kept and dropped inputs by (layer, site), where counting is on.
+        masks: whether the sparsity that is set drops anything.
         stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
         sites: all sites, in order.
         number: of this state among all in the process.
@@ -49,6 +50,7 @@ class RuntimeState:
     dense_rows: Tensor | None = None
     all_dense: bool = False
     counts: dict[tuple[int, str], SiteCount] | None = field(default=None, repr=False)
+    masks: bool = False
     stale: bool = True
     sites: list[Any] = field(default_factory=list, repr=False)
     number: int = field(default_factory=step.new_owner, repr=False)
@@ -95,6 +97,7 @@ class RuntimeState:
             with torch.inference_mode(False), torch.no_grad():
                 for site in self.sites:
                     site.pack()
+            self.masks = any(site.asked != 0 for site in self.sites)  # nan: thresholds without a sparsity
 
     @contextmanager
     def counting(self) -> Iterator[dict[tuple[int, str], SiteCount]]:

@@ -70,7 +70,8 @@ def kept_inputs(x: Tensor, norm: Tensor, limit: float) -> Tensor:
 
 def max_sparse_rows(dtype: torch.dtype) -> int:
     """Rows up to which each gathers its own columns; a dense product of more reads the weight fewer times."""
-    return 1 if dtype == torch.float32 or has_16_bit_products(dtype) else MAX_SPARSE_ROWS
+    dense_is_fast = dtype == torch.float32 or native.has_product(dtype) or has_16_bit_products(dtype)
+    return 1 if dense_is_fast else MAX_SPARSE_ROWS
 
 
 def gather_row(x: Tensor, weight_t: Tensor, kept: Tensor) -> Tensor:
@@ -133,6 +134,8 @@ def _processor_has_16_bit_products(dtype: torch.dtype) -> bool:
 def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """Dense product of x (rows, in) with a column-contiguous weight_t (in, out), fast on it in every dtype."""
     alone = x.shape[0] == 1 and native.available(x.dtype)
+    if x.shape[0] > 1 and native.has_product(x.dtype):
+        return native.product(x, weight_t, bias)
     if not alone and (x.dtype == torch.float32 or has_16_bit_products(x.dtype)):
         return F.linear(x, weight_t.t(), bias)
     if x.shape[0] <= max_sparse_rows(x.dtype):

@@ -1,8 +1,8 @@
-"""The CPU product in C (`site.c`), compiled once with the compiler that the system has, as Triton does for a GPU.
+"""The CPU's products in C (`site.c` of one row, `rows.c` of many), compiled once with the compiler that the system has.
 
-The library is kept in `$WINA_CALIB_CACHE` or `~/.cache/wina_calib` under a name that stands for the source, the compiler
-and the processor. Where there is no compiler, or its code cannot use torch's threads, `cpu` does with torch's operators.
-`WINA_CALIB_NATIVE=0` turns it off.
+Triton does the same for a GPU. The library is kept in `$WINA_CALIB_CACHE` or `~/.cache/wina_calib` under a name that stands
+for the source, the compiler and the processor. Where there is no compiler, or its code cannot use torch's threads, `cpu`
+does with torch's operators. `WINA_CALIB_NATIVE=0` turns it off.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from wina_calib.runtime.kernels.autotune import cache_file
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("site.c")
+HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("numbers.h", "site.c", "rows.c"))
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast")
+FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
 # For this processor; the first that the compiler takes.
 TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
 SIGNATURES = {
     "site": ([*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2], ctypes.c_int),
     "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
+    "norm": ([*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 2, ctypes.c_int], None),
+    "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
 }
 COMPILE_SECONDS = 60
 # Weights below which a second thread costs more than it saves.
@@ -115,12 +117,52 @@ def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = 
     return y
 
 
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm of x (..., in) by its last dimension, in one pass; torch's to rounding, as squares are summed in another order.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: (in,) of x's dtype.
+        epsilon: added to the mean square.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    threads = torch.get_num_threads() if x.numel() >= MIN_SHARED else 1
+    _functions("norm")[x.dtype](
+        x.data_ptr(), weight.contiguous().data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
+    )
+    return y
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether `product` can be had: in bfloat16 where the processor multiplies pairs of it, and no matrices."""
+    return available(dtype) and dtype in _functions("product")
+
+
+def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Dense product (rows, out) of many rows x (rows, in) with weight_t (in, out) contiguous, plus bias (out,).
+
+    Each row is the same to the bit for any number of rows and threads.
+    """
+    x = x.contiguous()
+    (rows, width), out = x.shape, weight_t.shape[1]
+    y = torch.empty(rows, out, dtype=x.dtype)
+    threads = torch.get_num_threads() if width * out >= MIN_SHARED else 1
+    given = (x, weight_t, None if bias is None else bias.contiguous(), y)
+    places = (t if t is None else t.data_ptr() for t in given)
+    if _functions("product")[x.dtype](*places, rows, width, out, threads):
+        raise MemoryError(f"no memory for the sums of {rows} rows")
+    return y
+
+
 @cache
 def _functions(name: str) -> dict[torch.dtype, Any]:
-    """`site` or `mask` for each dtype."""
+    """`site`, `mask`, `norm` or `product` for each dtype that has it."""
     library = _library()
     assert library is not None
-    found = {dtype: getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}") for dtype in DTYPES}
+    names = {dtype: f"{name}_{str(dtype).removeprefix('torch.')}" for dtype in DTYPES}
+    found = {dtype: getattr(library, full) for dtype, full in names.items() if hasattr(library, full)}
     for function in found.values():
         function.argtypes, function.restype = SIGNATURES[name]
     return found
@@ -178,12 +220,13 @@ def _folder(cache_folder: Path) -> Iterator[Path]:
 
 def _compile(compiler: str, folder: Path) -> Path | None:
     """Compile in two steps: linked without OpenMP's library, so that no second one with threads of its own is loaded."""
-    part, made = folder / "site.o", folder / "site.so"
+    parts, made = [folder / f"{source.stem}.o" for source in SOURCES], folder / "site.so"
     for target in TARGETS:
-        steps = (
-            [compiler, *FLAGS, *target, "-c", str(SOURCE), "-o", str(part)],
-            [compiler, "-shared", str(part), "-o", str(made)],
-        )
+        steps = [
+            [compiler, *FLAGS, *target, "-c", str(source), "-o", str(part)]
+            for source, part in zip(SOURCES, parts, strict=True)
+        ]
+        steps.append([compiler, "-shared", *map(str, parts), "-o", str(made)])
         if all(_runs(step) for step in steps):
             return made
     return None
@@ -208,5 +251,6 @@ def _fingerprint(compiler: str) -> str:
         kinds = ("model name", "flags", "Features", "CPU part")
         processor += sorted({line for line in lines if line.startswith(kinds)})
     stat = Path(compiler).stat()
-    given = (SOURCE.read_text(), compiler, stat.st_size, stat.st_mtime_ns, FLAGS, TARGETS, processor)
+    code = [file.read_text() for file in (HEADER, *SOURCES)]
+    given = (code, compiler, stat.st_size, stat.st_mtime_ns, FLAGS, TARGETS, processor)
     return hashlib.sha256(repr(given).encode()).hexdigest()[:16]

@@ -6,9 +6,9 @@
    block's results.
    Sums are in float32. OpenMP's functions are found in the process when this is loaded: torch's threads do the work. */
 
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "numbers.h"
 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
@@ -16,26 +16,6 @@ int omp_get_num_threads(void);
 #define WORDS 16   /* words of four bytes in a cache line */
 #define UNIT 32    /* outputs that a thread's share is a multiple of */
 #define BLOCK 6144 /* outputs whose results a thread holds at a time */
-
-typedef float float32;
-typedef uint16_t bfloat16;
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline float widen_float32(float value) { return value; }
-static inline float narrow_float32(float value) { return value; }
-static inline float widen_bfloat16(bfloat16 value) { return float_of((uint32_t)value << 16); }
-
-static inline bfloat16 narrow_bfloat16(float value) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (bfloat16)(value != value ? 0x7fc0 : rounded);
-}
 
 #define EIGHT(EACH) EACH(0) EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) EACH(7)
 #define SUM(TERM) (TERM(0) + TERM(1) + TERM(2) + TERM(3) + TERM(4) + TERM(5) + TERM(6) + TERM(7))
@@ -155,23 +135,5 @@ struct site {
         return 0;                                                                                           \
     }
 
-/* From x (rows, in) to y, with zeros for what is dropped; `open` (rows,) or null says which rows are kept whole. */
-#define MASK(TYPE)                                                                                                    \
-    void mask_##TYPE(const TYPE *x, const float *norm, const float *threshold, const uint8_t *open, TYPE *y,          \
-                     int64_t rows, int64_t in, int threads) {                                                         \
-        const float limit = *threshold;                                                                               \
-        _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t r = 0; r < rows; r++) {        \
-            const TYPE *restrict from = x + r * in;                                                                   \
-            TYPE *restrict to = y + r * in;                                                                           \
-            const float cut = open && open[r] ? -1.0f : limit;                                                        \
-            for (int64_t i = 0; i < in; i++) {                                                                        \
-                const float v = widen_##TYPE(from[i]), size = v < 0 ? -v : v;                                         \
-                to[i] = size * norm[i] <= cut ? 0 : from[i];                                                          \
-            }                                                                                                         \
-        }                                                                                                             \
-    }
-
 SITE(float32)
 SITE(bfloat16)
-MASK(float32)
-MASK(bfloat16)

@@ -1,0 +1,87 @@
+"""Norms and lm_head of a sparse model: the stock model's values, by a faster way where nothing needs torch's."""
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+import wina_calib
+from wina_calib.runtime import head, norms
+from wina_calib.runtime.kernels import native
+from wina_calib.runtime.load import runtime_state, set_prefill, set_sparsity
+from wina_calib.runtime.norms import Norm, replace_norms
+from wina_calib.runtime.state import RuntimeState
+
+# In a model of three layers; Qwen3 norms queries and keys too. Gemma and OLMo round after the weight, not before.
+REPLACED = {"llama": 7, "qwen2": 7, "qwen3": 13, "phi3": 7, "mistral": 7, "gemma2": 0, "gemma3": 0, "olmo2": 0}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Counts the norms that are computed in C, or would be where there is a compiler."""
+    seen = SimpleNamespace(count=0)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        seen.count += 1
+        return Norm(torch.nn.Parameter(weight), epsilon, RuntimeState())(x)
+
+    monkeypatch.setattr(norms, "native", SimpleNamespace(available=lambda dtype: True, norm=norm, DTYPES=native.DTYPES))
+    return seen
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_norms_that_compute_the_same_are_replaced(family: str) -> None:
+    model = tiny.make(family)
+    ids = torch.randint(4, 300, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        replace_norms(model, RuntimeState())
+        assert torch.equal(model(ids).logits, expected)
+    assert sum(isinstance(module, Norm) for module in model.modules()) == REPLACED[family]
+
+
+def test_operators_serve_what_must_be_exact(calibrated: Path, calls: SimpleNamespace) -> None:
+    model = wina_calib.load(calibrated, 0.5)
+    ids = torch.randint(4, 300, (1, 9))
+    with torch.no_grad():
+        model(ids)
+        assert calls.count == 7
+        for exact in ("dense prefill", "reference", "nothing dropped"):
+            set_prefill(model, "dense" if exact == "dense prefill" else "sparse")
+            runtime_state(model).kernels = "reference" if exact == "reference" else "auto"
+            set_sparsity(model, 0.0 if exact == "nothing dropped" else 0.5)
+            model(ids)
+            assert calls.count == 7, exact
+    set_sparsity(model, 0.5)
+    model(ids).logits.sum().backward()
+    assert calls.count == 7
+    assert model.model.norm.weight.grad is not None
+
+
+def test_copies_have_norms_of_their_own(calibrated: Path, calls: SimpleNamespace) -> None:
+    model = wina_calib.load(calibrated, 0.5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_sparsity(model, 0.0)
+        calls.count = 0
+        with torch.no_grad():
+            other(torch.randint(4, 300, (1, 9)))
+        assert calls.count == 7
+        set_sparsity(model, 0.5)
+
+
+def test_lm_head_sees_one_matrix() -> None:
+    model = tiny.make("llama")
+    ids = torch.randint(4, 300, (1, 9))
+    seen = []
+    with torch.no_grad():
+        expected = model(ids, logits_to_keep=1).logits
+        head.prefer(model)
+        head.prefer(model)
+        model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+    assert seen == [(64, 64, 1)]
+    assert len(model.lm_head._forward_pre_hooks) == 2

@@ -1,0 +1,83 @@
+"""RMSNorms of a sparse model: torch's operators, or one pass in C where a CPU has time for little else.
+
+Between products of megabytes each of the seven operators of a norm finds its code gone from the caches. The pass in C sums
+in another order than torch, so a model that drops nothing, which is the dense model to the bit, keeps to the operators;
+so do gradients and compiled steps.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from wina_calib.runtime.kernels import native
+from wina_calib.runtime.state import RuntimeState
+
+
+class Norm(nn.Module):
+    """`weight * (x / rms(x))`, rounded to x's dtype before the weight. Saves and loads as the norm that it replaces."""
+
+    weight: nn.Parameter
+    state: RuntimeState
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, state: RuntimeState) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = weight, epsilon
+        self.__dict__["state"] = state
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The norm of (..., width)."""
+        if not torch.compiler.is_compiling() and self._is_plain(hidden_states):
+            return native.norm(hidden_states, self.weight, self.variance_epsilon)
+        unit = hidden_states.to(torch.float32)
+        unit = unit * torch.rsqrt(unit.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        out: Tensor = self.weight * unit.to(hidden_states.dtype)
+        return out
+
+    def extra_repr(self) -> str:
+        """As transformers' norms."""
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+    def _is_plain(self, x: Tensor) -> bool:
+        weight, state = self.weight, self.state
+        if not (x.is_cpu and state.masks and state.kernels == "auto") or state.all_dense:
+            return False
+        if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return False
+        return x.numel() > 0 and native.available(x.dtype)
+
+
+def replace_norms(model: nn.Module, state: RuntimeState) -> None:
+    """Put `Norm` in the place of every module that computes the same to the bit."""
+    known: dict[tuple[type, torch.Size, float], bool] = {}
+    for path, module in list(model.named_modules()):
+        weight, epsilon = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
+        if weight is None or not isinstance(epsilon, float):
+            continue
+        kind = type(module), weight.shape, epsilon
+        if kind not in known:
+            known[kind] = _computes_same(module, epsilon)
+        if known[kind]:
+            model.set_submodule(path, Norm(weight, epsilon, state).train(module.training))
+
+
+@torch.no_grad()
+def _computes_same(stock: nn.Module, epsilon: float) -> bool:
+    """Whether a module is what `Norm` stands for: its only tensor a vector, its outputs equal in both dtypes."""
+    names = [name for name, _ in (*stock.named_parameters(), *stock.named_buffers())]
+    if names != ["weight"] or stock.get_parameter("weight").dim() != 1:
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = 2, 4, stock.get_parameter("weight").numel()
+    x, weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    for dtype in native.DTYPES:
+        probe = copy.deepcopy(stock).to_empty(device="cpu").to(dtype)
+        probe.get_parameter("weight").copy_(weight[0])
+        norm = Norm(nn.Parameter(weight[0].to(dtype)), epsilon, RuntimeState())
+        if not torch.equal(probe(x.to(dtype)), norm(x.to(dtype))):
+            return False
+    return True
