@@ -14,17 +14,13 @@ from wina_calib.transforms.learn import Problem, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
 from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
-SITES_PER_STEP = 4
-STEPS = {"cpu": 400, "cuda": 2000}
-# On a CPU a step of a model wider than this takes many seconds: it gets proportionally fewer.
-_WIDE = 1024
+SITES_PER_STEP = 8
+STEPS = 200
 
 
-def default_steps(width: int, device: torch.device | str) -> int:
-    """Descent steps: more where they are cheap, fewer for narrow models, which need fewer."""
-    if torch.device(device).type == "cuda":
-        return min(STEPS["cuda"], 2 * width)
-    return min(STEPS["cpu"], 2 * width, STEPS["cpu"] * _WIDE // width)
+def default_steps(width: int) -> int:
+    """Descent steps: fewer for narrow models, which need fewer."""
+    return min(STEPS, 2 * width)
 
 
 def rank_for(width: int) -> int:
@@ -68,7 +64,7 @@ def fit_residual(
     found, _, _ = learn(
         problems,
         start,
-        steps=default_steps(width, device) if steps is None else steps,
+        steps=default_steps(width) if steps is None else steps,
         sites_per_step=min(SITES_PER_STEP, len(problems)),
         seed=seed,
         saved=saved,

@@ -65,7 +65,7 @@ class Statistics:
         """Bytes of the finished sample, and of what `fit` holds beside it on its device."""
         width = self._arch.hidden_size
         state = sum(4 * width * max(64, width // 8) for _, site in self._keys if site in INPUT_SITES)
-        return 2 * self.sample_bytes() + state + 12 * 8 * width**2
+        return 2 * self.sample_bytes() + state + 24 * 8 * width**2
 
     def rows(self, layer: int, site: str) -> Tensor:
         """Sorted indices of the tokens that this site keeps."""

@@ -11,6 +11,7 @@ import torch
 from wina_calib.transforms.eigen import eigenvectors, gram
 from wina_calib.transforms.learn import Problem, learn
 from wina_calib.transforms.residual import SITES_PER_STEP, rank_for
+from wina_calib.transforms.statistics import rows_per_site
 
 
 def seconds(width: int, device: torch.device | str, *, steps: int = 3) -> dict[str, float]:
@@ -34,7 +35,7 @@ def seconds(width: int, device: torch.device | str, *, steps: int = 3) -> dict[s
     square = weights[0].to(device).double()
     _timed(out, "svd", device, lambda: torch.linalg.svd(square).Vh)
     problem = Problem(
-        inputs=torch.randn(1, 1024, width, generator=generator).bfloat16().to(device),
+        inputs=torch.randn(1, rows_per_site("attn_in", width), width, generator=generator).bfloat16().to(device),
         factor=torch.randn(1, rank_for(width), width, generator=generator).to(device),
         tail=torch.ones(1, device=device),
         weight=torch.ones(1, device=device),
