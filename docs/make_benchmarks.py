@@ -239,7 +239,7 @@ def timing_part(timings: list[dict[str, Any]]) -> str:
     return (
         "## Seconds of a layer's decompositions\n\nRandom weights (width, width) and (3.5 width, width), float64. `paper` and "
         "`stacked` pay Gram matrix and eigen-decomposition for every site; the SVD is what they would pay without; `global` "
-        "pays one eigen-decomposition and its descent steps (float32) for the whole model.\n\n"
+        "pays one eigen-decomposition and its descent steps for the whole model.\n\n"
         + table(["device", "width", "Gram", "eigen-decomposition", "SVD of the square weight", "descent step"], rows)
         + "\n"
     )
