@@ -6,17 +6,18 @@
 | --- | --- | --- | --- | --- |
 | row-major | any | any | any | reference: masked dense product |
 | column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: product of the kept columns, in C if it can be |
-| column-contiguous | CPU | same | more | `cpu`: masked dense product, in float32 blocks where 16 bits are slow |
+| column-contiguous | CPU | same | more | `cpu`: masked dense product, see below |
 | column-contiguous | CUDA with Triton | same | 1 | `cuda`: product of the kept columns, see below |
 | column-contiguous | CUDA with Triton | same | more | `cuda`: mask in one pass in Triton, then the dense product |
 | column-contiguous | any other | any | any | reference |
 
-Few: up to 4 rows of 16 bits on a processor without arithmetic for them. One row on CUDA: in CUDA (`cluster`,
-`site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton (`_triton`, which
-takes up to 8). A call that needs gradients takes the reference path, which is differentiable. To `torch.compile` the
-kernels are one opaque operator, `wina_calib::sparse_site`: no graph break, no recompile when the threshold changes,
-and on CUDA nothing that a CUDA graph cannot capture. Eager calls skip the dispatcher, whose way through Python costs
-tens of microseconds.
+Few: up to 4 rows of 16 bits on a processor without arithmetic for them. More rows on a CPU: in C in bfloat16 where the
+processor multiplies pairs of it, in float32 blocks where it has no 16-bit arithmetic, else by torch. One row on CUDA: in
+CUDA (`cluster`, `site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton
+(`_triton`, which takes up to 8). A call that needs gradients takes the reference path, which is differentiable. To
+`torch.compile` the kernels are one opaque operator, `wina_calib::sparse_site`: no graph break, no recompile when the
+threshold changes, and on CUDA nothing that a CUDA graph cannot capture. Eager calls skip the dispatcher, whose way
+through Python costs tens of microseconds.
 """
 
 from __future__ import annotations

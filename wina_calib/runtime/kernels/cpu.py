@@ -6,9 +6,11 @@ the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` 
 the processor (`bags_pay`, docs/performance.md). Both work in parallel over bags or sparse rows, so the kept inputs are
 dealt out to several of them.
 
-Dense 16-bit products on a column-contiguous weight go through oneDNN only where the processor has 16-bit arithmetic;
-elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the product is done in
-float32, a block of columns at a time, which for 8 rows and more is also faster than the row-major 16-bit product.
+Dense products of many rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it
+(`native.product`), as oneDNN is slow on few rows of this layout. Other 16-bit products go through oneDNN only where the
+processor has 16-bit arithmetic; elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the
+product is done in float32, a block of columns at a time, which for 8 rows and more is also faster than the row-major
+16-bit product.
 """
 
 from __future__ import annotations
