@@ -214,6 +214,21 @@ def test_the_product_shows_what_is_not_finite_and_takes_any_strides():
     assert torch.equal(found[3:], expected[3:])
 
 
+@needs_product
+def test_the_product_refuses_weights_of_another_kind():
+    x, weight_t, _, _ = operands(4, 64, 40, torch.bfloat16)
+    for other in (weight_t.float(), weight_t[:63], weight_t.to("meta")):
+        with pytest.raises(ValueError, match="expected 64 rows"):
+            native.product(x, other)
+
+
+@needs_compiler
+def test_the_norm_takes_weights_of_any_stride():
+    x, weights = torch.randn(3, 24), torch.randn(24, 2)
+    found = native.norm(x, weights[:, 0], 1e-5)
+    assert torch.equal(found, native.norm(x, weights[:, 0].clone(), 1e-5))
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 64, 2049])

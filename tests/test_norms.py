@@ -73,6 +73,41 @@ def test_copies_have_norms_of_their_own(calibrated: Path, calls: SimpleNamespace
         set_sparsity(model, 0.5)
 
 
+def test_a_copy_of_a_norm_alone_belongs_to_the_same_model(calibrated: Path) -> None:
+    """Adapters copy the modules that they train."""
+    model = wina_calib.load(calibrated, 0.5)
+    norm = model.model.norm
+    alone = copy.deepcopy(norm)
+    assert alone.state is norm.state
+    assert alone.weight is not norm.weight
+    assert torch.equal(alone.weight, norm.weight)
+    other = copy.deepcopy(model)
+    assert other.model.norm.state is runtime_state(other) is not norm.state
+
+
+def test_a_norm_that_takes_other_arguments_is_kept() -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return x * gate.sigmoid()  # type: ignore[union-attr]
+
+    model = torch.nn.ModuleDict({"norm": Gated()})
+    replace_norms(model, RuntimeState())
+    assert isinstance(model["norm"], Gated)
+
+
+def test_weights_on_another_device_are_an_error(calibrated: Path) -> None:
+    model = wina_calib.load(calibrated, 0.5)
+    with torch.no_grad():
+        model(torch.randint(4, 300, (1, 9)))
+        norm = model.model.norm.to("meta")
+        with pytest.raises(RuntimeError, match="device"):
+            norm(torch.ones(1, 1, 64)).sum().item()
+
+
 def test_lm_head_sees_one_matrix() -> None:
     model = tiny.make("llama")
     ids = torch.randint(4, 300, (1, 9))

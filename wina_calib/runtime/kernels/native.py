@@ -125,12 +125,12 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: (in,) of x's dtype.
         epsilon: added to the mean square.
     """
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
     threads = torch.get_num_threads() if x.numel() >= MIN_SHARED else 1
     _functions("norm")[x.dtype](
-        x.data_ptr(), weight.contiguous().data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
     )
     return y
 
@@ -145,6 +145,10 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Each row is the same to the bit for any number of rows and threads.
     """
+    if weight_t.dtype is not x.dtype or x.shape[1] != weight_t.shape[0] or not weight_t.is_cpu:
+        raise ValueError(
+            f"weight is {tuple(weight_t.shape)} {weight_t.dtype} on {weight_t.device}; expected {x.shape[1]} rows of {x.dtype}"
+        )
     x = x.contiguous()
     (rows, width), out = x.shape, weight_t.shape[1]
     y = torch.empty(rows, out, dtype=x.dtype)
