@@ -231,6 +231,26 @@ def test_train_an_adapter_save_and_load_it(calibrated: Path, tmp_path: Path) -> 
     assert wina_calib.set_sparsity(again, 0.25) == pytest.approx(0.25, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("name", ["v_proj", "o_proj", "norm"])
+def test_an_adapter_that_trains_a_whole_module_follows_the_model(calibrated: Path, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[name], task_type="CAUSAL_LM")
+    adapted, model = peft.get_peft_model(wina_calib.load(calibrated), config).eval(), wina_calib.load(calibrated)
+    own = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in adapted.parameters()) == own + sum(p.numel() for p in model.parameters())
+    for sparsity in (0.5, 0.25, 0.0):
+        for one in (adapted, model):
+            wina_calib.set_sparsity(one, sparsity)
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-6)
+    found = adapted(IDS, labels=IDS).loss
+    found.backward()
+    trained = [p.grad for path, p in adapted.named_parameters() if "modules_to_save" in path]
+    assert trained
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in trained)
+
+
 def test_train_all_weights(calibrated: Path) -> None:
     model = wina_calib.load(calibrated)
     model.train()

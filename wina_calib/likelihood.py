@@ -1,7 +1,8 @@
 """What a model's last hidden states say about text: losses, their gradients and divergences, by parts of the vocabulary.
 
 lm_head is never in memory as a whole where it is large: every part of its rows is loaded once and sees all tokens. What a
-softmax over the whole vocabulary needs, a maximum and a sum, is carried from part to part.
+softmax over the whole vocabulary needs, a maximum and a sum, is carried from part to part. Gradients need the rows of some
+tokens' labels besides, which are read for these.
 """
 
 from __future__ import annotations

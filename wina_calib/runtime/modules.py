@@ -6,6 +6,7 @@ mask group give, the others take their part of it (`Packed`). Where that cannot 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Self
@@ -192,6 +193,16 @@ class SparseLinear(nn.Linear):
         if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input)
         return packed.part(self.position, input)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
+        """A copy of it alone, which an adapter that trains it makes, belongs to the same site and multiplies by itself."""
+        kept = self.__getstate__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        if not memo:
+            memo[id(self.site)] = self.site
+            kept |= {"packed": None, "number": step.UNNUMBERED, "packed_dtype": None, "places": ()}
+        made = memo[id(self)] = SparseLinear.__new__(SparseLinear)
+        made.__dict__.update(copy.deepcopy(kept, memo))
+        return made
 
     def _is_trained(self) -> bool:
         """Whether gradients go to the module's own weight or bias, which the packed ones know nothing of."""

@@ -45,7 +45,7 @@ class Norm(nn.Module):
         if not memo:
             memo[id(self.state)] = self.state
         made = memo[id(self)] = Norm.__new__(Norm)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return made
 
     def extra_repr(self) -> str:

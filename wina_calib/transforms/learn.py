@@ -135,7 +135,7 @@ def learn(
     rate, whatever the width and the scale of the costs.
 
     Args:
-        problems: the sites, each with the same number of groups.
+        problems: the sites, alike in groups, rows, width and rank.
         start: (groups, d, d) float64 rotations.
         steps: descent steps.
         sites_per_step: problems drawn, without replacement until all have been, for each step.
