@@ -13,7 +13,15 @@ from wina_calib.ranks import Ranks
 from wina_calib.source import demo_folder
 from wina_calib.transforms import Statistics, fit, needed_sites
 from wina_calib.transforms.eigen import eigenvectors
-from wina_calib.transforms.learn import Problem, held_out_cost, learn, low_rank, orthogonalised
+from wina_calib.transforms.learn import (
+    _THRESHOLD_SAMPLE,
+    Problem,
+    _stride,
+    held_out_cost,
+    learn,
+    low_rank,
+    orthogonalised,
+)
 from wina_calib.transforms.residual import default_steps
 from wina_calib.transforms.statistics import sampled_layers
 from wina_calib.transforms.timing import seconds
@@ -285,6 +293,13 @@ def test_a_start_that_cannot_be_improved_is_kept():
 def test_orthogonalised_keeps_order_and_sign():
     exact = orthogonal(20, 3)
     torch.testing.assert_close(orthogonalised(exact + 1e-7), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(512, 96), (896, 896), (1152, 1152), (4096, 4096), (512, 33), (1, 1)])
+def test_thresholds_are_of_all_columns(rows, width):
+    places = torch.arange(0, rows * width, _stride(rows, width))
+    assert len((places % width).unique()) == width
+    assert len(places) <= 2 * _THRESHOLD_SAMPLE
 
 
 def test_steps_follow_width():

@@ -11,6 +11,7 @@ for heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,13 +104,19 @@ def _turned(problems: Sequence[Problem], rotation: Tensor, rows: Sequence[Tensor
     factor = _product(factor.to(rotation.dtype).flatten(1, 2), rotation).view(factor.shape)
     norm = (factor.float().square().sum(2, keepdim=True) + tail).sqrt()
     size = z.abs()
-    count = size.shape[2] * width
-    # An odd step meets every column of an even width.
-    places = torch.arange(0, count, max(1, count // _THRESHOLD_SAMPLE) | 1, device=z.device)
+    places = torch.arange(0, size.shape[2] * width, _stride(size.shape[2], width), device=z.device)
     score = size.flatten(2)[..., places].float() * norm.flatten(2)[..., places % width]
     threshold = score.kthvalue(max(1, int(len(places) * SPARSITY)), dim=2).values
     dropped = size <= (threshold[..., None, None] / norm).to(z.dtype)
     return _Turned(z, factor, tail, dropped.to(z.dtype))
+
+
+def _stride(rows: int, width: int) -> int:
+    """Step between sampled elements of (rows, width): without a common divisor with the width it meets every column."""
+    step = max(1, rows * width // _THRESHOLD_SAMPLE) | 1
+    while math.gcd(step, width) > 1:
+        step += 2
+    return step
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
