@@ -160,7 +160,8 @@ def test_fitted_global_and_head_are_exact_and_repeatable(family):
     assert relative_difference(transformed(model, arch, rotations)(IDS).logits, model(IDS).logits) < EXACT
     identity = torch.eye(64, dtype=torch.float64)
     torch.testing.assert_close(rotations.residual @ rotations.residual.T, identity, rtol=0, atol=1e-12)
-    again = fit("global+head", arch, loader(model, arch), statistics, steps=8)
+    assert statistics.state_dict() == {}  # used up, so that its memory is free
+    again = fit("global+head", arch, loader(model, arch), collect(model, arch), steps=8)
     assert torch.equal(again.residual, rotations.residual)
     assert all(torch.equal(a, b) for a, b in zip(again.heads, rotations.heads, strict=True))
     assert any("held-out cost" in line for line in lines)

@@ -42,7 +42,7 @@ def fit(
         name: the transform; "auto" is resolved by `plan`.
         arch: the model's description.
         load_layer: returns all tensors of one decoder layer, keyed by their path inside it.
-        statistics: the finished sample of the dense pass; None for transforms that look at weights alone
+        statistics: the finished sample of the dense pass, used up by the fit; None for transforms that look at weights alone
             (`needed_sites` is empty).
         seed: of the random choices of the fit.
         steps: descent steps for the learned rotations, None for each one's default, 0 for covariance eigenvectors.

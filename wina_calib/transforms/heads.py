@@ -33,7 +33,7 @@ def fit_heads(
         TransformError: too few sampled tokens for the heads' width.
     """
     group = layer.heads // layer.kv_heads
-    x = statistics.sample(layer.index, "attn_out").to(device)
+    x = statistics.take(layer.index, "attn_out").to(device)
     check_tokens(len(x) * group, layer.head_dim)
     values = x.reshape(len(x), layer.kv_heads, group, layer.head_dim).permute(1, 2, 0, 3)
     weight = weights[f"{layer.site('attn_out').projections[0].module}.weight"].to(device)

@@ -92,7 +92,7 @@ def _problem(
 ) -> tuple[Problem, float]:
     """A site's problem, and trace(W^T W) over its output energy."""
     gain = folded_gain(layer, site, weights)
-    inputs = unfold_gain(statistics.sample(layer.index, site).to(device), gain)
+    inputs = unfold_gain(statistics.take(layer.index, site).to(device), gain)
     scale = 1.0 if gain is None else gain.to(device, torch.float32)
     matrices = [weights[f"{p.module}.weight"] for p in layer.site(site).projections]
 

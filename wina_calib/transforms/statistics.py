@@ -62,10 +62,11 @@ class Statistics:
         return sum(self._count(site) * (2 * self._width(site) + 1) for _, site in self._keys)
 
     def nbytes(self) -> int:
-        """Bytes of the finished sample, and of what `fit` holds beside it on its device."""
+        """Bytes of the finished sample, and of what `fit` holds beside it on its device: it takes the sample over."""
         width = self._arch.hidden_size
         state = sum(4 * width * max(64, width // 8) for _, site in self._keys if site in INPUT_SITES)
-        return 2 * self.sample_bytes() + state + 24 * 8 * width**2
+        largest = max((self._count(site) * 2 * self._width(site) for _, site in self._keys), default=0)
+        return self.sample_bytes() + 3 * largest + state + 24 * 8 * width**2
 
     def rows(self, layer: int, site: str) -> Tensor:
         """Sorted indices of the tokens that this site keeps."""
@@ -126,6 +127,12 @@ class Statistics:
                 "ended early or counted its tokens differently."
             )
         return self._samples[layer, site]
+
+    def take(self, layer: int, site: str) -> Tensor:
+        """`sample`, which is forgotten here, so that its memory ends with the caller's use of it."""
+        found = self.sample(layer, site)
+        del self._samples[layer, site], self._filled[layer, site]
+        return found
 
     def _width(self, site: str) -> int:
         return self._arch.layers[0].site(site).width
