@@ -17,7 +17,7 @@ from wina_calib.text import first_line
 
 SPARE_BYTES = 64 << 20
 # At most so many tokens at a time, and so many numbers at the widest site.
-_MICRO_BATCH = {"cpu": (4096, 1 << 23), "cuda": (16_384, 1 << 28)}
+_MICRO_BATCH = {"cpu": (2048, 1 << 23), "cuda": (16_384, 1 << 28)}
 _BACKWARD = {"cpu": (1024, 1 << 22), "cuda": (8192, 1 << 27)}
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
