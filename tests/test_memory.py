@@ -132,15 +132,21 @@ def test_a_checkpoint_of_4_gb_in_2_5_gb(tmp_path: Path, text: Path) -> None:
             {"layers": 12, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8, "vocab": 512},
             {"micro_batch": 8},
         ),
+        (
+            {"layers": 12, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8, "vocab": 512},
+            {"samples": 8, "seq_len": 2048},
+        ),
     ],
-    ids=["tiny", "large layers", "large vocabulary", "many layers"],
+    ids=["tiny", "large layers", "large vocabulary", "many layers", "long blocks"],
 )
 def test_bound_and_prediction_hold(shape: dict[str, int], options: dict[str, Any], tmp_path: Path, text: Path) -> None:
     """Two layers in float32, two hidden states and 600 MB; prediction within 25 %."""
     model = random_model.write(tmp_path / "m", **shape)
-    found = calibrate(model, tmp_path / "s", data=str(text), samples=16, seq_len=256, **options)
+    options = {"samples": 16, "seq_len": 256} | options
+    found = calibrate(model, tmp_path / "s", data=str(text), **options)
     layer = open_source(model).architecture.layer_weights
-    assert found["peak"] < 2 * 4 * (layer + 16 * 256 * shape["hidden"]) + 600 * MB, found
+    tokens = options["samples"] * options["seq_len"]
+    assert found["peak"] < 2 * 4 * (layer + tokens * shape["hidden"]) + 600 * MB, found
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.25), found
 
 
