@@ -118,7 +118,7 @@ def _other_config(model: Path) -> None:
         (lambda model, options: _other_config(model), r"model\.config was"),
         (lambda model, options: options.update(sparsity=0.6), r"options\.sparsity was 0\.5, is 0\.6"),
         (lambda model, options: options.update(samples=70), r"text\.calibration was"),
-        (lambda model, options: options.update(micro_batch=5), r"compute\.micro_batch was 32, is 5"),
+        (lambda model, options: options.update(micro_batch=5), r"compute\.micro_batch was 16, is 5"),
         (lambda model, options: options.update(dtype="bfloat16"), r'compute\.dtype was "float32", is "bfloat16"'),
     ],
 )
