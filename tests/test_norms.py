@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache, PreTrainedModel
 
 import wina_calib
 from wina_calib.runtime import head, norms
 from wina_calib.runtime.kernels import native
-from wina_calib.runtime.load import runtime_state, set_prefill, set_sparsity
+from wina_calib.runtime.load import runtime_state, set_sparsity
 from wina_calib.runtime.norms import Norm, replace_norms
 from wina_calib.runtime.state import RuntimeState
 
+PROMPT = torch.arange(4, 13)[None]
 # In a model of three layers; Qwen3 norms queries and keys too. Gemma and OLMo round after the weight, not before.
 REPLACED = {"llama": 7, "qwen2": 7, "qwen3": 13, "phi3": 7, "mistral": 7, "gemma2": 0, "gemma3": 0, "olmo2": 0}
 
@@ -44,20 +46,30 @@ def test_norms_that_compute_the_same_are_replaced(family: str) -> None:
     assert sum(isinstance(module, Norm) for module in model.modules()) == REPLACED[family]
 
 
-def test_operators_serve_what_must_be_exact(calibrated: Path, calls: SimpleNamespace) -> None:
+def decoded(model: PreTrainedModel, ids: torch.Tensor = PROMPT) -> torch.Tensor:
+    """Logits of one token after a prompt."""
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    return model(ids[:, :1], past_key_values=cache).logits
+
+
+def test_one_row_is_computed_in_c_where_something_is_dropped(calibrated: Path, calls: SimpleNamespace) -> None:
     model = wina_calib.load(calibrated, 0.5)
-    ids = torch.randint(4, 300, (1, 9))
     with torch.no_grad():
-        model(ids)
+        model(PROMPT)
+        model(PROMPT[:, :1])  # a first token, which is dense
+        assert calls.count == 0
+        decoded(model)
         assert calls.count == 7
-        for exact in ("dense prefill", "reference", "nothing dropped"):
-            set_prefill(model, "dense" if exact == "dense prefill" else "sparse")
-            runtime_state(model).kernels = "reference" if exact == "reference" else "auto"
-            set_sparsity(model, 0.0 if exact == "nothing dropped" else 0.5)
-            model(ids)
-            assert calls.count == 7, exact
+        decoded(model, PROMPT.expand(2, -1))
+        runtime_state(model).kernels = "reference"
+        decoded(model)
+        runtime_state(model).kernels = "auto"
+        set_sparsity(model, 0.0)
+        decoded(model)
+        assert calls.count == 7
     set_sparsity(model, 0.5)
-    model(ids).logits.sum().backward()
+    decoded(model).sum().backward()
     assert calls.count == 7
     assert model.model.norm.weight.grad is not None
 
@@ -68,7 +80,7 @@ def test_copies_have_norms_of_their_own(calibrated: Path, calls: SimpleNamespace
         set_sparsity(model, 0.0)
         calls.count = 0
         with torch.no_grad():
-            other(torch.randint(4, 300, (1, 9)))
+            decoded(other)
         assert calls.count == 7
         set_sparsity(model, 0.5)
 
@@ -91,8 +103,8 @@ def test_a_norm_that_takes_other_arguments_is_kept() -> None:
             super().__init__()
             self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
 
-        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-            return x * gate.sigmoid()  # type: ignore[union-attr]
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return x * gate.sigmoid()
 
     model = torch.nn.ModuleDict({"norm": Gated()})
     replace_norms(model, RuntimeState())

@@ -196,7 +196,7 @@ class SparseLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         """A copy of it alone, which an adapter that trains it makes, belongs to the same site and multiplies by itself."""
-        kept = self.__getstate__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        kept = dict(self.__dict__)
         if not memo:
             memo[id(self.site)] = self.site
             kept |= {"packed": None, "number": step.UNNUMBERED, "packed_dtype": None, "places": ()}

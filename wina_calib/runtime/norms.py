@@ -1,8 +1,8 @@
-"""RMSNorms of a sparse model: torch's operators, or one pass in C where a CPU has time for little else.
+"""RMSNorms of a sparse model: torch's operators, or one pass in C for the one row of a decode step on a CPU.
 
 Between products of megabytes each of the seven operators of a norm finds its code gone from the caches. The pass in C sums
-in another order than torch, so a model that drops nothing, which is the dense model to the bit, keeps to the operators;
-so do gradients and compiled steps.
+in another order than torch, as the sparse product of one row does, and serves where that does: not where nothing is
+dropped, which is the dense model to the bit, nor many rows, gradients and compiled steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Norm(nn.Module):
         if not memo:
             memo[id(self.state)] = self.state
         made = memo[id(self)] = Norm.__new__(Norm)
-        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def extra_repr(self) -> str:
@@ -54,13 +54,15 @@ class Norm(nn.Module):
 
     def _is_plain(self, x: Tensor) -> bool:
         weight, state = self.weight, self.state
-        if not (x.is_cpu and weight.is_cpu and state.masks and state.kernels == "auto") or state.all_dense:
+        if not (x.is_cpu and weight.is_cpu and state.masks and state.kernels == "auto"):
+            return False
+        if state.all_dense or state.dense_rows is not None:
             return False
         if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if x.shape[:2].numel() != 1 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return False
-        return x.numel() > 0 and native.available(x.dtype)
+        return native.available(x.dtype)
 
 
 def replace_norms(model: nn.Module, state: RuntimeState) -> None:
