@@ -6,7 +6,6 @@ mask group give, the others take their part of it (`Packed`). Where that cannot 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Self
@@ -18,7 +17,7 @@ from torch.nn.functional import linear
 from wina_calib.families import MaskGroup, Site
 from wina_calib.runtime import kernels, step
 from wina_calib.runtime.packed import Packed, rows_for
-from wina_calib.runtime.state import RuntimeState, SiteCount
+from wina_calib.runtime.state import RuntimeState, SiteCount, copied
 from wina_calib.score import Cut, keep_mask, kept_inputs, mask_input
 from wina_calib.settings import Settings
 from wina_calib.tables import LEVELS, site_sparsity, threshold_between
@@ -194,15 +193,9 @@ class SparseLinear(nn.Linear):
             return self.site.product(self, input)
         return packed.part(self.position, input)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
-        """A copy of it alone, which an adapter that trains it makes, belongs to the same site and multiplies by itself."""
-        kept = dict(self.__dict__)
-        if not memo:
-            memo[id(self.site)] = self.site
-            kept |= {"packed": None, "number": step.UNNUMBERED, "packed_dtype": None, "places": ()}
-        made = memo[id(self)] = SparseLinear.__new__(SparseLinear)
-        made.__dict__.update(copy.deepcopy(kept, memo))
-        return made
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of it alone belongs to the same site and multiplies by itself."""
+        return copied(self, memo, self.site, packed=None, number=step.UNNUMBERED, packed_dtype=None, places=())
 
     def _is_trained(self) -> bool:
         """Whether gradients go to the module's own weight or bias, which the packed ones know nothing of."""

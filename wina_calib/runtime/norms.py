@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wina_calib.runtime.kernels import native
-from wina_calib.runtime.state import RuntimeState
+from wina_calib.runtime.state import RuntimeState, copied
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,9 @@ class Norm(nn.Module):
         out: Tensor = self.weight * unit.to(hidden_states.dtype)
         return out
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Norm:
-        """A copy of it alone, which an adapter that trains it makes, belongs to the same model and copies no other part."""
-        if not memo:
-            memo[id(self.state)] = self.state
-        made = memo[id(self)] = Norm.__new__(Norm)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of it alone belongs to the same model."""
+        return copied(self, memo, self.state)
 
     def extra_repr(self) -> str:
         """As transformers' norms."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wina_calib.runtime import step, stopping
 
@@ -116,6 +117,20 @@ class RuntimeState:
             yield
         finally:
             self.dense = before
+
+
+def copied(module: nn.Module, memo: dict[int, Any], neighbour: object, **alone: Any) -> Any:
+    """`__deepcopy__` of a module that refers to a `neighbour` in its model.
+
+    Copied by itself, as an adapter does with what it trains, it keeps to the same neighbour and has the attributes `alone`.
+    """
+    kept = module.__getstate__()
+    if not memo:
+        memo[id(neighbour)] = neighbour
+        kept |= alone
+    made = memo[id(module)] = type(module).__new__(type(module))
+    made.__dict__.update(copy.deepcopy(kept, memo))
+    return made
 
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -42,7 +42,7 @@ SIGNATURES = {
     "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
 }
 COMPILE_SECONDS = 60
-# Weights below which a second thread costs more than it saves.
+# Weights or inputs below which a second thread costs more than it saves.
 MIN_SHARED = 1 << 17
 
 
@@ -78,7 +78,6 @@ class Row:
         self.operands = [None if t is None else t.detach() for t in (weight_t, norm, threshold, bias)]
         self.dtype = weight_t.dtype
         self.width, self.out = weight_t.shape
-        self.shared = self.width * self.out >= MIN_SHARED
         self.function = _functions("site")[self.dtype]
         at = [None if t is None else t.data_ptr() for t in self.operands]
         self.site = _Site(*at, self.width, self.out)
@@ -93,7 +92,7 @@ class Row:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.out), dtype=self.dtype)
-        threads = torch.get_num_threads() if self.shared else 1
+        threads = _threads(self.width * self.out)
         if self.function(self.address, x.data_ptr(), y.data_ptr(), everything, threads):
             raise MemoryError(f"no memory to list {self.width} kept inputs for {threads} threads")
         return y
@@ -111,7 +110,7 @@ def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = 
     x = x.contiguous()
     y = torch.empty_like(x)
     rows = None if open_rows is None else open_rows.contiguous()
-    threads = torch.get_num_threads() if x.numel() >= MIN_SHARED else 1
+    threads = _threads(x.numel())
     places = (t if t is None else t.data_ptr() for t in (x, norm, threshold, rows, y))
     _functions("mask")[x.dtype](*places, x.numel() // x.shape[-1], x.shape[-1], threads)
     return y
@@ -128,7 +127,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
-    threads = torch.get_num_threads() if x.numel() >= MIN_SHARED else 1
+    threads = _threads(x.numel())
     _functions("norm")[x.dtype](
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
     )
@@ -152,12 +151,17 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     x = x.contiguous()
     (rows, width), out = x.shape, weight_t.shape[1]
     y = torch.empty(rows, out, dtype=x.dtype)
-    threads = torch.get_num_threads() if width * out >= MIN_SHARED else 1
+    threads = _threads(width * out)
     given = (x, weight_t, None if bias is None else bias.contiguous(), y)
     places = (t if t is None else t.data_ptr() for t in given)
     if _functions("product")[x.dtype](*places, rows, width, out, threads):
         raise MemoryError(f"no memory for the sums of {rows} rows")
     return y
+
+
+def _threads(numbers: int) -> int:
+    """Threads that share work on so many numbers."""
+    return torch.get_num_threads() if numbers >= MIN_SHARED else 1
 
 
 @cache
