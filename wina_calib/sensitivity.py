@@ -34,7 +34,7 @@ from wina_calib.streaming import HiddenStates, LayerStream
 
 CURVE_LEVELS = tuple(round(0.025 * i, 3) for i in range(39))
 MAX_TOKENS = 32_768
-SHARE = 0.75  # of all calibration tokens, at most
+SHARE = 0.6  # of all calibration tokens, at most: three forward passes over all of them
 PASSES = 5.0  # forward passes that the work on these tokens is worth
 REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
