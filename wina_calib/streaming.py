@@ -11,8 +11,8 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from wina_calib.ahead import read_ahead
 from wina_calib.errors import ModelFolderError
 from wina_calib.families import Architecture
 from wina_calib.model_config import meta_model
@@ -164,6 +165,7 @@ class LayerStream:
         base_path = source.architecture.layers_path.rpartition(".")[0]
         self._base = self.model.get_submodule(base_path) if base_path else self.model
         self._kwargs: dict[int, list[Kwargs]] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         for buffer_name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = buffer_name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -201,22 +203,28 @@ class LayerStream:
         The next layer is read while the current one is computed; at most two are in memory. `backward` goes from the last
         one down.
         """
-        order = list(range(first, len(self.modules) if stop is None else stop))
-        if backward:
-            order.reverse()
-        with ThreadPoolExecutor(1, thread_name_prefix="load-layer") as pool:
-            pending: Future[dict[str, Tensor]] | None = pool.submit(self.source.load_layer, order[0]) if order else None
-            for index, following in zip(order, [*order[1:], None], strict=False):
-                assert pending is not None
-                tensors = pending.result()
-                pending = None if following is None else pool.submit(self.source.load_layer, following)
-                module = self.modules[index]
-                load_into(module, tensors, self.dtype, self.device)
-                del tensors  # of another dtype they are a third copy
-                try:
-                    yield index, module
-                finally:
-                    module.to("meta")
+        order = range(first, len(self.modules) if stop is None else stop)
+        user = None if self._copies is None else torch.cuda.current_stream(self.device)
+        for index, tensors in read_ahead(partial(self._fetch, user), order[::-1] if backward else order):
+            module = self.modules[index]
+            load_into(module, tensors, self.dtype, self.device)
+            del tensors  # of another dtype they are a third copy
+            try:
+                yield index, module
+            finally:
+                module.to("meta")
+
+    def _fetch(self, user: torch.cuda.Stream | None, index: int) -> dict[str, Tensor]:
+        """Read a layer, and copy it to a GPU while that computes for `user`."""
+        tensors = self.source.load_layer(index)
+        if user is None or self._copies is None:
+            return tensors
+        with torch.cuda.stream(self._copies):
+            there = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self._copies.synchronize()
+        for tensor in there.values():
+            tensor.record_stream(user)  # its memory is not written again before that stream is done with it
+        return there
 
     def heads(self) -> Iterator[tuple[int, Head]]:
         """The final norm with a part of lm_head's rows, and which row is its first, until all have been loaded once."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.ahead import read_ahead
 from wina_calib.errors import TransformError
 from wina_calib.families import Architecture, Layer
 from wina_calib.journal import NOT_SAVED, Phase
@@ -86,10 +87,12 @@ def fit(
         )
         keep({"residual": fitted})
     found = {name: value for name, value in found.items() if not name.startswith(_DESCENT)}
-    for layer in arch.layers if wanted.heads else ():
-        if f"{layer.index}.heads" not in found and statistics is not None:
-            turned = fit_heads(layer, load_layer(layer.index), statistics, steps=steps, seed=seed, device=device)
-            keep({f"{layer.index}.heads": turned}, f"head: layer {layer.index + 1} of {len(arch.layers)}")
+    if wanted.heads and statistics is not None:
+        left = [layer.index for layer in arch.layers if f"{layer.index}.heads" not in found]
+        for index, weights in read_ahead(load_layer, left):
+            turned = fit_heads(arch.layers[index], weights, statistics, steps=steps, seed=seed, device=device)
+            del weights
+            keep({f"{index}.heads": turned}, f"head: layer {index + 1} of {len(arch.layers)}")
     return Rotations(
         residual=found.get("residual"),
         heads=tuple(found[f"{layer.index}.heads"] for layer in arch.layers) if wanted.heads else None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.ahead import read_ahead
 from wina_calib.families import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors
@@ -51,14 +52,14 @@ def fit_residual(
     pooled = torch.zeros(width, width, dtype=torch.float64, device=device)
     problems: list[Problem] = []
     generator = torch.Generator().manual_seed(seed)
-    for index in sampled_layers(arch):
-        weights = load_layer(index)
+    for index, weights in read_ahead(load_layer, sampled_layers(arch)):
         for site in INPUT_SITES:
             problem, energy = _problem(arch.layers[index], site, weights, statistics, generator, device)
             problems.append(problem)
             # Each site counts by its output's error relative to its output's energy, so its inputs by the gain of W.
             for rows in problem.inputs[0].split(1024):
                 pooled.addmm_(rows.double().T, rows.double(), alpha=energy / problem.inputs.shape[1])
+        del weights  # the layer after the next is read from now on
         report(f"global: layer {index + 1} of {len(arch.layers)} read")
     start = eigenvectors(pooled).to(device).unsqueeze(0)
     found, _, _ = learn(
@@ -94,21 +95,21 @@ def _problem(
     gain = folded_gain(layer, site, weights)
     inputs = unfold_gain(statistics.take(layer.index, site).to(device), gain)
     scale = 1.0 if gain is None else gain.to(device, torch.float32)
-    matrices = [weights[f"{p.module}.weight"] for p in layer.site(site).projections]
+    matrices = [weights[f"{p.module}.weight"].to(device) for p in layer.site(site).projections]
 
     def times(block: Tensor) -> Tensor:
         out = torch.zeros(block.shape, device=device)
         right = block.to(device) * (scale if isinstance(scale, float) else scale.unsqueeze(1))
         for matrix in matrices:
             for start in range(0, len(matrix), 4096):
-                rows = matrix[start : start + 4096].to(device).float()
+                rows = matrix[start : start + 4096].float()
                 out.addmm_(rows.T, rows @ right)
         return out * (scale if isinstance(scale, float) else scale.unsqueeze(1))
 
     trace = energy = 0.0
     for matrix in matrices:
         for start in range(0, len(matrix), 4096):
-            rows = matrix[start : start + 4096].to(device).float() * scale
+            rows = matrix[start : start + 4096].float() * scale
             trace += float(rows.double().square().sum())
             energy += float((inputs[:1024] @ rows.T).double().square().sum()) / min(1024, len(inputs))
     factor, tail = low_rank(times, trace, layer.site(site).width, rank_for(layer.site(site).width), generator)
