@@ -16,6 +16,7 @@ import torch._dynamo.testing
 from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact, operands
 from torch.nn import functional as F
 
+from wina_calib import score
 from wina_calib.runtime import kernels
 from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, native, nvrtc, reference
 
@@ -129,6 +130,25 @@ def test_nan_shows_in_the_output(columns):
     x[0, 5] = float("nan")
     y = kernels.sparse_site(x, weight_t if columns else weight_t.t().contiguous().t(), norm, threshold)
     assert y.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_masks_of_many_rows_are_those_of_the_score(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda dtype: False)
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 9, 45).to(dtype), torch.rand(45) * torch.randint(0, 2, (45,))
+    rows = torch.rand(2, 9) < 0.3
+    for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
+        for dense in (None, rows):
+            for values in (x, x[:, 1:], x[:0]):
+                some = dense if dense is None or values is x else dense[: len(values), -values.shape[1] :]
+                expected = score.mask_input(values, norm, threshold, dense_rows=some)
+                assert torch.equal(kernels.mask_rows(values, norm, threshold, some), expected)
+    leaf = x.clone().requires_grad_()
+    kernels.mask_rows(leaf, norm, torch.tensor(0.4)).sum().backward()
+    assert torch.equal(leaf.grad != 0, score.keep_mask(x, norm, torch.tensor(0.4)))
 
 
 def test_no_rows():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact, operands
 
+from wina_calib import score
 from wina_calib.runtime import kernels
 from wina_calib.runtime.kernels import autotune, cluster, cuda
 
@@ -251,6 +252,19 @@ def test_the_mask_of_many_rows_is_the_references(dtype, width):
             )
             assert torch.equal(found.nan_to_num(7.0), torch.where(expected == 0, 0.0, expected).nan_to_num(7.0))
     assert torch.equal(cuda.launch_mask(x, norm, threshold.new_full((), -1.0), None).nan_to_num(7.0), x.nan_to_num(7.0))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_masks_of_many_rows_are_those_of_the_score(dtype):
+    x, _, norm, threshold = operands(6, 2050, 4, dtype, device=DEVICE)
+    x, rows = x.view(2, 3, -1), torch.tensor([[True, False, False], [False, True, False]], device=DEVICE)
+    for limit in (threshold, threshold.new_full((), -1.0)):
+        for dense in (None, rows):
+            for values in (x, x[:, 1:]):
+                some = dense if dense is None or values is x else dense[:, 1:]
+                expected = score.mask_input(values, norm, limit, dense_rows=some)
+                assert torch.equal(kernels.mask_rows(values, norm, limit, some), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -24,7 +24,7 @@ from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
 
-COUNTED_TOKENS = 1 << 16  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
+COUNTED_TOKENS = 1 << 15  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
 
 
 @dataclass(frozen=True)

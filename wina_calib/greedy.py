@@ -24,7 +24,6 @@ from wina_calib.budgets.model import Floats
 from wina_calib.families import SITES, Layer, MaskGroup, Site
 from wina_calib.journal import NOT_SAVED, Phase
 from wina_calib.masked import MaskedLayer, MaskRule
-from wina_calib.score import mask_input
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.streaming import HiddenStates, LayerStream
 from wina_calib.tables import LEVELS
@@ -75,7 +74,7 @@ class _TailLayer(MaskedLayer):
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
         if not self.tail or group.key not in self.cuts:
             return super().mask(group, x)
-        return mask_input(x, self.norms[group.key], self.cuts[group.key], self.rule.score)
+        return self.masked(group, x, None)
 
     @contextmanager
     def on_tail(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from wina_calib.families import Layer, MaskGroup, Projection, Site, mask_groups
 from wina_calib.memory import Growth
+from wina_calib.runtime.kernels import mask_rows
 from wina_calib.score import Cut, kept_inputs, mask_input, rows_together, scores, stored_norm
 from wina_calib.sketch import ScoreHistogram
 from wina_calib.tables import threshold_at
@@ -149,10 +150,14 @@ class MaskedLayer:
 
     def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
         """Return x (batch, seq, width) with the group's mask; dense first tokens are never masked."""
-        cut = self.cuts.get(group.key)
-        if cut is None:
-            return x
-        return mask_input(x, self.norms[group.key], cut, self.rule.score, self.rule.dense_rows(x))
+        return x if group.key not in self.cuts else self.masked(group, x, self.rule.dense_rows(x))
+
+    def masked(self, group: MaskGroup, x: Tensor, dense_rows: Tensor | None) -> Tensor:
+        """Return x (..., width) with the mask of a group that has a cut, but for `dense_rows` (...)."""
+        cut, norm, score = self.cuts[group.key], self.norms[group.key], self.rule.score
+        if isinstance(cut, Tensor) and score in ("wina", "teal"):  # `teal` is the same with norms of 1
+            return mask_rows(x, norm, cut, dense_rows)
+        return mask_input(x, norm, cut, score, dense_rows)
 
     def count(self, group: MaskGroup, x: Tensor, into: ScoreHistogram) -> None:
         """Add the scores of a group's inputs (..., width) to a histogram, a few rows at a time."""

@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wina_calib import score
 from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
@@ -43,6 +44,7 @@ __all__ = [
     "keep_mask",
     "mask_input",
     "mask_of",
+    "mask_rows",
     "row_of",
     "sparse_site",
 ]
@@ -170,6 +172,24 @@ def row_of(weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | Non
     if weight_t.device.type != "cpu" or not weight_t.is_contiguous() or not native.available(weight_t.dtype):
         return None
     return Row(weight_t, norm.contiguous(), threshold, bias)
+
+
+def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """`score.mask_input` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
+
+    Args:
+        x: (..., in).
+        norm: (in,) float32, contiguous.
+        threshold: () float32; a negative one keeps everything.
+        dense_rows: (...) bool, rows that are never masked, or None.
+    """
+    flat = None if dense_rows is None else dense_rows.reshape(-1)
+    if _masks_in_one_pass(x):
+        return cuda.mask_input(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
+    plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and x.is_cpu and native.available(x.dtype):
+        return native.mask(x, norm, threshold, flat)
+    return score.mask_input(x, norm, threshold, dense_rows=dense_rows)
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:
