@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -95,6 +96,33 @@ def test_a_copy_of_a_norm_alone_belongs_to_the_same_model(calibrated: Path) -> N
     assert torch.equal(alone.weight, norm.weight)
     other = copy.deepcopy(model)
     assert other.model.norm.state is runtime_state(other) is not norm.state
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu_torchs_own_kernel_where_something_is_dropped(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        seen.append(args[0].shape)
+        return rms_norm(*args)
+
+    rms_norm = norms.rms_norm
+    monkeypatch.setattr(norms, "rms_norm", counted)
+    state = RuntimeState()
+    norm = Norm(torch.nn.Parameter(torch.randn(384, device="cuda").to(dtype)), 1e-6, state)
+    x = torch.randn(2, 9, 384, device="cuda").to(dtype)
+    with torch.no_grad():
+        expected = norm(x)
+        assert not seen
+        state.masks = True
+        torch.testing.assert_close(norm(x), expected)
+        assert seen == [x.shape]
+    norm(x.requires_grad_())
+    assert len(seen) == 1
 
 
 def test_a_norm_that_takes_other_arguments_is_kept() -> None:

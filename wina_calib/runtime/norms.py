@@ -1,8 +1,9 @@
-"""RMSNorms of a sparse model: torch's operators, or one pass in C for the one row of a decode step on a CPU.
+"""RMSNorms of a sparse model: the stock model's seven operators, or fewer.
 
-Between products of megabytes each of the seven operators of a norm finds its code gone from the caches. The pass in C sums
-in another order than torch, as the sparse product of one row does, and serves where that does: not where nothing is
-dropped, which is the dense model to the bit, nor many rows, gradients and compiled steps.
+On a CPU, between products of megabytes, each of the operators finds its code gone from the caches: the one row of a decode
+step is one pass in C. On a GPU starting them takes longer than their work: torch's own kernel for it and a product are two.
+Both sum in another order than the seven, as sparse products do, and serve where these do: not where nothing is dropped,
+which is the dense model to the bit, nor with gradients, nor in compiled steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from wina_calib.runtime.kernels import native
 from wina_calib.runtime.state import RuntimeState, copied
@@ -33,12 +35,14 @@ class Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The norm of (..., width)."""
-        if not torch.compiler.is_compiling() and self._is_plain(hidden_states):
-            return native.norm(hidden_states, self.weight, self.variance_epsilon)
+        weight = self.weight
+        if not torch.compiler.is_compiling() and self._is_plain(hidden_states, weight):
+            if hidden_states.is_cpu:
+                return native.norm(hidden_states, weight, self.variance_epsilon)
+            return weight * rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
         unit = hidden_states.to(torch.float32)
         unit = unit * torch.rsqrt(unit.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        out: Tensor = self.weight * unit.to(hidden_states.dtype)
-        return out
+        return weight * unit.to(hidden_states.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of it alone belongs to the same model."""
@@ -48,17 +52,19 @@ class Norm(nn.Module):
         """As transformers' norms."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
-    def _is_plain(self, x: Tensor) -> bool:
-        weight, state = self.weight, self.state
-        if not (x.is_cpu and weight.is_cpu and state.masks and state.kernels == "auto"):
-            return False
-        if state.all_dense or state.dense_rows is not None:
+    def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the norm of x (..., width) may differ in last bits, and has a faster way."""
+        state = self.state
+        if not (state.masks and state.kernels == "auto") or state.all_dense:
             return False
         if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
             return False
-        if x.shape[:2].numel() != 1 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False
-        return native.available(x.dtype)
+        if x.is_cpu:
+            one = x.shape[:2].numel() == 1 and state.dense_rows is None
+            return one and weight.is_cpu and native.available(x.dtype)
+        return x.is_cuda and x.device == weight.device
 
 
 def replace_norms(model: nn.Module, state: RuntimeState) -> None:
