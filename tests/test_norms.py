@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from kernel_cases import LIMITS, error
 from transformers import DynamicCache, PreTrainedModel
 
 import wina_calib
@@ -119,7 +120,7 @@ def test_on_a_gpu_torchs_own_kernel_where_something_is_dropped(
         expected = norm(x)
         assert not seen
         state.masks = True
-        torch.testing.assert_close(norm(x), expected)
+        assert error(norm(x), expected) <= LIMITS[dtype] / 4
         assert seen == [x.shape]
     norm(x.requires_grad_())
     assert len(seen) == 1
