@@ -12,6 +12,12 @@ static inline float float_of(uint32_t bits) {
     return value;
 }
 
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 static inline float widen_float32(float value) { return value; }
 static inline float narrow_float32(float value) { return value; }
 static inline float widen_bfloat16(bfloat16 value) { return float_of((uint32_t)value << 16); }

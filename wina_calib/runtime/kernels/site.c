@@ -54,6 +54,52 @@ static void add_float32(const float *weight, int64_t out, const int64_t *index, 
 #undef TERM
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+
+#include <immintrin.h>
+
+#define LINE 32 /* numbers in a cache line */
+
+/* The same in bfloat16, where the processor multiplies pairs of it: two rows are interleaved, and one instruction adds both
+   their products. What interleaving puts out of order is put in order at the end. Numbers below 2^-126 count as zero. */
+static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
+                         int64_t width, float *restrict result) {
+    static const bfloat16 nothing[BLOCK];
+    float sums[BLOCK];
+    memset(sums, 0, sizeof sums);
+    for (int64_t k = 0; k < count; k += 8) {
+        const bfloat16 *row[8], *next[8];
+        __m512bh x[4];
+        for (int i = 0; i < 8; i++) {
+            row[i] = k + i < count ? weight + index[k + i] * out : nothing;
+            next[i] = k + 8 + i < count ? weight + index[k + 8 + i] * out : row[i];
+        }
+        for (int64_t i = 0; i < 4; i++) {
+            const uint32_t low = k + 2 * i < count ? bits_of(value[k + 2 * i]) >> 16 : 0;
+            const uint32_t high = k + 2 * i + 1 < count ? bits_of(value[k + 2 * i + 1]) : 0;
+            x[i] = (__m512bh)_mm512_set1_epi32((int)(low | (high & 0xffff0000u)));
+        }
+        for (int64_t j = 0; j < width; j += LINE) {
+            const __mmask32 here = width - j < LINE ? (1u << (width - j)) - 1 : ~0u;
+            for (int i = 0; i < 8; i++) __builtin_prefetch(next[i] + j, 0, 2);
+            __m512 low[2] = {_mm512_loadu_ps(sums + j), _mm512_setzero_ps()};
+            __m512 high[2] = {_mm512_loadu_ps(sums + j + LINE / 2), _mm512_setzero_ps()};
+            for (int i = 0; i < 4; i++) {
+                const __m512i even = _mm512_maskz_loadu_epi16(here, row[2 * i] + j);
+                const __m512i odd = _mm512_maskz_loadu_epi16(here, row[2 * i + 1] + j);
+                low[i % 2] = _mm512_dpbf16_ps(low[i % 2], (__m512bh)_mm512_unpacklo_epi16(even, odd), x[i]);
+                high[i % 2] = _mm512_dpbf16_ps(high[i % 2], (__m512bh)_mm512_unpackhi_epi16(even, odd), x[i]);
+            }
+            _mm512_storeu_ps(sums + j, _mm512_add_ps(low[0], low[1]));
+            _mm512_storeu_ps(sums + j + LINE / 2, _mm512_add_ps(high[0], high[1]));
+        }
+    }
+    for (int64_t j = 0; j < width; j++) /* of eight neighbours the first four are among a line's first sixteen sums */
+        result[j] += sums[j / LINE * LINE + j % 8 / 4 * (LINE / 2) + j % LINE / 8 * 4 + j % 4];
+}
+
+#else
+
 /* The same in bfloat16: two neighbours are loaded as one word, whose halves are widened without a shuffle. Results of
    even and odd columns are apart until the end. */
 static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *index, const float *value, int64_t count,
@@ -90,6 +136,8 @@ static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *ind
     if (width % 2)
         for (k = 0; k < count; k++) result[width - 1] += value[k] * widen_bfloat16(weight[index[k] * out + width - 1]);
 }
+
+#endif
 
 /* What stays the same from call to call: weight (in, out) contiguous, norm (in,), threshold (), bias (out,) or null. */
 struct site {
