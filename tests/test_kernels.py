@@ -139,8 +139,13 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype, compiled, monkeypatch)
         monkeypatch.setattr(native, "available", lambda dtype: False)
     torch.manual_seed(0)
     x, norm = torch.randn(2, 9, 45).to(dtype), torch.rand(45) * torch.randint(0, 2, (45,))
+    damaged = x.clone()
+    damaged[0, 3, 5], damaged[1, 2, 7] = torch.nan, torch.inf
     rows = torch.rand(2, 9) < 0.3
     for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
+        found, expected = (f(damaged, norm, threshold) for f in (kernels.mask_rows, score.mask_input))
+        assert found.isnan()[0, 3, 5]
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
         for dense in (None, rows):
             for values in (x, x[:, 1:], x[:0]):
                 some = dense if dense is None or values is x else dense[: len(values), -values.shape[1] :]

@@ -3,6 +3,9 @@
 import json
 import os
 import resource
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -185,3 +188,22 @@ def test_read_json(tmp_path):
         read_json(path, max_bytes=10)
     with pytest.raises(CheckpointError, match="cannot be opened"):
         read_json(tmp_path / "absent.json", max_bytes=10)
+
+
+def test_a_fingerprint_that_is_given_up_ends_with_the_process(tmp_path):
+    """The threads that hash are not waited for: a large model on a slow disk would keep an interrupted process for minutes."""
+    save_file({str(i): torch.zeros(4) for i in range(40)}, tmp_path / "model.safetensors")
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from wina_calib.shards import Shards\n"
+        "read = Shards._read\n"
+        "Shards._read = lambda *args: (time.sleep(1), read(*args))\n"
+        "shards = Shards.open(Path(sys.argv[1]))\n"
+        "from wina_calib.background import Background\n"
+        "Background(lambda: shards.fingerprint(shards))\n"
+        "time.sleep(0.5)\n"
+        "print(time.time(), flush=True)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert time.time() - float(out) < 5

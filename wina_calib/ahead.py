@@ -21,8 +21,12 @@ def read_ahead(read: Callable[[int], T], order: Sequence[int]) -> Iterator[tuple
         A number and its item, which is not kept here: with a caller that drops it before asking for the next, there are at
         most two at a time.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        reading: deque[Future[T]] = deque(pool.submit(read, number) for number in order[:1])
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    reading: deque[Future[T]] = deque(pool.submit(read, number) for number in order[:1])
+    try:
         for place, number in enumerate(order):
+            items = [reading.popleft().result()]
             reading.extend(pool.submit(read, following) for following in order[place + 1 : place + 2])
-            yield number, reading.popleft().result()
+            yield number, items.pop()
+    finally:
+        pool.shutdown(cancel_futures=True)

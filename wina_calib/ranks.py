@@ -2,7 +2,8 @@
 
 Every process takes a contiguous run of the micro-batches. What they count is added as integers, and floating-point sums are
 gathered by micro-batch and added in the order of the micro-batches, as one process adds them: the result is the same to the
-bit for any number of processes.
+bit for any number of processes. Everything goes by gloo, through the memory of the CPU: it is little, and gloo says when
+another process has died, where NCCL would wait on the device for good.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Ranks:
     def add(self, counts: Tensor) -> None:
         """Add integer counts over all processes, in place."""
         if self.size > 1:
+            here = counts.cpu()
             with _together():
-                _meet(counts)
-                dist.all_reduce(counts)
+                dist.all_reduce(here)
+            counts.copy_(here)
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         """Everything that the processes have, small and on the CPU, in the order of the processes."""
@@ -83,9 +85,10 @@ class Ranks:
     def from_owner(self, value: Tensor, owner: int) -> Tensor:
         """One process's tensor in all; the others give one of the same shape and dtype, which is overwritten."""
         if self.size > 1:
+            here = value.cpu().contiguous()
             with _together():
-                _meet(value)
-                dist.broadcast(value, owner)
+                dist.broadcast(here.view(torch.uint8), owner)
+            value.copy_(here)
         return value
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -163,8 +166,7 @@ def shared_ranks() -> Iterator[Ranks]:
         return
     with _together():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=PrefixStore("wina", store), rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group("gloo", store=PrefixStore("wina", store), rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(rank, size, store)
     except BaseException:
@@ -174,7 +176,7 @@ def shared_ranks() -> Iterator[Ranks]:
 
 
 def _abandon() -> None:
-    """Leave the others; to end in order, NCCL would wait for a process that may have died.
+    """Leave the others without waiting for them, of which one may have died.
 
     A request to end that comes meanwhile, as torchrun sends it, does not take the place of the error on its way. Nor
     does a torch that has no such function: this process ends anyway.
@@ -186,12 +188,6 @@ def _abandon() -> None:
 def local_device() -> str:
     """The CUDA device that is this process's own among those of one machine."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "cuda"
-
-
-def _meet(tensor: Tensor) -> None:
-    """Before NCCL takes a tensor, wait for the others by gloo, which says when one has died; NCCL would wait for good."""
-    if tensor.is_cuda:
-        dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager

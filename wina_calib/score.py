@@ -66,6 +66,8 @@ def scores(x: Tensor, norm: Tensor, score: str = "wina") -> Tensor:
 def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows: Tensor | None = None) -> Tensor:
     """Boolean mask of the inputs that are kept: score above the threshold or among the highest, or any in a dense row.
 
+    A NaN counts as kept, so that it shows in the output as it does in a dense model.
+
     Args:
         x: (..., in).
         norm: (in,) float32.
@@ -74,7 +76,7 @@ def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows
         dense_rows: boolean tensor of the leading shape of x; rows that are never masked.
     """
     found = scores(x, norm, score)
-    keep = found > cut if isinstance(cut, Tensor) else keep_top(found, cut)
+    keep = (found <= cut).logical_not_() if isinstance(cut, Tensor) else keep_top(found, cut)
     return keep if dense_rows is None else keep | dense_rows.unsqueeze(-1)
 
 

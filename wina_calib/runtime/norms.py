@@ -39,7 +39,8 @@ class Norm(nn.Module):
         if not torch.compiler.is_compiling() and self._is_plain(hidden_states, weight):
             if hidden_states.is_cpu:
                 return native.norm(hidden_states, weight, self.variance_epsilon)
-            return weight * rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
+            unit = rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
+            return weight * unit.to(hidden_states.dtype)  # autocast makes it float32
         unit = hidden_states.to(torch.float32)
         unit = unit * torch.rsqrt(unit.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return weight * unit.to(hidden_states.dtype)

@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from wina_calib.background import Background
 from wina_calib.errors import CheckpointError
 from wina_calib.memory import OWN_PAGES, advise_huge_pages
 from wina_calib.shards.files import listed, open_regular, read_into, read_json, safe_path, shown
@@ -19,7 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK = 8 << 20
-_HASHERS = min(8, os.cpu_count() or 1)
+_HASHERS = min(4, os.cpu_count() or 1)
 
 
 class Shards(Mapping[str, TensorInfo]):
@@ -132,23 +133,37 @@ class Shards(Mapping[str, TensorInfo]):
         """SHA-256 (hex) over that of each tensor's name, dtype, shape and bytes, in the order of the names.
 
         It does not depend on the order of `names` nor on which file holds a tensor. A few tensors are read side by side, 8 MiB
-        of each at a time.
+        of each at a time, in threads that end with the process.
 
         Raises:
             CheckpointError: no such tensor, or the file has changed and cannot be read.
         """
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(_HASHERS) as pool:
-            for part in pool.map(self._digest, sorted(set(names))):
-                digest.update(part)
-        return digest.hexdigest()
+        wanted = sorted(set(names))
+        waiting, parts = deque(wanted), dict[str, bytes]()
 
-    def _digest(self, name: str) -> bytes:
-        """SHA-256 of a tensor's name, dtype, shape and bytes."""
+        def work() -> None:
+            buffer = torch.empty(_CHUNK, dtype=torch.uint8)
+            while True:
+                try:
+                    name = waiting.popleft()
+                except IndexError:
+                    return
+                parts[name] = self._digest(name, buffer)
+
+        workers = [Background(work) for _ in range(min(_HASHERS, len(wanted)))]
+        try:
+            for worker in workers:
+                worker()
+        finally:
+            waiting.clear()
+        return hashlib.sha256(b"".join(parts[name] for name in wanted)).hexdigest()
+
+    def _digest(self, name: str, buffer: torch.Tensor) -> bytes:
+        """SHA-256 of a tensor's name, dtype, shape and bytes, which go through `buffer`."""
         info = self._info(name)
         digest = hashlib.sha256(json.dumps([name, DTYPE_NAMES[info.dtype], info.shape]).encode() + b"\n")
-        for offset in range(0, info.nbytes, _CHUNK):
-            chunk = torch.empty(min(_CHUNK, info.nbytes - offset), dtype=torch.uint8)
+        for offset in range(0, info.nbytes, len(buffer)):
+            chunk = buffer[: info.nbytes - offset]
             self._read(info, chunk, [(offset, offset + len(chunk))], 1)
             digest.update(chunk.numpy().data)
         return digest.digest()
