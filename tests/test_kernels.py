@@ -144,6 +144,7 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype, compiled, monkeypatch)
     rows = torch.rand(2, 9) < 0.3
     for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
         found, expected = (f(damaged, norm, threshold) for f in (kernels.mask_rows, score.mask_input))
+        assert torch.equal(kernels.mask_rows(x, norm, threshold.double()), score.mask_input(x, norm, threshold))
         assert found.isnan()[0, 3, 5]
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
         for dense in (None, rows):

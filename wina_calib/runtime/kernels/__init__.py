@@ -179,11 +179,12 @@ def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | N
 
     Args:
         x: (..., in).
-        norm: (in,) float32, contiguous.
-        threshold: () float32; a negative one keeps everything.
+        norm: (in,).
+        threshold: (); a negative one keeps everything.
         dense_rows: (...) bool, rows that are never masked, or None.
     """
     flat = None if dense_rows is None else dense_rows.reshape(-1)
+    norm, threshold = norm.float().contiguous(), threshold.float()  # as a comparison with float32 scores takes them
     if _masks_in_one_pass(x):
         return cuda.mask_input(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
     plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
