@@ -8,6 +8,10 @@
 
 #include <stdlib.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "numbers.h"
 
 int omp_get_thread_num(void);
@@ -55,8 +59,6 @@ static void add_float32(const float *weight, int64_t out, const int64_t *index, 
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-
-#include <immintrin.h>
 
 #define LINE 32 /* numbers in a cache line */
 
@@ -139,6 +141,47 @@ static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *ind
 
 #endif
 
+/* List the kept inputs' indices and values, at most `in`; a NaN is kept, so that it shows. Returns their number. */
+#define KEPT(TYPE)                                                                                                     \
+    static int64_t kept_##TYPE(const TYPE *x, const float *norm, float threshold, int64_t in, int64_t *index,          \
+                               float *value) {                                                                         \
+        int64_t count = 0, i = 0;                                                                                      \
+        KEPT_BY_VECTORS(TYPE)                                                                                          \
+        for (; i < in; i++) {                                                                                          \
+            const float v = widen_##TYPE(x[i]), size = v < 0 ? -v : v;                                                 \
+            index[count] = i;                                                                                          \
+            value[count] = v;                                                                                          \
+            count += !(size * norm[i] <= threshold);                                                                   \
+        }                                                                                                              \
+        return count;                                                                                                  \
+    }
+
+#ifdef __AVX512F__
+#define KEPT_BY_VECTORS(TYPE)                                                                                          \
+    for (; i + 16 <= in; i += 16) { /* stores end at i + 16 at the latest, as count is at most i */                    \
+        const __m512 v = vector_##TYPE(x + i), score = _mm512_mul_ps(_mm512_abs_ps(v), _mm512_loadu_ps(norm + i));     \
+        const __mmask16 keep = _mm512_cmp_ps_mask(score, _mm512_set1_ps(threshold), _CMP_NLE_UQ);                      \
+        const __m512i at = _mm512_add_epi64(_mm512_set1_epi64(i), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));           \
+        const __mmask8 low = (__mmask8)keep, high = (__mmask8)(keep >> 8);                                             \
+        _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, v));                                            \
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi64(low, at));                                      \
+        count += __builtin_popcount(low);                                                                              \
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi64(high, _mm512_add_epi64(at, _mm512_set1_epi64(8)))); \
+        count += __builtin_popcount(high);                                                                             \
+    }
+
+static inline __m512 vector_float32(const float *x) { return _mm512_loadu_ps(x); }
+static inline __m512 vector_bfloat16(const bfloat16 *x) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+#else
+#define KEPT_BY_VECTORS(TYPE)
+#endif
+
+KEPT(float32)
+KEPT(bfloat16)
+
 /* What stays the same from call to call: weight (in, out) contiguous, norm (in,), threshold (), bias (out,) or null. */
 struct site {
     const void *weight;
@@ -148,7 +191,7 @@ struct site {
     int64_t in, out;
 };
 
-/* From x (in,) to y (out,); `everything` drops nothing. A NaN is kept, so that it shows. Returns 1 without memory. */
+/* From x (in,) to y (out,); `everything` drops nothing. Returns 1 without memory. */
 #define SITE(TYPE)                                                                                          \
     int site_##TYPE(const struct site *site, const TYPE *x, TYPE *y, int everything, int threads) {         \
         const int64_t in = site->in, out = site->out;                                                       \
@@ -161,13 +204,7 @@ struct site {
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                          \
             int64_t *own_index = index + me * in;                                                           \
             float *own_value = value + me * in;                                                             \
-            int64_t count = 0;                                                                              \
-            for (int64_t i = 0; i < in; i++) {                                                              \
-                const float v = widen_##TYPE(x[i]), size = v < 0 ? -v : v;                                  \
-                own_index[count] = i;                                                                       \
-                own_value[count] = v;                                                                       \
-                count += !(size * norm[i] <= threshold);                                                    \
-            }                                                                                               \
+            const int64_t count = kept_##TYPE(x, norm, threshold, in, own_index, own_value);                \
             const int64_t units = (out + UNIT - 1) / UNIT;                                                  \
             const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;               \
             float result[BLOCK];                                                                            \
