@@ -88,14 +88,14 @@ def test_the_mask_of_many_rows_is_the_references(dtype, shared, monkeypatch):
 
 @needs_compiler
 def test_bfloat16_is_rounded_as_torch_does():
-    values = torch.cat([torch.randn(4000), torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.3e38, 1e-30])])
+    values = torch.cat([torch.randn(4000), torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.3e38, 1e-40])])
     weight_t = torch.stack([values.bfloat16(), (values * 0.00390625).bfloat16()])
     x, norm = torch.ones(2).bfloat16(), torch.ones(2)
     expected = (weight_t[0].float() + weight_t[1].float()).bfloat16()
-    assert torch.equal(native.Row(weight_t, norm, torch.tensor(-1.0))(x), expected)
-    smallest = native.Row(torch.full((2, 3), 1e-40).bfloat16(), norm, torch.tensor(-1.0))(x)
-    assert (smallest >= 0).all()  # where pairs are multiplied, what is not normal counts as zero
-    assert (smallest <= 2.1e-40).all()
+    found = native.Row(weight_t, norm, torch.tensor(-1.0))(x)
+    if found[-1] == 0:  # the instruction that multiplies pairs takes what is not normal for zero, and nothing else
+        expected[-1] = 0
+    assert torch.equal(found, expected)
 
 
 @needs_compiler
