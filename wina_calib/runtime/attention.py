@@ -19,13 +19,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from wina_calib.runtime.kernels import cuda
+from wina_calib.runtime.kernels import cuda, native
 
 # As transformers knows it, and what it stands in for.
 NAME = "wina_sdpa"
 STOCK = "sdpa"
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (32, 64, 128, 256)
+# Places from which torch's attention of several query heads a key head is faster on a CPU.
+MAX_LENGTH_IN_C = 256
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -48,6 +50,20 @@ def packs(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     return mask is None or mask.shape[1] == 1
 
 
+def computes_in_c(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether this is one token on a CPU that C serves, and is fast for."""
+    batch, heads, rows, size = query.shape
+    if batch != 1 or rows != 1 or not query.is_cpu or not native.available(query.dtype):
+        return False
+    if key.shape[2] > MAX_LENGTH_IN_C and (heads != key.shape[1] or query.dtype == torch.float32):
+        return False
+    if not key.dtype == value.dtype == query.dtype or key.shape != value.shape or heads % key.shape[1]:
+        return False
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or query.stride(1) != size:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.numel() == key.shape[2] and mask.is_contiguous())
+
+
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """(batch, 1, heads, size) from query (batch, heads, 1, size), and key and value (batch, key heads, length, size)."""
     batch, heads, _, size = query.shape
@@ -68,10 +84,10 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query (batch, heads, rows, size) to (batch, rows, heads, size)."""
-    plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
-    if plain and not dropout and packs(query, key, attention_mask):
+    plain = not dropout and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    if plain and packs(query, key, attention_mask):
         return attend_packed(query, key, value, attention_mask, scaling), None
-    if torch.compiler.is_compiling() and plain and not dropout and serves(query, key, value, attention_mask):
+    if plain and torch.compiler.is_compiling() and serves(query, key, value, attention_mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out: Tensor = torch.ops.wina_calib.attend(query, key, value, attention_mask, scale)
         return out, None

@@ -56,7 +56,7 @@ class Norm(nn.Module):
     def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the norm of x (..., width) may differ in last bits, and has a faster way."""
         state = self.state
-        if not (state.masks and state.kernels == "auto") or state.all_dense:
+        if not state.drops:
             return False
         if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
             return False

@@ -17,7 +17,7 @@ from wina_calib.checkpoint import check_complete, check_values, expected_tensors
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.families import Architecture, describe
 from wina_calib.model_config import METHOD
-from wina_calib.runtime import attention, compiling, head, norms, stopping
+from wina_calib.runtime import attention, blocks, compiling, head, norms, stopping
 from wina_calib.runtime.config import WinaConfig
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.state import RuntimeState
@@ -100,6 +100,8 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     model.__dict__["wina_state"] = state
     compiling.prefer(model)
     attention.prefer(model)
+    for described in arch.layers:
+        blocks.shorten(layers.get_submodule(str(described.index)), described)
     head.prefer(model)
     stopping.install()
 

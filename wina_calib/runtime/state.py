@@ -60,6 +60,11 @@ class RuntimeState:
         """A copy is a state of its own, whose weights get numbers of their own."""
         self.__dict__.update(values, number=step.new_owner(), stale=True)
 
+    @property
+    def drops(self) -> bool:
+        """Whether this forward pass drops inputs, by the fast kernels: what it computes may then differ in last bits."""
+        return self.masks and self.kernels == "auto" and not self.all_dense
+
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note at the start of the decoder's forward pass which of its rows are never masked."""
         if not torch.compiler.is_compiling():  # first, so that a compiled step has no guard on what follows

@@ -1,4 +1,6 @@
-"""The CPU's products in C (`site.c` of one row, `rows.c` of many), compiled once with the compiler that the system has.
+"""The CPU's code in C: products of one row (`site.c`) and of many (`rows.c`), attention of one token (`attend.c`).
+
+It is compiled once with the compiler that the system has.
 
 Triton does the same for a GPU. The library is kept in `$WINA_CALIB_CACHE` or `~/.cache/wina_calib` under a name that stands
 for the source, the compiler and the processor. Where there is no compiler, or its code cannot use torch's threads, `cpu`
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from wina_calib.runtime.kernels.autotune import cache_file
 
 logger = logging.getLogger(__name__)
 
-HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("numbers.h", "site.c", "rows.c"))
+HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("numbers.h", "site.c", "rows.c", "attend.c"))
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
@@ -37,6 +39,9 @@ FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-mat
 TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
 SIGNATURES = {
     "site": ([*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2], ctypes.c_int),
+    "turned": ([*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
+    "gated": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int] * 2], ctypes.c_int),
+    "attend": ([*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int], ctypes.c_int),
     "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
     "norm": ([*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 2, ctypes.c_int], None),
     "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
@@ -96,6 +101,86 @@ class Row:
         if self.function(self.address, x.data_ptr(), y.data_ptr(), everything, threads):
             raise MemoryError(f"no memory to list {self.width} kept inputs for {threads} threads")
         return y
+
+
+def turned(
+    row: Row,
+    x: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    heads: tuple[int, int],
+    norms: Sequence[Tensor] = (),
+    epsilon: float = 0.0,
+) -> Tensor:
+    """The masked product of one row for queries, keys and values, of which queries and keys are normed, where there are norms,
+    and turned by rotary embedding as Llama's, the first half of a head's numbers with the second.
+
+    Args:
+        row: the product.
+        x: one row (..., in) of its dtype.
+        cosine: (..., size) of that dtype, size numbers in all, contiguous.
+        sine: likewise.
+        heads: of queries and of keys.
+        norms: weights (size,) of the RMSNorms of a query's and of a key's head, contiguous.
+        epsilon: of both.
+
+    Returns:
+        (..., out), without norms to the bit what torch's operators make of the product in bfloat16.
+    """
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], row.out), dtype=x.dtype)
+    threads = _threads(row.width * row.out)
+    places = (t if t is None else t.data_ptr() for t in (x, y, cosine, sine, *(norms or (None, None))))
+    if _functions("turned")[x.dtype](row.address, *places, epsilon, *heads, cosine.shape[-1], threads):
+        raise MemoryError(f"no memory to list {row.width} kept inputs for {threads} threads")
+    return y
+
+
+def gated(first: Row, second: Row, x: Tensor, *, gelu: bool) -> Tensor:
+    """A gated MLP of one row: both masked products and the activation between them in one call, rounded as apart.
+
+    Args:
+        first: to gate and up, side by side.
+        second: from their product.
+        x: one row (..., in) of their dtype.
+        gelu: the gate goes through GELU's approximation by tanh, else through SiLU.
+
+    Returns:
+        (..., out) of `second`.
+    """
+    x = x.contiguous()
+    both = torch.empty(first.out, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], second.out), dtype=x.dtype)
+    threads = _threads(second.width * second.out)
+    places = (t.data_ptr() for t in (x, both, y))
+    if _functions("gated")[x.dtype](first.address, second.address, *places, gelu, threads):
+        raise MemoryError(f"no memory to list the kept inputs of {threads} threads")
+    return y
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """Attention of one token, float32 or bfloat16.
+
+    Args:
+        query: (1, heads, 1, size), contiguous.
+        key: (1, key heads, length, size), of contiguous heads' numbers.
+        value: as `key`.
+        seen: bool (..., length), contiguous: places that are attended to; None is all.
+        scale: of the scores.
+
+    Returns:
+        (1, 1, heads, size).
+    """
+    heads, size = query.shape[1], query.shape[3]
+    key_heads, length = key.shape[1:3]
+    y = torch.empty((1, 1, heads, size), dtype=query.dtype)
+    strides = (ctypes.c_int64 * 4)(*key.stride()[1:3], *value.stride()[1:3])
+    places = (t if t is None else t.data_ptr() for t in (query, key, value, seen, y))
+    threads = _threads(2 * heads * length * size)
+    counts = heads, key_heads, length, size
+    if _functions("attend")[query.dtype](*places, ctypes.addressof(strides), *counts, scale, threads):
+        raise MemoryError(f"no memory for the scores of {length} places")
+    return y
 
 
 def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = None) -> Tensor:

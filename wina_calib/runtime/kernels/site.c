@@ -191,34 +191,117 @@ struct site {
     int64_t in, out;
 };
 
-/* From x (in,) to y (out,); `everything` drops nothing. Returns 1 without memory. */
-#define SITE(TYPE)                                                                                          \
-    int site_##TYPE(const struct site *site, const TYPE *x, TYPE *y, int everything, int threads) {         \
-        const int64_t in = site->in, out = site->out;                                                       \
-        const TYPE *weight = site->weight, *bias = site->bias;                                              \
-        const float *norm = site->norm, threshold = everything ? -1.0f : *site->threshold;                  \
-        int64_t *index = malloc((size_t)threads * (size_t)in * (sizeof(int64_t) + sizeof(float)));          \
-        if (!index) return 1;                                                                               \
-        float *value = (float *)(index + threads * in);                                                     \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                     \
-            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                          \
-            int64_t *own_index = index + me * in;                                                           \
-            float *own_value = value + me * in;                                                             \
-            const int64_t count = kept_##TYPE(x, norm, threshold, in, own_index, own_value);                \
-            const int64_t units = (out + UNIT - 1) / UNIT;                                                  \
-            const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;               \
-            float result[BLOCK];                                                                            \
-            for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                              \
-                const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                  \
-                memset(result, 0, (size_t)width * sizeof(float));                                           \
-                add_##TYPE(weight + j, out, own_index, own_value, count, width, result);                    \
-                for (int64_t i = 0; i < width; i++)                                                         \
-                    y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);     \
-            }                                                                                               \
-        }                                                                                                   \
-        free(index);                                                                                        \
-        return 0;                                                                                           \
+/* What a thread lists kept inputs in, for inputs of up to `in`. */
+struct list {
+    int64_t *index;
+    float *value;
+};
+
+static inline struct list list_of(void *memory, int64_t threads, int64_t in, int64_t me) {
+    int64_t *index = memory;
+    return (struct list){index + me * in, (float *)(index + threads * in) + me * in};
+}
+
+#define LIST_BYTES(threads, in) ((size_t)(threads) * (size_t)(in) * (sizeof(int64_t) + sizeof(float)))
+
+/* A thread's share of y (out,) from x (in,). */
+#define SHARE(TYPE)                                                                                                    \
+    static void share_##TYPE(const struct site *site, const TYPE *x, TYPE *y, float threshold, struct list own,        \
+                             int64_t me, int64_t team) {                                                               \
+        const int64_t out = site->out, units = (out + UNIT - 1) / UNIT;                                                \
+        const TYPE *weight = site->weight, *bias = site->bias;                                                         \
+        const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);                   \
+        const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;                              \
+        float result[BLOCK];                                                                                           \
+        for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                                             \
+            const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                                 \
+            memset(result, 0, (size_t)width * sizeof(float));                                                          \
+            add_##TYPE(weight + j, out, own.index, own.value, count, width, result);                                   \
+            for (int64_t i = 0; i < width; i++)                                                                        \
+                y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);                    \
+        }                                                                                                              \
     }
 
+/* From x (in,) to y (out,); `everything` drops nothing. Returns 1 without memory. */
+#define SITE(TYPE)                                                                                                     \
+    int site_##TYPE(const struct site *site, const TYPE *x, TYPE *y, int everything, int threads) {                    \
+        void *memory = malloc(LIST_BYTES(threads, site->in));                                                          \
+        if (!memory) return 1;                                                                                         \
+        const float threshold = everything ? -1.0f : *site->threshold;                                                 \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
+            const int64_t me = omp_get_thread_num();                                                                   \
+            share_##TYPE(site, x, y, threshold, list_of(memory, threads, site->in, me), me, omp_get_num_threads());    \
+        }                                                                                                              \
+        free(memory);                                                                                                  \
+        return 0;                                                                                                      \
+    }
+
+/* Of a head of `size` numbers the first half and the second are coordinates that are turned, each product and sum rounded. */
+#define TURN(TYPE)                                                                                                     \
+    static void turn_##TYPE(TYPE *restrict head, const TYPE *restrict cosine, const TYPE *restrict sine, int64_t size) { \
+        const int64_t half = size / 2;                                                                                 \
+        for (int64_t i = 0, j = half; i < half; i++, j++) {                                                            \
+            const float a = widen_##TYPE(head[i]), b = widen_##TYPE(head[j]);                                          \
+            const TYPE ac = narrow_##TYPE(a * widen_##TYPE(cosine[i])), bs = narrow_##TYPE(b * widen_##TYPE(sine[i])); \
+            const TYPE bc = narrow_##TYPE(b * widen_##TYPE(cosine[j])), as = narrow_##TYPE(a * widen_##TYPE(sine[j])); \
+            head[i] = narrow_##TYPE(widen_##TYPE(ac) - widen_##TYPE(bs));                                              \
+            head[j] = narrow_##TYPE(widen_##TYPE(bc) + widen_##TYPE(as));                                              \
+        }                                                                                                              \
+    }
+
+/* As `site`, for queries, keys and values of heads of `size` numbers, of which those of `queries` and `keys` are then normed by
+   the weights (size,) that are given for each, and turned by cosine (size,) and sine (size,). */
+#define TURNED(TYPE)                                                                                                   \
+    int turned_##TYPE(const struct site *site, const TYPE *x, TYPE *y, const TYPE *cosine, const TYPE *sine,           \
+                      const TYPE *query_norm, const TYPE *key_norm, float epsilon, int64_t queries, int64_t keys,      \
+                      int64_t size, int threads) {                                                                     \
+        void *memory = malloc(LIST_BYTES(threads, site->in));                                                          \
+        if (!memory) return 1;                                                                                         \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), heads = queries + keys;             \
+            share_##TYPE(site, x, y, *site->threshold, list_of(memory, threads, site->in, me), me, team);              \
+            _Pragma("omp barrier") for (int64_t h = heads * me / team; h < heads * (me + 1) / team; h++) {             \
+                const TYPE *weight = h < queries ? query_norm : key_norm;                                              \
+                if (weight) normed_##TYPE(y + h * size, weight, y + h * size, epsilon, size);                          \
+                turn_##TYPE(y + h * size, cosine, sine, size);                                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+        free(memory);                                                                                                  \
+        return 0;                                                                                                      \
+    }
+
+/* A gated MLP from x (in,) to y (out,): `first` gives gate and up side by side in both (2 * width,), of which the first half
+   becomes the input of `second`: x * sigmoid(x) of the gate, or its GELU by tanh, times up. Returns 1 without memory. */
+#define GATED(TYPE)                                                                                                    \
+    int gated_##TYPE(const struct site *first, const struct site *second, const TYPE *x, TYPE *both, TYPE *y,          \
+                     int gelu, int threads) {                                                                          \
+        const int64_t width = second->in, most = first->in < width ? width : first->in;                                \
+        void *memory = malloc(LIST_BYTES(threads, most));                                                              \
+        if (!memory) return 1;                                                                                         \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
+            const struct list own = list_of(memory, threads, most, me);                                                \
+            const int64_t units = (width + UNIT - 1) / UNIT;                                                           \
+            const int64_t end = units * (me + 1) / team * UNIT, stop = end < width ? end : width;                      \
+            share_##TYPE(first, x, both, *first->threshold, own, me, team);                                            \
+            _Pragma("omp barrier") for (int64_t j = units * me / team * UNIT; j < stop; j++) {                         \
+                const float gate = widen_##TYPE(both[j]);                                                              \
+                const TYPE open = narrow_##TYPE(gate / (1.0f + exponential(gelu ? -2.0f * inner_of_gelu(gate) : -gate))); \
+                both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                           \
+            }                                                                                                          \
+            _Pragma("omp barrier") share_##TYPE(second, both, y, *second->threshold, own, me, team);                   \
+        }                                                                                                              \
+        free(memory);                                                                                                  \
+        return 0;                                                                                                      \
+    }
+
+SHARE(float32)
+SHARE(bfloat16)
 SITE(float32)
 SITE(bfloat16)
+TURN(float32)
+TURN(bfloat16)
+TURNED(float32)
+TURNED(bfloat16)
+GATED(float32)
+GATED(bfloat16)
