@@ -43,8 +43,8 @@ NORM(bfloat16)
 #include <immintrin.h>
 
 #define STRIP 32   /* outputs whose weights are one vector */
-#define STRIPS 4   /* strips that a thread works on at a time */
-#define DEPTH 256  /* inputs whose weights are in the first two caches at a time */
+#define STRIPS 2   /* strips that a thread works on at a time */
+#define DEPTH 128  /* inputs whose weights are in the first cache at a time, half of it, as others may share it */
 #define TILE 8     /* rows whose sums are in registers */
 #define BLOCK 512  /* rows whose sums are in the second cache */
 
