@@ -1,9 +1,11 @@
 """The seam, the reference and the CPU kernels; the Triton kernels through their interpreter."""
 
+import copy
 import ctypes
 import gc
 import importlib.util
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact,
 from torch.nn import functional as F
 
 from wina_calib import score
+from wina_calib.memory import resident_bytes
 from wina_calib.runtime import kernels
 from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, native, nvrtc, reference
 
@@ -216,11 +219,39 @@ def test_results_are_the_same_run_to_run(threads, each_product):
     assert all(torch.equal(first, kernels.sparse_site(*args)) for _ in range(5))
 
 
-def test_column_storage_copies_the_transpose():
-    weights = [torch.randn(1500, 1100).bfloat16(), torch.randn(300, 1100).bfloat16()]
+@pytest.mark.parametrize("width", [1100, 2500])
+def test_column_storage_copies_the_transpose(width):
+    """Below and above the size that gets pages of its own."""
+    weights = [torch.randn(1500, width).bfloat16(), torch.randn(300, width).bfloat16()]
     stored = kernels.column_storage(weights)
     assert stored.is_contiguous()
     assert torch.equal(stored, torch.cat(weights).t())
+    assert torch.equal(copy.deepcopy(stored), stored)
+
+
+@pytest.mark.parametrize("missing", ["memory", "huge pages"])
+def test_column_storage_without_pages_of_its_own(missing, monkeypatch):
+    class Mapped(mmap.mmap):
+        def __new__(cls, *args, **kwargs):
+            if missing == "memory":
+                raise OSError(12, "Cannot allocate memory")
+            return super().__new__(cls, *args, **kwargs)
+
+        def madvise(self, *args):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Mapped)
+    weight = torch.randn(1800, 2500).bfloat16()
+    assert torch.equal(kernels.column_storage([weight]), weight.t())
+
+
+def test_column_storage_is_given_back():
+    weight = torch.randn(1800, 2500)
+    before = resident_bytes()
+    stored = [kernels.column_storage([weight]) for _ in range(4)]
+    assert resident_bytes() - before >= 4 * weight.nbytes
+    stored.clear()
+    assert resident_bytes() - before < weight.nbytes
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from wina_calib.errors import OutOfMemoryError
 
@@ -49,6 +54,25 @@ def advise_huge_pages(first: int, size: int) -> None:
         libc = ctypes.CDLL(None)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         libc.madvise(start, whole, _MADV_HUGEPAGE)
+
+
+def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU whose memory is new, so that the system can give huge pages for it; a small one is any tensor.
+
+    What torch allocates may be memory that was freed before, whose pages are there already and stay small.
+    """
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < OWN_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no memory, which torch says in its own words
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
 
 
 class Growth:
