@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 import wina_calib
 from wina_calib.bench.models import Pair, fit
@@ -31,9 +33,9 @@ STEP = {"turned": 3, "attend": 3, "gated": 3}
 
 
 @torch.no_grad()
-def sparse(family: str = "llama", **changes: Any) -> PreTrainedModel:
+def sparse(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A tiny model whose thresholds drop half of the inputs."""
-    dense, model = (tiny.make(family, **changes) for _ in range(2))
+    dense, model = (tiny.make(family, dtype=dtype, **changes) for _ in range(2))
     fit(Pair(family, dense, model, count_cells(describe(dense), "none"), False, None), (0.5,), IDS, 1)
     return model
 
@@ -132,6 +134,50 @@ def test_every_cache(kind: str, calls: Counter[str]) -> None:
     found = step(model, cache(), count=5)
     assert calls["turned"] == 15
     assert close(found, stock_way(model, cache(), count=5))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+def test_blocks_in_bfloat16(family: str, calls: Counter[str]) -> None:
+    """One by one: in a model a rounding turns a mask, and more with every layer."""
+    model = sparse(family, torch.bfloat16)
+    state, layer = runtime_state(model), model.model.layers[1]
+    cache = filled(model, IDS[:, :PROMPT])
+    x, size = torch.randn(1, 1, 64).bfloat16(), layer.self_attn.head_dim
+    turns = tuple(torch.randn(2, 1, 1, size).bfloat16())
+    state.dense_rows = None  # of the prompt
+    with torch.no_grad():
+        found, expected = [], []
+        for results, way in ((found, Short._rows), (expected, lambda self, x: None)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Short, "_rows", way)
+                results.append(layer.mlp(x))
+                kwargs = {"past_key_values": copy.deepcopy(cache), "attention_mask": None}
+                results.append(layer.self_attn(hidden_states=x, position_embeddings=turns, **kwargs)[0])
+    assert calls == (dict.fromkeys(STEP, 1) if ATTENTION[family] else {"gated": 1})
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).float().norm() / b.float().norm()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["float", "a head each", "not contiguous"])
+def test_masks_of_other_kinds_are_torchs(kind: str, model: PreTrainedModel, calls: Counter[str]) -> None:
+    mask = torch.rand(1, 1, 1, PROMPT + 1) < 0.6
+    mask[..., -1] = True
+    if kind == "float":
+        given = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    elif kind == "a head each":
+        given = (torch.rand(1, 4, 1, PROMPT + 1) < 0.6) | mask
+    else:
+        given = mask.expand(2, -1, -1, -1).transpose(0, 3).contiguous().transpose(0, 3)[:1]
+    found = step(model, attention_mask=given)
+    assert calls == {"turned": 3, "gated": 3}
+    assert close(found, stock_way(model, attention_mask=given))
+
+
+def test_a_token_that_sees_nothing(model: PreTrainedModel, calls: Counter[str]) -> None:
+    mask = torch.zeros(1, PROMPT + 1, dtype=torch.long)
+    found = step(model, attention_mask=mask)
+    assert calls == STEP
+    assert close(found, stock_way(model, attention_mask=mask))
 
 
 def test_padding_is_not_seen(model: PreTrainedModel, calls: Counter[str]) -> None:
@@ -239,6 +285,70 @@ def test_weights_that_are_loaded_later_count(model: PreTrainedModel, calls: Coun
     found = step(model)
     assert not close(found, before)
     assert close(found, stock_way(model))
+
+
+def test_run_time_matrices_are_multiplied(calls: Counter[str]) -> None:
+    model = sparse()
+    for layer in model.model.layers:
+        for name, width in (("attn_in", 64), ("mlp_out", 128)):
+            layer.wina.get_submodule(name).register_buffer("rotation", torch.linalg.qr(torch.randn(width, width))[0])
+    runtime_state(model).stale = True
+    found = step(model)
+    assert not calls
+    assert close(found, stock_way(model))
+
+
+def test_masks_of_one_projection_each(text: Path, llama: Path, tmp_path: Path, calls: Counter[str]) -> None:
+    options: dict[str, Any] = {"transform": "none", "budget": "uniform", "samples": 80, "seq_len": 128}
+    wina_calib.calibrate(llama, tmp_path / "sparse", masks="per-projection", data=str(text), **options)
+    model = wina_calib.load(tmp_path / "sparse", 0.5)
+    calls.clear()
+    found = step(model)
+    assert not calls
+    assert close(found, stock_way(model))
+
+
+@pytest.mark.parametrize("changed", ["activation", "norm", "epsilon", "class", "argument"])
+def test_parts_that_are_changed_count(changed: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse("qwen3")
+    kwargs: dict[str, Any] = {}
+    missed = {"turned", "attend"}
+    for layer in model.model.layers:
+        if changed == "activation":
+            layer.mlp.act_fn, missed = nn.ReLU(), {"gated"}
+        elif changed == "norm":
+            layer.self_attn.q_norm = nn.Identity()
+        elif changed == "epsilon":
+            layer.self_attn.q_norm.variance_epsilon = 1.0
+    if changed == "class":
+        stock = Qwen3Attention.forward
+        monkeypatch.setattr(Qwen3Attention, "forward", lambda *a, **k: (stock(*a, **k)[0] * 2, None))
+    elif changed == "argument":
+        kwargs["something"] = torch.ones(3)
+    found = step(model, **kwargs)
+    assert calls == {k: v for k, v in STEP.items() if k not in missed}
+    assert close(found, stock_way(model, **kwargs))
+
+
+@pytest.mark.parametrize("changed", ["cosine", "down"])
+def test_other_dtypes_are_left_to_torch(changed: str, model: PreTrainedModel) -> None:
+    """Which refuses them."""
+    cache = filled(model, IDS[:, :PROMPT])
+    if changed == "down":
+        model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
+    else:
+        model.model.rotary_emb.register_forward_hook(lambda *args: tuple(t.double() for t in args[2]))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        model(IDS[:, :1], past_key_values=cache)
+
+
+def test_other_devices_are_left_to_torch(model: PreTrainedModel, calls: Counter[str]) -> None:
+    expected = step(model)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="meta|device"):
+        model.model.layers[0].mlp(torch.empty(1, 1, 64, device="meta"))
+    with torch.device("meta"):
+        model.model.layers[0].mlp(torch.empty(1, 1, 64, device="cpu"))
+    assert torch.equal(step(model), expected)
 
 
 def test_other_attention_is_respected(model: PreTrainedModel, calls: Counter[str]) -> None:

@@ -141,8 +141,29 @@ def test_attention_with_large_scores(dtype):
     key[:, :, 3] += 1
     value = torch.arange(6.0).view(1, 1, 6, 1).expand(1, 1, 6, 8).to(dtype).contiguous()
     assert torch.equal(native.attend(query, key, value, None, 1.0), torch.full((1, 1, 2, 8), 3.0).to(dtype))
-    key[:, :, 3] = torch.nan
-    assert native.attend(query, key, value, None, 1.0).isnan().all()
+    for nan in (torch.tensor(torch.nan), torch.tensor(-1, dtype=torch.int32).view(torch.float32)):
+        key[:, :, 3] = nan
+        assert native.attend(query, key, value, None, 1.0).isnan().all()
+
+
+@DTYPES
+@pytest.mark.parametrize("length", [1, 9])
+def test_attention_to_nothing_is_zero_as_torchs(dtype, length):
+    query, key = torch.randn(1, 4, 1, 8).to(dtype), torch.randn(1, 2, length, 8).to(dtype)
+    seen = torch.zeros(1, 1, 1, length, dtype=torch.bool)
+    assert torch.equal(native.attend(query, key, key, seen, 1.0), torch.zeros(1, 1, 4, 8).to(dtype))
+
+
+@DTYPES
+def test_far_scores_weigh_nothing(dtype):
+    """Values that only a weight of zero hides, and one at the end."""
+    query, key = torch.ones(1, 1, 1, 8).to(dtype), torch.zeros(1, 1, 5, 8).to(dtype)
+    key[:, :, 2] = 100
+    value = torch.full((1, 1, 5, 8), 3e38).to(dtype)
+    value[:, :, 2] = 1
+    assert torch.equal(native.attend(query, key, value, None, 1.0), torch.ones(1, 1, 1, 8).to(dtype))
+    value[:, :, 4], key[:, :, 4] = torch.inf, 100
+    assert native.attend(query, key, value, None, 1.0).isinf().all()
 
 
 @DTYPES

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from wina_calib.runtime.kernels import cuda, native
+from wina_calib.runtime.kernels import cuda
 
 # As transformers knows it, and what it stands in for.
 NAME = "wina_sdpa"
@@ -51,17 +51,20 @@ def packs(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 
 def computes_in_c(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether this is one token on a CPU that C serves, and is fast for."""
-    batch, heads, rows, size = query.shape
-    if batch != 1 or rows != 1 or not query.is_cpu or not native.available(query.dtype):
+    """Whether C serves one query (1, heads, 1, size) on a CPU, contiguous, with what a cache holds, and is fast for it."""
+    _, heads, _, size = query.shape
+    length = key.shape[2]
+    if length > MAX_LENGTH_IN_C and (heads != key.shape[1] or query.dtype == torch.float32):
         return False
-    if key.shape[2] > MAX_LENGTH_IN_C and (heads != key.shape[1] or query.dtype == torch.float32):
+    if not key.dtype == value.dtype == query.dtype or not key.device == value.device == query.device:
         return False
-    if not key.dtype == value.dtype == query.dtype or key.shape != value.shape or heads % key.shape[1]:
+    if key.shape != value.shape or key.shape[0] != 1 or key.shape[3] != size or heads % key.shape[1]:
         return False
-    if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or query.stride(1) != size:
+    if key.stride(3) != 1 or value.stride(3) != 1:
         return False
-    return mask is None or (mask.dtype == torch.bool and mask.numel() == key.shape[2] and mask.is_contiguous())
+    return mask is None or (
+        mask.dtype == torch.bool and mask.numel() == length and mask.is_contiguous() and mask.is_cpu
+    )
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

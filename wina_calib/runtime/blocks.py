@@ -12,7 +12,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,15 @@ from wina_calib.runtime import attention
 from wina_calib.runtime.kernels import Row, native
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.norms import Norm
+from wina_calib.runtime.packed import Packed
 from wina_calib.runtime.state import RuntimeState
 
 logger = logging.getLogger(__name__)
 
 # Names of the norms of a query's and a key's head.
 NORMS = ("q_norm", "k_norm")
+# What blocks are probed with: an epsilon, and a number that those would show which cut off what is large.
+EPSILON, LARGE = 1e-6, 1000.0
 # What decoder layers pass to attention that needs none of it.
 UNUSED = frozenset({"position_ids", "use_cache", "cache_position", "output_hidden_states"})
 
@@ -42,23 +45,24 @@ class Parts:
         inputs: of one mask group, side by side.
         output: of another.
         heads: query heads and key heads of attention.
-        norms: of a query's and a key's head, or none.
-        epsilon: of these norms.
+        others: the other children and their classes.
+        norms: which of these are the norms of a query's and a key's head, or none.
         gelu: whether an MLP's gate goes through GELU's approximation by tanh, else through SiLU.
     """
 
     inputs: tuple[str, ...]
     output: str
+    others: tuple[tuple[str, type[nn.Module]], ...]
     heads: tuple[int, int] = (0, 0)
     norms: tuple[str, ...] = ()
-    epsilon: float = 0.0
     gelu: bool = False
 
 
 class Short(nn.Module):
-    """Stands before a stock block's class in one that is made of both."""
+    """Stands before a stock block's class in one that is made of both; `known` is the stock class's forward then."""
 
     parts: Parts
+    known: tuple[Any, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by name of the two classes."""
@@ -67,20 +71,24 @@ class Short(nn.Module):
 
     def _rows(self, x: Tensor) -> tuple[Row, Row] | None:
         """The products of input and output, where all that is wanted is their masked result for one row x (..., in)."""
-        children, parts = self._modules, self.parts
-        second = children[parts.output]
-        if type(second) is not SparseLinear or second.packed is None or second.packed.rotation is not None:
+        parts, stock = self.parts, cast(Any, type(self).__bases__[1])
+        children: dict[str, Any] = self._modules
+        inputs, output = [children[name] for name in parts.inputs], children[parts.output]
+        if any(type(module) is not SparseLinear for module in (*inputs, output)):
             return None
-        first = getattr(children[parts.inputs[0]], "packed", None)
-        for name in parts.inputs:
-            module = children[name]
-            if type(module) is not SparseLinear or module.packed is not first:
-                return None
-        if first is None or first.row is None or second.packed.row is None or not first.masks_row(x):
+        first: Packed | None = inputs[0].packed
+        second: Packed | None = output.packed
+        if first is None or second is None or first.row is None or second.row is None or not first.masks_row(x):
+            return None
+        if any(module.packed is not first for module in inputs) or second.dtype is not first.dtype:
+            return None
+        if second.rotation is not None or stock.forward is not self.known[0]:
+            return None
+        if any(type(children[name]) is not kind for name, kind in parts.others):
             return None
         if torch_modules._has_any_global_hook() or any(map(_is_watched, children.values())):
             return None
-        return first.row, second.packed.row
+        return first.row, second.row
 
 
 class ShortAttention(Short):
@@ -121,12 +129,15 @@ class ShortAttention(Short):
         if rows is None:
             return None
         first, second = rows
-        children = [self._modules[name] for name in self.parts.norms]
-        norms = [child.weight for child in children if type(child) is Norm and child.weight.dtype is x.dtype]
-        if len(norms) != len(children):
+        norms: list[Any] = [self._modules[name] for name in self.parts.norms]
+        weights = [norm.weight for norm in norms]
+        epsilons = {norm.variance_epsilon for norm in norms} or {0.0}
+        if len(epsilons) > 1 or any(
+            w.dtype is not x.dtype or w.shape != (size,) or not w.is_contiguous() for w in weights
+        ):
             return None
         heads, key_heads = self.parts.heads
-        y = native.turned(first, x, *position_embeddings, self.parts.heads, norms, self.parts.epsilon)
+        y = native.turned(first, x, *position_embeddings, self.parts.heads, weights, epsilons.pop())
         y = y.view(1, -1, 1, size)
         query, key, value = y.split_with_sizes((heads, key_heads, key_heads), dim=1)
         key, value = past_key_values.update(key, value, self.layer_idx)
@@ -152,32 +163,22 @@ class ShortMLP(Short):
 def shorten(layer: nn.Module, described: Layer) -> None:
     """Give attention and MLP of a decoder layer their short way, where its blocks are of a form that is known."""
     attn, mlp = layer.get_submodule(described.attention), layer.get_submodule(described.mlp)
-    parts = _parts(
-        described.site("attn_in"),
-        described.site("attn_out"),
-        heads=(described.heads, described.kv_heads),
-        **_norms_of(attn),
-    )
+    norms = NORMS if all(type(attn._modules.get(name)) is Norm for name in NORMS) else ()
+    heads = described.heads, described.kv_heads
+    parts = _parts(attn, described.site("attn_in"), described.site("attn_out"), heads=heads, norms=norms)
     if _matches(_computes_attention, attn, parts):
         _derive(attn, ShortAttention, parts)
     for uses_gelu in (False, True):
-        parts = _parts(described.site("mlp_in"), described.site("mlp_out"), gelu=uses_gelu)
+        parts = _parts(mlp, described.site("mlp_in"), described.site("mlp_out"), gelu=uses_gelu)
         if _matches(_computes_mlp, mlp, parts):
             _derive(mlp, ShortMLP, parts)
             break
 
 
-def _parts(inputs: Site, output: Site, **more: Any) -> Parts:
-    return Parts(tuple(p.name for p in inputs.projections), output.projections[0].name, **more)
-
-
-def _norms_of(attn: nn.Module) -> dict[str, Any]:
-    """The norms of queries and keys that are computed here; other ones are found out by what the block computes."""
-    found = [attn._modules.get(name) for name in NORMS]
-    epsilons = {norm.variance_epsilon for norm in found if isinstance(norm, Norm)}
-    if len(epsilons) != 1 or not all(isinstance(norm, Norm) for norm in found):
-        return {}
-    return {"norms": NORMS, "epsilon": epsilons.pop()}
+def _parts(block: nn.Module, inputs: Site, output: Site, **more: Any) -> Parts:
+    names, name = tuple(p.name for p in inputs.projections), output.projections[0].name
+    others = ((n, type(child)) for n, child in block.named_children() if n not in names and n != name)
+    return Parts(names, name, tuple(others), **more)
 
 
 def _is_watched(module: nn.Module | None) -> bool:
@@ -193,7 +194,7 @@ _derived: dict[tuple[Any, Any], type[nn.Module]] = {}
 def _both(mixin: type[Short], stock: type[nn.Module]) -> type[nn.Module]:
     """A class of both, which to all who look at names is the stock one."""
     if (mixin, stock) not in _derived:
-        names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+        names = {"__module__": stock.__module__, "__doc__": stock.__doc__, "known": (stock.forward,)}
         _derived[mixin, stock] = type(stock.__name__, (mixin, stock), names)
     return _derived[mixin, stock]
 
@@ -220,12 +221,14 @@ class _Given(nn.Module):
 
 
 class _Past:
-    """A cache that holds keys and values (1, key heads, length, size)."""
+    """A cache that holds keys and values (1, key heads, length, size) of one layer."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.layer, self.keys, self.values = layer, keys, values
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if layer != self.layer:
+            raise ValueError(f"layer {layer} is asked for, not {self.layer}")
         return torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
 
 
@@ -234,7 +237,7 @@ def _matches(computes: Any, stock: nn.Module, parts: Parts) -> bool:
     try:
         with torch.no_grad():
             return all(computes(stock, parts, dtype) for dtype in native.DTYPES)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # it has other parts, or wants more
+    except Exception as error:  # noqa: BLE001 - anybody's code, which may want more than is given here
         logger.debug("%s is not shortened: %s", type(stock).__name__, error)
         return False
 
@@ -249,7 +252,7 @@ def _probe(stock: nn.Module, parts: Parts, outputs: Sequence[Tensor]) -> nn.Modu
     for name in parts.norms:
         width = stock.get_submodule(name).get_parameter("weight").numel()
         weight = torch.linspace(0.5, 2.0, width, device="cpu", dtype=outputs[0].dtype)
-        probe._modules[name] = Norm(nn.Parameter(weight), parts.epsilon, RuntimeState())
+        probe._modules[name] = Norm(nn.Parameter(weight), EPSILON, RuntimeState())
     return probe
 
 
@@ -260,6 +263,7 @@ def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 def _computes_mlp(stock: nn.Module, parts: Parts, dtype: torch.dtype) -> bool:
     gate, up = _random(dtype, (1, 1, 64), (1, 1, 64))
+    up[..., 0] = LARGE
     y = _probe(stock, parts, (gate, up))(gate)
     return torch.equal(y, (gelu(gate, approximate="tanh") if parts.gelu else silu(gate)) * up)
 
@@ -268,7 +272,8 @@ def _computes_attention(stock: Any, parts: Parts, dtype: torch.dtype) -> bool:
     (heads, key_heads), size = parts.heads, stock.head_dim
     shapes = [(1, 1, count * size) for count in (heads, key_heads, key_heads)]
     outputs = _random(dtype, *shapes)
-    past = _Past(*_random(dtype, (1, key_heads, 3, size), (1, key_heads, 3, size)))
+    outputs[2][..., 0] = LARGE
+    past = _Past(stock.layer_idx, *_random(dtype, (1, key_heads, 3, size), (1, key_heads, 3, size)))
     turns = _random(dtype, (1, 1, size), (1, 1, size))
     probe = _probe(stock, parts, outputs)
     y, weights = probe(
@@ -278,7 +283,7 @@ def _computes_attention(stock: Any, parts: Parts, dtype: torch.dtype) -> bool:
     if parts.norms:
         query, key = (probe.get_submodule(name)(t) for name, t in zip(parts.norms, (query, key), strict=True))
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    keys, values = past.update(_turned(key, *turns), value, 0)
+    keys, values = past.update(_turned(key, *turns), value, stock.layer_idx)
     expected, _ = attention.attention_forward(probe, _turned(query, *turns), keys, values, None, scaling=stock.scaling)
     return weights is None and torch.equal(y, expected.reshape(1, 1, -1))
 

@@ -89,11 +89,11 @@ class Packed:
         return state.kernels == "auto" and state.counts is None and x.dtype == self.dtype
 
     def masks_row(self, x: Tensor) -> bool:
-        """Whether x (..., in) is one row, of which nothing but the masked product is wanted."""
+        """Whether x (..., in) is one row on a CPU, of which nothing but the masked product is wanted."""
         state = self.state
         if not state.drops or state.counts is not None or state.dense_rows is not None or self.rotation is not None:
             return False
-        return type(x) is Tensor and x.dtype is self.dtype and x.numel() == self.weight_t.shape[0]
+        return type(x) is Tensor and x.is_cpu and x.dtype is self.dtype and x.numel() == self.weight_t.shape[0]
 
     def part(self, position: int, x: Tensor) -> Tensor:
         """Output (..., out) of one projection for x (..., in).

@@ -13,14 +13,16 @@ struct strides {
     int64_t head, place;
 };
 
-/* The keys or values of PLACES places from `t` on; past the end the last one again. */
+/* The keys or values of PLACES places from `t` on; past the end zeros. */
 #define WIDEN(TYPE)                                                                                                    \
     static void wide_##TYPE(const TYPE *from, int64_t stride, int64_t t, int64_t length, int64_t size,                 \
                             float *restrict to) {                                                                      \
-        for (int64_t p = 0; p < PLACES; p++) {                                                                         \
-            const TYPE *row = from + (t + p < length ? t + p : length - 1) * stride;                                   \
+        const int64_t count = length - t < PLACES ? length - t : PLACES;                                               \
+        for (int64_t p = 0; p < count; p++) {                                                                          \
+            const TYPE *row = from + (t + p) * stride;                                                                 \
             for (int64_t i = 0; i < size; i++) to[p * size + i] = widen_##TYPE(row[i]);                                \
         }                                                                                                              \
+        memset(to + count * size, 0, (size_t)((PLACES - count) * size) * sizeof(float));                               \
     }
 
 /* score[p] = query (size,) @ keys[p], for PLACES places. */
@@ -43,7 +45,7 @@ static inline void add_places(const float *restrict weight, const float *restric
         sum[i] += (a * values[i] + b * values[size + i]) + (c * values[2 * size + i] + d * values[3 * size + i]);
 }
 
-/* In place: scores (length,) to weights whose sum is 1. */
+/* In place: scores (length,) to weights whose sum is 1, or that are all zero where nothing is seen. */
 static inline void soften(float *restrict row, const uint8_t *seen, int64_t length) {
     float most = -INFINITY, total = 0;
     if (seen)
@@ -53,7 +55,8 @@ static inline void soften(float *restrict row, const uint8_t *seen, int64_t leng
     for (int64_t t = 0; t < length; t++) row[t] = row[t] == -INFINITY ? 0 : exponential(row[t] - most);
 #pragma omp simd reduction(+ : total)
     for (int64_t t = 0; t < length; t++) total += row[t];
-    for (int64_t t = 0; t < length; t++) row[t] /= total;
+    const float scale = total == 0 ? 0 : 1 / total;
+    for (int64_t t = 0; t < length; t++) row[t] *= scale;
 }
 
 /* To y (heads, size). `seen` (length,) or null says which places are attended to; what lies before the first or behind the last

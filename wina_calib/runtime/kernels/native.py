@@ -96,7 +96,7 @@ class Row:
             )
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((*x.shape[:-1], self.out), dtype=self.dtype)
+        y = torch.empty((*x.shape[:-1], self.out), dtype=self.dtype, device="cpu")
         threads = _threads(self.width * self.out)
         if self.function(self.address, x.data_ptr(), y.data_ptr(), everything, threads):
             raise MemoryError(f"no memory to list {self.width} kept inputs for {threads} threads")
@@ -128,7 +128,7 @@ def turned(
         (..., out), without norms to the bit what torch's operators make of the product in bfloat16.
     """
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], row.out), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], row.out), dtype=x.dtype, device="cpu")
     threads = _threads(row.width * row.out)
     places = (t if t is None else t.data_ptr() for t in (x, y, cosine, sine, *(norms or (None, None))))
     if _functions("turned")[x.dtype](row.address, *places, epsilon, *heads, cosine.shape[-1], threads):
@@ -149,8 +149,8 @@ def gated(first: Row, second: Row, x: Tensor, *, gelu: bool) -> Tensor:
         (..., out) of `second`.
     """
     x = x.contiguous()
-    both = torch.empty(first.out, dtype=x.dtype)
-    y = torch.empty((*x.shape[:-1], second.out), dtype=x.dtype)
+    both = torch.empty(first.out, dtype=x.dtype, device="cpu")
+    y = torch.empty((*x.shape[:-1], second.out), dtype=x.dtype, device="cpu")
     threads = _threads(second.width * second.out)
     places = (t.data_ptr() for t in (x, both, y))
     if _functions("gated")[x.dtype](first.address, second.address, *places, gelu, threads):
@@ -173,7 +173,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
     """
     heads, size = query.shape[1], query.shape[3]
     key_heads, length = key.shape[1:3]
-    y = torch.empty((1, 1, heads, size), dtype=query.dtype)
+    y = torch.empty((1, 1, heads, size), dtype=query.dtype, device="cpu")
     strides = (ctypes.c_int64 * 4)(*key.stride()[1:3], *value.stride()[1:3])
     places = (t if t is None else t.data_ptr() for t in (query, key, value, seen, y))
     threads = _threads(2 * heads * length * size)
@@ -235,7 +235,7 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     x = x.contiguous()
     (rows, width), out = x.shape, weight_t.shape[1]
-    y = torch.empty(rows, out, dtype=x.dtype)
+    y = torch.empty(rows, out, dtype=x.dtype, device="cpu")
     threads = _threads(width * out)
     given = (x, weight_t, None if bias is None else bias.contiguous(), y)
     places = (t if t is None else t.data_ptr() for t in given)

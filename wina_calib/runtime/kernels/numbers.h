@@ -30,8 +30,8 @@ static inline bfloat16 narrow_bfloat16(float value) { /* to nearest, ties to eve
     return (bfloat16)(value != value ? 0x7fc0 : rounded);
 }
 
-/* e^x within two units of the last place, without a branch so that loops over it are vectors; infinite from 88.72 on, and
-   what is below e^-87 is e^-87. */
+/* e^x within two units of the last place, without a branch so that loops over it are vectors; infinite from 88.72 on, zero
+   below -87. */
 static inline float exponential(float x) {
     const float low = x < -87.0f ? -87.0f : x, inside = low > 88.72f ? 88.72f : low;
     const float shifted = inside * 1.44269504f + 12582912.0f, power = shifted - 12582912.0f; /* rounds to a whole number */
@@ -44,7 +44,8 @@ static inline float exponential(float x) {
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1.0f;
     const float result = float_of(bits_of(sum) + (bits_of(shifted) << 23));
-    return x > 88.72f ? float_of(0x7f800000u) : result;
+    const float known = x < -87.0f ? 0.0f : x > 88.72f ? float_of(0x7f800000u) : x; /* a NaN is kept, so that it shows */
+    return x == inside ? result : known;
 }
 
 /* What GELU's approximation takes the tanh of. */
