@@ -116,7 +116,7 @@ class ShortAttention(Short):
         **others: Any,
     ) -> Tensor | None:
         x = hidden_states
-        if x is None or not x.is_cpu or position_embeddings is None or past_key_values is None:
+        if x is None or x.shape[1] != 1 or not x.is_cpu or position_embeddings is None or past_key_values is None:
             return None
         if self.config._attn_implementation != attention.NAME:
             return None
@@ -154,9 +154,10 @@ class ShortMLP(Short):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs (..., width) for x (..., width)."""
         if len(args) == 1 and not (kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            rows = self._rows(args[0])
+            (x,) = args
+            rows = self._rows(x) if x.shape[-2:-1] == (1,) else None
             if rows is not None:
-                return native.gated(*rows, args[0], gelu=self.parts.gelu)
+                return native.gated(*rows, x, gelu=self.parts.gelu)
         return super().forward(*args, **kwargs)
 
 
