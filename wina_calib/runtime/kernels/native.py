@@ -52,7 +52,7 @@ MIN_SHARED = 1 << 17
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype can be multiplied here. The first question compiles, in half a second."""
+    """Whether weights of this dtype can be multiplied here. The first question compiles, in two seconds."""
     return dtype in DTYPES and _library() is not None
 
 
