@@ -204,19 +204,22 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
 
 #define LIST_BYTES(threads, in) ((size_t)(threads) * (size_t)(in) * (sizeof(int64_t) + sizeof(float)))
 
-/* A thread's share of y (out,) from x (in,). */
-#define SHARE(TYPE)                                                                                                    \
-    static void share_##TYPE(const struct site *site, const TYPE *x, TYPE *y, float threshold, struct list own,        \
-                             int64_t me, int64_t team) {                                                               \
-        const int64_t out = site->out, units = (out + UNIT - 1) / UNIT;                                                \
+/* Where the share of thread `me` begins of `out` numbers in units, and the one's before it ends. */
+static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team) {
+    const int64_t start = (out + unit - 1) / unit * me / team * unit;
+    return start < out ? start : out;
+}
+
+/* Of y (out,) the numbers from `start` to `stop`, from `count` kept inputs. */
+#define OUTPUTS(TYPE)                                                                                                  \
+    static void outputs_##TYPE(const struct site *site, struct list kept, int64_t count, int64_t start, int64_t stop,  \
+                               TYPE *y) {                                                                              \
         const TYPE *weight = site->weight, *bias = site->bias;                                                         \
-        const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);                   \
-        const int64_t end = units * (me + 1) / team * UNIT, stop = end < out ? end : out;                              \
         float result[BLOCK];                                                                                           \
-        for (int64_t j = units * me / team * UNIT; j < stop; j += BLOCK) {                                             \
+        for (int64_t j = start; j < stop; j += BLOCK) {                                                                \
             const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                                 \
             memset(result, 0, (size_t)width * sizeof(float));                                                          \
-            add_##TYPE(weight + j, out, own.index, own.value, count, width, result);                                   \
+            add_##TYPE(weight + j, site->out, kept.index, kept.value, count, width, result);                           \
             for (int64_t i = 0; i < width; i++)                                                                        \
                 y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);                    \
         }                                                                                                              \
@@ -229,8 +232,10 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
         if (!memory) return 1;                                                                                         \
         const float threshold = everything ? -1.0f : *site->threshold;                                                 \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
-            const int64_t me = omp_get_thread_num();                                                                   \
-            share_##TYPE(site, x, y, threshold, list_of(memory, threads, site->in, me), me, omp_get_num_threads());    \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), out = site->out;                    \
+            const struct list own = list_of(memory, threads, site->in, me);                                            \
+            const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);               \
+            outputs_##TYPE(site, own, count, share(out, UNIT, me, team), share(out, UNIT, me + 1, team), y);           \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -250,7 +255,7 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
     }
 
 /* As `site`, for queries, keys and values of heads of `size` numbers, of which those of `queries` and `keys` are then normed by
-   the weights (size,) that are given for each, and turned by cosine (size,) and sine (size,). */
+   the weights (size,) that are given for each, and turned by cosine (size,) and sine (size,). Threads share whole heads. */
 #define TURNED(TYPE)                                                                                                   \
     int turned_##TYPE(const struct site *site, const TYPE *x, TYPE *y, const TYPE *cosine, const TYPE *sine,           \
                       const TYPE *query_norm, const TYPE *key_norm, float epsilon, int64_t queries, int64_t keys,      \
@@ -259,8 +264,11 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
         if (!memory) return 1;                                                                                         \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), heads = queries + keys;             \
-            share_##TYPE(site, x, y, *site->threshold, list_of(memory, threads, site->in, me), me, team);              \
-            _Pragma("omp barrier") for (int64_t h = heads * me / team; h < heads * (me + 1) / team; h++) {             \
+            const int64_t start = share(site->out, size, me, team), stop = share(site->out, size, me + 1, team);       \
+            const struct list own = list_of(memory, threads, site->in, me);                                            \
+            const int64_t count = kept_##TYPE(x, site->norm, *site->threshold, site->in, own.index, own.value);        \
+            outputs_##TYPE(site, own, count, start, stop, y);                                                          \
+            for (int64_t h = start / size; h < heads && h < stop / size; h++) {                                        \
                 const TYPE *weight = h < queries ? query_norm : key_norm;                                              \
                 if (weight) normed_##TYPE(y + h * size, weight, y + h * size, epsilon, size);                          \
                 turn_##TYPE(y + h * size, cosine, sine, size);                                                         \
@@ -271,7 +279,8 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
     }
 
 /* A gated MLP from x (in,) to y (out,): `first` gives gate and up side by side in both (2 * width,), of which the first half
-   becomes the input of `second`: x * sigmoid(x) of the gate, or its GELU by tanh, times up. Returns 1 without memory. */
+   becomes the input of `second`: x * sigmoid(x) of the gate, or its GELU by tanh, times up. A thread computes gate and up of the
+   same outputs, so that threads wait for each other once. Returns 1 without memory. */
 #define GATED(TYPE)                                                                                                    \
     int gated_##TYPE(const struct site *first, const struct site *second, const TYPE *x, TYPE *both, TYPE *y,          \
                      int gelu, int threads) {                                                                          \
@@ -281,22 +290,25 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
             const struct list own = list_of(memory, threads, most, me);                                                \
-            const int64_t units = (width + UNIT - 1) / UNIT;                                                           \
-            const int64_t end = units * (me + 1) / team * UNIT, stop = end < width ? end : width;                      \
-            share_##TYPE(first, x, both, *first->threshold, own, me, team);                                            \
-            _Pragma("omp barrier") for (int64_t j = units * me / team * UNIT; j < stop; j++) {                         \
+            const int64_t start = share(width, UNIT, me, team), stop = share(width, UNIT, me + 1, team);               \
+            int64_t count = kept_##TYPE(x, first->norm, *first->threshold, first->in, own.index, own.value);           \
+            outputs_##TYPE(first, own, count, start, stop, both);                                                      \
+            outputs_##TYPE(first, own, count, width + start, width + stop, both);                                      \
+            for (int64_t j = start; j < stop; j++) {                                                                   \
                 const float gate = widen_##TYPE(both[j]);                                                              \
                 const TYPE open = narrow_##TYPE(gate / (1.0f + exponential(gelu ? -2.0f * inner_of_gelu(gate) : -gate))); \
                 both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                           \
             }                                                                                                          \
-            _Pragma("omp barrier") share_##TYPE(second, both, y, *second->threshold, own, me, team);                   \
+            _Pragma("omp barrier") count = kept_##TYPE(both, second->norm, *second->threshold, width, own.index, own.value); \
+            const int64_t end = share(second->out, UNIT, me + 1, team);                                                \
+            outputs_##TYPE(second, own, count, share(second->out, UNIT, me, team), end, y);                            \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
     }
 
-SHARE(float32)
-SHARE(bfloat16)
+OUTPUTS(float32)
+OUTPUTS(bfloat16)
 SITE(float32)
 SITE(bfloat16)
 TURN(float32)
