@@ -4,6 +4,7 @@ A compiled step with a static cache writes out a copy of the keys and values for
 cache, before torch's attention reads them: five kernels a layer that take as long as a small product. Here one program a
 key head reads its part of the cache once for all its query heads. On a CPU, compiled or not, the query heads of a key head
 are rows of one query to torch's attention, which in 16 bits takes up to 17 times as long with a head for each.
+Where a block of a sparse model is shortened (`blocks`), C computes it if it is fast for that many places.
 All else is torch's own attention.
 """
 

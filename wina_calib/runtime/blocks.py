@@ -116,7 +116,7 @@ class ShortAttention(Short):
         **others: Any,
     ) -> Tensor | None:
         x = hidden_states
-        if x is None or x.shape[1] != 1 or not x.is_cpu or position_embeddings is None or past_key_values is None:
+        if x is None or x.shape[1] != 1 or position_embeddings is None or past_key_values is None:
             return None
         if self.config._attn_implementation != attention.NAME:
             return None
