@@ -7,13 +7,22 @@ export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads that spin slow down the busy ones on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-lm-eval soak audit lint types docs results clean
+# The oldest libraries that pyproject.toml allows, as constraints.txt names them, and what is tested with them.
+OLDEST := $(shell sed -n 's/^\# oldest: //p' constraints.txt)
+INTEGRATION := tests/test_steps.py tests/test_step.py tests/test_blocks.py tests/test_norms.py tests/test_runtime.py \
+  tests/test_stopping.py tests/test_loading.py tests/test_loading_types.py tests/test_loading_reference.py tests/test_bench.py \
+  tests/test_streaming.py tests/test_families.py tests/test_own_code.py
+
+.PHONY: demo test test-oldest test-all test-lm-eval soak audit lint types docs results clean
 
 demo: $(STAMP)
 	$(BIN)/wina-calib demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist loadfile
+
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist loadfile $(INTEGRATION)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
@@ -54,5 +63,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $@
 
+$(VENV)-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -v $(foreach pin,$(OLDEST),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(OLDEST) -c $(VENV)-oldest/constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-audit .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

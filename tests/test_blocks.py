@@ -69,8 +69,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def step(model: nn.Module, cache: Any = None, *, count: int = 1, **kwargs: Any) -> Tensor:
     """Logits of tokens after a prompt, each alone."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    model(IDS[:, :PROMPT], past_key_values=cache)
-    found = [model(IDS[:, i : i + 1], past_key_values=cache, **kwargs).logits for i in range(PROMPT, PROMPT + count)]
+    model(IDS[:, :PROMPT], **tiny.given(cache))
+    found = [model(IDS[:, i : i + 1], **tiny.given(cache), **kwargs).logits for i in range(PROMPT, PROMPT + count)]
     return torch.cat(found, dim=1)
 
 
@@ -151,7 +151,7 @@ def test_blocks_in_bfloat16(family: str, calls: Counter[str]) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Short, "_rows", way)
                 results.append(layer.mlp(x))
-                kwargs = {"past_key_values": copy.deepcopy(cache), "attention_mask": None}
+                kwargs = tiny.given(copy.deepcopy(cache)) | {"attention_mask": None}
                 results.append(layer.self_attn(hidden_states=x, position_embeddings=turns, **kwargs)[0])
     assert calls == (dict.fromkeys(STEP, 1) if ATTENTION[family] else {"gated": 1})
     for a, b in zip(found, expected, strict=True):
@@ -203,8 +203,8 @@ def test_what_else_a_pass_may_be(model: PreTrainedModel, calls: Counter[str]) ->
     with torch.no_grad():
         model(IDS)
         model(token)  # a first token, which is dense
-        model(token.expand(2, 1), past_key_values=filled(model, IDS[:, :4].expand(2, 4)))
-    model(token, past_key_values=filled(model, IDS[:, :4]))  # gradients
+        model(token.expand(2, 1), **tiny.given(filled(model, IDS[:, :4].expand(2, 4))))
+    model(token, **tiny.given(filled(model, IDS[:, :4])))  # gradients
     with state.counting():
         step(model)
     with state.densely():
@@ -227,7 +227,7 @@ def test_what_else_a_pass_may_be(model: PreTrainedModel, calls: Counter[str]) ->
 def filled(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
     """A cache after a prompt."""
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **tiny.given(cache))
     return cache
 
 
@@ -339,7 +339,7 @@ def test_other_dtypes_are_left_to_torch(changed: str, model: PreTrainedModel) ->
     else:
         model.model.rotary_emb.register_forward_hook(lambda *args: tuple(t.double() for t in args[2]))
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], **tiny.given(cache))
 
 
 def test_other_devices_are_left_to_torch(model: PreTrainedModel, calls: Counter[str]) -> None:
@@ -363,7 +363,7 @@ def test_attention_weights_can_be_had(model: PreTrainedModel, calls: Counter[str
     model.set_attn_implementation("eager")
     cache = filled(model, IDS[:, :PROMPT])
     with torch.no_grad():
-        out = model(IDS[:, :1], past_key_values=cache, output_attentions=True, output_hidden_states=True)
+        out = model(IDS[:, :1], **tiny.given(cache), output_attentions=True, output_hidden_states=True)
     assert [a.shape for a in out.attentions] == [(1, 4, 1, PROMPT + 1)] * 3
     assert len(out.hidden_states) == 4
 
@@ -371,7 +371,7 @@ def test_attention_weights_can_be_had(model: PreTrainedModel, calls: Counter[str
 def test_hidden_states_can_be_had_on_the_way(model: PreTrainedModel, calls: Counter[str]) -> None:
     cache = filled(model, IDS[:, :PROMPT])
     with torch.no_grad():
-        out = model(IDS[:, PROMPT : PROMPT + 1], past_key_values=cache, output_hidden_states=True)
+        out = model(IDS[:, PROMPT : PROMPT + 1], **tiny.given(cache), output_hidden_states=True)
     assert calls == STEP
     assert close(out.logits, stock_way(model))
     assert len(out.hidden_states) == 4

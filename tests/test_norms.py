@@ -51,8 +51,8 @@ def test_norms_that_compute_the_same_are_replaced(family: str) -> None:
 def decoded(model: PreTrainedModel, ids: torch.Tensor = PROMPT) -> torch.Tensor:
     """Logits of one token after a prompt."""
     cache = DynamicCache()
-    model(ids, past_key_values=cache)
-    return model(ids[:, :1], past_key_values=cache).logits
+    model(ids, **tiny.given(cache))
+    return model(ids[:, :1], **tiny.given(cache)).logits
 
 
 def test_one_row_is_computed_in_c_where_something_is_dropped(calibrated: Path, calls: SimpleNamespace) -> None:

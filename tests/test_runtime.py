@@ -140,7 +140,7 @@ def test_first_token_is_dense_and_padding_is_skipped(calibrated: Path) -> None:
     logits(model, attention_mask=mask)
     assert seen[-1].nonzero().tolist() == [[0, 0], [1, 6]]
     out = model(IDS, use_cache=True)
-    model(IDS[:, :3], past_key_values=out.past_key_values)
+    model(IDS[:, :3], **tiny.given(tiny.cache_of(out)))
     assert seen[-1] is None
 
 

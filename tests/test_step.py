@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import StaticCache
 
@@ -42,9 +43,9 @@ class Decoder:
     @torch.no_grad()
     def logits(self, steps: int = 2) -> torch.Tensor:
         self.cache.reset()
-        self.model(IDS[:, :8], past_key_values=self.cache, use_cache=True)
+        self.model(IDS[:, :8], **tiny.given(self.cache), use_cache=True)
         found = [
-            self.call(input_ids=IDS[:, i : i + 1], past_key_values=self.cache, use_cache=True).logits
+            self.call(input_ids=IDS[:, i : i + 1], **tiny.given(self.cache), use_cache=True).logits
             for i in range(8, 8 + steps)
         ]
         return torch.cat(found)

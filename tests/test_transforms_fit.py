@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_transforms import EXACT, IDS, layer_weights, orthogonal, relative_difference, transformed
-from tiny import make
+from tiny import CACHE, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wina_calib.corpus import load_blocks
@@ -123,7 +123,7 @@ def shortcut_model(arch, turns):
         layer.mlp.down_proj.weight.copy_(after.T @ layer.mlp.down_proj.weight)
 
         def forward(h, *, layer=layer, first=before.T @ middle, second=middle.T @ after, **kwargs):
-            kwargs.pop("past_key_values", None)
+            kwargs.pop(CACHE, None)
             h = h @ first + layer.self_attn(hidden_states=layer.input_layernorm(h), **kwargs)[0]
             return h @ second + layer.mlp(layer.post_attention_layernorm(h))
 

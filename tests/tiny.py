@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, built from configs without a network."""
 
+import inspect
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -53,6 +55,18 @@ _CONFIGS = {
     "olmo2": (Olmo2Config, {}),
 }
 FAMILIES = tuple(_CONFIGS)
+# What this transformers calls the argument and the output with keys and values.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """Arguments of a forward pass with a cache."""
+    return {CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a forward pass returned."""
+    return getattr(output, CACHE)
 
 
 def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -53,7 +53,7 @@ def check(pair, ids):
         for name, model in (("dense", pair.dense), ("sparse", pair.sparse)):
             run = decode.session(model, ids, PROMPT, compiled=False)
             run.prefill()
-            out = model(input_ids=ids[:, PROMPT : PROMPT + 1], past_key_values=run.cache, use_cache=True)
+            out = model(input_ids=ids[:, PROMPT : PROMPT + 1], use_cache=True, **run.given)
             steps[name] = out.logits.float()
         found["sparsity 0, one token"] = float((steps["dense"] - steps["sparse"]).norm() / steps["dense"].norm())
     return found

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from wina_calib.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.bench.models import Pair
 from wina_calib.runtime import compiling
+from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.load import choose_sparsity, runtime_state
 
 logger = logging.getLogger(__name__)
@@ -45,18 +46,20 @@ class Session:
     position: int = 0
     onednn: bool = True
 
+    def __post_init__(self) -> None:
+        self.given = {cache_name(self.model.forward): self.cache}
+
     def prefill(self) -> None:
         """Empty the cache and run the prompt."""
         self.cache.reset()
-        self.model(
-            input_ids=self.ids[:, : self.prompt], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits.argmax(-1)
+        prompt = self.ids[:, : self.prompt]
+        self.model(input_ids=prompt, use_cache=True, logits_to_keep=1, **self.given).logits.argmax(-1)
         self.position = self.prompt
 
     def step(self) -> None:
         """Run one token and choose the next."""
         token = self.ids[:, self.position : self.position + 1]
-        self.forward(input_ids=token, past_key_values=self.cache, use_cache=True).logits[:, -1].argmax(-1)
+        self.forward(input_ids=token, use_cache=True, **self.given).logits[:, -1].argmax(-1)
         self.position += 1
 
     def steps(self, count: int) -> None:

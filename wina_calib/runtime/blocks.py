@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_modules
 
 from wina_calib.families import Layer, Site
 from wina_calib.runtime import attention
+from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.kernels import Row, native
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.norms import Norm
@@ -112,11 +113,12 @@ class ShortAttention(Short):
         hidden_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **others: Any,
     ) -> Tensor | None:
-        x = hidden_states
-        if x is None or x.shape[1] != 1 or position_embeddings is None or past_key_values is None:
+        x, cache = hidden_states, past_key_values if cache is None else cache
+        if x is None or x.shape[1] != 1 or position_embeddings is None or cache is None:
             return None
         if self.config._attn_implementation != attention.NAME:
             return None
@@ -140,7 +142,7 @@ class ShortAttention(Short):
         y = native.turned(first, x, *position_embeddings, self.parts.heads, weights, epsilons.pop())
         y = y.view(1, -1, 1, size)
         query, key, value = y.split_with_sizes((heads, key_heads, key_heads), dim=1)
-        key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = cache.update(key, value, self.layer_idx)
         if attention.computes_in_c(query, key, value, attention_mask):
             out = native.attend(query, key, value, attention_mask, self.scaling)
         else:
@@ -227,7 +229,7 @@ class _Past:
     def __init__(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         if layer != self.layer:
             raise ValueError(f"layer {layer} is asked for, not {self.layer}")
         return torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
@@ -277,9 +279,8 @@ def _computes_attention(stock: Any, parts: Parts, dtype: torch.dtype) -> bool:
     past = _Past(stock.layer_idx, *_random(dtype, (1, key_heads, 3, size), (1, key_heads, 3, size)))
     turns = _random(dtype, (1, 1, size), (1, 1, size))
     probe = _probe(stock, parts, outputs)
-    y, weights = probe(
-        hidden_states=turns[0], position_embeddings=tuple(turns), attention_mask=None, past_key_values=past
-    )
+    given = {cache_name(type(stock).forward): past}
+    y, weights = probe(hidden_states=turns[0], position_embeddings=tuple(turns), attention_mask=None, **given)
     query, key, value = (t.view(1, 1, -1, size) for t in outputs)
     if parts.norms:
         query, key = (probe.get_submodule(name)(t) for name, t in zip(parts.norms, (query, key), strict=True))

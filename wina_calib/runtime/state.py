@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wina_calib.runtime import step, stopping
+from wina_calib.runtime.caches import cache_of
 
 
 @dataclass
@@ -78,7 +79,7 @@ class RuntimeState:
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a prompt, look whether weights were replaced without notice, as merging an adapter may do."""
         tokens = _tokens(args, kwargs)
-        stopping.mark(kwargs.get("past_key_values"), tokens)
+        stopping.mark(cache_of(args, kwargs), tokens)
         if not self.stale and (tokens is None or tokens.shape[1] > 1):
             self.stale = any(site.is_replaced() for site in self.sites)
 
@@ -87,7 +88,7 @@ class RuntimeState:
         if self.dense:
             return
         tokens = _tokens(args, kwargs)
-        if tokens is None or not _cache_is_empty(kwargs.get("past_key_values"), tokens.shape[1]):
+        if tokens is None or not _cache_is_empty(cache_of(args, kwargs), tokens.shape[1]):
             return
         if self.prefill == "dense":
             self.all_dense = True

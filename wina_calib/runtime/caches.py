@@ -1,0 +1,51 @@
+"""Keys and values of a forward pass, found among its arguments by what they are: transformers renames the argument.
+
+Up to 5.23 it is `past_key_values`, from 5.24 on `cache`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from wina_calib.errors import UsageError
+
+NAMES = ("cache", "past_key_values")
+
+
+def cache_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache that a forward pass was given; None where it was given none.
+
+    Raises:
+        UsageError: something of another kind stands where a cache belongs, so that nothing tells what the pass is.
+    """
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, Cache):
+            return value
+    for name in NAMES:
+        value = kwargs.get(name)
+        if value is not None:
+            raise UsageError(
+                f"{name} is a {type(value).__name__}; expected a cache of transformers. Without one a sparse model cannot "
+                "tell a prompt from what is decoded after it."
+            )
+    return None
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """Name of the argument by which a model, layer or attention block takes its cache.
+
+    Raises:
+        UsageError: it has none of the known names.
+    """
+    known = inspect.signature(forward).parameters
+    for name in NAMES:
+        if name in known:
+            return name
+    raise UsageError(
+        f"{getattr(forward, '__qualname__', forward)} takes its cache by none of the known names ({', '.join(NAMES)}). "
+        "See pyproject.toml for the versions of transformers that are supported."
+    )
