@@ -9,9 +9,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # The oldest libraries that pyproject.toml allows, as constraints.txt names them, and what is tested with them.
 OLDEST := $(shell sed -n 's/^\# oldest: //p' constraints.txt)
-INTEGRATION := tests/test_steps.py tests/test_step.py tests/test_blocks.py tests/test_norms.py tests/test_runtime.py \
-  tests/test_stopping.py tests/test_loading.py tests/test_loading_types.py tests/test_loading_reference.py tests/test_bench.py \
-  tests/test_streaming.py tests/test_families.py tests/test_own_code.py
+INTEGRATION := tests/test_steps.py tests/runtime/test_group_operator.py tests/runtime/fast_path/test_blocks.py tests/runtime/fast_path/test_norms.py tests/runtime/test_modules.py \
+  tests/runtime/patches/test_late_stop.py tests/runtime/test_load.py tests/runtime/test_model_types.py tests/checkpoint/test_by_reference.py tests/studies/test_bench.py \
+  tests/calibration/test_layer_stream.py tests/model/test_architecture.py tests/model/test_own_code.py
 
 .PHONY: demo test test-oldest test-all test-lm-eval soak audit lint types docs results clean
 
@@ -30,7 +30,7 @@ test-all: $(STAMP)
 # The harness brings some forty packages, so the other targets leave its tests out.
 test-lm-eval: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm-eval]" -c constraints.txt
-	$(BIN)/python -m pytest tests/test_tasks.py
+	$(BIN)/python -m pytest tests/studies/test_lm_eval_tasks.py
 
 # 30 random calibrations; WINA_SOAK=300 makes more.
 soak: $(STAMP)
@@ -44,7 +44,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 results: $(STAMP)
-	$(BIN)/python docs/make_results.py
+	$(BIN)/python benchmarks/results.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py

@@ -14,10 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 import wina_calib
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
-needs_shared = pytest.mark.skipif(
-    not (SHARED / "models").is_dir(), reason="needs the reference models and texts of ../shared, which is not here"
-)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("WINA_TEST_THREADS", "1")))

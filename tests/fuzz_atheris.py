@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save
 
 # Before anything else imports them: only what is imported here is followed.
-PARTS = ["wina_calib.shards", "wina_calib.budgets", "wina_calib.textfiles", "wina_calib.settings"]
+PARTS = ["wina_calib.storage", "wina_calib.budgets", "wina_calib.corpus.text_files", "wina_calib.checkpoint.settings"]
 with atheris.instrument_imports(include=PARTS):
     from budget_cases import small_cells
 
     from wina_calib.budgets import Budget, ModelKey, format_budget, parse_budget
     from wina_calib.budgets.file import explicit
-    from wina_calib.corpus import check_spec, documents
+    from wina_calib.checkpoint.settings import Settings
+    from wina_calib.corpus.blocks import check_spec, documents
     from wina_calib.errors import WinaError
-    from wina_calib.settings import Settings
-    from wina_calib.shards import Shards
+    from wina_calib.storage import Shards
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

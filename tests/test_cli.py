@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
 
 import wina_calib
-from wina_calib.checkpoint import read_settings
+from wina_calib.checkpoint.reader import read_settings
 from wina_calib.cli import COMMANDS, main
-from wina_calib.commands.common import Counts, Share, bar
 from wina_calib.commands.demo import PROMPTS
+from wina_calib.commands.options import Counts, Share, bar
+from wina_calib.common.text import fixed, rise, table
 from wina_calib.errors import StateError
-from wina_calib.evaluate import find_warnings
-from wina_calib.text import fixed, rise, table
+from wina_calib.studies.evaluate import find_warnings
 
 
 def run(*args: object) -> Result:

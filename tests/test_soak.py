@@ -15,9 +15,9 @@ import torch
 from click.testing import CliRunner
 
 import wina_calib
-from wina_calib.checkpoint import open_checkpoint
+from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.cli import main
-from wina_calib.corpus import load_blocks
+from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import TransformError
 from wina_calib.runtime.load import runtime_state
 from wina_calib.transforms import NAMES
@@ -146,6 +146,6 @@ def achieved(model: Any, text: Path, options: dict[str, Any]) -> float:
 
 def model_sites(model: Any) -> Any:
     """Layers and sites of the model that a checkpoint was made from."""
-    from wina_calib.model_config import describe_config, load_config
+    from wina_calib.model.config import describe_config, load_config
 
     return describe_config(load_config(Path(model.name_or_path))).sites

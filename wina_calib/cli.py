@@ -69,8 +69,8 @@ class _Lazy(click.Group):
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
+        from wina_calib.common.memory import ran_out
         from wina_calib.errors import WinaError
-        from wina_calib.memory import ran_out
 
         try:
             return super().invoke(ctx)

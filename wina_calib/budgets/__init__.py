@@ -1,6 +1,6 @@
 """Sparsity budgets: how sparse every site of every layer is, how to choose it, and how to keep it."""
 
-from wina_calib.budgets.anchored import budget_at
+from wina_calib.budgets.anchors import budget_at
 from wina_calib.budgets.file import (
     SCORES,
     BudgetFile,

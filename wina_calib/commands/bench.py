@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 import torch
 
-from wina_calib.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
-from wina_calib.commands.common import Fractions, bar, device_option, emit, json_option, trust_option
+from wina_calib.calibration.options import DTYPES
+from wina_calib.commands.options import Fractions, bar, device_option, emit, json_option, trust_option
+from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.errors import UsageError
-from wina_calib.options import DTYPES
-from wina_calib.placement import pick_device, pick_dtype
+from wina_calib.studies.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
 
 
 @click.command("bench")

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from wina_calib.bounds import Setting, render_synthetic, synthetic
-from wina_calib.commands.common import (
+from wina_calib.checkpoint.settings import MASKS
+from wina_calib.commands.options import (
     Share,
     device_option,
     dtype_option,
@@ -17,11 +17,11 @@ from wina_calib.commands.common import (
     steps,
     trust_option,
 )
-from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.corpus.blocks import HELDOUT_DATA
 from wina_calib.errors import UsageError
-from wina_calib.model_bounds import TOKENS, TRANSFORMS, model_bounds, render
-from wina_calib.score import SCORES
-from wina_calib.settings import MASKS
+from wina_calib.masks.score import SCORES
+from wina_calib.studies.bounds.lemmas import Setting, render_synthetic, synthetic
+from wina_calib.studies.bounds.measure import TOKENS, TRANSFORMS, model_bounds, render
 from wina_calib.transforms import NAMES
 
 

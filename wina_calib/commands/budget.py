@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from wina_calib.allocation import model_key
 from wina_calib.budgets import (
     Budget,
     Setting,
@@ -25,10 +24,13 @@ from wina_calib.budgets import (
 )
 from wina_calib.budgets.file import file_kind
 from wina_calib.budgets.target import TargetKind
-from wina_calib.card import write_card
-from wina_calib.checkpoint import open_checkpoint
+from wina_calib.calibration.choose_budget import model_key
+from wina_calib.calibration.frontier import Measure, frontier
+from wina_calib.calibration.rebudget import Choice, Refit, Request, apply, choose
+from wina_calib.checkpoint.card import write_card
+from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.commands.calibrate import Bars
-from wina_calib.commands.common import (
+from wina_calib.commands.options import (
     Share,
     bar,
     check_files,
@@ -41,13 +43,11 @@ from wina_calib.commands.common import (
     revision_option,
     trust_option,
 )
-from wina_calib.corpus import HELDOUT_DATA
+from wina_calib.common.devices import pick_device
+from wina_calib.common.text import percent, table
+from wina_calib.corpus.blocks import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
-from wina_calib.frontier import Measure, frontier
-from wina_calib.placement import pick_device
-from wina_calib.rebudget import Choice, Refit, Request, apply, choose
-from wina_calib.source import resolve
-from wina_calib.text import percent, table
+from wina_calib.model.source import resolve
 
 
 @click.command("budget")
@@ -249,7 +249,7 @@ def _page(choice: Choice) -> str:
 
 
 def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str) -> Measure:
-    from wina_calib.evaluate import evaluate_model, load_on
+    from wina_calib.studies.evaluate import evaluate_model, load_on
 
     folder = choice.opened.folder
     model = load_on(folder, pick_device(device), dtype)

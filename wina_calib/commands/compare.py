@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from wina_calib.commands.calibrate import Bars
-from wina_calib.commands.common import (
+from wina_calib.commands.options import (
     Fractions,
     device_option,
     dtype_option,
@@ -20,10 +20,10 @@ from wina_calib.commands.common import (
     tokens_option,
     trust_option,
 )
-from wina_calib.compare import DEFAULT_METHODS, SPARSITIES, compare
-from wina_calib.corpus import DEFAULT_DATA
-from wina_calib.methods import GROUPS, METHODS
-from wina_calib.text import table
+from wina_calib.common.text import table
+from wina_calib.corpus.blocks import DEFAULT_DATA
+from wina_calib.studies.compare.methods import GROUPS, METHODS
+from wina_calib.studies.compare.run import DEFAULT_METHODS, SPARSITIES, compare
 
 
 @click.command("compare")

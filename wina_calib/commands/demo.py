@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from wina_calib.calibrate import Result, calibrate
-from wina_calib.card import write_card
+from wina_calib.calibration.run import Result, calibrate
+from wina_calib.checkpoint.card import write_card
+from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.commands.calibrate import Bars, stoppable, summary
-from wina_calib.commands.common import emit, json_option, note
 from wina_calib.commands.evaluate import render
 from wina_calib.commands.generate import generate
+from wina_calib.commands.options import emit, json_option, note
 from wina_calib.errors import StateError
-from wina_calib.evaluate import evaluate
-from wina_calib.results import save_evaluation
+from wina_calib.studies.evaluate import evaluate
 
 PROMPTS = ("The history of the city", "def read_file(path):")
 

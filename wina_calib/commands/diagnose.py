@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from wina_calib.commands.common import (
+from wina_calib.commands.options import (
     Counts,
     Fractions,
     Share,
@@ -21,7 +21,7 @@ from wina_calib.commands.common import (
     tokens_option,
     trust_option,
 )
-from wina_calib.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
+from wina_calib.studies.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
 
 
 @click.command("diagnose")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from wina_calib.card import write_card
-from wina_calib.commands.common import (
+from wina_calib.checkpoint.card import write_card
+from wina_calib.checkpoint.evaluation_file import save_evaluation
+from wina_calib.commands.options import (
     Share,
     device_option,
     dtype_option,
@@ -21,11 +22,10 @@ from wina_calib.commands.common import (
     tokens_option,
     trust_option,
 )
+from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
-from wina_calib.evaluate import Evaluation, evaluate
-from wina_calib.results import save_evaluation
-from wina_calib.source import resolve
-from wina_calib.text import fixed, percent, rise, table
+from wina_calib.model.source import resolve
+from wina_calib.studies.evaluate import Evaluation, evaluate
 
 
 @click.command("evaluate")
@@ -65,7 +65,7 @@ def command(
       wina-calib evaluate demo-sparse --sparsity 0.4
     """
     if tasks is not None:
-        from wina_calib.tasks import evaluate_tasks, render_tasks, task_placement
+        from wina_calib.studies.lm_eval_tasks import evaluate_tasks, render_tasks, task_placement
 
         if save:
             raise UsageError("--save keeps perplexities; it does not go with --tasks.")

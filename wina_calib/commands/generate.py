@@ -7,11 +7,11 @@ from typing import Any
 import click
 import torch
 
-from wina_calib.commands.common import Share, device_option, emit, json_option, revision_option, trust_option
+from wina_calib.commands.options import Share, device_option, emit, json_option, revision_option, trust_option
+from wina_calib.common.devices import pick_device
 from wina_calib.errors import UsageError
-from wina_calib.placement import pick_device
+from wina_calib.model.source import load_tokenizer, resolve
 from wina_calib.runtime.load import load
-from wina_calib.source import load_tokenizer, resolve
 
 
 @click.command("generate")

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from wina_calib.commands.common import emit, json_option, revision_option
+from wina_calib.calibration.cost import human_bytes
+from wina_calib.checkpoint.hub import RemoteFacts, remote_facts
+from wina_calib.commands.options import emit, json_option, revision_option
+from wina_calib.common.text import percent, table
 from wina_calib.errors import UsageError
-from wina_calib.estimate import human_bytes
-from wina_calib.hub import RemoteFacts, remote_facts
-from wina_calib.text import percent, table
 
 
 @click.command("info")

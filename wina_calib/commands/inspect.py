@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from wina_calib.cells import count_cells
-from wina_calib.checkpoint import Checkpoint, open_checkpoint
-from wina_calib.commands.common import emit, json_option, revision_option, trust_option
-from wina_calib.source import resolve
-from wina_calib.tables import site_sparsity
-from wina_calib.text import percent, table
+from wina_calib.budgets.count import count_cells
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.commands.options import emit, json_option, revision_option, trust_option
+from wina_calib.common.text import percent, table
+from wina_calib.masks.thresholds import site_sparsity
+from wina_calib.model.source import resolve
 
 
 @click.command("inspect")

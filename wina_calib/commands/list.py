@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
-from wina_calib.commands.common import emit, json_option
-from wina_calib.hub import Listed, list_checkpoints
-from wina_calib.text import table
+from wina_calib.checkpoint.hub import Listed, list_checkpoints
+from wina_calib.commands.options import emit, json_option
+from wina_calib.common.text import table
 
 
 @click.command("list")

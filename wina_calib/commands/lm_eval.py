@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from wina_calib.tasks import require_harness
+from wina_calib.studies.lm_eval_tasks import require_harness
 
 
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.hub import push
 from wina_calib.cli import log_level
-from wina_calib.commands.common import emit, json_option, note, trust_option
-from wina_calib.hub import push
-from wina_calib.results import read_evaluation
+from wina_calib.commands.options import emit, json_option, note, trust_option
 
 
 @click.command("push")

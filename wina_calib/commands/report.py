@@ -6,9 +6,16 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.common import emit, folder_option, json_option, overwrite_option, revision_option, trust_option
-from wina_calib.report import write_report
-from wina_calib.source import resolve
+from wina_calib.commands.options import (
+    emit,
+    folder_option,
+    json_option,
+    overwrite_option,
+    revision_option,
+    trust_option,
+)
+from wina_calib.model.source import resolve
+from wina_calib.studies.report import write_report
 
 
 @click.command("report")

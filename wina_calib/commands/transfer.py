@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from wina_calib.budgets import write_budget
-from wina_calib.commands.common import (
+from wina_calib.commands.options import (
     Fractions,
     check_files,
     device_option,
@@ -22,7 +22,7 @@ from wina_calib.commands.common import (
     tokens_option,
     trust_option,
 )
-from wina_calib.transfer import SAMPLES, budget_file, render, transfer
+from wina_calib.studies.transfer import SAMPLES, budget_file, render, transfer
 
 
 @click.command("transfer")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from wina_calib.checkpoint import read_settings
+from wina_calib.checkpoint.by_reference import complete_folder, keep_with
+from wina_calib.checkpoint.reader import read_settings
+from wina_calib.checkpoint.settings import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
-from wina_calib.model_config import check_code, code_is_trusted, remote_code
-from wina_calib.reference import complete_folder, keep_with
-from wina_calib.runtime.config import WinaConfig
+from wina_calib.model.config import check_code, code_is_trusted, remote_code
+from wina_calib.model.source import resolve
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
+from wina_calib.runtime.quantization_config import WinaConfig
 from wina_calib.runtime.state import RuntimeState
-from wina_calib.settings import PREFILL, is_sparsity
-from wina_calib.source import resolve
 
 logger = logging.getLogger(__name__)
 

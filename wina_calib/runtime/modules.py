@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from wina_calib.families import MaskGroup, Site
-from wina_calib.runtime import kernels, step
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.masks.score import Cut, keep_mask, kept_inputs, mask_input
+from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
+from wina_calib.model.architecture import MaskGroup, Site
+from wina_calib.runtime import group_operator
+from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import Packed, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount, copied
-from wina_calib.score import Cut, keep_mask, kept_inputs, mask_input
-from wina_calib.settings import Settings
-from wina_calib.tables import LEVELS, site_sparsity, threshold_between
 
 
 class Float32Buffers(nn.Module):
@@ -115,7 +116,7 @@ class SiteState(Float32Buffers):
             if not _packable(members) or not self.settings.has_kernels:
                 self._packed.pop(group.name, None)
                 for member in members:
-                    member.packed, member.number = None, step.UNNUMBERED
+                    member.packed, member.number = None, group_operator.UNNUMBERED
                 continue
             packed = self._packed.get(group.name)
             if packed is None or not _holds(packed, members) or not self._suits(packed, members):
@@ -139,7 +140,7 @@ class SiteState(Float32Buffers):
     def _pays(self, members: Sequence[SparseLinear]) -> bool:
         weight = members[0].weight
         out = sum(m.out_features for m in members)
-        return kernels.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
+        return dispatch.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
 
     def _mask(self, name: str, x: Tensor) -> Tensor:
         rows = rows_for(self.state.dense_rows, x)
@@ -180,14 +181,18 @@ class SparseLinear(nn.Linear):
         self.name, self.group, self.position = group.projections[position].name, group.name, position
         self.leads = group.projections[position] is site.site.projections[0]
         self.packed = None
-        self.number, self.start = step.UNNUMBERED, 0  # of the group among all, of the first output in it
+        self.number, self.start = group_operator.UNNUMBERED, 0  # of the group among all, of the first output in it
         self.packed_dtype: torch.dtype | None = None  # of the group's storage
         self.places: tuple[int, ...] = ()  # of weight and bias in memory, when they were packed
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
-        if torch.compiler.is_compiling() and input.dtype == self.packed_dtype and step.serves(self.number, input):
-            return step.part(self.number, self.start, self.start + self.out_features, input)
+        if (
+            torch.compiler.is_compiling()
+            and input.dtype == self.packed_dtype
+            and group_operator.serves(self.number, input)
+        ):
+            return group_operator.part(self.number, self.start, self.start + self.out_features, input)
         packed = self.packed
         if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input)
@@ -195,7 +200,9 @@ class SparseLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of it alone belongs to the same site and multiplies by itself."""
-        return copied(self, memo, self.site, packed=None, number=step.UNNUMBERED, packed_dtype=None, places=())
+        return copied(
+            self, memo, self.site, packed=None, number=group_operator.UNNUMBERED, packed_dtype=None, places=()
+        )
 
     def _is_trained(self) -> bool:
         """Whether gradients go to the module's own weight or bias, which the packed ones know nothing of."""
@@ -207,7 +214,7 @@ class SparseLinear(nn.Linear):
         return (self.weight.data_ptr(),) if bias is None else (self.weight.data_ptr(), bias.data_ptr())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.site.state.stale, self.number = True, step.UNNUMBERED
+        self.site.state.stale, self.number = True, group_operator.UNNUMBERED
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         return self
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from wina_calib.runtime import kernels, step
-from wina_calib.runtime.kernels import native
+from wina_calib.runtime import group_operator
+from wina_calib.runtime.kernels import dispatch, native
 from wina_calib.runtime.state import RuntimeState
 
 # On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
@@ -40,15 +40,15 @@ class Packed:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
         self.sizes = tuple(w.shape[0] for w in weights)
         self.columns = columns
-        self.weight_t = kernels.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
+        self.weight_t = dispatch.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
         self.weight = self.weight_t.t()
         self.dtype = self.weight.dtype
         self.bias: Tensor | None = None
         if any(b is not None for b in biases):
             both = zip(biases, self.sizes, strict=True)
             self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
-        self.number = step.UNNUMBERED
-        self.row: kernels.Row | None = None
+        self.number = group_operator.UNNUMBERED
+        self.row: dispatch.Row | None = None
         self._given: tuple[object, ...] = ()
         self._seen: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
@@ -59,7 +59,7 @@ class Packed:
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy holds other tensors, so the number is not its own."""
-        self.__dict__.update(values, number=step.UNNUMBERED, _given=())
+        self.__dict__.update(values, number=group_operator.UNNUMBERED, _given=())
 
     @property
     def out_features(self) -> int:
@@ -70,11 +70,11 @@ class Packed:
         """Take what else the product needs, and look at the threshold."""
         given = (state, norm, threshold, rotation)
         if self.columns and (not self._given or any(a is not b for a, b in zip(given, self._given, strict=True))):
-            self.number, self._given = step.new_number(self, state.number), given
+            self.number, self._given = group_operator.new_number(self, state.number), given
         self.state, self.norm, self.threshold = state, norm, threshold
         self.rotation = None if rotation is None else rotation.to(self.dtype)
-        self.kernel = kernels.mask_of(norm, threshold, self.dtype)
-        self.row = kernels.row_of(self.weight_t, norm, threshold, self.bias)
+        self.kernel = dispatch.mask_of(norm, threshold, self.dtype)
+        self.row = dispatch.row_of(self.weight_t, norm, threshold, self.bias)
         self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
         self._limit_now()
 
@@ -128,13 +128,13 @@ class Packed:
             return linear(self.masked(x), self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         if self.state.all_dense:
-            out = kernels.dense_site(rows, self.weight_t, self.bias)
-        elif rows.shape[0] > kernels.MAX_GATHERED_ROWS:
-            out = kernels.dense_site(self.mask(x).view(rows.shape), self.weight_t, self.bias)
+            out = dispatch.dense_site(rows, self.weight_t, self.bias)
+        elif rows.shape[0] > dispatch.MAX_GATHERED_ROWS:
+            out = dispatch.dense_site(self.mask(x).view(rows.shape), self.weight_t, self.bias)
         else:
             dense = rows_for(self.state.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
-            out = kernels.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
+            out = dispatch.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
@@ -147,9 +147,9 @@ class Packed:
         if self.row is not None:
             out = self.row(row, everything=dense)
         elif dense:
-            out = kernels.dense_site(row, self.weight_t, self.bias)
+            out = dispatch.dense_site(row, self.weight_t, self.bias)
         else:
-            out = kernels.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
+            out = dispatch.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _is_plain(self, x: Tensor) -> bool:

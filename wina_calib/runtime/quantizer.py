@@ -13,17 +13,18 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from wina_calib.checkpoint import check_complete, check_values, expected_tensors, norms_match
+from wina_calib.checkpoint.reader import check_complete, check_values, expected_tensors, norms_match
+from wina_calib.checkpoint.settings import Settings
 from wina_calib.errors import RuntimeLoadError
-from wina_calib.families import Architecture, describe
-from wina_calib.model_config import METHOD
-from wina_calib.runtime import attention, blocks, compiling, head, norms, stopping
-from wina_calib.runtime.config import WinaConfig
+from wina_calib.masks.score import column_norms
+from wina_calib.masks.thresholds import site_sparsity
+from wina_calib.model.architecture import Architecture, describe
+from wina_calib.model.config import METHOD
+from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
+from wina_calib.runtime.patches import compile_guards, late_stop
+from wina_calib.runtime.quantization_config import WinaConfig
 from wina_calib.runtime.state import RuntimeState
-from wina_calib.score import column_norms
-from wina_calib.settings import Settings
-from wina_calib.tables import site_sparsity
 from wina_calib.transforms import plan
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,12 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     base = model.get_submodule(arch.layers_path.rpartition(".")[0])
     base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
     model.__dict__["wina_state"] = state
-    compiling.prefer(model)
+    compile_guards.prefer(model)
     attention.prefer(model)
     for described in arch.layers:
         blocks.shorten(layers.get_submodule(str(described.index)), described)
-    head.prefer(model)
-    stopping.install()
+    lm_head.prefer(model)
+    late_stop.install()
 
 
 @dataclass

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wina_calib.runtime import step, stopping
+from wina_calib.runtime import group_operator
 from wina_calib.runtime.caches import cache_of
+from wina_calib.runtime.patches import late_stop
 
 
 @dataclass
@@ -55,11 +56,11 @@ class RuntimeState:
     masks: bool = False
     stale: bool = True
     sites: list[Any] = field(default_factory=list, repr=False)
-    number: int = field(default_factory=step.new_owner, repr=False)
+    number: int = field(default_factory=group_operator.new_owner, repr=False)
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy is a state of its own, whose weights get numbers of their own."""
-        self.__dict__.update(values, number=step.new_owner(), stale=True)
+        self.__dict__.update(values, number=group_operator.new_owner(), stale=True)
 
     @property
     def drops(self) -> bool:
@@ -73,13 +74,13 @@ class RuntimeState:
             self.refresh()
         self._note(args, kwargs)
         served = self.kernels == "auto" and self.counts is None and self.dense_rows is None
-        step.current.owner = self.number
-        step.current.mode = "" if not served else "dense" if self.all_dense else "sparse"
+        group_operator.current.owner = self.number
+        group_operator.current.mode = "" if not served else "dense" if self.all_dense else "sparse"
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a prompt, look whether weights were replaced without notice, as merging an adapter may do."""
         tokens = _tokens(args, kwargs)
-        stopping.mark(cache_of(args, kwargs), tokens)
+        late_stop.mark(cache_of(args, kwargs), tokens)
         if not self.stale and (tokens is None or tokens.shape[1] > 1):
             self.stale = any(site.is_replaced() for site in self.sites)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from wina_calib.families import Architecture, Layer, Norm
+from wina_calib.model.architecture import Architecture, Layer, Norm
 from wina_calib.transforms.plan import INPUT_SITES, Rotations, is_uniform, norm_gain, unit_weight
 
 CHUNK_ELEMENTS = 1 << 22

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from wina_calib.ahead import read_ahead
+from wina_calib.common.threads import read_ahead
 from wina_calib.errors import TransformError
-from wina_calib.families import Architecture, Layer
-from wina_calib.journal import NOT_SAVED, Phase
+from wina_calib.model.architecture import Architecture, Layer
+from wina_calib.storage.resume import NOT_SAVED, Phase
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors, gram
 from wina_calib.transforms.heads import fit_heads

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wina_calib.families import Layer
+from wina_calib.model.architecture import Layer
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, held_out_cost, learn
 from wina_calib.transforms.statistics import Statistics, check_tokens

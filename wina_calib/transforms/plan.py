@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.errors import TransformError, UsageError
-from wina_calib.families import Architecture, Layer, MaskGroup, Norm
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Norm
 
 NAMES = ("auto", "none", "paper", "stacked", "global", "head", "global+head")
 _ALIASES = {"residual": "global", "residual+head": "global+head", "head+global": "global+head"}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from wina_calib.ahead import read_ahead
-from wina_calib.families import Architecture, Layer
+from wina_calib.common.threads import read_ahead
+from wina_calib.model.architecture import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, learn, low_rank

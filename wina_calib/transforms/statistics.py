@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.common.distributed import Ranks
 from wina_calib.errors import TransformError
-from wina_calib.families import Architecture
-from wina_calib.ranks import Ranks
+from wina_calib.model.architecture import Architecture
 from wina_calib.transforms.plan import INPUT_SITES, plan
 
 # Layers whose inputs are sampled for a residual rotation: neighbours are alike, so deep models need not sample all.

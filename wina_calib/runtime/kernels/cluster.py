@@ -23,7 +23,7 @@ from wina_calib.runtime.kernels import autotune, nvrtc
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("site.cu")
+SOURCE = Path(__file__).parent / "sources" / "site.cu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CAPABILITY = (9, 0)
 # Bytes that a thread reads at once, which rows of a weight must be a multiple of.

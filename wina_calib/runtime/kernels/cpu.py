@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wina_calib.memory import empty_in_huge_pages
+from wina_calib.common.memory import empty_in_huge_pages
 from wina_calib.runtime.kernels import native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -47,9 +47,9 @@ def available() -> bool:
 
 @cache
 def _device_code() -> Any:
-    from wina_calib.runtime.kernels import _triton
+    from wina_calib.runtime.kernels import triton_kernels
 
-    return _triton
+    return triton_kernels
 
 
 @cache

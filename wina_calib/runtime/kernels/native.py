@@ -31,7 +31,7 @@ from wina_calib.runtime.kernels.autotune import cache_file
 
 logger = logging.getLogger(__name__)
 
-HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("numbers.h", "site.c", "rows.c", "attend.c"))
+HEADER, *SOURCES = (Path(__file__).parent / "sources" / name for name in ("numbers.h", "site.c", "rows.c", "attend.c"))
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")

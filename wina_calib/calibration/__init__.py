@@ -1,0 +1,1 @@
+"""A dense model in, a checkpoint out."""

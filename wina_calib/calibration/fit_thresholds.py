@@ -1,0 +1,146 @@
+"""Passes of a calibration over its text, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wina_calib.calibration.fit_layer import SiteFit, dense_tables, fit_layer, run_layer
+from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.checkpoint.reader import SiteTensors
+from wina_calib.masks.thresholds import site_sparsity, threshold_between
+from wina_calib.model.architecture import SITES
+from wina_calib.storage.resume import NOT_SAVED, Phase
+from wina_calib.transforms import Statistics
+
+
+@torch.no_grad()
+def dense_pass(
+    stream: LayerStream,
+    statistics: Statistics | None = None,
+    *,
+    phase: Phase = NOT_SAVED,
+    progress: Callable[[str], None] = lambda _: None,
+) -> HiddenStates:
+    """Run the dense model and return its last hidden states.
+
+    Args:
+        stream: the model and the tokens.
+        statistics: sees each site's inputs without first tokens.
+        phase: where every layer's outputs are saved.
+        progress: called for every layer.
+    """
+    arch = stream.source.architecture
+    blocks, seq_len = stream.batches[0].shape
+    hidden = stream.embed()
+    if phase.step:
+        phase.restore("hidden", hidden, stream.blocks)
+        if statistics is not None:
+            statistics.load_state_dict(phase.tensors())
+    for index, module in stream.layers(phase.step):
+        with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
+            for batch in stream.mine:
+                if statistics is not None:
+                    first = batch * blocks * (seq_len - 1)
+                    layer.observe = partial(_observe, statistics, index, first)
+                hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
+        if statistics is not None:
+            statistics.reduce(index, stream.ranks)
+        phase.save(
+            index + 1,
+            tensors=None if statistics is None else statistics.state_dict(index),
+            stores={"hidden": hidden},
+        )
+        progress(f"layer {index + 1}")
+    return hidden
+
+
+def _observe(statistics: Statistics, layer: int, first: int, site: str, x: Tensor) -> None:
+    statistics.update(layer, site, x[:, 1:].flatten(0, 1), first)
+
+
+def fit_thresholds(
+    stream: LayerStream,
+    rule: MaskRule,
+    options: CalibrateOptions,
+    rows: np.ndarray[Any, Any],
+    *,
+    phase: Phase = NOT_SAVED,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Tensor], list[HiddenStates]]:
+    """Fit thresholds at every anchor.
+
+    Args:
+        stream: the dense model, transformed already, and the tokens to use.
+        rule: how masks are made.
+        options: anchors, the asked sparsity and the kind of loop.
+        rows: (anchors, layers, sites) site sparsities.
+        phase: where every layer's outputs and tensors are saved.
+        progress: called for every layer.
+
+    Returns:
+        The tensors to store, and the last hidden states of the sparse model at each anchor.
+    """
+    arch, anchors = stream.source.architecture, options.anchors
+    start = stream.embed()
+    states = [start, *(stream.store() for _ in anchors[1:])]
+    for state in states[1:]:
+        state.copy_from(start)
+    dense = stream.store() if options.loop == "open" else None
+    if dense is not None:
+        dense.copy_from(start)
+    stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
+    if phase.step:
+        for name, store in stores.items():
+            phase.restore(name, store, stream.blocks)
+    tensors: dict[str, Tensor] = phase.tensors()
+    for index, module in stream.layers(phase.step):
+        layer = arch.layers[index]
+        fits: list[dict[str, SiteFit]] = []
+        with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
+            tables = None if dense is None else dense_tables(stream, masked, dense)
+            for a, hidden in enumerate(states):
+                targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
+                fits.append(
+                    fit_layer(stream, masked, hidden, targets)
+                    if tables is None
+                    else run_layer(stream, masked, hidden, targets, tables)
+                )
+            new: dict[str, Tensor] = {}
+            for s, site in enumerate(layer.sites):
+                stored = site_tensors(masked, site.name, [f[site.name] for f in fits], rows[:, index, s], options)
+                new |= stored.named(layer.prefix, site.name)
+        tensors |= new
+        worst = max(fits[-1].items(), key=lambda item: item[1].error)
+        phase.save(index + 1, tensors=new, stores=stores)
+        progress(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
+    if dense is not None:
+        dense.clear()
+    return tensors, states
+
+
+def site_tensors(
+    masked: MaskedLayer, site: str, fits: Sequence[SiteFit], budget: np.ndarray[Any, Any], options: CalibrateOptions
+) -> SiteTensors:
+    """What is stored for one site: `fits` and the site's sparsities `budget` (anchors,), one for each anchor."""
+    anchors, groups = options.anchors, masked.groups[site]
+    budget = budget.astype(np.float32)  # as it is stored, so that loading computes the same thresholds
+    tables = {g.name: torch.stack([f.tables[g.key] for f in fits]) for g in groups}
+    asked = site_sparsity(anchors, budget, options.sparsity)
+    return SiteTensors(
+        norms={g.name: masked.norms[g.key].cpu() for g in groups},
+        tables=tables,
+        thresholds={
+            name: torch.tensor(threshold_between(table, anchors, options.sparsity, asked))
+            for name, table in tables.items()
+        },
+        budget=torch.from_numpy(budget.copy()),
+        error=torch.tensor([f.error for f in fits]),
+    )

@@ -1,0 +1,67 @@
+"""What a calibration's result depends on: the same identity on the same machine gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wina_calib.calibration.choose_budget import is_file
+from wina_calib.calibration.job import Job, versions
+from wina_calib.calibration.options import OPERATIONAL
+from wina_calib.checkpoint.reader import model_names
+from wina_calib.checkpoint.writer import side_files
+from wina_calib.corpus.blocks import Blocks
+
+_LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come to is in the identity
+
+
+def identity(job: Job, base: Blocks) -> dict[str, Any]:
+    """Everything that the result of a job depends on, in plain values. All weights are read for it.
+
+    Args:
+        job: the calibration.
+        base: the text of the original model's perplexity.
+    """
+    source, options = job.source, asdict(job.options)
+    return {
+        "format": 1,
+        "model": {
+            "name": source.name,
+            "commit": source.commit,
+            "weights": source.shards.fingerprint(model_names(source.shards, source.architecture)),
+            "config": _digest([source.folder / "config.json"]),
+            "files": _digest(side_files(source.folder)),
+        },
+        "text": {"calibration": job.blocks.fingerprint, "perplexity": base.fingerprint},
+        "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},
+        "budget_file": _digest([Path(job.options.budget)]) if is_file(job.options.budget) else None,
+        "compute": {
+            "device": device_name(job.device),
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "micro_batch": job.micro_batch,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the kind of processor or GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) of files' names and bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,353 @@
+"""One calibration under way: its phases in order, from the dense model to the finished checkpoint."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import wina_calib
+from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.choose_budget import (
+    Allocation,
+    allocate,
+    choice_passes,
+    curve_tensors,
+    scaled_curves,
+    stored_name,
+)
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
+from wina_calib.calibration.fit_thresholds import dense_pass, fit_thresholds
+from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.likelihood import next_token_nll, perplexity
+from wina_calib.calibration.loss_curves import CURVE_LEVELS, usable_tokens
+from wina_calib.calibration.masked_layer import MaskRule
+from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.checkpoint.by_reference import write_reference
+from wina_calib.checkpoint.reader import model_names
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.writer import write_calibration, write_weights
+from wina_calib.common.devices import backward_batch, keep_in_memory
+from wina_calib.common.distributed import ALONE, Ranks
+from wina_calib.common.memory import resident_bytes
+from wina_calib.common.progress import Progress
+from wina_calib.corpus.blocks import Blocks
+from wina_calib.model.source import Source, open_source
+from wina_calib.storage.resume import Journal, Phase
+from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
+
+TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
+
+
+@dataclass(frozen=True)
+class Job:
+    """One calibration under way."""
+
+    source: Source
+    options: CalibrateOptions
+    transform: Plan
+    blocks: Blocks
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    report: Progress
+    journal: Journal = field(default_factory=Journal)
+    ranks: Ranks = ALONE
+    spill: Path | None = None
+
+    def estimate(self, base: Blocks) -> Estimate:
+        """What the work will take; `base` is the text of the original model's perplexity."""
+        felt = usable_tokens(self._threshold_ids.numel()) if self._goes_backward else 0
+        layers = len(self.source.architecture.layers)
+        state = hidden_bytes(self.source.architecture, felt, self.dtype)
+        return estimate(
+            self.source,
+            tokens=self.blocks.tokens,
+            seq_len=self.blocks.ids.shape[1],
+            micro_batch=self.micro_batch,
+            passes=self._passes(base),
+            states=self._fit_states,
+            in_memory=self._in_memory(self._threshold_ids, self._fit_states),
+            transform=self.transform,
+            transform_tokens=self._transform_ids.numel(),
+            dtype=self.dtype,
+            requested=self.blocks.requested,
+            resident=resident_bytes(),
+            backward_tokens=min(felt, self._backward_batch * self.blocks.ids.shape[1]),
+            backward_states=(layers + 3) * state if keep_in_memory(self.device, layers + 1, state) else 0,
+            felt_bytes=(layers + 3) * state,
+        )
+
+    def _passes(self, base: Blocks) -> float:
+        """Forward passes over all calibration tokens that the work is worth."""
+        anchors, tokens = len(self.options.anchors), self._threshold_ids.numel()
+        thresholds = CLOSED_LOOP_PASSES * anchors if self.options.loop == "closed" else anchors + 1
+        work = base.tokens + tokens * (thresholds + choice_passes(self.options, tokens))
+        if needed_sites(self.transform.name, self.source.architecture):
+            work += self._transform_ids.numel()
+        return work / self.blocks.tokens
+
+    @property
+    def _transform_ids(self) -> Tensor:
+        """Blocks that a transform is fitted on."""
+        return self.blocks.ids[: self._split or None]
+
+    @property
+    def _threshold_ids(self) -> Tensor:
+        """Blocks that thresholds are fitted on: not the transform's, on which scores are smaller than on new text."""
+        return self.blocks.ids[self._split :]
+
+    @property
+    def _split(self) -> int:
+        if len(self.blocks.ids) < 2 or not needed_sites(self.transform.name, self.source.architecture):
+            return 0
+        return max(1, len(self.blocks.ids) // TRANSFORM_SHARE)
+
+    def run(self, folder: Path, base: Blocks) -> Settings:
+        """Write the whole checkpoint into `folder`, the card left out; returns its settings.
+
+        Every process of `ranks` calls this; the first one writes.
+        """
+        base_ppl = self._perplexity(base)
+        dense, untied = self._transformed(folder)
+        chosen = self._budget(dense)
+        tensors, curve_facts = self.fit(dense, chosen)
+        return self.ranks.first(
+            lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
+        )
+
+    def fit(self, source: Source, chosen: Allocation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fit thresholds at every anchor.
+
+        Args:
+            source: the dense model with its transformed weights.
+            chosen: the site sparsities.
+
+        Returns:
+            The tensors to store, and for the provenance what was measured.
+        """
+        phase = self.journal.phase("thresholds")
+        if phase.finished:
+            return phase.tensors(), phase.values
+        stream = self._stream(source, self._threshold_ids, states=self._fit_states)
+        self._phase("fit thresholds", len(source.architecture.layers), phase)
+        tensors, states = fit_thresholds(
+            stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report.step
+        )
+        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states)
+        added = curve_tensors(source.architecture, curves)
+        phase.finish(tensors=added, values=facts)
+        for state in states:
+            state.clear()
+        return tensors | added, facts
+
+    def _write(
+        self,
+        folder: Path,
+        dense: Source,
+        untied: bool,
+        chosen: Allocation,
+        tensors: dict[str, Tensor],
+        base: Blocks,
+        base_ppl: float,
+        curve_facts: dict[str, Any],
+    ) -> Settings:
+        settings = Settings(
+            sparsity=self.options.sparsity,
+            anchors=self.options.anchors,
+            score=self.options.score,
+            masks=self.options.masks,
+            select=self.options.select,
+            first_token=self.options.first_token,
+            exponent=self.options.exponent,
+            transform=self.transform.name,
+            budget=stored_name(self.options),
+            curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
+            prefill=self.options.prefill,
+            weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
+            provenance=self._provenance(base_ppl, base, untied) | curve_facts,
+        )
+        if self.options.weights == "reference":
+            write_reference(folder, tensors, settings, self.source)
+        else:
+            runtime = not self.transform.is_free
+            write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=runtime)
+        return settings
+
+    def _phase(self, name: str, steps: int, saved: Phase) -> None:
+        """Report a phase that begins, or goes on after what is saved of it."""
+        self.report.phase(
+            name if not saved.step else f"{name}, going on after {saved.step} of {steps}", steps - saved.step
+        )
+
+    def _transformed(self, folder: Path) -> tuple[Source, bool]:
+        """The dense model to fit on, and whether its embeddings were untied: written here, or the source as it is."""
+        if self.options.weights == "reference":
+            return self.source, False
+        # Only the first process fits and writes: what it saves, it saves alone.
+        journal = self.journal if self.ranks.is_first else Journal()
+        transform, weights = (journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
+        statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
+        untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
+        return open_source(folder, calibrated=True), untied
+
+    def _write_weights(
+        self, folder: Path, statistics: Statistics | None, transform: Phase, weights: Phase, tick: Callable[[], None]
+    ) -> bool:
+        def step(line: str) -> None:
+            self.report.step(line)
+            tick()
+
+        rotations = self._rotations(statistics, transform, step)
+        self._phase("write weights", len(self.source.architecture.layers), weights)
+        return write_weights(
+            self.source, self.transform, rotations, folder, device=self.device, phase=weights, progress=step
+        )
+
+    def _stream(self, source: Source, ids: Tensor, *, states: int = 1, spill: bool = True) -> LayerStream:
+        """A stream of which `states` hidden states are held at a time."""
+        return LayerStream(
+            source,
+            ids,
+            micro_batch=self.micro_batch,
+            dtype=self.dtype,
+            device=self.device,
+            spill=self.spill if spill and not self._in_memory(ids, states) else None,
+            ranks=self.ranks,
+        )
+
+    def _in_memory(self, ids: Tensor, states: int) -> bool:
+        return keep_in_memory(self.device, states, hidden_bytes(self.source.architecture, ids.numel(), self.dtype))
+
+    @property
+    def _fit_states(self) -> int:
+        """Hidden states during the fit: one an anchor, the attention block's outputs, in open loop the dense model's."""
+        return len(self.options.anchors) + 1 + (self.options.loop == "open")
+
+    def _perplexity(self, blocks: Blocks) -> float:
+        phase = self.journal.phase("dense-perplexity")
+        if phase.finished:
+            return float(phase.values["perplexity"])
+        stream = self._stream(self.source, blocks.ids, spill=False)
+        self._phase("dense perplexity", len(self.source.architecture.layers), phase)
+        hidden = dense_pass(stream, phase=phase, progress=self.report.step)
+        found = perplexity(float(next_token_nll(stream, hidden).double().mean()))
+        phase.finish(values={"perplexity": found})
+        return found
+
+    def _statistics(self) -> Statistics | None:
+        """What the fit of the transform needs to know of activations; None where it looks at weights alone."""
+        arch, ids = self.source.architecture, self._transform_ids
+        if not needed_sites(self.transform.name, arch):
+            return None
+        phase = self.journal.phase("statistics")
+        statistics = Statistics(arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed)
+        if phase.finished:
+            statistics.load_state_dict(phase.tensors())
+            return statistics
+        self._phase("statistics", len(arch.layers), phase)
+        dense_pass(self._stream(self.source, ids), statistics, phase=phase, progress=self.report.step).clear()
+        phase.finish()
+        return statistics
+
+    def _rotations(self, statistics: Statistics | None, phase: Phase, step: Callable[[str], None]) -> Rotations:
+        if not phase.finished:
+            self.report.phase(f"fit transform {self.transform.name}", 0)
+        found = fit(
+            self.transform.name,
+            self.source.architecture,
+            self.source.load_layer,
+            statistics,
+            seed=self.options.seed,
+            device=self.device,
+            phase=phase,
+            progress=step,
+        )
+        if not phase.finished:
+            phase.finish()
+        return found
+
+    def _budget(self, source: Source) -> Allocation:
+        arch, ids = source.architecture, self._threshold_ids
+        seq_len = ids.shape[1]
+        phase = self.journal.phase("budget")
+
+        def stream(tokens: int) -> LayerStream:
+            if not phase.finished:
+                self._phase("choose budget", 2 * len(arch.layers), phase)
+            some = ids[: max(1, tokens // seq_len)]
+            return LayerStream(
+                source,
+                some,
+                micro_batch=self._backward_batch,
+                dtype=self.dtype,
+                device=self.device,
+                spill=None if self._in_memory(some, len(arch.layers) + 1) else self.spill,
+                ranks=self.ranks,
+            )
+
+        cells = count_cells(arch, self.transform.name)
+        report = self.report.step
+        return allocate(self.options, arch, cells, self._rule, ids.numel(), stream, phase=phase, progress=report)
+
+    @property
+    def _goes_backward(self) -> bool:
+        """Whether the budget is chosen by curves."""
+        return self.options.budget not in ("uniform", "greedy")
+
+    @property
+    def _backward_batch(self) -> int:
+        """Blocks that go backward together."""
+        return backward_batch(self.device, self.blocks.ids.shape[1], self.source.architecture.width)
+
+    @property
+    def _rule(self) -> MaskRule:
+        chosen = self.options
+        return MaskRule(
+            chosen.score, chosen.masks, chosen.exponent, self.transform.name, chosen.select, chosen.first_token
+        )
+
+    def _provenance(self, base_ppl: float, base: Blocks, untied: bool) -> dict[str, Any]:
+        return {
+            "base_model": self.source.name,
+            "base_commit": self.source.commit,
+            "base_ppl": base_ppl,
+            "base_ppl_data": list(base.data),
+            "base_ppl_tokens": base.tokens,
+            "base_ppl_fingerprint": base.fingerprint,
+            "data": list(self.blocks.data),
+            "data_fingerprint": self.blocks.fingerprint,
+            "samples": self.blocks.requested,
+            "blocks": len(self.blocks.ids),
+            "seq_len": self.blocks.ids.shape[1],
+            "seed": self.options.seed,
+            "loop": self.options.loop,
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "untied": untied,
+            "command": _command(),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "wina_calib": wina_calib.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
+    ours = program.name == "wina-calib" or program.parts[-2:] == ("wina_calib", "__main__.py")
+    return shlex.join(["wina-calib", *sys.argv[1:]]) if ours else "wina_calib.calibrate"

@@ -1,0 +1,373 @@
+"""What the loss feels of each site's sparsity: curves from one streamed backward pass.
+
+To second order, dropping inputs of one site makes the model diverge by half the mean square of `sum_j g_j x_j (1 - m_j)`,
+with g the gradient of the summed loss at the site's input and labels drawn from the model's own predictions (its Fisher
+information; labels of the data give another matrix, which predicts worse). Terms between sites and between tokens are
+left out. The loss on text rises by that and by a first-order part, the mean of `-sum_j g_j x_j (1 - m_j)` with the text's own
+labels: mostly negative, as dropping inputs makes a model less sure of itself, and not in all sites alike.
+
+Forward once, keeping every layer's input; then layer by layer from the last: forward again, and backward to the layer's
+input for both kinds of labels, with one layer in memory at a time. In products of matrices that is four forward passes over the
+tokens used; attention's backward costs more than two of its forward, and the curves have their own work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wina_calib.budgets import Curves
+from wina_calib.budgets.model import Floats
+from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.likelihood import loss_gradients
+from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.common.devices import fixed_order
+from wina_calib.errors import NumericError
+from wina_calib.masks.histogram import BINS, ScoreHistogram, bin_numbers
+from wina_calib.masks.score import kept_inputs, rows_together, scores
+from wina_calib.model.architecture import Layer, MaskGroup
+from wina_calib.storage.resume import NOT_SAVED, Phase
+
+CURVE_LEVELS = tuple(round(0.025 * i, 3) for i in range(39))
+MAX_TOKENS = 32_768
+SHARE = 0.6  # of all calibration tokens, at most: three forward passes over all of them
+PASSES = 5.0  # forward passes that the work on these tokens is worth
+REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
+_SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
+_RATIOS = (-0.75, 3.0)
+
+_GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
+
+Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What is felt of every site's sparsity, alone, at `CURVE_LEVELS`, in nats a token.
+
+    Attributes:
+        divergence: rise of the KL divergence, to second order.
+        first_order: (layers, sites) rise of the loss on the text at `REFERENCE`, to first order; of either sign.
+        tokens: tokens that both are means over.
+    """
+
+    divergence: Curves
+    first_order: Floats
+    tokens: int
+
+    @property
+    def loss(self) -> Curves:
+        """Rise of the loss on text: every site's divergence times a factor.
+
+        A mean of terms of both signs is far noisier than a mean of squares, so only one number of the first-order curve is
+        used: its ratio to the divergence at one sparsity, shrunk as its own noise demands. That variance is known, as the
+        divergence is half the mean square of what the first-order part is the mean of.
+        """
+        divergence = self.divergence.loss[..., CURVE_LEVELS.index(REFERENCE)]
+        felt = np.maximum(divergence, np.finfo(np.float64).tiny)
+        trusted = divergence / (divergence + 2 / (self.tokens * _SPREAD**2))
+        ratio = np.clip(trusted * self.first_order / felt, *_RATIOS)
+        return Curves(self.divergence.levels, self.divergence.loss * (1 + ratio[..., None]))
+
+
+class _Tapped(MaskedLayer):
+    """Masks nothing, and keeps a handle on what each mask group reads, apart from any other use of that input."""
+
+    def __init__(self, layer: Layer, module: nn.Module, rule: MaskRule, rotations: Mapping[str, Tensor]) -> None:
+        super().__init__(layer, module, rule, rotations)
+        self.taps: dict[str, Tensor] = {}
+
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        self.taps[group.key] = tap = x.view_as(x)
+        return tap
+
+
+def usable_tokens(tokens: int) -> int:
+    """How many of the calibration tokens the curves are measured on."""
+    return min(MAX_TOKENS, int(tokens * SHARE))
+
+
+def measure_curves(
+    stream: LayerStream,
+    rule: MaskRule,
+    *,
+    seed: int,
+    phase: Phase = NOT_SAVED,
+    progress: Callable[[str], None] = lambda _: None,
+    observe: Observe = lambda layer, group, x, g: None,
+) -> tuple[Sensitivity, HiddenStates]:
+    """Predict the loss rise of every site alone at `CURVE_LEVELS`.
+
+    Args:
+        stream: the dense model, transformed already, and the tokens to use.
+        rule: how masks are made.
+        seed: of the sampled labels.
+        phase: where every layer's inputs, and on the way back the gradients, are saved; after that the result.
+        progress: called twice a layer.
+        observe: sees what each mask group reads and the gradient there for sampled labels, (blocks, seq, in) each,
+            as `observe(layer, group, x, g)`; rows that are never masked are left out.
+
+    Returns:
+        The sensitivity, and the dense model's last hidden states.
+
+    Raises:
+        NumericError: logits or gradients are NaN or infinite.
+    """
+    count = len(stream.source.architecture.layers)
+    if phase.finished:
+        last, found = stream.store(), phase.tensors()["curves"].numpy()
+        phase.restore("last", last, stream.blocks)
+    else:
+        thresholds, inputs = _forward(stream, rule, phase, progress)
+        last = inputs.pop(count)
+        found = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
+        phase.finish(tensors={"curves": torch.from_numpy(found)}, stores={"last": last})
+    if not np.isfinite(found).all():
+        raise NumericError(
+            f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
+        )
+    divergence = np.maximum.accumulate(found[..., 1:], axis=2)
+    return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens), last
+
+
+def _forward(
+    stream: LayerStream, rule: MaskRule, phase: Phase, progress: Callable[[str], None]
+) -> tuple[dict[int, dict[str, Tensor]], dict[int, HiddenStates]]:
+    """Thresholds (levels - 1,) at the levels above 0 of every layer's mask groups; every layer's inputs, and outputs."""
+    levels = torch.tensor(CURVE_LEVELS[1:], dtype=torch.float64)
+    arch = stream.source.architecture
+    thresholds: dict[int, dict[str, Tensor]] = {}
+    inputs = {0: stream.embed()}
+    if phase.step:
+        inputs[0].clear()
+        inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
+        for i, store in inputs.items():
+            phase.restore(f"input{i}", store, stream.blocks)
+        for name, value in phase.tensors().items():
+            kind, where, key = name.split(":")
+            if kind == "threshold":
+                thresholds.setdefault(int(where), {})[key] = value.to(stream.device)
+    for index, module in stream.layers(min(phase.step, len(arch.layers))):
+        outputs = stream.store()
+        histograms: dict[str, ScoreHistogram] = {}
+        with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, stream.rotations(index)) as layer:
+
+            def observe(
+                site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
+            ) -> None:
+                for group in layer.groups[site]:
+                    layer.count(group, rule.masked_rows(x), found[group.key])
+
+            layer.observe = observe
+            for group in (g for groups in layer.groups.values() for g in groups):
+                histograms[group.key] = ScoreHistogram(stream.device)
+            for batch in stream.mine:
+                outputs[batch] = layer.run(inputs[index][batch], stream.kwargs(index, batch))
+        for histogram in histograms.values():
+            stream.ranks.add(histogram.counts)
+        thresholds[index] = {key: h.quantiles(levels).float().to(stream.device) for key, h in histograms.items()}
+        inputs[index + 1] = outputs
+        phase.save(
+            index + 1,
+            tensors={f"threshold:{index}:{key}": value for key, value in thresholds[index].items()},
+            stores=_named(inputs),
+        )
+        progress(f"dense pass of layer {index + 1}")
+    return thresholds, inputs
+
+
+def _backward(
+    stream: LayerStream,
+    rule: MaskRule,
+    seed: int,
+    thresholds: dict[int, dict[str, Tensor]],
+    inputs: dict[int, HiddenStates],
+    last: HiddenStates,
+    phase: Phase,
+    progress: Callable[[str], None],
+    observe: Observe,
+) -> Floats:
+    """First order and divergence, (layers, sites, 1 + levels); the inputs are cleared on the way."""
+    arch = stream.source.architecture
+    count = len(arch.layers)
+    found = np.zeros((count, len(arch.layers[0].sites), 1 + len(CURVE_LEVELS)))
+    done = max(phase.step - count, 0)
+    if done:
+        gradients = stream.store(), stream.store()
+        for name, store in zip(_GRADIENTS, gradients, strict=True):
+            phase.restore(name, store, stream.blocks)
+        for name, value in phase.tensors().items():
+            kind, where, _ = name.split(":")
+            if kind == "loss":
+                found[int(where)] = value.numpy()
+    else:
+        gradients = loss_gradients(stream, last, seed)
+    for index, module in stream.layers(0, count - done, backward=True):
+        layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
+        found[index] = layer
+        inputs.pop(index).clear()
+        phase.save(
+            2 * count - index,
+            tensors={f"loss:{index}:": torch.from_numpy(layer)},
+            stores=_named(inputs) | {f"input{count}": last} | dict(zip(_GRADIENTS, gradients, strict=True)),
+        )
+        progress(f"sensitivity of layer {index + 1}")
+    for store in gradients:
+        store.clear()
+    return found
+
+
+def _named(inputs: dict[int, HiddenStates]) -> dict[str, HiddenStates]:
+    return {f"input{index}": store for index, store in inputs.items()}
+
+
+def _layer_curves(
+    stream: LayerStream,
+    rule: MaskRule,
+    index: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    gradients: tuple[HiddenStates, HiddenStates],
+    thresholds: dict[str, Tensor],
+    observe: Observe,
+) -> Floats:
+    """First order and divergence, (sites, 1 + levels), of a layer; `gradients` at its outputs become those at its inputs."""
+    layer = stream.source.architecture.layers[index]
+    nothing = torch.zeros(len(layer.sites), 1 + len(CURVE_LEVELS), dtype=torch.float64)
+    sampled, text = gradients
+    mine: list[Tensor] = []
+    tapped = _Tapped(layer, module, rule, stream.rotations(index))
+    with tapped:
+        for batch in stream.mine:
+            hidden = inputs[batch].detach().requires_grad_()
+            with fixed_order(stream.device):
+                out = tapped.run(hidden, stream.kwargs(index, batch))
+            taps = dict(tapped.taps)
+            tapped.taps.clear()
+            read = {key: rule.masked_rows(tap.detach()) for key, tap in taps.items()}
+            levels: dict[str, list[Tensor]] = {}
+            totals = nothing.to(stream.device, copy=True)
+
+            felt = _back(stream, batch, out, hidden, taps, sampled, again=True)
+            for row, site in enumerate(layer.sites):
+                groups = tapped.groups[site.name]
+                for group in groups:
+                    x, g = read[group.key], rule.masked_rows(felt[group.key])
+                    observe(index, group, x, g)
+                    levels[group.key] = [_levels(tapped, group, part, thresholds[group.key]) for part in _parts(x)]
+                    felt[group.key] = _dropped(x, g, levels[group.key])
+                totals[row, 2:] = torch.stack([felt.pop(g.key) for g in groups]).sum(0).square().sum(0) / 2
+
+            felt = _back(stream, batch, out, hidden, taps, text, again=False)
+            for row, site in enumerate(layer.sites):
+                for key in (group.key for group in tapped.groups[site.name]):
+                    totals[row, 0] -= _lost(read[key], rule.masked_rows(felt.pop(key)), levels[key])
+            mine.append(totals.cpu())
+    return (_summed(stream.ranks.gather(mine), nothing) / stream.tokens).numpy()
+
+
+def _back(
+    stream: LayerStream,
+    batch: int,
+    out: Tensor,
+    hidden: Tensor,
+    taps: Mapping[str, Tensor],
+    gradients: HiddenStates,
+    *,
+    again: bool,
+) -> dict[str, Tensor]:
+    """Gradients at the taps from that at `out`, which becomes that at `hidden`; `again` if another one will follow."""
+    with fixed_order(stream.device):
+        gradient, *felt = torch.autograd.grad(
+            out, [hidden, *taps.values()], gradients[batch].to(out.dtype), retain_graph=again
+        )
+    gradients[batch] = gradient
+    return dict(zip(taps, felt, strict=True))
+
+
+def _parts(x: Tensor) -> Iterator[Tensor]:
+    """Rows (n, width) of x (blocks, seq, width), a few at a time."""
+    return (part for block in x for part in block.split(rows_together(x)))
+
+
+def _levels(tapped: _Tapped, group: MaskGroup, x: Tensor, thresholds: Tensor) -> Tensor:
+    """Which of the levels above 0 is the first to drop each input (rows, width) of a group; uint8."""
+    if tapped.rule.select == "topk":
+        score = ranks(scores(x, tapped.norms[group.key], tapped.rule.score))
+        return first_dropped(score, dropped_ranks(x.shape[-1]).to(x.device))
+    return first_dropped(scores(x, tapped.norms[group.key], tapped.rule.score), thresholds)
+
+
+def _dropped(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Sum of gradient times input over what each level above 0 drops, of each row of x (blocks, seq, in), float64."""
+    count = len(CURVE_LEVELS) - 1
+    return torch.cat([dropped_sums(felt, level, count) for felt, level in zip(_felt(x, g), levels, strict=True)])
+
+
+def _lost(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Sum of gradient times input over what is dropped at `REFERENCE` of all rows of x (blocks, seq, in), float64."""
+    last = CURVE_LEVELS.index(REFERENCE) - 1
+    parts = [felt.mul_(level <= last) for felt, level in zip(_felt(x, g), levels, strict=True)]
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+
+
+def _felt(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+    """Gradient times input, (n, in) float32, a few rows at a time."""
+    return (g.float() * x.float() for x, g in zip(_parts(x), _parts(g), strict=True))
+
+
+def first_dropped(score: Tensor, thresholds: Tensor) -> Tensor:
+    """Index of the first of ascending thresholds (levels,) that each score (rows, in) is at most; uint8, their number if none."""
+    if score.is_cuda:
+        return torch.bucketize(score.contiguous(), thresholds, out_int32=True).to(torch.uint8)
+    # What torch.bucketize finds, in a tenth of its time: the thresholds in lower bins are looked up, those in the same bin
+    # are compared one after another.
+    counts = torch.bincount(bin_numbers(thresholds), minlength=BINS)
+    lower = (counts.cumsum(0) - counts).to(torch.uint8)
+    ends = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)])
+    level, scores = lower.index_select(0, bin_numbers(score)), score.reshape(-1)
+    for _ in range(int(counts.max())):
+        level += ends.index_select(0, level.int()) < scores
+    return level.view(score.shape)
+
+
+def dropped_sums(values: Tensor, first: Tensor, levels: int) -> Tensor:
+    """Sum of each row's values that a level drops, for every level.
+
+    Args:
+        values: (rows, in).
+        first: (rows, in), the first level that drops each value, from `first_dropped`.
+        levels: their number.
+
+    Returns:
+        (rows, levels) float64; NaN or infinite in a row that holds such a value.
+    """
+    # As whole numbers: these add up to the same in any order, which a GPU's scatter does not keep.
+    largest = values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(values.dtype).tiny).double()
+    unit = largest * (values.shape[1] * 2.0**-62)
+    bins = torch.zeros(len(values), levels + 1, dtype=torch.int64, device=values.device)
+    bins.scatter_add_(1, first.long(), values.double().div_(unit).long())
+    return bins[:, :-1].cumsum(1) * unit
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Rank of each score (rows, in) in its row, float32, 1 for the one that top-k selection drops first."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    position = torch.arange(score.shape[1], 0, -1, dtype=torch.float32, device=score.device)
+    return torch.empty_like(score).scatter_(1, order, position.expand_as(score))
+
+
+def dropped_ranks(width: int) -> Tensor:
+    """Highest rank that top-k selection drops of `width` inputs at the levels above 0, (levels - 1,) float32."""
+    return torch.tensor([width - kept_inputs(width, level) for level in CURVE_LEVELS[1:]], dtype=torch.float32)
+
+
+def _summed(parts: Sequence[Tensor], total: Tensor) -> Tensor:
+    """Sum in order, so that it does not depend on who has computed the parts."""
+    for part in parts:
+        total += part
+    return total

@@ -1,0 +1,200 @@
+"""A decoder layer run with masks on its sites' inputs, as far as a chosen site, for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from wina_calib.common.memory import Growth
+from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.score import Cut, kept_inputs, mask_input, rows_together, scores, stored_norm
+from wina_calib.masks.thresholds import threshold_at
+from wina_calib.model.architecture import Layer, MaskGroup, Projection, Site, mask_groups
+from wina_calib.runtime.kernels.dispatch import mask_rows
+from wina_calib.transforms import uses_norm
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How masks are made.
+
+    Attributes:
+        score: one of `wina_calib.masks.score.SCORES`.
+        masks: `shared` (one a site, joint norm) or `per-projection`.
+        exponent: power of the column norms.
+        transform: resolved transform, as the paper's uses norms on some projections only.
+        select: `threshold` keeps scores above a threshold, `topk` each token's highest.
+        first_token: whether the first token of a sequence is `dense` or masked as all others.
+    """
+
+    score: str = "wina"
+    masks: str = "shared"
+    exponent: float = 1.0
+    transform: str = "none"
+    select: str = "threshold"
+    first_token: str = "dense"
+
+    def groups(self, site: Site) -> tuple[MaskGroup, ...]:
+        """Mask groups of a site."""
+        return mask_groups(site, self.masks)
+
+    def norm(self, group: MaskGroup, weights: list[Tensor]) -> Tensor:
+        """Norm vector (in,) float32 that a group's scores are computed with."""
+        score = self.score if uses_norm(self.transform, group) else "teal"
+        return stored_norm(score, weights, self.exponent)
+
+    def cut(self, table: Tensor, sparsity: float, width: int, device: torch.device) -> Cut:
+        """What a group of `width` inputs is masked with at a site sparsity; `table` (levels,) are its score quantiles."""
+        if self.select == "topk":
+            return kept_inputs(width, sparsity)
+        return torch.tensor(threshold_at(table, sparsity), dtype=torch.float32, device=device)
+
+    def masked_rows(self, x: Tensor) -> Tensor:
+        """The rows of x (batch, seq, ...) that masks are made for: first tokens are left out where they are dense."""
+        return x[:, 1:] if self.first_token == "dense" else x
+
+    def dense_rows(self, x: Tensor) -> Tensor | None:
+        """Rows of x (batch, seq, ...) that are never masked, (batch, seq) bool, or None."""
+        return first_token_rows(x) if self.first_token == "dense" else None
+
+
+class _Stop(Exception):
+    """Carries the input of the site at which a run ends."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class MaskedLayer:
+    """One loaded decoder layer with hooks on its projections; a context manager that always removes them.
+
+    Args:
+        layer: the layer's description.
+        module: the layer with its weights.
+        rule: how masks are made.
+        rotations: run-time matrices (width, width) by site name: `x' = x @ rotation` before score and product.
+    """
+
+    def __init__(self, layer: Layer, module: nn.Module, rule: MaskRule, rotations: Mapping[str, Tensor]) -> None:
+        self.layer, self.module, self.rule, self.rotations = layer, module, rule, dict(rotations)
+        self.groups = {site.name: rule.groups(site) for site in layer.sites}
+        self.norms = {
+            group.key: rule.norm(group, self.weights(group)) for groups in self.groups.values() for group in groups
+        }
+        self.cuts: dict[str, Cut] = {}
+        self.stop_at: str | None = None
+        self.observe: Callable[[str, Tensor], None] | None = None
+        self._handles: list[Any] = []
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._growth = Growth()
+
+    def __enter__(self) -> MaskedLayer:
+        for groups in self.groups.values():
+            for group in groups:
+                for i, projection in enumerate(group.projections):
+                    hook = self._hook(group, first=i == 0 and group is groups[0])
+                    module = self.module.get_submodule(projection.module)
+                    self._handles.append(module.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last.clear()
+
+    def weights(self, group: MaskGroup) -> list[Tensor]:
+        """Weights of a group's projections, each (out, in)."""
+        return [self.weight(p) for p in group.projections]
+
+    def weight(self, projection: Projection) -> Tensor:
+        """Weight of one projection, (out, in)."""
+        return self.module.get_parameter(f"{projection.module}.weight")
+
+    def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The layer's output (batch, seq, hidden) with the masks of the cuts set so far."""
+        self._growth.check()
+        try:
+            output: Tensor = self.module(hidden, **kwargs)
+            return output
+        finally:
+            self._last.clear()
+
+    def input_of(self, site: str, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Run up to a site and return its input (batch, seq, width), rotated, not masked."""
+        self.stop_at = site
+        try:
+            self.run(hidden, kwargs)
+        except _Stop as stop:
+            return stop.x
+        finally:
+            self.stop_at = None
+        raise AssertionError(f"layer {self.layer.index} never reached {site}")
+
+    @contextmanager
+    def replay_attention(self, output: Tensor) -> Iterator[None]:
+        """Let the attention block return `output` instead of computing it."""
+        attention = self.module.get_submodule(self.layer.attention)
+        attention.forward = lambda *args, **kwargs: (output, None)
+        try:
+            yield
+        finally:
+            del attention.forward
+
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        """Return x (batch, seq, width) with the group's mask; dense first tokens are never masked."""
+        return x if group.key not in self.cuts else self.masked(group, x, self.rule.dense_rows(x))
+
+    def masked(self, group: MaskGroup, x: Tensor, dense_rows: Tensor | None) -> Tensor:
+        """Return x (..., width) with the mask of a group that has a cut, but for `dense_rows` (...)."""
+        cut, norm, score = self.cuts[group.key], self.norms[group.key], self.rule.score
+        if isinstance(cut, Tensor) and score in ("wina", "teal"):  # `teal` is the same with norms of 1
+            return mask_rows(x, norm, cut, dense_rows)
+        return mask_input(x, norm, cut, score, dense_rows)
+
+    def count(self, group: MaskGroup, x: Tensor, into: ScoreHistogram) -> None:
+        """Add the scores of a group's inputs (..., width) to a histogram, a few rows at a time."""
+        for rows in x.flatten(0, -2).split(rows_together(x)):
+            into.update(scores(rows, self.norms[group.key], self.rule.score))
+
+    def output_error(self, site: Site, x: Tensor) -> float:
+        """Relative error `||W (x - masked x)|| / ||W x||` of a site on some of its inputs (batch, seq, width)."""
+        lost = kept = 0.0
+        for group in self.groups[site.name]:
+            dropped = x - self.mask(group, x)
+            for weight in self.weights(group):
+                lost += float(linear(dropped, weight).float().square().sum())
+                kept += float(linear(x, weight).float().square().sum())
+        return (lost / kept) ** 0.5 if kept else 0.0
+
+    def _hook(self, group: MaskGroup, *, first: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            x = args[0]
+            seen = self._last.get(group.site)
+            if seen is None or seen[0] is not x:
+                rotation = self.rotations.get(group.site)
+                seen = self._last[group.site] = (x, x if rotation is None else x @ rotation)
+            if first and self.stop_at == group.site:
+                raise _Stop(seen[1])
+            if first and self.observe is not None:
+                self.observe(group.site, seen[1])
+            masked = self._last.get(group.key + "/masked")
+            if masked is None or masked[0] is not x:
+                masked = self._last[group.key + "/masked"] = (x, self.mask(group, seen[1]))
+            return (masked[1],)
+
+        return hook
+
+
+def first_token_rows(x: Tensor) -> Tensor:
+    """Rows that are never masked: the first token of every sequence. x: (batch, seq, ...) -> (batch, seq) bool."""
+    rows = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    rows[:, 0] = True
+    return rows

@@ -1,0 +1,158 @@
+"""The options of a calibration, defined once: Python arguments, command line flags and their help all come from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from wina_calib.checkpoint.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
+from wina_calib.corpus.blocks import DEFAULT_DATA, check_spec, data_specs
+from wina_calib.errors import UsageError
+from wina_calib.masks.score import SCORES, SELECT
+from wina_calib.transforms import NAMES as TRANSFORMS
+
+WEIGHTS = ("full", "reference")
+LOOPS = ("closed", "open")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
+# Options that say where, how and from where a calibration is made; what comes out does not depend on their words.
+OPERATIONAL = frozenset(
+    {"overwrite", "restart", "keep_state", "device", "micro_batch", "revision", "trust_remote_code"}
+)
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """Declare an option: its default, its help, and for the command line `choices`, `flag`, `multiple`, `share` or `metavar`."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of `wina-calib calibrate` and `wina_calib.calibrate`."""
+
+    sparsity: float = option(0.5, "Model sparsity to calibrate for, in [0, 1).", flag="-s", metavar="S", share=True)
+    transform: str = option(
+        "auto",
+        "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
+        choices=(*TRANSFORMS, "residual"),
+    )
+    budget: str = option(
+        "global",
+        "How sparsity is spread over sites: global (least predicted loss), uniform, greedy (the "
+        "papers', slow), or a budget file, which sets the sparsity too.",
+        metavar="NAME|FILE",
+    )
+    min: tuple[str, ...] = option(
+        (),
+        "Lowest sparsity of a site, for all or for a pattern: layers.0-3.*=0.1.",
+        multiple=True,
+        metavar="[PATTERN=]S",
+    )
+    max: tuple[str, ...] = option(
+        (), "Highest sparsity of a site, likewise; 0.95 by default.", multiple=True, metavar="[PATTERN=]S"
+    )
+    grid: tuple[float, ...] = option(
+        DEFAULT_ANCHORS, "Model sparsities, besides the asked one, at which thresholds are fitted.", metavar="S,S,..."
+    )
+    data: tuple[str, ...] = option(
+        DEFAULT_DATA,
+        "Calibration text: builtin, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, .parquet "
+        "file or folder. Repeat to mix evenly.",
+        multiple=True,
+        metavar="SPEC",
+    )
+    samples: int = option(128, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
+    seq_len: int = option(2048, "Tokens a block; cut to what the model takes.", metavar="N")
+    seed: int = option(0, "Seed of every random choice.", metavar="N")
+    score: str = option("wina", "What is compared with the threshold.", choices=SCORES)
+    masks: str = option("shared", "One mask a site, or the papers' one a projection.", choices=MASKS)
+    exponent: float = option(1.0, "Power of the column norms in the score.", metavar="P")
+    select: str = option(
+        "threshold",
+        "What is kept: scores above a threshold, or each token's highest (topk; exact sparsity, but no fast kernel).",
+        choices=SELECT,
+    )
+    loop: str = option(
+        "closed", "Fit thresholds on what the sparse model computes, or on the dense model's inputs.", choices=LOOPS
+    )
+    first_token: str = option(
+        "dense", "Whether the first token of a sequence is computed densely, or masked too.", choices=FIRST_TOKEN
+    )
+    prefill: str = option("sparse", "Whether prompts are masked too, or computed densely.", choices=PREFILL)
+    weights: str = option(
+        "full",
+        "Write the weights too, or only refer to the base model's (a few megabytes; needs transform none).",
+        choices=WEIGHTS,
+    )
+    device: str = option("auto", "Compute device: auto, cpu, cuda, cuda:1 ...", metavar="DEVICE")
+    dtype: str = option("auto", "Compute dtype; auto is the model's on a GPU, float32 on a CPU.", choices=DTYPES)
+    micro_batch: int = option(0, "Blocks computed together; 0 chooses by length.", metavar="N")
+    overwrite: bool = option(False, "Replace an existing output folder.")
+    restart: bool = option(False, "Drop the state of a run that was stopped, and start over.")
+    keep_state: bool = option(False, "Keep the state when done; it is in .NAME.state beside the output folder NAME.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
+    trust_remote_code: bool = option(False, "Run Python code that the model folder brings. Read it first.")
+
+    def __post_init__(self) -> None:
+        problems = [
+            (is_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1)"),
+            (
+                all(0.0 < s < 1.0 for s in self.grid),
+                f"grid is {', '.join(map(str, self.grid))}; expected numbers in (0, 1)",
+            ),
+            (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
+            (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
+            (0 <= self.seed < 1 << 32, f"seed is {self.seed}; expected a whole number from 0 to {(1 << 32) - 1}"),
+            (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
+            (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
+            (len(self.data) > 0, "no data was given"),
+        ]
+        problems += [
+            (value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}")
+            for name, value, choices in self._choices()
+        ]
+        wrong = [message for fine, message in problems if not fine]
+        if wrong:
+            raise UsageError("; ".join(wrong) + ".")
+        for spec in self.data:
+            check_spec(spec)
+
+    @property
+    def anchors(self) -> tuple[float, ...]:
+        """Ascending model sparsities at which thresholds are fitted: the grid and the asked one."""
+        asked = (self.sparsity,) if self.sparsity > 0 else ()
+        return tuple(sorted({*self.grid, *asked})) or DEFAULT_ANCHORS
+
+    def _choices(self) -> Sequence[tuple[str, Any, tuple[str, ...]]]:
+        return [
+            (f.name.replace("_", "-"), getattr(self, f.name), f.metadata["choices"])
+            for f in fields(self)
+            if "choices" in f.metadata
+        ]
+
+
+def make_options(values: dict[str, Any]) -> CalibrateOptions:
+    """Build options from Python keyword arguments, forgiving about single values and paths.
+
+    Raises:
+        UsageError: a name is not an option, or a value is out of range.
+    """
+    known = {f.name for f in fields(CalibrateOptions)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    grid = values.get("grid", DEFAULT_ANCHORS)
+    try:
+        grid = (float(grid),) if isinstance(grid, str | int | float) else tuple(map(float, grid))
+    except (TypeError, ValueError):
+        raise UsageError(f"grid is {grid!r:.80}; expected numbers in (0, 1), such as (0.25, 0.5).") from None
+    values = values | {
+        "data": data_specs(values.get("data", DEFAULT_DATA)),
+        "grid": grid,
+    }
+    for name in ("min", "max"):
+        given = values.get(name, ())
+        values[name] = (str(given),) if isinstance(given, str | int | float) else tuple(map(str, given))
+    return CalibrateOptions(**values)

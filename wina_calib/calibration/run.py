@@ -1,0 +1,181 @@
+"""Calibrate a model: a causal language model in, a sparse-ready checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.choose_budget import settle
+from wina_calib.calibration.identity import identity
+from wina_calib.calibration.job import Job
+from wina_calib.calibration.options import CalibrateOptions, make_options
+from wina_calib.checkpoint.by_reference import check_possible
+from wina_calib.checkpoint.card import write_card
+from wina_calib.checkpoint.reader import WINA_FILE, open_checkpoint
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.writer import checked_side_files
+from wina_calib.common.atomic import check_output, claimed, publish
+from wina_calib.common.background import Background
+from wina_calib.common.devices import default_micro_batch, fitting_length, pick_device, pick_dtype
+from wina_calib.common.distributed import Ranks, shared_ranks
+from wina_calib.common.memory import advice, ran_out
+from wina_calib.common.progress import Progress, Silent
+from wina_calib.corpus.blocks import HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
+from wina_calib.model.config import has_own_code, remote_code
+from wina_calib.model.source import open_source
+from wina_calib.storage.resume import Journal, drop, open_journal
+from wina_calib.transforms import plan
+
+BASE_TOKENS = 16_384
+BASE_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a calibration made: the folder and the settings in its config."""
+
+    folder: Path
+    settings: Settings
+
+
+def calibrate(model: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any) -> Result:
+    """Calibrate a causal language model and write a sparse-ready checkpoint.
+
+    Args:
+        model: a Hugging Face model folder, a Hub repository id, or `demo`.
+        output: folder to write; it appears whole or not at all.
+        progress: hears the estimate, phases and steps.
+        **options: the fields of `CalibrateOptions`: sparsity, transform, data, samples, seq_len ...
+
+    Raises:
+        WinaError: with a message that says what to do.
+
+    Example:
+        ```python
+        wina_calib.calibrate("demo", "demo-sparse", sparsity=0.5)
+        ```
+    """
+    chosen = make_options(options)
+    with remote_code(chosen.trust_remote_code), shared_ranks() as ranks:
+        try:
+            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, progress, ranks))
+            if ranks.is_first:
+                job.report.planned(job.estimate(base))
+                if chosen.weights == "reference" and job.source.commit is None:
+                    job.report.note(
+                        "the base model is a local folder: this checkpoint needs it where it is, and cannot be pushed. "
+                        "Calibrate by a Hub id, or without --weights reference, to push it"
+                    )
+            # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
+            with advice(job.micro_batch, job.blocks.ids.shape), torch.inference_mode(False), torch.enable_grad():
+                return Result(Path(output), _run(job, base, Path(output)))
+        except BaseException as error:
+            error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened
+            raise
+
+
+def prepare(
+    model: str | Path, target: Path, chosen: CalibrateOptions, progress: Progress | None, ranks: Ranks
+) -> tuple[Job, Blocks]:
+    """Check everything that can be checked before the work, and read the text.
+
+    Returns:
+        The job, and the text of the original model's perplexity.
+    """
+    check_output(target, overwrite=chosen.overwrite)
+    source = open_source(model, revision=chosen.revision)
+    by_reference = chosen.weights == "reference"
+    check_output(target, overwrite=chosen.overwrite, keep=source.folder, made=(WINA_FILE,))
+    transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
+    if by_reference:
+        check_possible(transform)
+    else:
+        checked_side_files(source.folder)
+    if has_own_code(source.folder) and (by_reference or not transform.is_free):
+        what = "weights by reference" if by_reference else f"the run-time matrices of transform {transform.name}"
+        raise UsageError(
+            f"{model} runs Python code of its own, which does not go with {what}. Leave --weights reference out, and take "
+            "--transform none, global, head or auto."
+        )
+    chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
+    device = pick_device(chosen.device)
+    tokenizer = source.tokenizer()
+    seq_len = fitting_length(source, chosen.seq_len)
+    job = Job(
+        source=source,
+        options=chosen,
+        transform=transform,
+        blocks=load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed),
+        device=device,
+        dtype=pick_dtype(chosen.dtype, source.dtype, device),
+        micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len, source.architecture.width),
+        report=progress if progress is not None and ranks.is_first else Silent(),
+        ranks=ranks,
+    )
+    return job, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN))
+
+
+def _run(job: Job, base: Blocks, output: Path) -> Settings:
+    """Do the work under a lock on the output, with its state beside it."""
+    ranks = job.ranks
+    target = output.expanduser().resolve()
+    state = target.with_name(f".{target.name}.state")
+    work, spill = state / "output", state / "spill"
+    with ExitStack() as held:
+
+        def begin() -> Journal:
+            held.enter_context(claimed(target, overwrite=job.options.overwrite))
+            known = Background(lambda: identity(job, base))
+            journal = open_journal(state, known, restart=job.options.restart, ranks=ranks, report=job.report)
+            shutil.rmtree(spill, ignore_errors=True)
+            for folder in (work, spill):
+                folder.mkdir(exist_ok=True)
+            return journal
+
+        def end(settings: Settings) -> Settings:
+            open_checkpoint(work)
+            write_card(work, name=target.name)
+            publish(work, target)
+            if not job.options.keep_state:
+                drop(state)
+            return settings
+
+        journal = ranks.agree(lambda: begin() if ranks.is_first else Journal(state, ranks=ranks))
+        try:
+            settings = replace(job, journal=journal, spill=spill).run(work, base)
+            return ranks.first(lambda _: end(settings))
+        except BaseException as error:
+            if ranks.is_first:
+                _leave(error, state, journal, job.report)
+            raise
+
+
+def _leave(error: BaseException, state: Path, journal: Journal, report: Progress) -> None:
+    """Keep the state of a run that failed if the same command may go on with it, and say so."""
+    hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError | StateError)
+    if hopeless or not journal.useful:
+        drop(state)
+        return
+    shutil.rmtree(state / "spill", ignore_errors=True)
+    if isinstance(error, StateError):  # it says itself what to do about the state
+        return
+    text = f"what is finished is kept in {state}: the same command goes on from there"
+    if ran_out(error):
+        text += "; with other options add --restart"
+    if isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"Stopped; {text}.") from error
+    report.note(text)
+
+
+def base_blocks(tokenizer: Any, seq_len: int) -> Blocks:
+    """The stated sample on which the original model's perplexity is kept: built-in held-out text."""
+    return load_blocks(
+        HELDOUT_DATA, tokenizer, samples=max(1, BASE_TOKENS // seq_len), seq_len=seq_len, seed=0, min_tokens=1
+    )

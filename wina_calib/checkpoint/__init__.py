@@ -1,0 +1,1 @@
+"""A calibrated folder: what is in it, read, written, described, pushed."""

@@ -1,0 +1,338 @@
+"""The model card of a checkpoint, made from its facts.
+
+What stands between two marks is made anew; the rest of an existing README.md, and metadata that people set, stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from wina_calib.budgets.count import count_cells
+from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.reader import HEAT_MAP, Checkpoint, open_checkpoint
+from wina_calib.checkpoint.settings import REBUDGETED, Settings
+from wina_calib.common.atomic import readable_errors
+from wina_calib.common.text import percent, rise
+from wina_calib.corpus.blocks import catalogue
+from wina_calib.errors import CheckpointError, HubError
+from wina_calib.model.architecture import SITES
+from wina_calib.model.config import has_own_code, is_reference
+from wina_calib.model.source import DEMO, demo_folder
+from wina_calib.storage.hub_client import fetch
+
+CARD = "README.md"
+TAGS = ("wina", "activation-sparsity", "arxiv:2505.19427")
+BEGIN = "<!-- wina_calib: made from the checkpoint's facts up to the end mark; write your own text outside -->"
+END = "<!-- wina_calib: end -->"
+_LICENCE = ("license", "license_name", "license_link")
+_MAX_CARD = 2 << 20
+_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_BLOCK = re.compile(r"\A---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model: its Hub id where it has one, the name to show, and the metadata of its own card."""
+
+    repo: str | None
+    commit: str | None
+    shown: str
+    metadata: dict[str, Any]
+
+
+def write_card(folder: Path, *, repo: str | None = None, name: str | None = None) -> None:
+    """Write README.md into a checkpoint's folder, or bring it up to date; nothing is asked of the network.
+
+    Args:
+        folder: the checkpoint.
+        repo: its repository on the Hub, which the examples then name; else they name the folder.
+        name: the folder's name once it is published, where it has another one yet.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or README.md begins with metadata that is no YAML.
+    """
+    opened = open_checkpoint(folder)
+    base = find_base(folder, opened.settings)
+    path = folder / CARD
+    metadata, text = split_card(path) if path.is_file() else ({}, "")
+    merged = complete(metadata, made_metadata(folder, opened.settings, base))
+    name = repo or name or Path(folder).name.removeprefix(".").removesuffix(".partial")
+    block = f"{BEGIN}\n{made_text(opened, base, name)}\n{END}"
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        text = before + block + rest.partition(END)[2]
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n" if text.strip() else f"# {name.rpartition('/')[2]}\n\n{block}\n"
+    head = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=1000)
+    put(path, f"---\n{head}---\n{text}".encode())
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a small file in one step. A link, as into the Hub's cache, is replaced and never written through."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with readable_errors(path):
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+
+def split_card(path: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a card.
+
+    Raises:
+        CheckpointError: the metadata is no YAML mapping, or the file is too large.
+    """
+    if path.stat().st_size > _MAX_CARD:
+        raise CheckpointError(f"{path} has more than {_MAX_CARD} bytes. Shorten it.")
+    text = path.read_text("utf-8", errors="replace")
+    block = _BLOCK.match(text)
+    if block is None:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(block[1])
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the metadata between the --- lines is no YAML. Correct or delete it."
+        ) from error
+    if not isinstance(metadata, dict | None):
+        raise CheckpointError(f"{path}: the metadata between the --- lines is no mapping. Correct or delete it.")
+    return metadata or {}, text[block.end() :].lstrip("\n")
+
+
+def complete(metadata: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Metadata that people set, with what is missing; tags of both."""
+    tags = metadata.get("tags")
+    own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    merged = made | {key: value for key, value in metadata.items() if value is not None}
+    return merged | {"tags": list(dict.fromkeys([*made["tags"], *own]))}
+
+
+def made_metadata(folder: Path, settings: Settings, base: Base) -> dict[str, Any]:
+    """Metadata that follows from the facts; the Hub's keys."""
+    found: dict[str, Any] = {}
+    if base.repo is not None:
+        found |= {"base_model": base.repo, "base_model_relation": "quantized"}
+    found |= licence(folder, base)
+    reference = is_reference(folder)
+    found |= {"library_name": "wina-calib" if reference else "transformers", "pipeline_tag": "text-generation"}
+    language = base.metadata.get("language")
+    if isinstance(language, str | list):
+        found["language"] = language
+    datasets = hub_datasets(settings.provenance.get("data", ()))
+    if datasets:
+        found["datasets"] = datasets
+    return found | {"tags": list(TAGS)}
+
+
+def licence(folder: Path, base: Base) -> dict[str, str]:
+    """The base model's licence: as its card has it, or the licence file that came with it."""
+    found = {key: str(base.metadata[key]) for key in _LICENCE if isinstance(base.metadata.get(key), str)}
+    files = sorted(path.name for path in folder.iterdir() if path.name.upper().startswith("LICENSE"))
+    if not found and files:
+        found = {"license": "other", "license_name": "licence-of-the-base-model"}
+    if found.get("license") == "other" and "license_link" not in found and files:
+        found["license_link"] = files[0]
+    link = found.get("license_link")
+    if link and base.repo and "://" not in link and link not in files:
+        found["license_link"] = f"https://huggingface.co/{base.repo}/blob/{base.commit or 'main'}/{link}"
+    return found
+
+
+def hub_datasets(specs: Sequence[str]) -> list[str]:
+    """Hub datasets among data specs."""
+    known = catalogue()
+    names = []
+    for spec in specs:
+        name, _, rest = str(spec).partition(":")
+        if name == "hub":
+            names.append(rest.partition(":")[0])
+        elif name in known:
+            names.append(str(known[name]["path"]))
+    return list(dict.fromkeys(name for name in names if _REPO.fullmatch(name)))
+
+
+def find_base(folder: Path, settings: Settings) -> Base:
+    """What is known of the base model without asking the network."""
+    name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
+    name = name if isinstance(name, str) else "unknown"
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not _REPO.fullmatch(name):
+        local = demo_folder() if name == DEMO else Path(name).expanduser()
+        return Base(None, None, local.name or name, _card_of(local))
+    try:
+        cached: Path | None = fetch(name, revision=commit, local_files_only=True)[0]
+    except HubError:
+        cached = None
+    return Base(name, commit, name, _card_of(cached) if cached else {})
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    path = folder / CARD
+    try:
+        return split_card(path)[0] if path.is_file() else {}
+    except (CheckpointError, OSError):
+        return {}  # a card that cannot be read tells nothing
+
+
+def made_text(opened: Checkpoint, base: Base, name: str) -> str:
+    """The card's text in Markdown."""
+    settings, folder = opened.settings, opened.folder
+    parts = [
+        f"{_base_link(base)} with calibrated activation sparsity: at every linear layer of the decoder, inputs whose "
+        f"score is below a fitted threshold are skipped, {percent(settings.sparsity, 0)} of them by default, and the "
+        "weight columns that they would meet are not read. Made by wina_calib with the method of "
+        "[WINA](https://arxiv.org/abs/2505.19427).",
+        _loading(folder, settings, name),
+        _figures(opened),
+        _budget(opened),
+        _making(settings, base),
+        _limits(settings, reference=is_reference(folder)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _base_link(base: Base) -> str:
+    return f"[{base.repo}](https://huggingface.co/{base.repo})" if base.repo else code(base.shown)
+
+
+def _loading(folder: Path, settings: Settings, name: str) -> str:
+    own_code = has_own_code(folder)
+    lines = [
+        "import wina_calib",
+        f'model = wina_calib.load("{name}"{", trust_remote_code=True" if own_code else ""})',
+        f"wina_calib.set_sparsity(model, {settings.sparsity})",
+    ]
+    text = "## Load it\n\n`pip install wina-calib`, then\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
+    if own_code:
+        text += "The model's class is Python code in this repository, which then runs: read it first.\n\n"
+    if is_reference(folder):
+        return text + (
+            "This repository holds the calibration only, a few megabytes; loading takes the weights from the base model "
+            "and checks that they are the ones it was made for."
+        )
+    return text + (
+        "After `import wina_calib`, `AutoModelForCausalLM.from_pretrained` and `pipeline` load it as well. Any sparsity "
+        "between 0 and 1 can be set while it runs."
+    )
+
+
+def _figures(opened: Checkpoint) -> str:
+    settings = opened.settings
+    cells = count_cells(opened.architecture, settings.transform)
+    measured = read_evaluation(opened.folder)
+    rows = [
+        ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
+        ("score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"),
+        ("budget", code(settings.budget)),
+        ("sparsity asked", percent(settings.sparsity)),
+    ]
+    if measured is None:
+        rows += [
+            ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
+            ("quality", "not measured yet: `wina-calib evaluate DIR --save`"),
+        ]
+    else:
+        dense, sparse = measured["dense_ppl"], measured["sparse_ppl"]
+        rows += [
+            (f"sparsity achieved (asked {percent(measured['sparsity'])})", percent(measured["model_sparsity"])),
+            ("read fraction", f"{percent(measured['read_fraction'])} with lm_head"),
+            ("read fraction, decoder", percent(measured["read_fraction_decoder"])),
+            ("perplexity dense", f"{dense:.3f}"),
+            ("perplexity sparse", f"{sparse:.3f} ({rise(sparse, dense)})"),
+            ("KL divergence from dense", f"{measured['kl']:.4f} nats/token"),
+            ("same most likely token", percent(measured["top1_agreement"])),
+            ("measured on", f"{measured['tokens']:,} tokens of {_data(measured['data'])}"),
+        ]
+    base_ppl = settings.provenance.get("base_ppl")
+    # Beside figures of other tokens it would look as if the checkpoint were another dense model.
+    comparable = measured is None or measured.get("base_ppl_comparable") is True
+    if isinstance(base_ppl, int | float) and comparable:
+        data = _data(settings.provenance.get("base_ppl_data", ()))
+        tokens = _count(settings.provenance.get("base_ppl_tokens"), ",")
+        rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
+    meaning = "Read fraction: bytes of weights read for a token over the dense model's, run-time matrices included."
+    return f"## Figures\n\n{_table(('', ''), rows)}\n\n{meaning}"
+
+
+def _budget(opened: Checkpoint) -> str:
+    sparsities = opened.sparsities(opened.settings.sparsity)
+    rows = [(str(i), *(f"{value:.3f}" for value in row)) for i, row in enumerate(sparsities.tolist())]
+    rows.append(("mean", *(f"{value:.3f}" for value in np.mean(sparsities, axis=0))))
+    picture = f"![site sparsity by layer and site]({HEAT_MAP})\n\n" if (opened.folder / HEAT_MAP).is_file() else ""
+    return (
+        f"## Budget\n\nShare of inputs dropped at each site.\n\n{picture}<details><summary>table</summary>\n\n"
+        + _table(("layer", *SITES), rows)
+        + "\n\n</details>"
+    )
+
+
+def _making(settings: Settings, base: Base) -> str:
+    facts = settings.provenance
+    versions = facts.get("versions")
+    shown = versions if isinstance(versions, dict) else {}
+    later = facts.get(REBUDGETED)
+    chosen = f"{code(settings.budget)} for {percent(settings.sparsity)}, thresholds {code(str(later))}"
+    rows = [
+        ("command", code(without_folders(str(facts.get("command", "unknown"))))),
+        *([("budget chosen later", f"`wina-calib budget`: {chosen}")] if later is not None else []),
+        ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
+        ("weights", f"sha256 {code(settings.weights)}"),
+        (
+            "data",
+            f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}",
+        ),
+        (
+            "tokens",
+            "{} blocks of {}, seed {}".format(*(_count(facts.get(name)) for name in ("blocks", "seq_len", "seed"))),
+        ),
+        ("fitted at", ", ".join(percent(anchor) for anchor in settings.fitted_anchors)),
+        ("versions", ", ".join(code(f"{name} {version}") for name, version in shown.items())),
+    ]
+    return "## How it was made\n\n" + _table(("", ""), rows)
+
+
+def _limits(settings: Settings, *, reference: bool) -> str:
+    first, last = settings.fitted_anchors[0], settings.fitted_anchors[-1]
+    points = [
+        "Thresholds fit text like the calibration data. On other text the achieved sparsity and the quality differ: "
+        "measure with `wina-calib evaluate DIR --data YOUR_TEXT`.",
+        f"Thresholds were fitted between {percent(first)} and {percent(last)}; beyond, they are extrapolated.",
+        "Memory and file size are the dense model's; what falls is the bytes read for a token while decoding.",
+        "What the base model gets wrong, this model gets wrong too; its licence and its limits hold here.",
+    ]
+    if settings.transform in ("paper", "stacked"):
+        points.append("It needs run-time matrices: without wina_calib it does not load.")
+    elif not reference:
+        points.append("Without wina_calib, transformers loads it as the dense model, with a report of unused tensors.")
+    return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
+
+
+def without_folders(text: str) -> str:
+    """A command or data spec without the folders of local paths, which say more of a machine than of a model."""
+    return re.sub(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
+
+
+def _count(value: Any, form: str = "") -> str:
+    return format(value, form) if isinstance(value, int) else "?"
+
+
+def _data(specs: Sequence[Any]) -> str:
+    return code(", ".join(without_folders(str(spec)) for spec in specs))
+
+
+def code(text: str) -> str:
+    """Text as Markdown code that nothing in it can leave, also inside a table."""
+    plain = " ".join(text.split()).replace("`", "'").replace("|", "/")
+    return f"`{plain}`" if plain else "-"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

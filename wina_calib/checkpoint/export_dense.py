@@ -1,0 +1,48 @@
+"""A calibrated checkpoint as a plain dense model folder, for tools that do not know wina_calib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.checkpoint.writer import copy_side_files, header_metadata, write_index, write_json
+from wina_calib.common.atomic import check_output, output_folder
+from wina_calib.errors import UnsupportedModel
+from wina_calib.model.config import is_reference, read_config
+from wina_calib.model.source import is_added, is_rotation, weights_folder
+from wina_calib.storage import ShardWriter
+
+
+def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:
+    """Write a checkpoint's weights without what calibration added.
+
+    Args:
+        folder: a calibrated checkpoint whose transform is absorbed in the weights.
+        output: folder to write.
+        overwrite: replace an existing folder.
+
+    Raises:
+        UnsupportedModel: the checkpoint needs run-time matrices.
+    """
+    check_output(output, overwrite=overwrite, keep=folder, made=("config.json",))
+    opened = open_checkpoint(folder)
+    if is_reference(folder):
+        raise UnsupportedModel(f"{folder} holds no weights: the dense model is {weights_folder(folder)} itself.")
+    if any(map(is_rotation, opened.shards)):
+        raise UnsupportedModel(
+            f"{folder} needs run-time matrices (transform {opened.settings.transform}); no plain dense model equals it. "
+            "Calibrate with --transform global or none."
+        )
+    files = {name: info.file.name for name, info in opened.shards.items() if not is_added(name)}
+    with output_folder(output, overwrite=overwrite) as target:
+        for file in sorted(set(files.values())):
+            names = [name for name in opened.shards if files.get(name) == file]
+            specs = {name: (opened.shards[name].dtype, opened.shards[name].shape) for name in names}
+            with ShardWriter(target / file, specs, header_metadata()) as writer:
+                for name in names:
+                    writer.write(name, opened.shards.load(name))
+        write_index(target, files, {name: opened.shards[name].nbytes for name in files})
+        config = read_config(folder)
+        config.pop("quantization_config", None)
+        copy_side_files(folder, target)
+        write_json(target / "config.json", config)

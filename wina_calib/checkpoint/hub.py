@@ -1,0 +1,245 @@
+"""Pushing checkpoints to the Hugging Face Hub, and finding them there. Tokens only pass through to huggingface_hub."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from wina_calib.checkpoint.card import TAGS, put, write_card
+from wina_calib.checkpoint.reader import HEAT_MAP, WINA_FILE, open_checkpoint, read_settings
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.common import plots
+from wina_calib.errors import CheckpointError, UsageError
+from wina_calib.model.architecture import SITES
+from wina_calib.model.config import REFERENCE_FILE, is_reference
+from wina_calib.model.source import given_name, is_added, is_rotation
+from wina_calib.storage.hub_client import CONFLICT, readable_errors, status_of
+
+_LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
+# Files of an earlier push that this folder lacks would be read beside its own, or in their place.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "wina_*"]
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: the address, the commit, and whether anything was uploaded."""
+
+    url: str
+    commit: str
+    changed: bool
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Verify a checkpoint, complete its model card and upload the folder as it is.
+
+    Args:
+        folder: a checkpoint made by `calibrate`.
+        repo: USER/NAME; made if it does not exist.
+        private: whether a new repository is private; None is the account's default.
+        revision: branch to push to; made if it does not exist.
+        create_pr: open a pull request instead of committing.
+        message: the commit's message.
+        token: as huggingface_hub takes it; None is the one of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The repository's address, or the pull request's.
+
+    Raises:
+        UsageError: `repo` lacks the user.
+        CheckpointError: the folder is damaged; nothing was uploaded.
+        HubError: the Hub refused, or cannot be reached. What was uploaded of large files is not sent again.
+
+    Example:
+        ```python
+        wina_calib.push_to_hub("demo-sparse", "USER/demo-sparse", private=True)
+        ```
+    """
+    return push(
+        Path(given_name(folder)),
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        token=token,
+    ).url
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | bool | None = None,
+) -> Pushed:
+    """As `push_to_hub`; tells too whether anything changed."""
+    if not all(repo.partition("/")):
+        raise UsageError(
+            f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
+        )
+    prepare(folder, repo)
+    api = HfApi(token=token)
+    with readable_errors(repo, revision, kept=", and nothing was sent"):
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        for attempt in range(_ATTEMPTS):
+            before = api.model_info(name, revision=revision).sha
+            try:
+                done = api.upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=before,
+                    commit_message=message or "Upload activation sparsity calibrated by wina_calib",
+                    ignore_patterns=_LEFT_OUT,
+                    delete_patterns=_REPLACED,
+                )
+                break
+            except HfHubHTTPError as error:
+                # Two pushes at a time must not leave a mixture of their files: the later one starts over.
+                if status_of(error) != CONFLICT or attempt == _ATTEMPTS - 1:
+                    raise
+    url = done.pr_url if create_pr and done.pr_url else f"{api.endpoint}/{name}"
+    if revision is not None and not create_pr:
+        url += f"/tree/{revision}"
+    return Pushed(url, done.oid, changed=done.oid != before)
+
+
+def prepare(folder: Path, repo: str) -> None:
+    """Verify a checkpoint with all its weights, draw its budget where that is possible, and complete its card.
+
+    Raises:
+        CheckpointError: it is damaged.
+        UsageError: it refers to weights that are on no Hub.
+    """
+    opened = open_checkpoint(folder)
+    opened.verify_weights()
+    if is_reference(folder) and opened.settings.provenance.get("base_commit") is None:
+        raise UsageError(
+            f"{folder} refers to weights in a local folder, which nobody else has. Calibrate the base model by its Hub "
+            "id, or without --weights reference."
+        )
+    if plots.available():
+        sparsity = opened.settings.sparsity
+        picture = plots.heat_map(opened.sparsities(sparsity), SITES, f"site sparsity at model sparsity {sparsity:g}")
+        put(folder / HEAT_MAP, picture)
+    write_card(folder, repo=repo)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint on the Hub, as far as a search tells."""
+
+    repo: str
+    base_model: str | None
+    private: bool
+    downloads: int
+    modified: str
+
+
+def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | bool | None = None) -> list[Listed]:
+    """Checkpoints on the Hub that carry the tag `wina`, the latest first.
+
+    Args:
+        user: only those of this user or organisation.
+        limit: at most so many.
+        token: as huggingface_hub takes it; with it, private ones are listed too.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses.
+    """
+    with readable_errors(user or "the Hub"):
+        found = HfApi(token=token).list_models(
+            author=user, filter=TAGS[0], sort="last_modified", limit=limit, cardData=True, full=True
+        )
+        return [
+            Listed(
+                repo=model.id,
+                base_model=_base_of(model.card_data),
+                private=bool(model.private),
+                downloads=int(model.downloads or 0),
+                modified=model.last_modified.date().isoformat() if model.last_modified else "",
+            )
+            for model in found
+        ]
+
+
+@dataclass(frozen=True)
+class RemoteFacts:
+    """What a remote checkpoint is, learned without its weights.
+
+    Attributes:
+        repo: its name.
+        commit: the commit looked at.
+        settings: its calibration.
+        by_reference: whether the weights are the base model's.
+        parameters: elements of the weights, run-time matrices left out, by dtype.
+        runtime_elements: elements of run-time matrices.
+        total_bytes: bytes of all tensors.
+    """
+
+    repo: str
+    commit: str
+    settings: Settings
+    by_reference: bool
+    parameters: dict[str, int]
+    runtime_elements: int
+    total_bytes: int
+
+
+def remote_facts(repo: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteFacts:
+    """Facts of a checkpoint on the Hub from its config and the headers of its safetensors files.
+
+    Raises:
+        HubError: it cannot be had.
+        CheckpointError: it is not a calibrated checkpoint.
+    """
+    api = HfApi(token=token)
+    with readable_errors(repo, revision):
+        about = api.model_info(repo, revision=revision)
+        commit = str(about.sha)
+        names = {file.rfilename for file in about.siblings or ()}
+        if WINA_FILE not in names:
+            raise CheckpointError(f"{repo} is not calibrated: it has no {WINA_FILE}.")
+        config = REFERENCE_FILE if REFERENCE_FILE in names else "config.json"
+        folder = Path(api.hf_hub_download(repo, config, revision=commit)).parent
+        headers = [
+            api.parse_safetensors_file_metadata(repo, name, revision=commit)
+            for name in sorted(names)
+            if name.endswith(".safetensors") and "/" not in name
+        ]
+    parameters: Counter[str] = Counter()
+    runtime = total = 0
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            total += tensor.data_offsets[1] - tensor.data_offsets[0]
+            if is_rotation(name):
+                runtime += tensor.parameter_count
+            elif not is_added(name):
+                parameters[tensor.dtype] += tensor.parameter_count
+    return RemoteFacts(repo, commit, read_settings(folder), config == REFERENCE_FILE, dict(parameters), runtime, total)
+
+
+def _base_of(card: object) -> str | None:
+    base = getattr(card, "base_model", None)
+    return base[0] if isinstance(base, list) and base else base if isinstance(base, str) else None

@@ -1,0 +1,232 @@
+"""The checkpoint on disk: what is stored for each site, and the verifying reader; `checkpoint_writer` writes it.
+
+`docs/format.md` specifies it. Weights are in `model-*-of-*.safetensors`, what calibration adds is in `wina.safetensors`, and
+`model.safetensors.index.json` lists both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.common.atomic import finish_staged
+from wina_calib.errors import CheckpointError
+from wina_calib.masks.score import column_norms
+from wina_calib.masks.thresholds import LEVELS, site_sparsity
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
+from wina_calib.model.config import CONFIG_BYTES, METHOD, config_file, describe_config, load_config
+from wina_calib.model.source import DEMO, demo_folder, is_added, is_derived, is_rotation, weights_folder
+from wina_calib.storage import Shards, read_json
+
+WINA_FILE = "wina.safetensors"
+HEAT_MAP = "wina_budget.png"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """What is stored for one site: see `docs/format.md`."""
+
+    norms: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    thresholds: dict[str, Tensor]
+    budget: Tensor
+    error: Tensor
+    curve: Tensor | None = None
+
+    def named(self, prefix: str, site: str) -> dict[str, Tensor]:
+        """Tensors by their full names, float32."""
+        path = f"{prefix}wina.{site}"
+        out = {f"{path}.budget": self.budget, f"{path}.error": self.error}
+        if self.curve is not None:
+            out[f"{path}.curve"] = self.curve
+        for group, norm in self.norms.items():
+            out |= {
+                f"{path}.{group}.norm": norm,
+                f"{path}.{group}.table": self.tables[group],
+                f"{path}.{group}.threshold": self.thresholds[group],
+            }
+        return {name: tensor.to(torch.float32).contiguous() for name, tensor in out.items()}
+
+
+def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that calibration adds to a checkpoint, run-time matrices left out."""
+    anchors, levels = len(settings.anchors), len(LEVELS)
+    out: dict[str, tuple[int, ...]] = {}
+    for layer, site in arch.sites:
+        path = f"{layer.prefix}wina.{site.name}"
+        out |= {f"{path}.budget": (anchors,), f"{path}.error": (anchors,)}
+        if settings.curve_levels:
+            out[f"{path}.curve"] = (len(settings.curve_levels),)
+        for group in settings.rule.groups(site):
+            out |= {
+                f"{path}.{group.name}.norm": (site.width,),
+                f"{path}.{group.name}.table": (anchors, levels),
+                f"{path}.{group.name}.threshold": (),
+            }
+    return out
+
+
+def model_names(shards: Shards, arch: Architecture) -> list[str]:
+    """Names of a model's weights on disk, which its fingerprint covers: run-time matrices too."""
+    tied = f"{arch.lm_head}.weight" if arch.tied else None
+    return sorted(n for n in shards if not is_derived(n) and n != tied and (not is_added(n) or is_rotation(n)))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A calibrated checkpoint, opened and checked."""
+
+    folder: Path
+    settings: Settings
+    architecture: Architecture
+    shards: Shards
+    tensors: dict[str, Tensor]
+
+    def site(self, layer: Layer, site: Site) -> SiteTensors:
+        """Everything stored for one site."""
+        path = f"{layer.prefix}wina.{site.name}"
+        groups: tuple[MaskGroup, ...] = self.settings.rule.groups(site)
+        return SiteTensors(
+            norms={g.name: self.tensors[f"{path}.{g.name}.norm"] for g in groups},
+            tables={g.name: self.tensors[f"{path}.{g.name}.table"] for g in groups},
+            thresholds={g.name: self.tensors[f"{path}.{g.name}.threshold"] for g in groups},
+            budget=self.tensors[f"{path}.budget"],
+            error=self.tensors[f"{path}.error"],
+            curve=self.tensors.get(f"{path}.curve"),
+        )
+
+    def sparsities(self, model_sparsity: float) -> NDArray[np.float64]:
+        """Site sparsities (layers, sites) that the budget gives at a model sparsity."""
+        anchors, arch = self.settings.anchors, self.architecture
+        return np.array(
+            [
+                [
+                    site_sparsity(
+                        anchors, self.tensors[f"{layer.prefix}wina.{site.name}.budget"].numpy(), model_sparsity
+                    )
+                    for site in layer.sites
+                ]
+                for layer in arch.layers
+            ]
+        )
+
+    def weight_names(self) -> list[str]:
+        """Names of the tensors that are the model's weights and run-time matrices."""
+        added = expected_tensors(self.architecture, self.settings)
+        return sorted(name for name in self.shards if name not in added)
+
+    def verify_weights(self, folder: Path | None = None) -> None:
+        """Read all weights and check that they are those that the calibration was made for.
+
+        Args:
+            folder: where the weights are; by default here, or in the base model that the checkpoint refers to.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        folder = folder or weights_folder(self.folder)
+        if folder == self.folder:
+            shards, names = self.shards, self.weight_names()
+        else:
+            shards = Shards.open(folder)
+            names = model_names(shards, self.architecture)
+        found = shards.fingerprint(names)
+        if found != self.settings.weights and not self._is_cast_of_the_weights(shards):
+            differ = (
+                f"the weights are not those that the calibration was made for (fingerprint {found[:12]}, expected "
+                f"{self.settings.weights[:12]})"
+            )
+            if folder == self.folder:
+                raise CheckpointError(f"{folder}: {differ}. Calibrate these weights again.")
+            raise CheckpointError(
+                f"{folder} is not the base model that {self.folder} was made for: {differ}. Give that model, or calibrate "
+                "this one."
+            )
+
+    def _is_cast_of_the_weights(self, shards: Shards) -> bool:
+        """Whether the weights have the stored norms in another dtype, as a model saved after a cast has."""
+        if self.settings.score != "wina" or self.settings.transform == "paper":
+            return False
+        for layer, site in self.architecture.sites:
+            stored = self.site(layer, site)
+            for group in self.settings.rule.groups(site):
+                names = [f"{layer.prefix}{p.module}.weight" for p in group.projections]
+                if any(name not in shards or shards[name].shape[1:] != (site.width,) for name in names):
+                    return False
+                weights = [shards.load(name) for name in names]
+                norms = column_norms(weights).pow(self.settings.exponent)
+                exact = norms_match(stored.norms[group.name], norms, tolerance=1e-6)
+                if exact or not norms_match(stored.norms[group.name], norms):
+                    return False
+        return True
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a calibrated checkpoint; every site's tensors must be there, finite and of the right shape.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, not calibrated, or of a newer format.
+    """
+    settings = read_settings(folder)
+    config = load_config(folder)
+    arch = describe_config(config)
+    shards = Shards.open(folder)
+    expected = expected_tensors(arch, settings)
+    check_complete(folder, expected, {name: info.shape for name, info in shards.items()})
+    tensors = {name: shards.load(name) for name in expected}
+    check_values(folder, tensors)
+    return Checkpoint(folder, settings, arch, shards, tensors)
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read the calibration's settings from config.json."""
+    finish_staged(folder)
+    path = config_file(folder)
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")
+    raw = read_json(path, max_bytes=CONFIG_BYTES)
+    section = raw.get("quantization_config") if isinstance(raw, dict) else None
+    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
+        name = DEMO if folder == demo_folder() else folder
+        raise CheckpointError(f"{name} is not calibrated. Run `wina-calib calibrate {name} -o NEW_FOLDER` first.")
+    return Settings.from_dict(section)
+
+
+def check_complete(
+    where: Path | str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless all expected tensors are there with their shapes."""
+    missing = sorted(set(expected) - set(found))
+    wrong = [n for n, shape in expected.items() if n in found and tuple(found[n]) != shape]
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} of {len(expected)} calibration tensors are missing, such as {missing[0]}. Another tool "
+            "may have saved the model without them: calibrate again, or restore wina.safetensors and the index from the original."
+        )
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{where}: {name} has shape {tuple(found[name])}, expected {expected[name]}. Download it again or calibrate again."
+        )
+
+
+def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a calibration tensor is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinite values. Download it again or calibrate again."
+            )
+
+
+def norms_match(stored: Tensor, fresh: Tensor, tolerance: float = 2e-2) -> bool:
+    """Whether stored norms are those computed anew, up to rounding of the weights to another dtype."""
+    return bool(torch.allclose(fresh, stored.to(fresh.device), rtol=tolerance, atol=1e-6))

@@ -1,0 +1,167 @@
+"""What config.json says of a calibration: the `quantization_config` of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from wina_calib.calibration.masked_layer import MaskRule
+from wina_calib.errors import CheckpointError
+from wina_calib.masks.score import SCORES, SELECT
+from wina_calib.model.config import METHOD
+
+FORMAT_VERSION = "1.0"
+MASKS = ("shared", "per-projection")
+PREFILL = ("sparse", "dense")
+FIRST_TOKEN = ("dense", "sparse")
+INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
+REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A calibration's settings, one to one the JSON object in config.json (with `quant_method` added).
+
+    Attributes:
+        sparsity: model sparsity asked for; the stored thresholds are those for it.
+        anchors: ascending model sparsities at which tables and budget are stored; see `fitted_anchors`.
+        score: how inputs are scored.
+        masks: one mask a site or one a projection.
+        exponent: power of the column norms in the score.
+        transform: resolved orthogonal transform.
+        budget: how site sparsities were chosen.
+        prefill: whether inputs that fill an empty cache are masked too.
+        select: whether scores above a threshold are kept, or each token's highest.
+        first_token: whether the first token of a sequence is computed densely.
+        curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
+        weights: fingerprint of the weights that this belongs to.
+        provenance: base model, data, seed, versions, command, dense perplexity.
+        format_version: version of the format, `major.minor`.
+    """
+
+    sparsity: float
+    anchors: tuple[float, ...]
+    score: str = "wina"
+    masks: str = "shared"
+    exponent: float = 1.0
+    transform: str = "none"
+    budget: str = "uniform"
+    prefill: str = "sparse"
+    select: str = "threshold"
+    first_token: str = "dense"
+    curve_levels: tuple[float, ...] = ()
+    weights: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def rule(self) -> MaskRule:
+        """How masks are made."""
+        return MaskRule(self.score, self.masks, self.exponent, self.transform, self.select, self.first_token)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a calibration block; 2048 where the provenance does not say."""
+        return int(self.provenance.get("seq_len", 2048))
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether masks are those that the fast kernels make: scores from magnitudes, above a threshold."""
+        return self.select == "threshold" and self.score in ("wina", "teal")
+
+    @property
+    def fitted_anchors(self) -> tuple[float, ...]:
+        """The anchors at which thresholds were fitted: not those that a budget chosen later put between or beyond them."""
+        named = self.provenance.get(INTERPOLATED)
+        return tuple(a for a in self.anchors if not isinstance(named, list | tuple) or a not in named) or self.anchors
+
+    def unfitted(self, sparsity: float) -> str | None:
+        """What to tell of a model sparsity that lies outside of those that thresholds were fitted at; None inside."""
+        lowest, highest = self.fitted_anchors[0], self.fitted_anchors[-1]
+        if sparsity == 0 or lowest <= sparsity <= highest:
+            return None
+        return (
+            f"sparsity {sparsity:g} lies outside of {lowest:g} to {highest:g}, where thresholds were fitted. Calibrate "
+            "with it in --grid, or fit it with `wina-calib budget DIR --sparsity S --apply DIR --refit`."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return {"quant_method": METHOD} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Settings:
+        """Read and check the JSON object.
+
+        Raises:
+            CheckpointError: a value is missing or wrong, or the format is of a newer major version.
+        """
+        version = str(raw.get("format_version", ""))
+        major = version.partition(".")[0]
+        if not re.fullmatch("[0-9]{1,4}", major):
+            raise CheckpointError(
+                f"quantization_config: format_version is {version!r:.40}, expected {FORMAT_VERSION!r}."
+            )
+        if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+            raise CheckpointError(
+                f"the checkpoint has format {version:.40}, this wina_calib reads up to {FORMAT_VERSION}. "
+                "Update: pip install -U wina-calib."
+            )
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        try:
+            settings = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"quantization_config: {error}. Calibrate again.") from error
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise CheckpointError where a value is out of its range."""
+        problems = [
+            (is_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}, expected a number in [0, 1)"),
+            (
+                isinstance(self.anchors, tuple)
+                and len(self.anchors) > 0
+                and all(map(is_sparsity, self.anchors))
+                and list(self.anchors) == sorted(set(self.anchors)),
+                f"anchors are {self.anchors!r:.80}, expected ascending numbers in [0, 1)",
+            ),
+            (
+                isinstance(self.exponent, int | float) and abs(self.exponent) < 1e9,
+                f"exponent is {self.exponent!r:.80}",
+            ),
+            (
+                isinstance(self.curve_levels, tuple) and all(map(is_sparsity, self.curve_levels)),
+                f"curve_levels are {self.curve_levels!r:.80}, expected numbers in [0, 1)",
+            ),
+            (isinstance(self.provenance, dict), "provenance is not an object"),
+            (isinstance(self.weights, str), f"weights is {self.weights!r:.80}, expected a fingerprint"),
+            (isinstance(self.budget, str), f"budget is {self.budget!r:.80}"),
+            (isinstance(self.transform, str), f"transform is {self.transform!r:.80}"),
+        ]
+        problems += [
+            (value in known, f"{name} is {value!r:.80}, expected one of {', '.join(known)}")
+            for name, value, known in (
+                ("score", self.score, SCORES),
+                ("masks", self.masks, MASKS),
+                ("prefill", self.prefill, PREFILL),
+                ("select", self.select, SELECT),
+                ("first_token", self.first_token, FIRST_TOKEN),
+            )
+        ]
+        wrong = [message for fine, message in problems if not fine]
+        if wrong:
+            raise CheckpointError(f"quantization_config of config.json: {'; '.join(wrong)}. Calibrate again.")
+
+
+def is_sparsity(value: Any) -> bool:
+    """Whether a value is a number in [0, 1), NumPy's included."""
+    return (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and bool(0 <= value < 1)  # not float(value): an integer may be too large for it
+    )

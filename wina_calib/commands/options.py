@@ -1,0 +1,181 @@
+"""What commands share: options, progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from wina_calib.calibration.options import DTYPES, CalibrateOptions
+from wina_calib.common.text import finite
+from wina_calib.corpus.blocks import HELDOUT_DATA
+from wina_calib.errors import OutputError
+from wina_calib.model.config import remote_code
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(DTYPES),
+    help="Compute dtype; auto is the stored one on a GPU, float32 on a CPU.",
+)
+
+
+def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """Trust code for as long as the command runs."""
+    if value:
+        context.with_resource(remote_code(True))
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run Python code that the model folder brings. Read it first.",
+)
+folder_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what exists.")
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
+
+
+def heldout_option(name: str) -> Callable[..., Any]:
+    """An option for the text that a command measures on: `--data`, or `--heldout` beside calibration text."""
+    return click.option(
+        name, multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
+    )
+
+
+def tokens_option(default: int = 32_768) -> Callable[..., Any]:
+    """An option for how much of that text."""
+    return click.option("--tokens", default=default, show_default=True, metavar="N", help="Tokens to measure on.")
+
+
+class Share(click.ParamType[float]):
+    """A share: `0.03` or `3%`; more than a whole only with the `%`, as a bare 3 may mean either."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`3%` -> 0.03."""
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a share such as 3% or 0.03", param, ctx)
+        if text.endswith("%"):
+            return number / 100
+        if number > 1:
+            self.fail(f"{text} is {number * 100:g} %: write {text}% or {number / 100:g}", param, ctx)
+        return number
+
+
+class Fractions(click.ParamType[tuple[float, ...]]):
+    """Comma-separated shares."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """`0.5,65%` -> (0.5, 0.65)."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(Share().convert(part, param, ctx) for part in str(value).split(",") if part.strip())
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """`1,16` -> (1, 16)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers such as 1,16,256", param, ctx)
+
+
+def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every field of `CalibrateOptions`."""
+    for f in reversed(fields(CalibrateOptions)):
+        function = _flag(f)(function)
+    return function
+
+
+def _flag(f: Any) -> Callable[..., Any]:
+    meta = f.metadata
+    names = [f"--{f.name.replace('_', '-')}", *([meta["flag"]] if "flag" in meta else [])]
+    extra: dict[str, Any] = {"help": meta["help"], "default": f.default, "show_default": f.default not in (None, False)}
+    if "choices" in meta:
+        extra["type"] = click.Choice(meta["choices"])
+    elif isinstance(f.default, bool):
+        extra["is_flag"] = True
+    elif meta.get("multiple"):
+        extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default) or False}
+    elif isinstance(f.default, tuple):
+        extra |= {"type": Fractions(), "metavar": meta["metavar"], "default": ",".join(map(str, f.default))}
+    else:
+        plain = type(f.default) if f.default is not None else str
+        extra |= {"type": Share() if meta.get("share") else plain, "metavar": meta.get("metavar")}
+    return click.option(*names, **extra)
+
+
+def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse files that cannot be written, or that exist unless they may be replaced.
+
+    Raises:
+        OutputError: a file exists, is a folder, or lies in a folder that does not exist.
+    """
+    for path in paths:
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder. Give a file.")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists. Give another file, or --overwrite to replace it.")
+
+
+def emit(value: Any, text: str, *, as_json: bool) -> None:
+    """Print a result: one JSON object, or text for people."""
+    click.echo(json.dumps(finite(value), ensure_ascii=False) if as_json else text)
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, unless quiet."""
+    if not quiet():
+        click.echo(text, err=True)
+
+
+def quiet() -> bool:
+    """Whether `--quiet` was given."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.find_root().params.get("quiet"))
+
+
+def bar(total: int, label: str) -> Any:
+    """A progress bar on standard error: none where nobody looks."""
+    hidden = quiet() or not sys.stderr.isatty()
+    return tqdm(total=total, desc=label, file=sys.stderr, disable=hidden, leave=False, ascii="NO_COLOR" in os.environ)
+
+
+@contextmanager
+def steps(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress as a bar: a function to call after each step with the steps done and the steps in all."""
+    with bar(0, label) as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield progress

@@ -1,0 +1,1 @@
+"""What any program needs; nothing here knows what a mask is."""

@@ -1,0 +1,372 @@
+"""Text to fixed-length blocks of tokens: built-in data, text files, Hub datasets.
+
+A data spec is one of
+- `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part; `builtin:code` or
+  `builtin:heldout:fiction` are its documents of one kind;
+- a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
+- `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
+- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import chain, pairwise, zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from wina_calib.common.text import first_line
+from wina_calib.corpus.text_files import path_documents, path_exists, pieces, row_text, shown, split_path
+from wina_calib.errors import CorpusError, UsageError
+
+MIN_TOKENS = 8_000
+DEFAULT_DATA = ("builtin",)
+HELDOUT_DATA = ("builtin:heldout",)
+_SHUFFLE_DOCUMENTS = 10_000
+_SHUFFLE_CHARACTERS = 32_000_000
+_SPREAD = 4  # of a stream, so many times the blocks asked for are read, to take them from more documents
+_GOLDEN = (5**0.5 - 1) / 2
+_JOINED = 1 << 18
+_OVERLAP_LINE = 40
+
+
+Data = str | Path | Sequence[str | Path]
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that packing needs."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
+        """Return an object with `input_ids`."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed text: `ids` is (blocks, seq_len) int64, `fingerprint` the SHA-256 of ids and shape."""
+
+    ids: Tensor
+    data: tuple[str, ...]
+    requested: int
+    fingerprint: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.ids.numel()
+
+
+def data_specs(data: Data) -> tuple[str, ...]:
+    """One data spec or path, or several, as a tuple of specs."""
+    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+
+
+def load_blocks(
+    data: Sequence[str], tokenizer: Tokenizer, *, samples: int, seq_len: int, seed: int, min_tokens: int = MIN_TOKENS
+) -> Blocks:
+    """Read, tokenize and pack text, and choose blocks evenly.
+
+    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Blocks are chosen
+    at even distances through a whole source in its own order (through the first part of a long one, shuffled), and come
+    in an order whose every beginning is spread over all of it: what is sorted by kind is used in proportion. Every block
+    starts with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding.
+    Fewer blocks than asked are used as they are.
+
+    Args:
+        data: data specs, see the module.
+        tokenizer: the model's tokenizer.
+        samples: number of blocks asked for.
+        seq_len: tokens a block.
+        seed: which blocks, and their order.
+        min_tokens: fewer tokens than this are an error.
+
+    Raises:
+        CorpusError: a source is unreadable or shorter than a block, or all sources together are too short.
+        UsageError: a spec does not parse or is given twice, or the blocks asked for cannot be enough.
+    """
+    _check_request(data, samples, seq_len, min_tokens)
+    shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
+    readers = [_reader(spec) for spec in data]
+    packed = [_choose(read(), tokenizer, count, seq_len, seed) for read, count in zip(readers, shares, strict=True)]
+    for spec, (blocks, left) in zip(data, packed, strict=True):
+        if not blocks:
+            found = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
+            raise CorpusError(
+                f"data {shown(spec)}: it holds {found}; at least {max(min_tokens, seq_len):,} tokens are needed in all. "
+                "Give more text with --data, or a smaller --seq-len."
+            )
+    rows = [row for turn in zip_longest(*(blocks for blocks, _ in packed)) for row in turn if row is not None]
+    tokens = len(rows) * seq_len
+    if tokens < min_tokens:
+        raise CorpusError(
+            f"data {', '.join(map(shown, data))}: only {tokens:,} tokens in whole blocks of {seq_len:,}; at least "
+            f"{min_tokens:,} are needed. Give more text with --data, or a smaller --seq-len."
+        )
+    ids = torch.stack(rows).long()
+    return Blocks(ids, tuple(data), samples, fingerprint(ids))
+
+
+def fingerprint(ids: Tensor) -> str:
+    """SHA-256 of a (blocks, seq_len) tensor of token ids and its shape."""
+    digest = hashlib.sha256(f"{tuple(ids.shape)}".encode())
+    digest.update(ids.to(torch.int32).contiguous().numpy().astype("<i4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
+    """Hashes of about the first `limit` lines of some sources, to find overlap between them.
+
+    Lines are stripped, and those shorter than 40 characters left out: code and lists share many of them by chance.
+
+    Raises:
+        CorpusError: a source cannot be read.
+        UsageError: a spec does not parse.
+    """
+    found: set[int] = set()
+    for spec in data:
+        for number, text in enumerate(documents(spec)):
+            lines = (line.strip() for line in text.splitlines())
+            found.update(_hash(line) for line in lines if len(line) >= _OVERLAP_LINE)
+            if len(found) >= limit or number >= limit:
+                return found
+    return found
+
+
+def documents(spec: str) -> Iterator[str]:
+    """Yield the texts of one data spec in stored order.
+
+    Raises:
+        CorpusError: while reading: the source cannot be read or lacks the field.
+        UsageError: the spec does not parse.
+    """
+    return _reader(spec)()
+
+
+def check_spec(spec: str) -> None:
+    """Raise UsageError where a data spec cannot mean anything, without reading data."""
+    _reader(spec)
+
+
+def is_local(spec: str) -> bool:
+    """Whether a data spec can be read here without a network: built-in data, or a path that exists."""
+    try:
+        check_spec(spec)
+    except UsageError:
+        return False
+    return not spec.startswith("hub:") and spec.partition(":")[0] not in catalogue()
+
+
+@cache
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Named Hub datasets: `path`, `config`, `split`, `column` or `template`, `licence`, `description`.
+
+    Where rows are lines of longer documents, the first line of each matches the regular expression `document_start`.
+    """
+    entries: dict[str, dict[str, Any]] = json.loads(_data_file("catalogue.json"))
+    return entries
+
+
+def _reader(spec: str) -> Callable[[], Iterator[str]]:
+    """What a spec means, as a function that reads it.
+
+    Raises:
+        UsageError: the spec does not parse.
+    """
+    name, colon, rest = spec.partition(":")
+    if name == "builtin":
+        return _builtin_reader(spec, rest.split(":") if colon else [])
+    if name == "hub" and colon:
+        entry = _hub_entry(rest, spec)
+        return lambda: _hub_documents(entry, spec)
+    if name in catalogue():
+        entry = catalogue()[name] | ({"split": rest} if rest else {})
+        return lambda: _hub_documents(entry, spec)
+    try:
+        path, field = split_path(spec)
+    except UsageError as error:
+        raise UsageError(
+            f"{error} Data is `builtin`, a path (.txt, .jsonl, .parquet or a folder of them), hub:NAME, or one of "
+            f"{', '.join(catalogue())}."
+        ) from None
+    return lambda: path_documents(path, field)
+
+
+def _builtin_reader(spec: str, parts: list[str]) -> Callable[[], Iterator[str]]:
+    split = parts[0] if parts and parts[0] in ("calibration", "heldout") else "calibration"
+    kinds = parts[1:] if parts and parts[0] == split else parts
+    known = {document["kind"] for document in _builtin()}
+    if len(kinds) > 1 or not known.issuperset(kinds):
+        raise UsageError(
+            f"data {shown(spec)}: the built-in text is builtin, or builtin:heldout for its held-out part; of one kind, it is "
+            f"builtin:KIND or builtin:heldout:KIND with {', '.join(sorted(known))}."
+        )
+    wanted = set(kinds) or known
+    return lambda: (d["text"] for d in _builtin() if d["split"] == split and d["kind"] in wanted)
+
+
+@cache
+def _builtin() -> tuple[dict[str, str], ...]:
+    return tuple(json.loads(line) for line in _data_file("corpus.jsonl").split("\n") if line)
+
+
+def _data_file(name: str) -> str:
+    installed = resources.files("wina_calib") / "data" / "calibration_data" / name
+    in_checkout = Path(__file__).parent.parent.parent / "calibration_data" / name
+    try:
+        return installed.read_text("utf-8") if installed.is_file() else in_checkout.read_text("utf-8")
+    except OSError as error:
+        raise CorpusError(
+            f"{in_checkout}: part of this package is missing ({error.strerror}). Install it again."
+        ) from error
+
+
+def _hub_entry(rest: str, spec: str) -> dict[str, Any]:
+    # A local dataset folder may hold a colon in its name.
+    name, *others = [rest] if rest and path_exists(Path(rest)) else rest.split(":")
+    if not name.strip() or len(others) > 3:
+        raise UsageError(f"data {shown(spec)}: expected hub:NAME[:config][:split][:column], as in hub:allenai/c4:en.")
+    config, split, column = (*others, "", "", "")[:3]
+    return {"path": name, "config": config or None, "split": split or "train", "column": column or "text"}
+
+
+def _hub_documents(entry: dict[str, Any], spec: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(entry["path"], entry.get("config"), split=entry["split"], streaming=True)
+        texts = (row_text(row, entry, f"data {shown(spec)}, row {number}") for number, row in enumerate(rows))
+        yield from _joined(texts, entry["document_start"]) if "document_start" in entry else texts
+    except CorpusError:
+        raise
+    except Exception as error:  # the library, its file systems and its decoders raise dozens of types
+        raise CorpusError(
+            f"data {shown(spec)}: dataset {entry['path']!r}, config {entry.get('config')}, split {entry['split']} "
+            f"could not be read: {first_line(error)} Check these names on the Hub, and the network, or give a file with --data."
+        ) from error
+
+
+def _joined(lines: Iterable[str], beginning: str) -> Iterator[str]:
+    """Put documents together whose rows are lines; a document begins where a line matches."""
+    text = ""
+    for line in lines:
+        if text and (re.match(beginning, line) or len(text) > _JOINED):
+            yield text
+            text = ""
+        text += line
+    if text:
+        yield text
+
+
+def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: int) -> None:
+    twice = sorted({spec for spec in data if list(data).count(spec) > 1})
+    if not data:
+        raise UsageError("no data was given; the default is builtin.")
+    if twice:
+        raise UsageError(f"data {shown(twice[0])} is given twice; give each source once.")
+    if samples < len(data):
+        raise UsageError(f"{samples} blocks asked from {len(data)} data sources; ask for at least one from each.")
+    if samples * seq_len < min_tokens:
+        raise UsageError(
+            f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least "
+            f"{min_tokens:,} are needed: at this length, --samples {-(-min_tokens // seq_len):,} or more."
+        )
+
+
+def _choose(
+    texts: Iterator[str], tokenizer: Tokenizer, count: int, seq_len: int, seed: int
+) -> tuple[list[Tensor], int]:
+    """Pack texts into blocks (seq_len,) and choose at most `count`; also the number of tokens that fill none."""
+    rng = random.Random(seed)
+    documents, whole = _buffered(texts, seed)
+    blocks, left = _pack(documents, tokenizer, None if whole else _SPREAD * count, seq_len)
+    if len(blocks) > count:
+        edges = [len(blocks) * i // count for i in range(count + 1)]
+        blocks = [blocks[rng.randrange(low, high)] for low, high in pairwise(edges)]
+    turn = rng.randrange(len(blocks)) if blocks else 0
+    blocks = blocks[turn:] + blocks[:turn]
+    # Indices whose multiple of the golden ratio has a fraction below any bound lie at even distances.
+    return [blocks[i] for i in sorted(range(len(blocks)), key=lambda i: i * _GOLDEN % 1.0)], left
+
+
+def _buffered(texts: Iterator[str], seed: int) -> tuple[Iterator[str], bool]:
+    """The texts in their own order, and True, if they fit in the shuffle's buffer; else shuffled, and False."""
+    buffer: list[str] = []
+    held = 0
+    for text in texts:
+        buffer.append(text)
+        held += len(text)
+        if len(buffer) >= _SHUFFLE_DOCUMENTS or held >= _SHUFFLE_CHARACTERS:
+            return _shuffled(chain(buffer, texts), seed), False
+    return iter(buffer), True
+
+
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    """Shuffle through a buffer bounded in documents and in characters, so that a stream is never read whole."""
+    rng = random.Random(seed)
+    buffer: list[str] = []
+    held = 0
+    for text in texts:
+        buffer.append(text)
+        held += len(text)
+        if len(buffer) >= _SHUFFLE_DOCUMENTS or held >= _SHUFFLE_CHARACTERS:
+            last = rng.randrange(len(buffer))
+            buffer[last], buffer[-1] = buffer[-1], buffer[last]
+            held -= len(buffer[-1])
+            yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _pack(texts: Iterator[str], tokenizer: Tokenizer, limit: int | None, seq_len: int) -> tuple[list[Tensor], int]:
+    """Cut one stream of tokens into blocks (seq_len,) int32, at most `limit`; also the number of tokens that fill none.
+
+    Raises:
+        UsageError: a block has no room for text.
+    """
+    start = _prefix(tokenizer)
+    body = seq_len - len(start)
+    if body < 1:
+        raise UsageError(
+            f"seq-len is {seq_len}; the tokenizer's {len(start)} first tokens leave no room. Give a greater one."
+        )
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    blocks: list[Tensor] = []
+    for text in texts:
+        if not text.strip():
+            continue
+        if stream or blocks:
+            stream += between
+        for piece in pieces(text):
+            stream += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+            whole = len(stream) // body if limit is None else min(len(stream) // body, limit - len(blocks))
+            rows = (stream[i * body : (i + 1) * body] for i in range(whole))
+            blocks += [torch.tensor(start + row, dtype=torch.int32) for row in rows]
+            del stream[: whole * body]
+            if len(blocks) == limit:
+                return blocks, len(stream)
+    return blocks, len(stream)
+
+
+def _prefix(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text: BOS, nothing, or what else it was made to add."""
+    whole = list(tokenizer("a", add_special_tokens=True, verbose=False).input_ids)
+    bare = list(tokenizer("a", add_special_tokens=False, verbose=False).input_ids)
+    places = range(len(whole) - len(bare) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
+
+
+def _hash(line: str) -> int:
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())

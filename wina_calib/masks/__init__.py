@@ -1,0 +1,1 @@
+"""Which inputs are kept: the rule, and nothing of where it runs."""

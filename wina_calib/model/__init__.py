@@ -1,0 +1,1 @@
+"""A model folder as transformers sees it, before anything is sparse."""

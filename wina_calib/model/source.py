@@ -1,0 +1,338 @@
+"""A model to calibrate, opened from a local folder or the Hub: structure and tensors. Weights stay on disk."""
+
+from __future__ import annotations
+
+import fnmatch
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from wina_calib.common.memory import return_freed_memory
+from wina_calib.common.text import first_line
+from wina_calib.errors import HubError, ModelFolderError, NumericError, UnsupportedModel, UsageError
+from wina_calib.model.architecture import Architecture, Layer, describe
+from wina_calib.model.config import (
+    CONFIG_BYTES,
+    METHOD,
+    REFERENCE_FILE,
+    code_is_trusted,
+    is_reference,
+    load_config,
+    skeleton,
+)
+from wina_calib.storage import Shards, read_json
+from wina_calib.storage.hub_client import fetch
+
+DEMO = "demo"
+_DERIVED = ("*rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+_TIED_ROWS = 8192
+_CHECKED = 1 << 20  # numbers looked at together
+_READERS = 4  # tensors of a layer that are read side by side
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model folder. `name` is what the user gave, `commit` the Hub commit where there is one."""
+
+    name: str
+    folder: Path
+    commit: str | None
+    config: PreTrainedConfig
+    architecture: Architecture
+    shards: Shards
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights on disk."""
+        layer = self.architecture.layers[0]
+        return self.shards[f"{layer.prefix}{layer.sites[0].projections[0].module}.weight"].dtype
+
+    def layer_names(self, index: int) -> list[str]:
+        """Names of a decoder layer's tensors on disk, in file order."""
+        prefix = self.architecture.layers[index].prefix
+        return [n for n in self.shards if n.startswith(prefix) and not is_derived(n) and not is_added(n)]
+
+    def rotations(self, index: int) -> dict[str, Tensor]:
+        """A layer's run-time matrices by site name; empty for a model without them."""
+        layer = self.architecture.layers[index]
+        names = {site.name: rotation_name(layer, site.name) for site in layer.sites}
+        return {site: self.load(name) for site, name in names.items() if name in self.shards}
+
+    def end_names(self) -> list[str]:
+        """Names of all tensors outside the decoder layers that belong to the model."""
+        layers = tuple(layer.prefix for layer in self.architecture.layers)
+        tied = f"{self.architecture.lm_head}.weight" if self.architecture.tied else None
+        return [n for n in self.shards if not n.startswith(layers) and not is_derived(n) and n != tied]
+
+    def load_layer(self, index: int) -> dict[str, Tensor]:
+        """Read one decoder layer, keyed by path inside the layer, in the dtype on disk.
+
+        Raises:
+            NumericError: a weight is NaN or infinite.
+        """
+        return_freed_memory()
+        prefix, names = self.architecture.layers[index].prefix, self.layer_names(index)
+        with ThreadPoolExecutor(_READERS) as pool:
+            tensors = pool.map(self.shards.load, names)
+            return {name.removeprefix(prefix): self._finite(name, t) for name, t in zip(names, tensors, strict=True)}
+
+    def load(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
+        """Read one tensor, or some rows of it as `Shards.load` takes them, and check that it is finite."""
+        return self._finite(name, self.shards.load(name, rows=rows))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        parts = tensor.view(-1).split(_CHECKED)
+        if not all(all_finite(part) for part in parts):
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
+            raise NumericError(
+                f"{self.shards[name].file.name}: {name} holds {bad} NaN or infinite values. The model is damaged: "
+                "download or save it again."
+            )
+        return tensor
+
+    def tokenizer(self) -> Any:
+        """Load the model's tokenizer; see `load_tokenizer`."""
+        return load_tokenizer(self.folder)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. The smallest and the largest tell, ten times faster than a look at each."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ModelFolderError: there is none that can be loaded.
+    """
+    folder = weights_folder(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
+    except Exception as error:
+        raise ModelFolderError(
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}). Copy tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        ) from error
+
+
+def demo_folder() -> Path:
+    """Folder of the bundled demo model."""
+    return Path(__file__).parent.parent / "data" / "demo-llama-5m"
+
+
+def given_name(model: object) -> str:
+    """What a user gave as a checkpoint or model, as text.
+
+    Raises:
+        UsageError: it is neither text nor a path, such as a model that is loaded already.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    raise UsageError(f"a {type(model).__name__} was given; give its folder or its Hub id, as text or as a Path.")
+
+
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+) -> tuple[Path, str | None]:
+    """Turn `demo`, a local folder or a Hub repository id into a local folder and, for the Hub, a commit.
+
+    Args:
+        model: what the user gave.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it.
+        subfolder: folder inside of it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        UsageError: it is neither text nor a path.
+        ModelFolderError: there is no such folder.
+        HubError: the Hub does not give it.
+    """
+    model = given_name(model)
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ModelFolderError(f"subfolder is {subfolder!r}; expected a path inside of {model}.")
+    path, commit = _root(model, revision, token, subfolder, local_files_only)
+    if not (path / subfolder).is_dir():
+        raise ModelFolderError(f"{model} has no folder {subfolder!r}.")
+    return path / subfolder, commit
+
+
+def _root(
+    model: str, revision: str | None, token: str | bool | None, subfolder: str, local_files_only: bool
+) -> tuple[Path, str | None]:
+    path = Path(model).expanduser()
+    if model == DEMO and not (path / "config.json").is_file():
+        return demo_folder(), None
+    if path.is_dir():
+        return path, None
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
+    try:
+        return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
+    except HubError as error:
+        if "/" in model:
+            raise HubError(f"{error} There is no folder of that name here either.") from None
+        raise HubError(f"there is no folder {model} here. As a Hub id, {error}") from None
+
+
+def open_source(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    calibrated: bool = False,
+) -> Source:
+    """Open a model for calibration and check it against its config.
+
+    Args:
+        model: a folder, a Hub id or `demo`.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it.
+        calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
+
+    Raises:
+        ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.
+        UnsupportedModel: the structure has no sparse sites.
+    """
+    folder, commit = resolve(model, revision=revision, token=token)
+    config = load_config(folder)
+    if not calibrated:
+        if is_reference(folder):
+            raise ModelFolderError(f"{folder} is calibrated already. Calibrate its base model.")
+        _refuse_quantized(folder, config)
+    meta = skeleton(config)
+    architecture = describe(meta)
+    shards = Shards.open(folder)
+    _check_tensors(folder, meta, architecture, shards)
+    _check_tied(folder, architecture, shards)
+    return Source(str(model), folder, commit, config, architecture, shards)
+
+
+def weights_folder(
+    folder: Path, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder with the weights and the tokenizer of a checkpoint: itself, or its base model's.
+
+    Args:
+        folder: a checkpoint or a model.
+        base: where the base model is, if not where a checkpoint by reference says.
+        token: as huggingface_hub takes it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        ModelFolderError, HubError: the base model cannot be had.
+    """
+    if not is_reference(folder):
+        return folder
+    raw = read_json(folder / REFERENCE_FILE, max_bytes=CONFIG_BYTES)
+    name, commit = (raw.get("base_model"), raw.get("base_commit")) if isinstance(raw, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(commit, str | None):
+        raise ModelFolderError(f"{folder / REFERENCE_FILE} names no base model. Download or calibrate it again.")
+    if base is None and commit is None and not Path(name).is_dir():
+        raise ModelFolderError(
+            f"{folder} takes its weights from {name}, which is not here. Move that folder back or put a link to it there; in "
+            'Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect --no-weights` works without it.'
+        )
+    return resolve(base or name, revision=None if base else commit, token=token, local_files_only=local_files_only)[0]
+
+
+def is_added(name: str) -> bool:
+    """Whether a tensor was added by calibration."""
+    return ".wina." in name
+
+
+def is_rotation(name: str) -> bool:
+    """Whether a stored tensor is a run-time matrix."""
+    return is_added(name) and name.endswith(".rotation")
+
+
+def rotation_name(layer: Layer, site: str) -> str:
+    """Name of a site's run-time matrix."""
+    return f"{layer.prefix}wina.{site}.rotation"
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor is one that models compute for themselves (old checkpoints keep some)."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _DERIVED)
+
+
+def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put one layer's tensors (keyed by path inside the layer) into a module whose weights are on meta."""
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    layer.load_state_dict(state, strict=True, assign=True)
+    layer.requires_grad_(False)
+
+
+def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method == METHOD:
+        raise ModelFolderError(
+            f"{folder} is calibrated already. Re-choose its sparsity with `wina-calib budget {folder} --apply {folder}` or "
+            "calibrate the base model."
+        )
+    raise UnsupportedModel(f"{folder} is quantized ({method}). Calibrate the unquantized model.")
+
+
+def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architecture, shards: Shards) -> None:
+    head, norm = f"{architecture.lm_head}.weight", f"{architecture.final_norm.module}.weight"
+    expected = {name: tuple(t.shape) for name, t in meta.state_dict().items() if not is_derived(name)}
+    if any(map(is_rotation, shards)):
+        expected[norm] = (1, *expected[norm])  # so that the base model's class refuses it
+    optional = {head} if architecture.tied else set()
+    missing = sorted(set(expected) - set(shards) - optional)
+    unknown = sorted(name for name in shards if name not in expected and not is_derived(name) and not is_added(name))
+    wrong = [
+        f"{name} is {tuple(shards[name].shape)}, config says {shape}"
+        for name, shape in expected.items()
+        if name in shards and tuple(shards[name].shape) != shape
+    ]
+    not_float = [name for name in expected if name in shards and not shards[name].dtype.is_floating_point]
+    narrow = [name for name in expected if name in shards and shards[name].dtype.itemsize < 2]
+    problems = [
+        (missing, "tensors are missing"),
+        (unknown, "tensors have no place in the model"),
+        (wrong, "shapes are wrong"),
+        (sorted({*not_float, *narrow}), "tensors are not bfloat16, float16, float32 or float64"),
+    ]
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for names, what in problems
+        if names
+    ]
+    if found:
+        raise ModelFolderError(
+            f"{folder} does not match its config.json: {'; '.join(found)}. Download or save it again."
+        )
+
+
+def _check_tied(folder: Path, architecture: Architecture, shards: Shards) -> None:
+    """Refuse a tied model whose files hold another lm_head: transformers would use it."""
+    head, embed = f"{architecture.lm_head}.weight", f"{architecture.embed}.weight"
+    if not architecture.tied or head not in shards:
+        return
+    for first in range(0, architecture.vocab_size, _TIED_ROWS):
+        rows = slice(first, min(first + _TIED_ROWS, architecture.vocab_size))
+        if not torch.equal(shards.load(head, rows=rows), shards.load(embed, rows=rows)):
+            raise ModelFolderError(
+                f"{folder}: config.json ties lm_head to the embedding, but {head} differs from {embed}. Set "
+                '"tie_word_embeddings": false in config.json to keep both, or remove the tensor.'
+            )
+
+
+def layer_weights(layer: Layer, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Weights of a layer's sites: site name to its projections' weights in order."""
+    return {site.name: [tensors[f"{p.module}.weight"] for p in site.projections] for site in layer.sites}

@@ -1,0 +1,1 @@
+"""A decode step in fewer calls: attention, blocks, norms and lm_head."""

@@ -1,0 +1,224 @@
+"""The seam between the model and its kernels: one masked product a site, chosen by device, dtype and rows.
+
+`sparse_site` computes `y = (x * [abs(x) * norm > threshold]) @ weight_t + bias`. Which kernel does it:
+
+| weight in memory | device | dtype | rows | kernel |
+| --- | --- | --- | --- | --- |
+| row-major | any | any | any | reference: masked dense product |
+| column-contiguous | CPU | float32, bfloat16, float16 | 1, few | `cpu`: product of the kept columns, in C if it can be |
+| column-contiguous | CPU | same | more | `cpu`: masked dense product, see below |
+| column-contiguous | CUDA with Triton | same | 1 | `cuda`: product of the kept columns, see below |
+| column-contiguous | CUDA with Triton | same | more | `cuda`: mask in one pass in Triton, then the dense product |
+| column-contiguous | any other | any | any | reference |
+
+Few: up to 4 rows of 16 bits on a processor without arithmetic for them. More rows on a CPU: in C in bfloat16 where the
+processor multiplies pairs of it, in float32 blocks where it has no 16-bit arithmetic, else by torch. One row on CUDA: in
+CUDA (`cluster`, `site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton
+(`_triton`, which takes up to 8). A call that needs gradients takes the reference path, which is differentiable. To
+`torch.compile` the kernels are one opaque operator, `wina_calib::sparse_site`: no graph break, no recompile when the
+threshold changes, and on CUDA nothing that a CUDA graph cannot capture. Eager calls skip the dispatcher, whose way
+through Python costs tens of microseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wina_calib.masks import score
+from wina_calib.runtime.kernels import cpu, cuda, native, reference
+from wina_calib.runtime.kernels.cpu import column_storage
+from wina_calib.runtime.kernels.cuda import mask_of
+from wina_calib.runtime.kernels.native import Row
+from wina_calib.runtime.kernels.reference import keep_mask, mask_input
+
+__all__ = [
+    "Row",
+    "choose",
+    "column_layout_pays",
+    "column_storage",
+    "dense_site",
+    "keep_mask",
+    "mask_input",
+    "mask_of",
+    "mask_rows",
+    "row_of",
+    "sparse_site",
+]
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+Kernel = Literal["reference", "cpu", "cuda"]
+
+_library = torch.library.Library("wina_calib", "FRAGMENT")
+_library.define(
+    "sparse_site(Tensor x, Tensor weight_t, Tensor norm, Tensor threshold, "
+    "Tensor? dense_rows=None, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "dense_site(Tensor x, Tensor weight_t, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.impl("sparse_site", cpu.sparse_site, "CPU")
+_library.impl("dense_site", cpu.dense_columns, "CPU")
+_library.impl("sparse_site", cuda.sparse_site, "CUDA")
+
+
+def _shape_of(
+    x: Tensor,
+    weight_t: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+def _dense_shape_of(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+torch.library.register_fake("wina_calib::sparse_site", _shape_of, lib=_library)
+torch.library.register_fake("wina_calib::dense_site", _dense_shape_of, lib=_library)
+
+
+def choose(device: str, dtype: torch.dtype, rows: int, *, column_contiguous: bool) -> Kernel:
+    """The kernel for a call, by the table in this module's docstring.
+
+    Args:
+        device: device type, such as "cpu" or "cuda".
+        dtype: of input and weight.
+        rows: rows of the input.
+        column_contiguous: whether the columns of the weight are contiguous in memory.
+    """
+    if not column_contiguous:
+        return "reference"
+    if device == "cpu" and dtype in cpu.DTYPES:
+        return "cpu"
+    if device == "cuda" and dtype in cuda.DTYPES and cuda.available():
+        return "cuda" if rows <= cuda.MAX_CHOSEN_ROWS else "reference"
+    _say_once(device)
+    return "reference"
+
+
+def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_features: int, sparsity: float) -> bool:
+    """Whether a site's weight should be held column-contiguous: where the sparse kernel beats the row-major product.
+
+    On CUDA dense products take either layout equally well, so it pays wherever the kernel does; so does the CPU's in C.
+    Without that, the gather has a fixed cost and must save at least `CPU_MIN_SAVED` weights, and at low sparsity a dense
+    product reads faster than the gather skips (`CPU_MIN_SPARSITY`). Measured on 1 and 2 threads, see
+    docs/performance.md.
+    """
+    if choose(device, dtype, 1, column_contiguous=True) == "reference":
+        return False
+    if device == "cpu" and not native.available(dtype):
+        return sparsity >= CPU_MIN_SPARSITY[dtype] and sparsity * in_features * out_features >= CPU_MIN_SAVED
+    return sparsity > 0
+
+
+# From more rows on the product is dense everywhere.
+MAX_GATHERED_ROWS = max(cpu.MAX_SPARSE_ROWS, cuda.MAX_ROWS)
+CPU_MIN_SAVED = 1_500_000
+CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.4}
+
+
+def sparse_site(
+    x: Tensor,
+    weight_t: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`y = (x * keep) @ weight_t + bias` with `keep = abs(x) * norm > threshold`, reading only kept columns if it can.
+
+    Args:
+        x: (rows, in), float32, bfloat16 or float16; any strides.
+        weight_t: (in, out) of the same dtype, the transpose of the site's weights stacked along out. Contiguous for
+            the sparse kernels; the transposed view of a row-major (out, in) weight works too, dense.
+        norm: (in,) float32.
+        threshold: () float32 on the same device; -1 keeps everything. Read when the kernel runs.
+        dense_rows: (rows,) bool or None, rows that are never masked.
+        bias: (out,) of x's dtype or None.
+
+    Returns:
+        (rows, out) of x's dtype; never aliases an input.
+    """
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
+    columns = weight_t.is_contiguous()
+    kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
+    if kernel == "reference":
+        if columns and _masks_in_one_pass(x):
+            return torch.nn.functional.linear(cuda.mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)
+        return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    if not torch.compiler.is_compiling():
+        run = cpu.sparse_site if kernel == "cpu" else cuda.sparse_site
+        return run(x, weight_t, norm, threshold, dense_rows, bias)
+    y: Tensor = torch.ops.wina_calib.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
+    return y
+
+
+def row_of(weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Row | None:
+    """`sparse_site` of one row with these operands, ready to be called; None where it is not computed in C.
+
+    Of no use with gradients or to a compiler.
+    """
+    if weight_t.device.type != "cpu" or not weight_t.is_contiguous() or not native.available(weight_t.dtype):
+        return None
+    return Row(weight_t, norm.contiguous(), threshold, bias)
+
+
+def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """`score.mask_input` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
+
+    Args:
+        x: (..., in).
+        norm: (in,).
+        threshold: (); a negative one keeps everything.
+        dense_rows: (...) bool, rows that are never masked, or None.
+    """
+    flat = None if dense_rows is None else dense_rows.reshape(-1)
+    norm, threshold = norm.float().contiguous(), threshold.float()  # as a comparison with float32 scores takes them
+    if _masks_in_one_pass(x):
+        return cuda.mask_input(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
+    plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
+    if plain and x.is_cpu and native.available(x.dtype):
+        return native.mask(x, norm, threshold, flat)
+    return score.mask_input(x, norm, threshold, dense_rows=dense_rows)
+
+
+def _masks_in_one_pass(x: Tensor) -> bool:
+    """Whether the mask of many rows has a kernel. A compiler fuses the reference's passes; a gradient needs them."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return x.dtype in cuda.DTYPES and cuda.available()
+
+
+def dense_site(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ weight_t + bias` on the storage that `sparse_site` reads, without a slow path: for prefill.
+
+    Arguments and result as for `sparse_site`.
+    """
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_t.requires_grad)
+    ours = x.device.type == "cpu" and x.dtype in cpu.DTYPES and weight_t.is_contiguous()
+    if needs_gradient or not ours:
+        return torch.nn.functional.linear(x, weight_t.t(), bias)
+    if not torch.compiler.is_compiling():
+        return cpu.dense_columns(x, weight_t, bias)
+    y: Tensor = torch.ops.wina_calib.dense_site(x, weight_t, bias)
+    return y
+
+
+def _say_once(device: str) -> None:
+    """One log line a device type without a sparse kernel. Not while tracing: logging would break the graph."""
+    if torch.compiler.is_compiling() or device in _said:
+        return
+    _said.add(device)
+    reason = "Triton is not installed" if device == "cuda" else f"there is no sparse kernel for device {device!r}"
+    logger.warning("%s: masked dense products are used, which are exact but no faster than dense", reason)

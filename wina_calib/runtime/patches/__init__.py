@@ -1,0 +1,1 @@
+"""What is changed in libraries while a calibrated model runs."""

@@ -1,0 +1,385 @@
+"""Finished work on disk, so that a calibration that was stopped goes on where it was.
+
+The folder holds `job.json`, which says what the work is, and a folder for each phase:
+
+    PHASE/state.json          the last save: steps done, small values, names of the files below
+    PHASE/0003.safetensors    tensors that are new since the save before
+    PHASE/0003.passing.safetensors    tensors that count until the next save only
+    PHASE/0003/NAME.7         micro-batch 7 of a store of hidden states, raw bytes
+
+`state.json` is replaced in one step when all the others are on disk, so a save counts whole or not at all.
+
+A step is saved where the time since the last save is at least `PATIENCE` times what that save took: saving costs at most 5 %
+of the time. What has not changed since the last save, or is on disk already, is linked instead of written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wina_calib.calibration.layer_stream import HiddenStates
+from wina_calib.common.atomic import sync_file, sync_folder, write_file
+from wina_calib.common.distributed import ALONE, Ranks
+from wina_calib.common.progress import Progress, Silent
+from wina_calib.errors import OutputError, StateError
+
+PATIENCE = 20.0
+JOB, STATE = "job.json", "state.json"
+_EMPTY: Mapping[str, Any] = {
+    "step": 0,
+    "finished": False,
+    "values": {},
+    "serial": 0,
+    "tensors": [],
+    "passing": [],
+    "stores": {},
+}
+_PASSING = ".passing.safetensors"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class Journal:
+    """The folder of one calibration; without a folder nothing is kept.
+
+    Attributes:
+        folder: where to keep finished work.
+        identity: gives what the work is, once it is needed; see `identity.py`.
+        ranks: the processes that share the work; all of them see the folder.
+        report: hears of a save that did not fit on the disk.
+    """
+
+    folder: Path | None = None
+    identity: Callable[[], Mapping[str, Any]] = dict
+    ranks: Ranks = ALONE
+    report: Progress = field(default_factory=Silent)
+    saved: float = -1.0  # when the last save ended, and how long it took
+    took: float = 0.0
+    waited: float = 0.0  # for the identity, once: no part of what a save takes
+
+    def phase(self, name: str, *, ranks: Ranks | None = None) -> Phase:
+        """Open a phase: what was saved of it, and the way to save more. `ranks` are those that take part in it."""
+        return Phase(self, None if self.folder is None else self.folder / name, self.ranks if ranks is None else ranks)
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return self.saved < 0 or time.monotonic() - self.saved >= PATIENCE * self.took
+
+    def begin(self) -> None:
+        """Say what the work is, before anything of it counts."""
+        assert self.folder is not None
+        if not (self.folder / JOB).exists():
+            start = time.monotonic()
+            known = self.identity()
+            self.waited = time.monotonic() - start
+            write_file(self.folder / JOB, encode(known))
+
+    @property
+    def useful(self) -> bool:
+        """Whether anything is saved."""
+        return self.folder is not None and is_useful(self.folder)
+
+
+class Phase:
+    """What is saved of one phase.
+
+    Attributes:
+        step: steps done at the last save.
+        finished: whether the phase is done.
+        values: small things that JSON can hold, of the last save.
+    """
+
+    def __init__(self, journal: Journal, folder: Path | None, ranks: Ranks) -> None:
+        self._journal, self._folder, self._ranks = journal, folder, ranks
+        self._pending: dict[str, Tensor] = {}
+        # The first process alone looks at the disk and decides for all where they go on.
+        self._take(ranks.first(lambda _: _saved(folder)))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether what is done may be found by a later run."""
+        return self._folder is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that were saved."""
+        found: dict[str, Tensor] = {}
+        for name in (*self._files, *self._passing):
+            assert self._folder is not None
+            with _readable(self._folder):
+                found |= load_file(self._folder / name)
+        return found
+
+    def has(self, store: str) -> bool:
+        """Whether a store of this name was saved."""
+        return store in self._stores
+
+    def restore(self, name: str, store: HiddenStates, blocks: Mapping[int, int]) -> None:
+        """Fill a store with its micro-batches as they were saved; `blocks` says which, and the blocks of each."""
+        assert self._folder is not None
+        meta = self._stores[name]
+        with _readable(self._folder):
+            for index, count in blocks.items():
+                path = self._folder / f"{self._serial:04d}" / f"{name}.{index}"
+                store.read_from(index, path, getattr(torch, meta["dtype"]), (count, *meta["block"]))
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        passing: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Any] | None = None,
+        stores: Mapping[str, HiddenStates] | None = None,
+        prepare: Callable[[], None] | None = None,
+        finished: bool = False,
+    ) -> None:
+        """Save if it is time to.
+
+        Args:
+            step: steps done.
+            tensors: what is new since the last call; kept until it is saved.
+            passing: what counts until the next save only.
+            values: all small values.
+            stores: all stores that the next steps need.
+            prepare: called before a save, to force to disk what it relies on.
+            finished: the phase is done, so it is always saved.
+        """
+        if self._folder is None:
+            return
+        self._pending |= tensors or {}
+        if not self._ranks.from_first(finished or self._journal.due()):
+            return
+        start = time.monotonic()
+        serial = self._serial + 1
+        new = {f"{serial:04d}.safetensors": self._pending, f"{serial:04d}{_PASSING}": dict(passing or {})}
+        new = {name: found for name, found in new.items() if found} if self._ranks.is_first else {}
+        state = {
+            "step": step,
+            "finished": finished,
+            "values": dict(values or {}),
+            "serial": serial,
+            "tensors": self._files + [name for name in new if not name.endswith(_PASSING)],
+            "passing": [name for name in new if name.endswith(_PASSING)],
+            "stores": {name: _form(store) for name, store in (stores or {}).items()} if self._ranks.is_first else {},
+        }
+        if self._write(self._ranks.from_first(state), new, stores or {}, prepare):
+            self._pending.clear()
+        elif self._ranks.is_first:
+            self._journal.report.note(f"the disk is too full to save the state of this run in {self._journal.folder}")
+        self._journal.saved = time.monotonic()
+        self._journal.took = self._journal.saved - start - self._journal.waited
+        self._journal.waited = 0.0
+
+    def finish(
+        self,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Any] | None = None,
+        stores: Mapping[str, HiddenStates] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        """Save the phase's result; arguments as for `save`."""
+        self.save(self.step, tensors=tensors, values=values, stores=stores, prepare=prepare, finished=True)
+
+    def forget(self) -> None:
+        """Drop all that was saved of the phase."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._take(_EMPTY)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.step, self.finished = int(state["step"]), bool(state["finished"])
+            self.values: dict[str, Any] = dict(state["values"])
+            self._serial, self._files = int(state["serial"]), [str(name) for name in state["tensors"]]
+            self._passing = [str(name) for name in state["passing"]]
+            self._stores: dict[str, dict[str, Any]] = dict(state["stores"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{self._folder} is damaged: {error!r}. Add --restart to start over.") from error
+
+    def _write(
+        self,
+        state: Mapping[str, Any],
+        new: Mapping[str, Mapping[str, Tensor]],
+        stores: Mapping[str, HiddenStates],
+        prepare: Callable[[], None] | None,
+    ) -> bool:
+        """Write a save, which counts with its last step; whether there was room for it.
+
+        `new` are the tensors of the files that are new, of the first process alone.
+        """
+        assert self._folder is not None
+        first, place = self._ranks.is_first, self._folder / f"{state['serial']:04d}"
+        old = self._folder / f"{self._serial:04d}"
+        passed = self._passing
+        fits = self._where_it_fits(lambda: self._begin(place) if first else None)
+        fits = fits and self._where_it_fits(lambda: self._put(place, new, stores, prepare))
+        fits = fits and self._where_it_fits(lambda: write_file(place.parent / STATE, encode(state)) if first else None)
+        if fits:
+            self._take(state)
+        if first:
+            shutil.rmtree(old if fits else place, ignore_errors=True)
+            for name in passed if fits else new:
+                (self._folder / name).unlink(missing_ok=True)
+        return fits
+
+    def _begin(self, place: Path) -> None:
+        self._journal.begin()
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+
+    def _put(
+        self,
+        place: Path,
+        new: Mapping[str, Mapping[str, Tensor]],
+        stores: Mapping[str, HiddenStates],
+        prepare: Callable[[], None] | None,
+    ) -> None:
+        if prepare is not None:
+            prepare()
+        for name, store in stores.items():
+            for index in store.indices:
+                store.write_to(index, place / f"{name}.{index}")
+        for file, tensors in new.items():
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, place.parent / file)
+            sync_file(place.parent / file)
+        sync_folder(place)
+        sync_folder(place.parent)
+
+    def _where_it_fits(self, work: Callable[[], None]) -> bool:
+        """Do a part of a save; whether the disk had room for it in all processes."""
+        fits = True
+        try:
+            work()
+        except (OSError, OutputError, SafetensorError) as error:
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            # The safetensors library has an error of its own, with the system's in its text.
+            if getattr(cause, "errno", None) not in _FULL and "No space left" not in str(cause):
+                raise
+            fits = False
+        return all(self._ranks.gather([fits]))
+
+
+def _saved(folder: Path | None) -> Mapping[str, Any]:
+    return _EMPTY if folder is None or not (folder / STATE).exists() else _read_json(folder / STATE)
+
+
+NOT_SAVED = Journal().phase("nothing")
+
+
+def open_journal(
+    folder: Path,
+    identity: Callable[[], Mapping[str, Any]],
+    *,
+    restart: bool = False,
+    ranks: Ranks = ALONE,
+    report: Progress | None = None,
+) -> Journal:
+    """Open the folder of a calibration, to go on with it or to begin.
+
+    Args:
+        folder: where finished work is kept.
+        identity: says what the work is: a nested dictionary of plain values.
+        restart: drop what is there.
+        ranks: the processes that share the work; the first one alone looks at the folder here.
+        report: hears where it goes on.
+
+    Raises:
+        StateError: what is there is of other work; the message says what differs.
+    """
+    report = report or Silent()
+    if ranks.is_first:
+        if restart or not is_useful(folder):
+            drop(folder)
+        else:
+            check_same(folder, identity())
+            report.note(f"going on with the run that was stopped; its state is in {folder}")
+        folder.mkdir(exist_ok=True)
+    return Journal(folder, identity, ranks, report)
+
+
+def is_useful(folder: Path) -> bool:
+    """Whether a folder holds finished work."""
+    return (folder / JOB).exists() and any(folder.glob(f"*/{STATE}"))
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder of finished work. What says what it is goes first: a folder half removed counts for nothing."""
+    (folder / JOB).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_same(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on with other work.
+
+    Raises:
+        StateError: naming what was and is.
+    """
+    old, new = flat(_read_json(folder / JOB)), flat(identity)
+    differences = [
+        f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise StateError(
+            f"{folder} is the state of a run that was stopped, and this is another: {'; '.join(differences)}. Run the same "
+            "again to go on with it, or add --restart to start over."
+        )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dictionaries as one, with names like `options.sparsity` and values as short JSON."""
+    out: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = encode(value).decode().strip()
+    return out
+
+
+def _short(text: str | None) -> str:
+    return "nothing" if text is None else text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
+
+
+def encode(value: Any) -> bytes:
+    """Plain values as JSON; floats and the order of names come back as they were."""
+    return json.dumps(value, default=list).encode() + b"\n"
+
+
+def _form(store: HiddenStates) -> dict[str, Any]:
+    dtype, block = store.form
+    return {"dtype": str(dtype).removeprefix("torch."), "block": list(block)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _readable(path):
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one message; a disk too full for what is read from it is not damage."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
+        raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error

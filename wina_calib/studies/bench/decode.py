@@ -1,0 +1,199 @@
+"""Decoding through a model's own forward with a static cache, dense and sparse in turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from wina_calib.runtime.caches import cache_name
+from wina_calib.runtime.load import choose_sparsity, runtime_state
+from wina_calib.runtime.patches import compile_guards
+from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
+from wina_calib.studies.bench.models import Pair
+
+logger = logging.getLogger(__name__)
+
+WARM_STEPS = 4
+COUNTED_STEPS = 16
+CHUNK = 4
+
+
+@dataclass
+class Session:
+    """A model with its cache, ready to decode the tokens `ids` (1, prompt + new).
+
+    Attributes:
+        model: dense or sparse.
+        ids: prompt and what is decoded after it.
+        prompt: tokens of the prompt.
+        cache: keys and values of all tokens, of fixed size.
+        forward: the model, compiled or not, for one token.
+        onednn: whether tokens are computed with oneDNN's products, on a CPU.
+    """
+
+    model: PreTrainedModel
+    ids: Tensor
+    prompt: int
+    cache: StaticCache
+    forward: Callable[..., Any]
+    position: int = 0
+    onednn: bool = True
+
+    def __post_init__(self) -> None:
+        self.given = {cache_name(self.model.forward): self.cache}
+
+    def prefill(self) -> None:
+        """Empty the cache and run the prompt."""
+        self.cache.reset()
+        prompt = self.ids[:, : self.prompt]
+        self.model(input_ids=prompt, use_cache=True, logits_to_keep=1, **self.given).logits.argmax(-1)
+        self.position = self.prompt
+
+    def step(self) -> None:
+        """Run one token and choose the next."""
+        token = self.ids[:, self.position : self.position + 1]
+        self.forward(input_ids=token, use_cache=True, **self.given).logits[:, -1].argmax(-1)
+        self.position += 1
+
+    def steps(self, count: int) -> None:
+        """Run several tokens."""
+        with nullcontext() if self.onednn else onednn(False):
+            for _ in range(count):
+                self.step()
+
+    def cache_tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values of all layers."""
+        return tuple(t for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+
+def session(model: PreTrainedModel, ids: Tensor, prompt: int, *, compiled: bool) -> Session:
+    """Make a session; a compiled one decodes as `generate(cache_implementation="static")` does on a GPU."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    forward = compile_guards.compiled_call(model) if compiled else model.__call__
+    return Session(model, ids, prompt, cache, forward)
+
+
+@dataclass
+class Variant:
+    """One row of the comparison: a session, and how its model is set before it runs.
+
+    Attributes:
+        session: dense or sparse.
+        sparsity: of a sparse model; None for the dense one.
+        memory: what runs add.
+        merged: a sparse model that computes everything, with one product a site: the dense model with the sparse one's
+            other advantages.
+        step_ms: time of a token, one a chunk.
+        prefill_ms: time of the prompt, one a round.
+    """
+
+    session: Session
+    sparsity: float | None
+    memory: PeakMemory
+    merged: bool = False
+    step_ms: list[float] = field(default_factory=list)
+    prefill_ms: list[float] = field(default_factory=list)
+
+    def select(self) -> None:
+        """Make the model ready, storage included, before time is taken."""
+        if self.merged or self.sparsity is not None:
+            runtime_state(self.session.model).dense = self.merged
+        if self.sparsity is not None:
+            choose_sparsity(self.session.model, self.sparsity)
+
+    def prefill(self) -> None:
+        """Run the prompt and note its time."""
+        with self.memory.watching():
+            self.prefill_ms.append(1e3 * seconds(self.session.prefill, self.memory.device))
+
+    def decode(self, count: int) -> None:
+        """Run tokens and note the time of one."""
+        self.step_ms.append(1e3 * seconds(lambda: self.session.steps(count), self.memory.device) / count)
+
+
+def make_variants(
+    pair: Pair, sparsities: Sequence[float], ids: Tensor, prompt: int, *, compiled: bool
+) -> list[list[Variant]]:
+    """The dense model and the sparse one at each sparsity, in groups whose chunks can be interleaved.
+
+    Uncompiled, every variant has a cache of its own and all are one group. A compiled model is tied to the addresses
+    of one cache, so its variants take turns round by round; there the merged dense variant is the last. On a CPU, for
+    which transformers has no way to compile by default, the dense model is compiled as the sparse one is.
+    """
+    device = ids.device
+    with_onednn = _onednn_pays(session(pair.dense, ids, prompt, compiled=False))
+    if compiled:
+        if device.type == "cpu":
+            compile_guards.prefer(pair.dense)
+        dense, sparse = (session(m, ids, prompt, compiled=True) for m in (pair.dense, pair.sparse))
+        alone = [Variant(dense, None, PeakMemory(device))]
+        alone += [Variant(sparse, s, PeakMemory(device)) for s in sparsities]
+        dense.onednn = sparse.onednn = with_onednn
+        return [[variant] for variant in (*alone, Variant(sparse, None, PeakMemory(device), merged=True))]
+    found = [Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(device))]
+    found += [Variant(session(pair.sparse, ids, prompt, compiled=False), s, PeakMemory(device)) for s in sparsities]
+    for variant in found:
+        variant.session.onednn = with_onednn
+    return [found]
+
+
+@torch.no_grad()
+def _onednn_pays(dense: Session) -> bool:
+    """Which products serve the dense model best: those that it is compared with, and that all variants use."""
+
+    def run() -> None:
+        dense.cache.reset()
+        dense.position = 0
+        dense.steps(min(CHUNK, dense.ids.shape[1]))
+
+    weight = dense.model.get_input_embeddings().weight
+    return onednn_pays(run, dense.ids.device, weight.dtype)
+
+
+def measure(
+    groups: Sequence[Sequence[Variant]], *, new: int, rounds: int, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Run all variants in turn, `rounds` times, after a warm-up that is not counted."""
+    with torch.no_grad():
+        for variant in (v for group in groups for v in group):
+            variant.select()
+            variant.session.prefill()
+            with variant.memory.watching():
+                variant.session.steps(min(WARM_STEPS, new))
+            progress()
+        for turn in range(rounds):
+            for group in groups:
+                _round(group, new, turn)
+                progress()
+
+
+def _round(group: Sequence[Variant], new: int, turn: int) -> None:
+    """Prompt, then chunks of tokens; the variants take turns, and who starts changes."""
+    order = [*group[turn % len(group) :], *group[: turn % len(group)]]
+    for variant in order:
+        variant.select()
+        variant.prefill()
+    chunk = new if len(group) == 1 else min(CHUNK, new)
+    for start in range(0, new, chunk):
+        count = min(chunk, new - start)
+        for variant in order:
+            variant.select()
+            variant.decode(count)
+
+
+def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
+    """Model sparsity of decoded tokens at the thresholds for `sparsity`."""
+    choose_sparsity(pair.sparse, sparsity)
+    run = session(pair.sparse, ids, prompt, compiled=False)
+    with torch.no_grad():
+        run.prefill()
+        with pair.state.counting() as counts:
+            run.steps(min(COUNTED_STEPS, ids.shape[1] - prompt))
+    return sum(c.dropped for c in counts.values()) / max(1, sum(c.seen for c in counts.values()))

@@ -1,0 +1,207 @@
+"""The two models of a benchmark: a stock dense one, and a sparse one that shares everything but the sites' weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from wina_calib.budgets import Cells
+from wina_calib.budgets.count import count_cells
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.score import scores
+from wina_calib.masks.thresholds import LEVELS
+from wina_calib.model.architecture import Architecture, describe
+from wina_calib.model.config import calibration_of, code_is_trusted, load_config, meta_model
+from wina_calib.model.source import is_added, resolve
+from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
+from wina_calib.runtime.modules import SiteState, SparseLinear
+from wina_calib.runtime.quantizer import insert_sites
+from wina_calib.runtime.state import RuntimeState
+from wina_calib.studies.flops import find_config
+
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense and a sparse model with the same weights.
+
+    Attributes:
+        name: as the user gave it.
+        dense: stock transformers model, row-major weights.
+        sparse: the same with sparse sites; embedding, norms and lm_head are the dense model's own tensors.
+        cells: element counts for read fractions.
+        calibrated: whether thresholds come from a calibration; else `fit` must set them.
+        folder: where a tokenizer may be; None for random weights.
+    """
+
+    name: str
+    dense: PreTrainedModel
+    sparse: PreTrainedModel
+    cells: Cells
+    calibrated: bool
+    folder: Path | None
+
+    @property
+    def state(self) -> RuntimeState:
+        """What the sparse model's sites share."""
+        return sparse_sites(self.sparse)[0].state
+
+
+def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) -> Pair:
+    """Load a calibrated checkpoint or a plain model twice.
+
+    Args:
+        model: folder, Hub id or `demo`.
+        device: where it runs.
+        dtype: of the weights; None is that on disk.
+
+    Raises:
+        WinaError: it cannot be loaded or has no sites.
+    """
+    folder, _ = resolve(model)
+    config = load_config(folder)
+    place = None if device.type == "cpu" else device
+    if calibration_of(config):
+        sparse = load(model, dtype=dtype or "auto", device_map=place).eval()
+        settings = sparse_sites(sparse)[0].settings
+        dense = stock_twin(sparse, config)
+        return Pair(model, dense, sparse, count_cells(describe(dense), settings.transform), True, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", device_map=place, trust_remote_code=code_is_trusted()
+    )
+    return _with_sites(model, loaded.eval(), config, folder)
+
+
+def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: int) -> Pair:
+    """Random weights of a config, made on the device.
+
+    Args:
+        name: preset, config file, folder or Hub id.
+        device: where it runs.
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    config = find_config(name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return _with_sites(name, random_model(config, device, dtype, seed), config, None)
+
+
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A stock model with normal weights, norm gains 1 and biases 0."""
+    model = meta_model(config, dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    std = float(getattr(config, "initializer_range", INITIAL_STD) or INITIAL_STD)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+                if value.ndim > 1:
+                    value.normal_(0.0, std, generator=generator)
+                else:
+                    value.fill_(0.0 if name == "bias" else 1.0)
+                made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+def stock_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A stock model of `config` with its own row-major copies of the sites' weights, sharing all else with `model`.
+
+    Args:
+        model: stock or sparse model with its weights; not packed yet.
+        config: of the base model's type, without quantization.
+    """
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = model.get_input_embeddings().weight.dtype
+    twin = meta_model(copy.deepcopy(config), dtype)
+    own = {layer.prefix + p.module + ".weight" for layer, site in describe(twin).sites for p in site.projections}
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in own else tensor
+        for name, tensor in model.state_dict().items()
+        if not is_added(name)
+    }
+    twin.load_state_dict(state, strict=True, assign=True)
+    twin.tie_weights()
+    twin.requires_grad_(False)
+    return twin.to(model.device).eval()
+
+
+def _with_sites(name: str, dense: PreTrainedModel, config: PreTrainedConfig, folder: Path | None) -> Pair:
+    sparse = stock_twin(dense, config)
+    arch = describe(sparse)
+    return Pair(name, dense, sparse, count_cells(arch, "none"), False, folder)
+
+
+def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int) -> None:
+    """Give an uncalibrated pair's sparse model thresholds that meet the sparsities, all sites alike.
+
+    One forward pass a sparsity: each site's threshold is the quantile of the scores that it sees, set before it
+    computes, so that the sites after it are fitted to what it produces.
+
+    Args:
+        pair: from `random_pair` or `open_pair` on a plain model.
+        sparsities: model sparsities to be fitted.
+        ids: (1, tokens) of prompt and continuation.
+        first: position from which inputs count, the first to be decoded.
+    """
+    anchors = tuple(sorted({s for s in sparsities if s > 0})) or (0.5,)
+    settings = Settings(sparsity=anchors[0], anchors=anchors)
+    arch: Architecture = describe(pair.sparse)
+    insert_sites(pair.sparse, arch, settings)
+    sites = sparse_sites(pair.sparse)
+    for site in sites:
+        site.budget.copy_(torch.tensor(anchors))
+        for group in site.groups:
+            weights = [linear.weight for linear in site.linears if linear.group == group.name]
+            site.group(group.name).norm.copy_(settings.rule.norm(group, weights))
+    for i, sparsity in enumerate(anchors):
+        hooks = [
+            linear.register_forward_pre_hook(_Fit(site, i, sparsity, first))
+            for site in sites
+            for linear in site.linears
+            if linear.leads
+        ]
+        try:
+            with torch.no_grad():
+                pair.sparse(ids, use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    choose_sparsity(pair.sparse, anchors[0])
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Sets a site's quantile table and threshold from the input that it is about to see."""
+
+    site: SiteState
+    anchor: int
+    sparsity: float
+    first: int
+
+    def __call__(self, module: SparseLinear, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        for group in self.site.groups:
+            state = self.site.group(group.name)
+            seen = ScoreHistogram(x.device)
+            seen.update(scores(x[:, self.first :], state.norm, self.site.settings.score))
+            state.table[self.anchor] = seen.quantiles(LEVELS).float().to(x.device)
+            state.threshold.fill_(float(seen.quantiles(torch.tensor([self.sparsity]))[0]))
+
+
+def own_bytes(model: nn.Module, extra: tuple[Any, ...] = ()) -> int:
+    """Bytes of a model's weights and buffers, and of `extra` tensors; shared memory counts once."""
+    tensors = [*model.parameters(), *model.buffers(), *extra]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

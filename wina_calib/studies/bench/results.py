@@ -1,0 +1,242 @@
+"""What a benchmark found, for JSON and for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wina_calib.common.text import percent, table
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Summarise at least one sample."""
+        if len(samples) < 2:
+            return cls(samples[0], samples[0], samples[0])
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(statistics.median(samples), low, high)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Lower and upper quartile."""
+        return self.low, self.high
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model's costs.
+
+    Attributes:
+        ms_per_token: median over chunks of decode steps.
+        ms_per_token_spread: quartiles.
+        tokens_per_s: decode speed.
+        bytes_per_token: weights read for a token, lm_head included, keys and values not.
+        roof_share: those bytes over the time, as a share of the measured copy bandwidth.
+        prefill_ms: median time of the prompt.
+        peak_memory_bytes: weights, cache and what a run adds to them at its peak.
+        eager_ms_per_token: of the stock model as it is, where `ms_per_token` is of a faster one: compiled, or on a CPU, where
+            it has this package's attention and may do without oneDNN.
+        merged_ms_per_token: of the compiled dense model with one product a site, as the sparse one has: what is left of
+            the speed-up against it is due to skipped weights alone.
+    """
+
+    ms_per_token: float
+    ms_per_token_spread: tuple[float, float]
+    tokens_per_s: float
+    bytes_per_token: int
+    roof_share: float
+    prefill_ms: float
+    peak_memory_bytes: int
+    eager_ms_per_token: float | None = None
+    merged_ms_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The sparse model's costs at one sparsity; fields of the same name are as in `Dense`.
+
+    Attributes:
+        sparsity: model sparsity asked for.
+        achieved_sparsity: that of the decode steps measured.
+        read_fraction: weights read over the dense model's at the achieved sparsity, lm_head and run-time matrices included.
+        limit: 1 / read_fraction, the speed-up if only bytes counted.
+        speedup: median over chunks of dense time over sparse time, each chunk beside its own dense one.
+        speedup_spread: quartiles.
+        prefill_ratio: time of the prompt over the dense model's.
+    """
+
+    sparsity: float
+    achieved_sparsity: float
+    read_fraction: float
+    limit: float
+    ms_per_token: float
+    ms_per_token_spread: tuple[float, float]
+    tokens_per_s: float
+    speedup: float
+    speedup_spread: tuple[float, float]
+    bytes_per_token: int
+    roof_share: float
+    prefill_ms: float
+    prefill_ratio: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Dense against sparse decoding of one model in one process.
+
+    Attributes:
+        model: as given.
+        device: its name.
+        dtype: of the weights.
+        threads: CPU threads; 0 on other devices.
+        compiled: whether decode steps ran through torch.compile.
+        onednn: False where decode steps of all variants ran with torch's own products (`torch.backends.mkldnn` off), since
+            the dense model is faster so.
+        prompt: tokens of the prompt.
+        new: tokens decoded in a round.
+        rounds: number of rounds.
+        roof_gb_s: measured copy bandwidth, 1e9 bytes a second, bytes read and written counted.
+        versions: of torch, transformers, triton and the driver, as far as they matter here.
+        dense: the dense model.
+        results: the sparse model, one a sparsity.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    compiled: bool
+    onednn: bool
+    prompt: int
+    new: int
+    rounds: int
+    roof_gb_s: float
+    versions: dict[str, str]
+    dense: Dense
+    results: tuple[Sparse, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """For people."""
+        dense = self.dense
+        rows = [["dense", *_costs(dense), "", "", f"{dense.prefill_ms:.1f}", _size(dense.peak_memory_bytes)]]
+        rows += [
+            [
+                f"{percent(row.sparsity)} (real {percent(row.achieved_sparsity)})",
+                *_costs(row),
+                f"{row.speedup:.2f}",
+                f"{row.limit:.2f}",
+                f"{row.prefill_ms:.1f}",
+                _size(row.peak_memory_bytes),
+            ]
+            for row in self.results
+        ]
+        headers = [
+            "",
+            "ms/token",
+            "quartiles",
+            "tokens/s",
+            "GB/token",
+            "of roof",
+            "speed-up",
+            "limit",
+            "prefill",
+            "memory",
+        ]
+        stock = "without it" if self.compiled else "as transformers runs it"
+        others = {stock: dense.eager_ms_per_token, "with one product a site": dense.merged_ms_per_token}
+        eager = "".join(f"; dense {name} {ms:.3f} ms/token" for name, ms in others.items() if ms is not None)
+        return (
+            f"{self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
+            f"{self.prompt} prompt and {self.new} new tokens, {self.rounds} rounds, copy roof {self.roof_gb_s:.1f} GB/s"
+            f"{', torch.compile' if self.compiled else ''}{_products(self.onednn)}{eager}\n\n{table(headers, rows)}\n\n"
+            "limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms."
+        )
+
+
+@dataclass(frozen=True)
+class Products:
+    """The site products of one decoder layer alone, dense against sparse.
+
+    Attributes:
+        model: as given.
+        device: its name.
+        dtype: of the weights.
+        threads: CPU threads; 0 on other devices.
+        onednn: as in `Bench`.
+        layers: layers with weights of their own that a measurement runs through, so that caches do not serve them.
+        roof_gb_s: measured copy bandwidth, 1e9 bytes a second.
+        versions: as in `Bench`.
+        dense: `{"ms_per_layer", "ms_per_layer_spread", "bytes_per_layer", "roof_share"}`.
+        results: the same a sparsity, with `sparsity`, `achieved_sparsity`, `read_fraction`, `speedup`, `speedup_spread`.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    onednn: bool
+    layers: int
+    roof_gb_s: float
+    versions: dict[str, str]
+    dense: dict[str, Any]
+    results: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """For people."""
+
+        def line(name: str, row: dict[str, Any], speedup: str, limit: str) -> list[str]:
+            low, high = row["ms_per_layer_spread"]
+            share = percent(row["roof_share"])
+            return [name, f"{row['ms_per_layer']:.4f}", f"{low:.4f}-{high:.4f}", share, speedup, limit]
+
+        rows = [line("dense", self.dense, "", "")]
+        for row in self.results:
+            name = f"{percent(row['sparsity'])} (real {percent(row['achieved_sparsity'])})"
+            rows.append(line(name, row, f"{row['speedup']:.2f}", f"{1 / max(row['read_fraction'], 1e-9):.2f}"))
+        return (
+            f"site products of a layer of {self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
+            f"copy roof {self.roof_gb_s:.1f} GB/s{_products(self.onednn)}\n\n"
+            f"{table(['', 'ms/layer', 'quartiles', 'of roof', 'speed-up', 'limit'], rows)}"
+        )
+
+
+def _costs(row: Dense | Sparse) -> list[str]:
+    low, high = row.ms_per_token_spread
+    return [
+        f"{row.ms_per_token:.3f}",
+        f"{low:.3f}-{high:.3f}",
+        f"{row.tokens_per_s:.1f}",
+        f"{row.bytes_per_token / 1e9:.3g}",
+        percent(row.roof_share),
+    ]
+
+
+def _products(with_onednn: bool) -> str:
+    return "" if with_onednn else ", decoded with oneDNN off, as dense is faster so"
+
+
+def _where(device: str, threads: int) -> str:
+    return f"{device} ({threads} threads)" if threads else device
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,350 @@
+"""The paper's error bounds beside the measured errors, for every site of a model, with and without orthogonal columns.
+
+The dense and the sparse model run side by side, one layer in memory at a time. Each site's inputs in both give what its own
+mask costs (Lemma 3.1 against the measured error) and what has accumulated by then (Theorem 3.2 against the measured error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.common.devices import fitting_length, pick_device, pick_dtype
+from wina_calib.common.text import percent, table
+from wina_calib.corpus.blocks import HELDOUT_DATA, Data, data_specs, load_blocks
+from wina_calib.errors import UsageError
+from wina_calib.masks.score import Cut, kept_inputs
+from wina_calib.masks.thresholds import site_sparsity, threshold_between
+from wina_calib.model.architecture import Layer, MaskGroup
+from wina_calib.model.config import calibration_of, load_config
+from wina_calib.model.source import Source, open_source, resolve
+from wina_calib.studies.bounds.lemmas import accumulated_bound, column_lengths, theoretical_error
+from wina_calib.studies.bounds.transformed_source import see_through
+
+TRANSFORMS = ("none", "stacked")
+TOKENS = 4096
+_SEQ_LEN = 512
+_ROUNDING = 1e-5
+_NOTHING = 1e-12
+
+Cuts = Callable[[Layer], Mapping[str, Cut]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SiteBound:
+    """Squared errors of one mask group, summed over tokens, as shares of the dense output's square `||W x||^2`.
+
+    Attributes:
+        layer: index of the decoder layer.
+        site: name of the site.
+        group: `shared`, or the projection that has a mask of its own.
+        sparsity: share of inputs dropped.
+        theory: Lemma 3.1, `sum_j x_j^2 c_j^2` over dropped inputs: what the mask costs if columns are orthogonal.
+        measured: `||W (x - masked x)||^2`, what it costs.
+        inherited: `||W (x - dense x)||^2`, what masks before this site cost here.
+        bound: Theorem 3.2, `(sqrt(inherited) + sqrt(theory))^2`; a bound on `accumulated` if columns are orthogonal.
+        accumulated: `||W (masked x) - W (dense x)||^2`, what all masks so far cost.
+    """
+
+    layer: int
+    site: str
+    group: str
+    sparsity: float
+    theory: float
+    measured: float
+    inherited: float
+    bound: float
+    accumulated: float
+
+    @property
+    def cross(self) -> float:
+        """The cross term `sum_{i != j} d_i d_j W_i . W_j`: what is measured beyond the lemma, for want of orthogonality."""
+        return self.measured - self.theory
+
+    @property
+    def cross_share(self) -> float:
+        """The cross term over the lemma's value; 0 where what is dropped is nothing but rounding."""
+        return self.cross / self.theory if self.theory > _NOTHING else 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the theorem's bound holds, up to rounding."""
+        return self.accumulated <= self.bound * (1 + _ROUNDING)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"cross": self.cross, "cross_share": self.cross_share, "holds": self.holds}
+
+
+@dataclass(frozen=True)
+class ModelBounds:
+    """Bounds and errors of every site of a model under one transform.
+
+    Attributes:
+        model: name as given.
+        transform: resolved transform.
+        score: how inputs are scored.
+        masks: one mask a site or one a projection.
+        select: `thresholds` of a calibrated checkpoint, or each token's `top-k` as in the paper.
+        sparsity: model sparsity asked for.
+        tokens: tokens measured; first tokens of blocks are never masked and not among them.
+        sites: one entry a mask group, in order of the layers.
+    """
+
+    model: str
+    transform: str
+    score: str
+    masks: str
+    select: str
+    sparsity: float
+    tokens: int
+    sites: tuple[SiteBound, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"sites": [site.to_dict() for site in self.sites]}
+
+
+def model_bounds(
+    model: str | Path,
+    *,
+    transforms: Sequence[str] | None = None,
+    sparsity: float | None = None,
+    score: str | None = None,
+    masks: str | None = None,
+    data: Data = HELDOUT_DATA,
+    tokens: int = TOKENS,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[ModelBounds]:
+    """Compare bounds and measured errors at every site.
+
+    A calibrated checkpoint is measured as it is, with its own masks. A model folder gets each token's top k, the setting of
+    the paper's lemma, with the same sparsity at every site, once under each transform.
+
+    Args:
+        model: a model folder, a calibrated checkpoint, a Hub id or `demo`.
+        transforms: transforms to try on a model folder; `TRANSFORMS` by default.
+        sparsity: model sparsity; the calibrated one, or 0.5 by default.
+        score: `wina` (default) or another of `wina_calib.masks.score.SCORES`; for a model folder.
+        masks: `shared` (default) or `per-projection`; for a model folder.
+        data: text, as for `calibrate`.
+        tokens: tokens of text to use.
+        device: compute device.
+        dtype: compute dtype; cross terms of 16-bit products hold rounding errors too.
+        revision: branch, tag or commit on the Hub.
+        progress: called with layers done and layers in all, of all transforms.
+
+    Raises:
+        UsageError: an option is out of range or does not go with a calibrated checkpoint.
+        WinaError: model or text cannot be used.
+    """
+    if tokens < 2 or (sparsity is not None and not 0.0 <= sparsity < 1.0):
+        raise UsageError(f"tokens is {tokens} and sparsity {sparsity}; expected at least 2, and a number in [0, 1).")
+    folder, _ = resolve(model, revision=revision)
+    opened = open_checkpoint(folder) if calibration_of(load_config(folder)) else None
+    if opened is not None and (transforms or score or masks):
+        raise UsageError(
+            f"{model} is calibrated: its transform, score and masks are fixed. Give the base model to vary them."
+        )
+    source = open_source(model, revision=revision, calibrated=opened is not None)
+    place = pick_device(device)
+    names = tuple(transforms or TRANSFORMS)
+    done, total = count(1), len(source.architecture.layers) * (len(names) if opened is None else 1)
+    run = _Run(
+        source=source,
+        name=str(model),
+        ids=_ids(source, data_specs(data), tokens),
+        device=place,
+        dtype=pick_dtype(dtype, source.dtype, place),
+        step=lambda: progress(next(done), total),
+    )
+    if opened is not None:
+        return [run.calibrated(opened, sparsity)]
+    share = 0.5 if sparsity is None else sparsity
+    return [run.under(name, share, score or "wina", masks or "shared") for name in names]
+
+
+def render(results: Sequence[ModelBounds]) -> str:
+    """The bounds as text."""
+    return "\n\n".join(map(_render_one, results))
+
+
+def _render_one(result: ModelBounds) -> str:
+    rows = [
+        [
+            str(s.layer),
+            s.site if s.group == "shared" else f"{s.site}.{s.group}",
+            percent(s.sparsity),
+            *(f"{value:.4f}" for value in (s.theory, s.measured)),
+            f"{s.cross_share:+.1%}",
+            *(f"{value:.4f}" for value in (s.inherited, s.bound, s.accumulated)),
+            "yes" if s.holds else "no",
+        ]
+        for s in result.sites
+    ]
+    headers = [
+        "layer",
+        "site",
+        "sparsity",
+        "lemma 3.1",
+        "measured",
+        "cross",
+        "inherited",
+        "theorem 3.2",
+        "accumulated",
+        "holds",
+    ]
+    cross: dict[str, list[float]] = {}
+    for site in result.sites:
+        cross.setdefault(f"{site.site}.{site.group}", []).append(abs(site.cross_share))
+    means = ", ".join(f"{name.removesuffix('.shared')} {sum(v) / len(v):.2%}" for name, v in cross.items())
+    held = sum(site.holds for site in result.sites)
+    return (
+        f"{result.model}, transform {result.transform}: {result.score} scores, {result.masks} masks, {result.select}, "
+        f"{result.tokens:,} tokens\n\n{table(headers, rows)}\n\n"
+        "Squared errors over the dense output's square. `cross` is what non-orthogonal columns add to the lemma's value.\n"
+        f"mean size of the cross term: {means}; the theorem's bound holds at {held} of {len(result.sites)}"
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the measurements of one model share."""
+
+    source: Source
+    name: str
+    ids: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    step: Callable[[], None]
+
+    def calibrated(self, opened: Checkpoint, sparsity: float | None) -> ModelBounds:
+        settings = opened.settings
+        asked = settings.sparsity if sparsity is None else sparsity
+
+        def cuts(layer: Layer) -> dict[str, Cut]:
+            found: dict[str, Cut] = {}
+            for site in layer.sites:
+                stored = opened.site(layer, site)
+                own = site_sparsity(settings.anchors, stored.budget.numpy(), asked)
+                for group in settings.rule.groups(site):
+                    value = threshold_between(stored.tables[group.name], settings.anchors, asked, own)
+                    chosen = stored.thresholds[group.name] if sparsity is None else torch.tensor(value)
+                    top = settings.select == "topk"
+                    found[group.key] = kept_inputs(site.width, own) if top else chosen.to(self.device, torch.float32)
+            return found
+
+        return self._result(settings.rule, asked, self._measure(self.source, settings.rule, cuts))
+
+    def under(self, transform: str, share: float, score: str, masks: str) -> ModelBounds:
+        source = see_through(self.source, transform, self.ids, device=self.device, dtype=self.dtype)
+        rule = MaskRule(score, masks, transform=source.transform, select="topk")
+
+        def cuts(layer: Layer) -> dict[str, Cut]:
+            groups = (group for site in layer.sites for group in rule.groups(site))
+            return {group.key: kept_inputs(group.projections[0].in_features, share) for group in groups}
+
+        return self._result(rule, share, self._measure(source, rule, cuts))
+
+    def _result(self, rule: MaskRule, sparsity: float, sites: tuple[SiteBound, ...]) -> ModelBounds:
+        tokens, select = len(self.ids) * (self.ids.shape[1] - 1), "top-k" if rule.select == "topk" else "thresholds"
+        return ModelBounds(self.name, rule.transform, rule.score, rule.masks, select, sparsity, tokens, sites)
+
+    @torch.no_grad()
+    def _measure(self, source: Source, rule: MaskRule, cuts: Cuts) -> tuple[SiteBound, ...]:
+        arch = source.architecture
+        stream = LayerStream(source, self.ids, micro_batch=1, dtype=self.dtype, device=self.device)
+        dense, sparse = stream.embed(), stream.store()
+        sparse.copy_from(dense)
+        found: list[SiteBound] = []
+        for index, module in stream.layers():
+            with _Watched(arch.layers[index], module, rule, stream.rotations(index)) as layer:
+                layer.cuts = dict(cuts(arch.layers[index]))
+                sums = {group: _Sums(layer.weights(group)) for groups in layer.groups.values() for group in groups}
+                for batch in range(len(stream.batches)):
+                    kwargs = stream.kwargs(index, batch)
+                    dense[batch], reads = layer.watch(dense[batch], kwargs, sparse=False)
+                    sparse[batch], masked = layer.watch(sparse[batch], kwargs, sparse=True)
+                    for group, own in sums.items():
+                        own.add(reads[group][0], *masked[group])
+                found += [own.bound(index, group) for group, own in sums.items()]
+            self.step()
+        return tuple(found)
+
+
+class _Watched(MaskedLayer):
+    """Keeps what every mask group reads, and what of it passes: all, or what the masks let through."""
+
+    sparse = False
+
+    def __enter__(self) -> _Watched:
+        super().__enter__()
+        return self
+
+    def watch(
+        self, hidden: Tensor, kwargs: Mapping[str, Any], *, sparse: bool
+    ) -> tuple[Tensor, dict[MaskGroup, tuple[Tensor, Tensor]]]:
+        """Run the layer; return its output, and of each group what it reads and what passes, (batch, seq, width) each."""
+        self.sparse, self.seen = sparse, dict[MaskGroup, tuple[Tensor, Tensor]]()
+        return self.run(hidden, kwargs), self.seen
+
+    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+        kept = super().mask(group, x) if self.sparse else x
+        self.seen[group] = (x, kept)
+        return kept
+
+
+class _Sums:
+    """Sums of squares over tokens for one mask group, in float64."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = [weight.float() for weight in weights]
+        self._norms = column_lengths(torch.cat(list(weights)))
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self._norms.device)
+        self._dropped = self._inputs = 0
+
+    def add(self, dense: Tensor, x: Tensor, kept: Tensor) -> None:
+        """Add a micro-batch: the group's inputs in the dense model, in the sparse one, and what of these passes."""
+        y, x, kept = (t[:, 1:].flatten(0, 1).float() for t in (dense, x, kept))
+        own, before = x - kept, x - y
+        self._dropped += int((kept == 0).sum())
+        self._inputs += kept.numel()
+        self._sums[0] += theoretical_error(self._norms, own.double()).sum()
+        for weight in self._weights:
+            v, u, whole = linear(own, weight), linear(before, weight), linear(y, weight)
+            self._sums[1:] += torch.stack([t.double().square().sum() for t in (v, u, u - v, whole)])
+
+    def bound(self, layer: int, group: MaskGroup) -> SiteBound:
+        """The sums as shares of the dense output's square."""
+        *errors, whole = self._sums.tolist()
+        theory, measured, inherited, accumulated = (error / whole if whole else 0.0 for error in errors)
+        return SiteBound(
+            layer=layer,
+            site=group.site,
+            group=group.name,
+            sparsity=self._dropped / max(1, self._inputs),
+            theory=theory,
+            measured=measured,
+            inherited=inherited,
+            bound=accumulated_bound(inherited, theory),
+            accumulated=accumulated,
+        )
+
+
+def _ids(source: Source, data: tuple[str, ...], tokens: int) -> Tensor:
+    seq_len = min(fitting_length(source, _SEQ_LEN), tokens)
+    return load_blocks(data, source.tokenizer(), samples=tokens // seq_len, seq_len=seq_len, seed=0, min_tokens=2).ids

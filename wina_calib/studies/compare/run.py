@@ -1,0 +1,435 @@
+"""Methods side by side under one protocol: the same text, the same measurement, one calibration a method.
+
+Each figure is a cell, (method, sparsity), kept as one small file that names everything it depends on. A finished cell is never
+computed twice: stopped at any moment, the same call goes on. Under another protocol the old cells stay and count for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import wina_calib
+from wina_calib.budgets import Cells
+from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.choose_budget import choice_passes
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, Estimate
+from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.likelihood import perplexity
+from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
+from wina_calib.calibration.run import calibrate
+from wina_calib.checkpoint.reader import model_names, open_checkpoint
+from wina_calib.common import plots
+from wina_calib.common.atomic import lock, readable_errors, write_file
+from wina_calib.common.devices import default_micro_batch, fitting_length, pick_device, pick_dtype
+from wina_calib.common.progress import Progress, Silent
+from wina_calib.common.text import finite
+from wina_calib.corpus.blocks import DEFAULT_DATA, HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
+from wina_calib.errors import CheckpointError, UsageError, WinaError
+from wina_calib.model.architecture import describe
+from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
+from wina_calib.model.source import Source, open_source
+from wina_calib.runtime.load import load, set_sparsity
+from wina_calib.storage import read_json
+from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
+from wina_calib.studies.compare.methods import Method, find_methods
+from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_comparison
+from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
+from wina_calib.transforms import needed_sites, plan
+
+SPARSITIES = (0.25, 0.4, 0.5, 0.65)
+DEFAULT_METHODS = ("papers",)
+FORMAT = "wina-compare-cell/1"
+_IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
+
+
+def compare(
+    model: str | Path,
+    output: str | Path,
+    *,
+    methods: str | Method | Sequence[str | Method] = DEFAULT_METHODS,
+    sparsities: float | Sequence[float] = SPARSITIES,
+    data: Data = DEFAULT_DATA,
+    heldout: Data = HELDOUT_DATA,
+    samples: int = 128,
+    seq_len: int = 2048,
+    tokens: int = 32_768,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    draw: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Calibrate a model with several methods and measure each at several sparsities.
+
+    Args:
+        model: a Hugging Face model folder, a Hub repository id, or `demo`.
+        output: folder for the cells and the results; made where it is missing. Finished cells in it are used.
+        methods: names of `wina_calib.studies.compare.methods.METHODS`, of groups (`papers`, `ablation`), or `Method` objects.
+        sparsities: model sparsities in (0, 1).
+        data: calibration text, as for `calibrate`.
+        heldout: text to measure on.
+        samples: calibration blocks.
+        seq_len: tokens a block.
+        tokens: tokens to measure on.
+        seed: of every random choice.
+        device: compute device.
+        dtype: compute dtype.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that the model folder brings.
+        draw: also draw the plot.
+        progress: hears the plan, phases and steps.
+
+    Returns:
+        All rows asked for; `compare.json`, `compare.md` and, drawn, `compare.png` in the folder say the same.
+
+    Raises:
+        WinaError: model, text or options cannot be used, or no method can.
+
+    Example:
+        ```python
+        wina_calib.compare("demo", "demo-compare", methods=("teal", "ours"), sparsities=(0.5,)).rows
+        ```
+    """
+    if draw:
+        plots.require()
+    chosen = find_methods((methods,) if isinstance(methods, str | Method) else methods)
+    grid = (sparsities,) if isinstance(sparsities, int | float) else tuple(sparsities)
+    base = {
+        "sparsity": grid[0] if grid else 0.0, "grid": grid, "data": data, "samples": samples, "seq_len": seq_len,
+        "seed": seed, "device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    shared = make_options(base)  # refuses what is out of range before any work
+    if not grid or tokens < 2:
+        raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
+    held = data_specs(heldout)
+    with remote_code(trust_remote_code):
+        source = open_source(model, revision=revision)
+        place = pick_device(device)
+        bench = _Bench(
+            source=source,
+            folder=Path(output).expanduser(),
+            shared=shared,
+            heldout=held,
+            blocks=evaluation_blocks(held, source.tokenizer(), tokens, fitting_length(source, seq_len)),
+            weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
+            device=place,
+            dtype=pick_dtype(dtype, source.dtype, place),
+            report=progress or Silent(),
+        )
+        bench.text(shared)  # too short a text is refused at once
+        with readable_errors(bench.folder):
+            (bench.folder / "cells").mkdir(parents=True, exist_ok=True)
+        with lock(bench.folder.absolute()), torch.inference_mode(False), torch.enable_grad():
+            found = bench.run(chosen, tuple(sorted(set(grid))))
+            if not found.rows:
+                raise UsageError(
+                    f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
+                )
+            write_file(bench.folder / "compare.json", _json(found.to_dict()))
+            write_file(bench.folder / "compare.md", found.markdown().encode())
+            if draw:
+                write_file(bench.folder / "compare.png", draw_comparison(found))
+        return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One method with what it needs: its options, the digest of all that its figures depend on, and its open cells."""
+
+    method: Method
+    options: CalibrateOptions
+    key: dict[str, Any]
+    text: Blocks
+    todo: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One comparison under way."""
+
+    source: Source
+    folder: Path
+    shared: CalibrateOptions
+    heldout: tuple[str, ...]
+    blocks: Blocks
+    weights: str
+    device: torch.device
+    dtype: torch.dtype
+    report: Progress
+    texts: dict[tuple[Any, ...], Blocks] = field(default_factory=dict)
+
+    def run(self, methods: Sequence[Method], sparsities: Sequence[float]) -> Comparison:
+        """Compute the cells that are missing and collect all."""
+        rows: dict[tuple[str, float], Row] = {}
+        skipped: list[Skipped] = []
+        tasks: list[_Task] = []
+        for method in methods:
+            try:
+                task = self._task(method, sparsities, rows)
+            except WinaError as error:
+                skipped.append(Skipped(method.name, None, str(error)))
+                continue
+            skipped += [Skipped(method.name, s, reason) for s, reason in self._impossible(method, task.todo)]
+            left = tuple(s for s in task.todo if not any((k.method, k.sparsity) == (method.name, s) for k in skipped))
+            if left:
+                tasks.append(_Task(method, task.options, task.key, task.text, left))
+        self.report.phase(self._plan(tasks, len(rows)), 0)
+        for task in tasks:
+            try:
+                for row in self._measure_gates(task) if task.method.gated else self._measure_sites(task):
+                    rows[row.method, row.sparsity] = row
+                    record = {"format": FORMAT, "key": task.key, "row": asdict(row)}
+                    write_file(self._cell(task.method, row.sparsity, task.key), _json(record))
+            except WinaError as error:
+                skipped.append(Skipped(task.method.name, None, str(error)))
+        shutil.rmtree(self.folder / "calibrations", ignore_errors=True)
+        order = [(m.name, s) for m in methods for s in sparsities]
+        return Comparison(
+            model=self.source.name,
+            protocol=self._protocol,
+            methods={m.name: m.about for m in methods},
+            rows=tuple(rows[key] for key in order if key in rows),
+            skipped=tuple(skipped),
+        )
+
+    # --- what is to be done -----------------------------------------------------------------------------------------
+
+    def _task(self, method: Method, sparsities: Sequence[float], rows: dict[tuple[str, float], Row]) -> _Task:
+        """The cells of a method that are still open; finished ones go to `rows`."""
+        own = asdict(self.shared) | dict(method.options)
+        own["samples"] = max(1, round(own["samples"] * method.share))
+        options = make_options(own)
+        plan(options.transform, self.source.architecture)  # refuses a transform that is not exact here
+        text = self.text(options)
+        key = self._key(method, options, text)
+        known = {s: _read_cell(self._cell(method, s, key), key) for s in sparsities}
+        rows |= {(method.name, s): row for s, row in known.items() if row is not None}
+        return _Task(method, options, key, text, tuple(s for s, row in known.items() if row is None))
+
+    def text(self, options: CalibrateOptions) -> Blocks:
+        """The calibration text of some options, read once."""
+        wanted = (options.data, options.samples)
+        if wanted not in self.texts:
+            seq_len, tokenizer = fitting_length(self.source, options.seq_len), self.source.tokenizer()
+            found = load_blocks(options.data, tokenizer, samples=options.samples, seq_len=seq_len, seed=options.seed)
+            self.texts[wanted] = found
+        return self.texts[wanted]
+
+    def _key(self, method: Method, options: CalibrateOptions, text: Blocks) -> dict[str, Any]:
+        """Everything that a method's figures depend on, the sparsity left out."""
+        key: dict[str, Any] = finite(
+            {
+                "weights": self.weights,
+                "method": "gates" if method.gated else "sites",
+                "options": {k: v for k, v in asdict(options).items() if k not in _IRRELEVANT},
+                "calibration_text": text.fingerprint,
+                "heldout_text": self.blocks.fingerprint,
+                "device": self.device.type,
+                "dtype": str(self.dtype),
+                "versions": self._protocol["versions"],
+            }
+        )
+        return key
+
+    @property
+    def _protocol(self) -> dict[str, Any]:
+        return {
+            "data": list(self.shared.data),
+            "heldout": list(self.heldout),
+            "samples": self.shared.samples,
+            "seq_len": fitting_length(self.source, self.shared.seq_len),
+            "tokens": self.blocks.tokens,
+            "seed": self.shared.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {
+                "wina_calib": wina_calib.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _cell(self, method: Method, sparsity: float, key: Mapping[str, Any]) -> Path:
+        return self.folder / "cells" / f"{method.name}-{sparsity:g}-{_digest(key)}.json"
+
+    def _impossible(self, method: Method, sparsities: Sequence[float]) -> list[tuple[float, str]]:
+        most = gated_share(self.source.architecture) if method.gated else 1.0
+        reason = f"Masks of up and down alone reach model sparsities below {most:.3f}."
+        return [(s, reason) for s in sparsities if s >= most]
+
+    def _plan(self, tasks: Sequence[_Task], present: int) -> str:
+        """What there is and what will be computed, in words."""
+        cells = sum(len(task.todo) for task in tasks)
+        others = len(list((self.folder / "cells").glob("*.json"))) - present
+        parts = [f"plan: {cells} cells of {len(tasks)} methods to compute, {present} there already"]
+        if others:
+            parts.append(f"{others} of another protocol, method or sparsity left aside")
+        weights = 2.0 * sum(site.weights for _, site in self.source.architecture.sites)
+        flops = sum(weights * (self._passes(t) * t.text.tokens + 2 * len(t.todo) * self.blocks.tokens) for t in tasks)
+        return "; ".join([*parts, f"about {flops / 1e12:,.1f} TFLOP"]) if tasks else "; ".join(parts)
+
+    def _passes(self, task: _Task) -> float:
+        """Forward passes over the calibration text that a method's calibration is worth."""
+        if task.method.gated:
+            return 2.0 * len(task.todo)
+        transform = plan(task.options.transform, self.source.architecture).name
+        statistics = 1.0 if needed_sites(transform, self.source.architecture) else 0.0
+        return statistics + CLOSED_LOOP_PASSES * len(task.todo) + choice_passes(task.options, task.text.tokens)
+
+    # --- doing it ---------------------------------------------------------------------------------------------------
+
+    def _measure_sites(self, task: _Task) -> Iterator[Row]:
+        """Rows of a method that masks sites: a checkpoint is made, measured at each sparsity, and deleted at the end.
+
+        Where a run is stopped between two cells, the finished checkpoint is kept and used by the next.
+        """
+        name = task.method.name
+        place = self.folder / "calibrations" / f"{name}-{_digest(task.key)}"
+        checkpoint, took = place / "checkpoint", _finished(place, task.todo)
+        if took is None:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            values = asdict(task.options)
+            untouched = plan(task.options.transform, self.source.architecture).name == "none"
+            weights = "reference" if untouched and not has_own_code(self.source.folder) else "full"
+            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}
+            start = time.monotonic()
+            calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
+            took = time.monotonic() - start
+            write_file(place / "seconds.json", _json(took))
+        model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
+        cells = count_cells(describe(model), plan(task.options.transform, self.source.architecture).name)
+        for sparsity in task.todo:
+            self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
+            start = time.monotonic()
+            set_sparsity(model, sparsity)
+            found = measure(model, self.blocks, self._measured)
+            yield _row(name, sparsity, found, cells, seconds=time.monotonic() - start, calibration_seconds=took)
+        shutil.rmtree(place, ignore_errors=True)
+
+    @torch.no_grad()
+    def _measure_gates(self, task: _Task) -> Iterator[Row]:
+        """Rows of a method that masks the MLP's gate."""
+        arch, share = self.source.architecture, gated_share(self.source.architecture)
+        self.report.phase(f"{task.method.name}: fit gates", 0)
+        start = time.monotonic()
+        stream = LayerStream(
+            self.source,
+            task.text.ids,
+            micro_batch=default_micro_batch(self.device, task.text.ids.shape[1], arch.width),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
+        took = time.monotonic() - start
+        model = AutoModelForCausalLM.from_pretrained(
+            self.source.folder, dtype=self.dtype, trust_remote_code=code_is_trusted()
+        ).to(self.device)
+        cells = count_cells(arch, "none")
+        for sparsity, thresholds in zip(task.todo, fitted, strict=True):
+            self.report.phase(f"{task.method.name}: measure at {sparsity:g}", len(self.blocks.ids))
+            start = time.monotonic()
+            found = self._gated(model, thresholds)
+            seconds = time.monotonic() - start
+            yield _row(task.method.name, sparsity, found, cells, seconds=seconds, calibration_seconds=took)
+
+    def _gated(self, model: PreTrainedModel, thresholds: Tensor) -> Measured:
+        """Quality with masked gates."""
+        decoder = model.get_decoder()
+        totals, seen, dropped = torch.zeros(4, dtype=torch.float64), 0, 0
+        for index, ids in enumerate(self.blocks.ids.to(self.device)):
+            dense = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+            with masked_gates(model, self.source.architecture, thresholds) as count:
+                sparse = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+            totals += quality_sums(model, dense, sparse, ids)
+            seen, dropped = seen + count.seen, dropped + count.dropped
+            self._measured(index + 1, len(self.blocks.ids))
+        tokens = self.blocks.tokens - len(self.blocks.ids)
+        base, ppl, kl, agreement = (totals / tokens).tolist()
+        real = dropped / seen * gated_share(self.source.architecture)
+        return Measured(perplexity(base), perplexity(ppl), kl, agreement, real, {}, tokens)
+
+    def _measured(self, done: int, total: int) -> None:
+        self.report.step(f"block {done} of {total}")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Passes a calibration's progress on under the method's name."""
+
+    report: Progress
+    name: str
+
+    def planned(self, estimate: Estimate) -> None:
+        self.report.planned(estimate)
+
+    def phase(self, name: str, steps: int) -> None:
+        self.report.phase(f"{self.name}: {name}", steps)
+
+    def step(self, note: str) -> None:
+        self.report.step(note)
+
+    def note(self, text: str) -> None:
+        self.report.note(text)
+
+
+def _row(
+    name: str, sparsity: float, found: Measured, cells: Cells, *, seconds: float, calibration_seconds: float
+) -> Row:
+    return Row(
+        method=name,
+        sparsity=sparsity,
+        **found.figures(),
+        read_fraction=cells.read_fraction_at(found.model_sparsity),
+        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
+        tokens=found.tokens,
+        seconds=seconds,
+        calibration_seconds=calibration_seconds,
+    )
+
+
+def _finished(place: Path, sparsities: Sequence[float]) -> float | None:
+    """Seconds that the calibration kept at `place` took; None where there is none that has these sparsities."""
+    try:
+        seconds = read_json(place / "seconds.json")
+        anchors = open_checkpoint(place / "checkpoint").settings.anchors
+    except (WinaError, OSError):
+        return None
+    return seconds if isinstance(seconds, float) and set(sparsities) <= set(anchors) else None
+
+
+def _read_cell(path: Path, key: Mapping[str, Any]) -> Row | None:
+    """A finished cell; None where there is none, or the file is damaged or of another key."""
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("key") != key:
+            return None
+        values: dict[str, Any] = {name: math.inf if value is None else value for name, value in record["row"].items()}
+        return Row(**values)
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json(key)).hexdigest()[:12]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(finite(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -1,0 +1,178 @@
+"""What a comparison found: rows of figures, and the same as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wina_calib.common import plots
+from wina_calib.common.text import percent, rise, table
+
+_HEADERS = (
+    "method",
+    "asked",
+    "sparsity",
+    "read",
+    "read, decoder",
+    "perplexity",
+    "rise",
+    "KL",
+    "top-1",
+    "seconds",
+    "calibration",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one sparsity.
+
+    Attributes:
+        method: its name.
+        sparsity: model sparsity asked for.
+        model_sparsity: achieved, weighted by the sites' sizes, dense first tokens counted in.
+        ppl: perplexity.
+        dense_ppl: perplexity of the same model at sparsity 0, its transform included.
+        kl: mean KL divergence from the dense prediction, nats a token.
+        top1_agreement: share of tokens where both predict the same next token.
+        read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
+        read_fraction_decoder: the same without lm_head.
+        tokens: predicted tokens.
+        seconds: of the evaluation.
+        calibration_seconds: of the method's calibration, which serves all its sparsities.
+    """
+
+    method: str
+    sparsity: float
+    model_sparsity: float
+    ppl: float
+    dense_ppl: float
+    kl: float
+    top1_agreement: float
+    read_fraction: float
+    read_fraction_decoder: float
+    tokens: int
+    seconds: float
+    calibration_seconds: float
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of perplexity over dense."""
+        return self.ppl / self.dense_ppl - 1
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A method, or one of its sparsities, that has no row, and why."""
+
+    method: str
+    sparsity: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        model: as given.
+        protocol: what all rows share: data, tokens, seed, dtype, versions.
+        methods: what the methods are, by name.
+        rows: in order of methods, then sparsities.
+        skipped: what has no row.
+    """
+
+    model: str
+    protocol: dict[str, Any]
+    methods: dict[str, str]
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def row(self, method: str, sparsity: float) -> Row:
+        """The row of a method at a sparsity; KeyError where there is none."""
+        for row in self.rows:
+            if (row.method, row.sparsity) == (method, sparsity):
+                return row
+        raise KeyError((method, sparsity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"rows": [asdict(row) | {"rise": row.rise} for row in self.rows]}
+
+    def text(self) -> str:
+        """A table for a terminal."""
+        lines = [[row.method, *_figures(row)] for row in self.rows]
+        return "\n\n".join([self._about(), *([table(_HEADERS, lines)] if lines else []), *self._reasons()])
+
+    def markdown(self) -> str:
+        """The rise of perplexity by method and sparsity, all figures, and what the methods are."""
+        asked = sorted({row.sparsity for row in self.rows})
+        found = {(row.method, row.sparsity): row for row in self.rows}
+        names = list(dict.fromkeys(row.method for row in self.rows))
+        short = [[f"`{name}`", *(_short(found.get((name, s))) for s in asked)] for name in names]
+        full = [[f"`{row.method}`", *_figures(row)] for row in self.rows]
+        parts = [
+            self._about(),
+            "Rise of perplexity over dense [real model sparsity, read fraction of the decoder]:",
+            _markdown(["method", *(f"asked {s:g}" for s in asked)], short),
+            _markdown(_HEADERS, full),
+            *self._reasons(),
+            "\n".join(f"- `{name}`: {self.methods[name]}" for name in names),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _about(self) -> str:
+        p = self.protocol
+        dense = f"dense perplexity {self.rows[0].dense_ppl:.3f}; " if self.rows else ""
+        return (
+            f"{self.model}: {dense}calibrated on {p['samples']} blocks of {p['seq_len']} tokens of {', '.join(p['data'])}, "
+            f"measured on {p['tokens']:,} tokens of {', '.join(p['heldout'])}; {p['dtype']}, seed {p['seed']}."
+        )
+
+    def _reasons(self) -> list[str]:
+        return [
+            f"{s.method}{'' if s.sparsity is None else f' at {s.sparsity:g}'}: left out. {s.reason}"
+            for s in self.skipped
+        ]
+
+
+def _figures(row: Row) -> list[str]:
+    return [
+        f"{row.sparsity:g}",
+        f"{row.model_sparsity:.3f}",
+        percent(row.read_fraction),
+        percent(row.read_fraction_decoder),
+        f"{row.ppl:.3f}",
+        rise(row.ppl, row.dense_ppl),
+        f"{row.kl:.3f}",
+        percent(row.top1_agreement),
+        f"{row.seconds:.0f}",
+        f"{row.calibration_seconds:.0f}",
+    ]
+
+
+def _short(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{rise(row.ppl, row.dense_ppl)} [{row.model_sparsity:.3f}, {percent(row.read_fraction_decoder, 0)}]"
+
+
+def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw_comparison(found: Comparison) -> bytes:
+    """Perplexity, KL divergence and agreement, against model sparsity and against read fraction, as a PNG."""
+    names = dict.fromkeys(row.method for row in found.rows)
+    lines = {name: sorted((r for r in found.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
+    across = {"model sparsity": "model_sparsity", "read fraction (lm_head included)": "read_fraction"}
+    up = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
+    panels = {
+        (x, y): {n: [(getattr(r, across[x]), getattr(r, up[y])) for r in rows] for n, rows in lines.items()}
+        for y in up
+        for x in across
+    }
+    perplexity, kl, _ = up
+    return plots.tradeoffs(panels, {perplexity: found.rows[0].dense_ppl}, found.model, logarithmic=(perplexity, kl))

@@ -1,0 +1,173 @@
+"""What lies behind a checkpoint's figures: which inputs matter, how errors grow, where it breaks, what the text does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.common.devices import pick_device, pick_dtype
+from wina_calib.common.text import percent
+from wina_calib.corpus.blocks import HELDOUT_DATA, Data, data_specs
+from wina_calib.errors import UsageError
+from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.studies.diagnose.depth import EXTREMES, Extreme, Propagation, extremes, extremes_text, propagation
+from wina_calib.studies.diagnose.importance import INPUTS, Importance, importance, spearman
+from wina_calib.studies.diagnose.subject import Subject
+from wina_calib.studies.diagnose.texts import AMOUNTS, Fitted, reason_without, texts, texts_text
+from wina_calib.studies.evaluate import evaluation_blocks, load_on
+
+__all__ = [
+    "AMOUNTS",
+    "EXTREMES",
+    "INPUTS",
+    "TOKENS",
+    "WHAT",
+    "Diagnosis",
+    "Extreme",
+    "Fitted",
+    "Importance",
+    "Propagation",
+    "diagnose",
+    "spearman",
+]
+
+WHAT = ("importance", "propagation", "extremes", "texts")
+TOKENS = 4096
+Notice = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found of one checkpoint; what was not asked for is None.
+
+    Attributes:
+        model: the checkpoint as given.
+        sparsity: model sparsity of propagation and texts.
+        tokens: tokens of the text measured on.
+        data: what text.
+        importance: whether norms tell which inputs matter.
+        propagation: how errors grow through depth.
+        extremes: quality at high sparsities.
+        texts: thresholds fitted on other text.
+        skipped: what was asked for and does not apply to this checkpoint, and why.
+    """
+
+    model: str
+    sparsity: float
+    tokens: int
+    data: tuple[str, ...]
+    importance: Importance | None = None
+    propagation: Propagation | None = None
+    extremes: tuple[Extreme, ...] | None = None
+    texts: tuple[Fitted, ...] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = asdict(self)
+        if self.importance is not None:
+            found["importance"]["measured"] = self.importance.measured()
+        if self.propagation is not None:
+            found["propagation"] |= {"kl_sum": self.propagation.kl_sum, "error_sum": self.propagation.error_sum}
+        if self.texts is not None:
+            found["texts"] = [asdict(row) | {"drifts": row.drifts} for row in self.texts]
+        return found
+
+    def text(self) -> str:
+        """Tables for people."""
+        parts = [
+            f"{self.model}: asked sparsity {percent(self.sparsity)}, {self.tokens:,} tokens of {', '.join(self.data)}",
+            None if self.importance is None else self.importance.text(),
+            None if self.propagation is None else self.propagation.text(),
+            None if self.extremes is None else extremes_text(self.extremes),
+            None if self.texts is None else texts_text(self.texts),
+            *(f"{name}: left out, {reason}." for name, reason in self.skipped.items()),
+        ]
+        return "\n\n".join(part for part in parts if part is not None)
+
+
+def diagnose(
+    checkpoint: str | Path,
+    *,
+    what: Sequence[str] = WHAT,
+    sparsity: float | None = None,
+    extreme: Sequence[float] = EXTREMES,
+    inputs: int = INPUTS,
+    amounts: Sequence[int] = AMOUNTS,
+    fit_seq_len: int | None = None,
+    data: Data = HELDOUT_DATA,
+    tokens: int = TOKENS,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Notice = lambda name, done, total: None,
+) -> Diagnosis:
+    """Examine a calibrated checkpoint; its folder is not changed.
+
+    Args:
+        checkpoint: checkpoint folder or Hub id.
+        what: any of `WHAT`.
+        sparsity: model sparsity of propagation and texts; the calibrated one by default.
+        extreme: model sparsities of the extremes.
+        inputs: inputs of every site that importance drops one by one.
+        amounts: numbers of blocks that texts fits on.
+        fit_seq_len: tokens of such a block; the calibration's by default.
+        data: text to measure on.
+        tokens: tokens to measure on.
+        device: compute device.
+        dtype: compute dtype.
+        progress: called with the part's name, steps done and steps in all.
+
+    Raises:
+        UsageError: an option is out of range.
+        WinaError: checkpoint or text cannot be used.
+    """
+    unknown = [name for name in what if name not in WHAT]
+    if unknown or not what:
+        raise UsageError(f"what is {', '.join(what) or 'empty'}; expected some of {', '.join(WHAT)}.")
+    opened = open_checkpoint(resolve(checkpoint)[0])
+    asked = opened.settings.sparsity if sparsity is None else sparsity
+    wrong = [s for s in (asked, *extreme) if not 0.0 < s < 1.0]
+    if wrong or tokens < 2 or inputs < 0 or any(a < 1 for a in amounts) or (fit_seq_len or 16) < 16:
+        raise UsageError(
+            f"sparsities {', '.join(f'{s:g}' for s in (asked, *extreme))}, tokens {tokens}, inputs {inputs}, amounts "
+            f"{', '.join(map(str, amounts))}, blocks of {fit_seq_len}; expected sparsities in (0, 1), at least 2 tokens, "
+            "0 inputs, amounts of at least 1 and blocks of at least 16."
+        )
+    reason = reason_without(opened) if "texts" in what else None
+    skipped = {} if reason is None else {"texts": reason}
+    wanted = set(what) - set(skipped)
+    if not wanted:
+        raise UsageError(
+            f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(WHAT[:-1])}."
+        )
+    specs = data_specs(data)
+    place = pick_device(device)
+    blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
+    model = load_on(opened.folder, place, dtype)
+    subject = Subject(opened, model, blocks, place, pick_dtype(dtype, model.dtype, place))
+
+    def told(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(name, done, total)
+
+    # A caller's no_grad or inference_mode would take away the gradients that importance is told by.
+    with torch.inference_mode(False), torch.enable_grad():
+        return Diagnosis(
+            model=str(checkpoint),
+            sparsity=asked,
+            tokens=blocks.tokens,
+            data=specs,
+            importance=importance(subject, inputs=inputs, progress=told("importance"))
+            if "importance" in wanted
+            else None,
+            propagation=propagation(subject, asked, told("propagation")) if "propagation" in wanted else None,
+            extremes=extremes(subject, extreme, told("extremes")) if "extremes" in wanted and extreme else None,
+            texts=texts(subject, asked, amounts=amounts, seq_len=fit_seq_len, progress=told("texts"))
+            if "texts" in wanted
+            else None,
+            skipped=skipped,
+        )

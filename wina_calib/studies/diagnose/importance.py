@@ -1,0 +1,285 @@
+"""Whether column norms tell which inputs matter: rank correlations with what dropping an input does.
+
+Dropping input j of a mask group for every token costs `c_j^2 E[x_j^2]` of the output, exactly, and raises the loss by
+`E[(g_j x_j)^2] / 2` to second order, with g the loss's gradient (see `calibration.loss_curves`). For a sample of inputs the
+KL divergence is measured as well, with that input really dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from wina_calib.calibration.layer_stream import Head, LayerStream
+from wina_calib.calibration.loss_curves import measure_curves
+from wina_calib.common.text import table
+from wina_calib.masks.score import column_norms
+from wina_calib.model.architecture import SITES, MaskGroup, Site
+from wina_calib.model.source import open_source, weights_folder
+from wina_calib.runtime.load import runtime_state
+from wina_calib.studies.diagnose.subject import Progress, Subject
+
+INPUTS = 4
+_KL_TOKENS = 256
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupImportance:
+    """Rank correlations (Spearman) over the inputs of one mask group.
+
+    Attributes:
+        layer: index of the decoder layer.
+        site: name of the site.
+        group: `shared`, or the projection that has a mask of its own.
+        norm_output: column norm with the output's error when an input is dropped.
+        norm_loss: column norm with the predicted rise of the loss.
+        magnitude_loss: mean magnitude with it.
+        product_loss: mean magnitude times column norm with it.
+    """
+
+    layer: int
+    site: str
+    group: str
+    norm_output: float
+    norm_loss: float
+    magnitude_loss: float
+    product_loss: float
+
+
+@dataclass(frozen=True)
+class DroppedInput:
+    """One input dropped for every token.
+
+    Attributes:
+        layer: index of the decoder layer.
+        site: name of the site.
+        input: its index.
+        norm: its column norm.
+        magnitude: its mean magnitude.
+        predicted: predicted rise of the loss, nats a token.
+        kl: measured KL divergence, nats a token.
+    """
+
+    layer: int
+    site: str
+    input: int
+    norm: float
+    magnitude: float
+    predicted: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What norms tell of importance.
+
+    Attributes:
+        tokens: tokens of statistics and gradients.
+        groups: correlations of every mask group.
+        dropped: inputs that were really dropped; empty where inputs are rotated at run time.
+        kl_tokens: tokens that each of them was measured on.
+    """
+
+    tokens: int
+    groups: tuple[GroupImportance, ...]
+    dropped: tuple[DroppedInput, ...]
+    kl_tokens: int
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Rank correlations with the measured KL divergence over the dropped inputs: of each site, and `all`."""
+        found = {}
+        for name in (*SITES, "all"):
+            rows = [d for d in self.dropped if name in (d.site, "all")]
+            if len(rows) > 2:
+                kl = [d.kl for d in rows]
+                found[name] = {
+                    "norm": spearman([d.norm for d in rows], kl),
+                    "magnitude": spearman([d.magnitude for d in rows], kl),
+                    "product": spearman([d.magnitude * d.norm for d in rows], kl),
+                    "predicted": spearman([d.predicted for d in rows], kl),
+                }
+        return found
+
+    def text(self) -> str:
+        """Tables for people."""
+        names = ["norm_output", "norm_loss", "magnitude_loss", "product_loss"]
+        rows = [
+            [str(g.layer), g.site if g.group == "shared" else f"{g.site}.{g.group}"]
+            + [f"{getattr(g, name):+.2f}" for name in names]
+            for g in self.groups
+        ]
+        headers = ["layer", "site", "norm, output error", "norm, loss", "magnitude, loss", "magnitude x norm, loss"]
+        parts = [
+            f"importance, {self.tokens:,} tokens: rank correlations over the inputs of a site with what dropping one does",
+            table(headers, rows),
+        ]
+        measured = self.measured()
+        if measured:
+            lines = [[site, *(f"{v:+.2f}" for v in own.values())] for site, own in measured.items()]
+            parts += [
+                f"{len(self.dropped)} inputs dropped one by one, {self.kl_tokens} tokens: rank correlations with the "
+                "measured KL divergence",
+                table(["site", "norm", "magnitude", "magnitude x norm", "predicted loss"], lines),
+            ]
+        return "\n\n".join(parts)
+
+
+def spearman(one: Sequence[float] | Floats, other: Sequence[float] | Floats) -> float:
+    """Rank correlation of two series, equal values at their mean rank; NaN where one does not vary."""
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (one, other)]
+    if any(np.ptp(r) == 0 for r in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def importance(
+    subject: Subject, *, inputs: int = INPUTS, seed: int = 0, progress: Progress = lambda done, total: None
+) -> Importance:
+    """Correlate column norms with the importance of inputs.
+
+    Args:
+        subject: the checkpoint; its dense model is looked at, transformed as it is.
+        inputs: inputs of every site that are dropped one by one, spread evenly over their predicted ranks; 0 for none.
+        seed: of the sampled labels that gradients are taken with.
+        progress: called with layers done and layers in all.
+    """
+    arch, rule = subject.opened.architecture, subject.opened.settings.rule
+    source = open_source(str(weights_folder(subject.opened.folder)), calibrated=True)
+    ids = subject.blocks.ids
+    sums: dict[tuple[int, MaskGroup], _Sums] = {}
+
+    def observe(layer: int, group: MaskGroup, x: Tensor, g: Tensor) -> None:
+        sums.setdefault((layer, group), _Sums()).add(x.flatten(0, 1), g.flatten(0, 1))
+
+    stream = LayerStream(source, ids, micro_batch=1, dtype=subject.dtype, device=subject.device)
+    layers = len(arch.layers)
+    total = 2 * layers + (layers if inputs else 0)
+    done = iter(range(1, total + 1))
+    measure_curves(stream, rule, seed=seed, progress=lambda _: progress(next(done), total), observe=observe)
+    groups: list[GroupImportance] = []
+    dropped: list[DroppedInput] = []
+    free = not any(source.rotations(layer.index) for layer in arch.layers)
+    for layer in arch.layers:
+        tensors = source.load_layer(layer.index)
+        for site in layer.sites:
+            figures = {}
+            for group in rule.groups(site):
+                norm = column_norms(tensors[f"{p.module}.weight"] for p in group.projections).double().numpy()
+                figures[group.name] = own = sums[layer.index, group].figures(norm)
+                groups.append(own.correlations(layer.index, site.name, group.name))
+            if inputs and free:
+                dropped += _drop_some(subject, layer.index, site, figures, inputs)
+        if inputs:
+            progress(next(done), total)
+    return Importance(ids.numel() - len(ids), tuple(groups), tuple(dropped), _kl_ids(subject).numel() - 1)
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of every input (in,): column norm, mean magnitude, squared output error, predicted rise of the loss."""
+
+    norm: Floats
+    magnitude: Floats
+    output: Floats
+    loss: Floats
+
+    def correlations(self, layer: int, site: str, group: str) -> GroupImportance:
+        return GroupImportance(
+            layer=layer,
+            site=site,
+            group=group,
+            norm_output=spearman(self.norm, self.output),
+            norm_loss=spearman(self.norm, self.loss),
+            magnitude_loss=spearman(self.magnitude, self.loss),
+            product_loss=spearman(self.magnitude * self.norm, self.loss),
+        )
+
+
+class _Sums:
+    """Sums over tokens of a mask group's inputs: magnitude, square, squared product with the gradient; float64."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.sums: Tensor | None = None
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        x, g = x.float(), g.float()
+        found = torch.stack([x.abs().double().sum(0), x.double().square().sum(0), (g * x).double().square().sum(0)])
+        self.sums = found if self.sums is None else self.sums + found
+        self.rows += len(x)
+
+    def figures(self, norm: Floats) -> _Figures:
+        assert self.sums is not None
+        magnitude, square, felt = (self.sums / self.rows).cpu().numpy()
+        return _Figures(norm, magnitude, norm**2 * square, felt / 2)
+
+
+def _drop_some(
+    subject: Subject, layer: int, site: Site, figures: dict[str, _Figures], inputs: int
+) -> Iterator[DroppedInput]:
+    """Drop some inputs of a site, for all that read it, and measure the KL divergence of each."""
+    loss = np.sum([own.loss for own in figures.values()], axis=0)
+    norm = np.sqrt(np.sum([own.norm**2 for own in figures.values()], axis=0))
+    magnitude = next(iter(figures.values())).magnitude
+    order = np.argsort(loss, kind="stable")
+    chosen = sorted({int(order[i]) for i in np.linspace(0, len(order) - 1, inputs).round().astype(int)})
+    for index, kl in zip(chosen, dropping_kl(subject, layer, site, chosen), strict=True):
+        yield DroppedInput(layer, site.name, index, float(norm[index]), float(magnitude[index]), float(loss[index]), kl)
+
+
+@torch.no_grad()
+def dropping_kl(subject: Subject, layer: int, site: Site, inputs: Sequence[int]) -> list[float]:
+    """KL divergence from the dense prediction, nats a token, with one input of a site set to zero for every token.
+
+    Args:
+        subject: the model; its first block is used.
+        layer: index of the layer.
+        site: the site.
+        inputs: each is dropped by itself.
+    """
+    model, ids = subject.model, _kl_ids(subject)
+    rows = ids[None].expand(len(inputs) + 1, -1)
+    module = model.get_submodule(subject.opened.architecture.layers[layer].prefix.removesuffix("."))
+    with runtime_state(model).densely(), _zeroed(module, site, inputs):
+        states = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state[:, :-1]
+    head = Head(model, model.get_decoder())
+    dense, *others = (log_softmax(head(row[None])[0].float(), dim=-1) for row in states)
+    return [float(kl_div(q, dense, reduction="none", log_target=True).double().sum(-1).mean()) for q in others]
+
+
+@contextmanager
+def _zeroed(module: nn.Module, site: Site, inputs: Sequence[int]) -> Iterator[None]:
+    """Row i + 1 of a batch reads the site without input `inputs[i]`; the first row reads it whole."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        x = args[0].clone()
+        for row, index in enumerate(inputs):
+            x[row + 1, :, index] = 0
+        return (x, *args[1:])
+
+    handles = [module.get_submodule(p.module).register_forward_pre_hook(hook) for p in site.projections]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kl_ids(subject: Subject) -> Tensor:
+    return subject.blocks.ids[0, :_KL_TOKENS].to(subject.model.device)
+
+
+def _ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum().astype(np.float64)
+    mean: Floats = last - (counts - 1) / 2
+    return mean[inverse]

@@ -1,0 +1,308 @@
+"""What sparsity costs in quality: a calibrated checkpoint against itself at sparsity 0, on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.layer_stream import Head
+from wina_calib.calibration.likelihood import perplexity
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.common.devices import pick_device, pick_dtype
+from wina_calib.corpus.blocks import HELDOUT_DATA, Blocks, Data, data_specs, is_local, load_blocks, text_hashes
+from wina_calib.errors import NumericError, UsageError
+from wina_calib.model.architecture import SITES, describe
+from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.runtime.load import choose_sparsity, load, runtime_state, sparse_sites
+from wina_calib.runtime.modules import SiteState, model_weighted
+from wina_calib.runtime.state import SiteCount
+
+DRIFT = 0.02
+FEW_TOKENS = 1000
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class SiteSparsity:
+    """Asked and achieved sparsity of one site."""
+
+    layer: int
+    site: str
+    asked: float
+    achieved: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of a checkpoint at one sparsity.
+
+    Attributes:
+        sparsity: model sparsity asked for.
+        model_sparsity: achieved, weighted by the sites' sizes, the first tokens' dense rows counted in.
+        dense_ppl: perplexity of the checkpoint at sparsity 0.
+        sparse_ppl: perplexity at the sparsity.
+        base_ppl: perplexity of the original model, stored by calibration, and on what it was measured.
+        base_ppl_comparable: whether that were the very tokens that `dense_ppl` is of.
+        kl: mean KL divergence of the sparse from the dense prediction, nats a token.
+        top1_agreement: share of tokens where both predict the same next token.
+        read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
+        read_fraction_decoder: the same without lm_head.
+        tokens: predicted tokens.
+        sites: asked and achieved sparsity of every site.
+        warnings: what makes these figures doubtful, with the remedy.
+    """
+
+    sparsity: float
+    model_sparsity: float
+    dense_ppl: float
+    sparse_ppl: float
+    base_ppl: float
+    base_ppl_data: str
+    base_ppl_comparable: bool
+    kl: float
+    top1_agreement: float
+    read_fraction: float
+    read_fraction_decoder: float
+    tokens: int
+    data: tuple[str, ...]
+    sites: tuple[SiteSparsity, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Quality of a sparse model on some blocks; figures as in `Evaluation`, `sites` achieved ones by (layer, site)."""
+
+    dense_ppl: float
+    ppl: float
+    kl: float
+    top1_agreement: float
+    model_sparsity: float
+    sites: dict[tuple[int, str], float]
+    tokens: int
+
+    @classmethod
+    def from_sums(
+        cls, sums: Tensor, counts: Mapping[tuple[int, str], SiteCount], sites: Sequence[SiteState], blocks: Blocks
+    ) -> Measured:
+        """From `quality_sums` and mask counts over all of `blocks`."""
+        tokens = blocks.tokens - len(blocks.ids)
+        base, sparse, divergence, agreement = (sums / tokens).tolist()
+        achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
+        real = model_weighted(sites, list(achieved.values()))
+        return cls(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, tokens)
+
+    def figures(self) -> dict[str, float]:
+        """What rows of every experiment have, by name."""
+        return {
+            "model_sparsity": self.model_sparsity,
+            "ppl": self.ppl,
+            "dense_ppl": self.dense_ppl,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+        }
+
+
+def evaluate(
+    path_or_repo: str | Path,
+    *,
+    data: Data = HELDOUT_DATA,
+    sparsity: float | None = None,
+    tokens: int = 32_768,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a calibrated checkpoint against itself at sparsity 0.
+
+    Args:
+        path_or_repo: checkpoint folder or Hub id.
+        data: data specs, as for `calibrate`; the built-in held-out text by default.
+        sparsity: model sparsity; None is the one it was calibrated for.
+        tokens: tokens to use, in blocks of the calibration's length.
+        device: compute device.
+        dtype: compute dtype; `auto` is the stored one on a GPU and float32 on a CPU.
+        revision: branch, tag or commit on the Hub.
+        progress: called with blocks done and blocks in all.
+
+    Raises:
+        WinaError: the checkpoint or the text cannot be used.
+    """
+    folder, _ = resolve(path_or_repo, revision=revision)
+    place = pick_device(device)
+    return evaluate_model(
+        load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=progress
+    )
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    folder: Path,
+    data: tuple[str, ...],
+    *,
+    sparsity: float | None = None,
+    tokens: int = 32_768,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    budget: NDArray[np.float64] | None = None,
+) -> Evaluation:
+    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities."""
+    if tokens < 2:
+        raise UsageError(f"tokens is {tokens}; expected at least 2.")
+    sites = sparse_sites(model)
+    settings = sites[0].settings
+    asked = settings.sparsity if sparsity is None else sparsity
+    choose_sparsity(model, asked)
+    if budget is not None:
+        set_budget(model, asked, budget)
+    blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, settings.seq_len)
+    found = measure(model, blocks, progress)
+    cells = count_cells(describe(model), settings.transform)
+    provenance = settings.provenance
+    return Evaluation(
+        sparsity=asked,
+        model_sparsity=found.model_sparsity,
+        dense_ppl=found.dense_ppl,
+        sparse_ppl=found.ppl,
+        base_ppl=float(provenance.get("base_ppl", float("nan"))),
+        base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
+        base_ppl_comparable=provenance.get("base_ppl_fingerprint") == blocks.fingerprint,
+        kl=found.kl,
+        top1_agreement=found.top1_agreement,
+        read_fraction=cells.read_fraction_at(found.model_sparsity),
+        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
+        tokens=found.tokens,
+        data=data,
+        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
+        warnings=find_warnings(settings, data, asked, found.model_sparsity, found.tokens),
+    )
+
+
+def measure(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    dense: Sequence[Tensor] | None = None,
+) -> Measured:
+    """Measure a loaded sparse model, as its thresholds are set now, against itself at sparsity 0.
+
+    Args:
+        model: the model.
+        blocks: text.
+        progress: called with blocks done and blocks in all.
+        dense: what `dense_states` gave for the same blocks, so that they are not computed again.
+    """
+    sites, totals = sparse_sites(model), torch.zeros(4, dtype=torch.float64)
+    with runtime_state(model).counting() as counts:
+        for index, ids in enumerate(blocks.ids.to(model.device)):
+            whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
+            totals += quality_sums(model, whole, _states(model, ids), ids)
+            progress(index + 1, len(blocks.ids))
+    return Measured.from_sums(totals, counts, sites, blocks)
+
+
+def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The decoder's outputs (1, seq - 1, hidden) at sparsity 0 for each block of `ids` (blocks, seq)."""
+    with runtime_state(model).densely():
+        return [_states(model, row) for row in ids.to(model.device)]
+
+
+def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len: int) -> Blocks:
+    """The text that an evaluation reads: about so many tokens, in blocks of at most `seq_len`."""
+    length = min(seq_len, tokens)
+    samples = max(len(data), tokens // length)  # at least one of each
+    return load_blocks(data, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=2)
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The decoder's output (1, seq - 1, hidden) for one block (seq,)."""
+    found: Tensor = model.get_decoder()(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+    return found
+
+
+@torch.no_grad()
+def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Tensor) -> Tensor:
+    """Sums over the predicted tokens of one block: dense loss, sparse loss, KL divergence, agreement, float64.
+
+    Args:
+        model: the model, for its head.
+        dense: the decoder's output (1, seq - 1, hidden) when it computes everything.
+        sparse: the same with masks.
+        ids: the block (seq,).
+
+    Raises:
+        NumericError: sparse logits are NaN or infinite.
+    """
+    head = Head(model, model.get_decoder())
+    out = torch.zeros(4, dtype=torch.float64)
+    for d, s, target in zip(dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True):
+        p, q = (log_softmax(head(h)[0].float(), dim=-1) for h in (d, s))
+        if not bool(torch.isfinite(q).all()):
+            raise NumericError("the model's logits are NaN or infinite. Try --dtype float32.")
+        out += torch.stack(
+            [
+                -p.gather(1, target[:, None]).double().sum(),
+                -q.gather(1, target[:, None]).double().sum(),
+                kl_div(q, p, reduction="none", log_target=True).double().sum(),
+                (p.argmax(-1) == q.argmax(-1)).double().sum(),
+            ]
+        ).cpu()
+    return out
+
+
+def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float, tokens: int) -> tuple[str, ...]:
+    """What makes an evaluation doubtful, with the remedy."""
+    found = []
+    if tokens < FEW_TOKENS:
+        found.append(f"{tokens} tokens are too few to rely on these figures. Give more text, or a larger --tokens.")
+    outside = settings.unfitted(asked)
+    if outside is not None:
+        found.append(outside)
+    if abs(real - asked) > DRIFT:
+        reason = (
+            "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
+        )
+        found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
+    overlap = _overlap(tuple(settings.provenance.get("data", ())), data)
+    if overlap > 0.01:
+        found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
+    return tuple(found)
+
+
+def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
+    """Share of the longer lines that are in the calibration data too, where both are at hand."""
+    local = [s for s in calibration if is_local(s)]
+    here = [s for s in data if is_local(s)]
+    if not local or not here:
+        return 0.0
+    mine = text_hashes(here)
+    return len(mine & text_hashes(local)) / len(mine) if mine else 0.0
+
+
+def load_on(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """Load a checkpoint to measure it: `auto` is the stored dtype on an accelerator, float32 on a CPU."""
+    cpu = device.type == "cpu"
+    stored = dtype == "auto" and not cpu
+    chosen = "auto" if stored else pick_dtype(dtype, torch.float32, device)
+    return load(folder, dtype=chosen, device_map=None if cpu else device)
+
+
+def set_budget(model: PreTrainedModel, sparsity: float, budget: NDArray[np.float64]) -> None:
+    """Run a loaded model at site sparsities `budget` (layers, sites), with the tables of a model sparsity."""
+    for site in sparse_sites(model):
+        site.set_sparsity(sparsity, float(budget[site.layer, SITES.index(site.site.name)]))

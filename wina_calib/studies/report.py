@@ -1,0 +1,180 @@
+"""A report on a checkpoint: figures as PNG and one HTML page that holds them all and needs no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wina_calib.budgets import Budget, Curves
+from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.rebudget import stored_curves
+from wina_calib.checkpoint.card import without_folders
+from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.checkpoint.settings import REBUDGETED
+from wina_calib.common import plots
+from wina_calib.common.atomic import check_output, output_folder
+from wina_calib.common.text import percent
+from wina_calib.masks.thresholds import LEVELS
+from wina_calib.model.architecture import SITES
+
+PAGE = "index.html"
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2933}"
+    "img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#52606d}"
+    "table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}"
+    "th{font-weight:600;min-width:9rem}"
+    "td:last-child{overflow-wrap:anywhere}"
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: its file name, a line of explanation, its PNG bytes."""
+
+    file: str
+    caption: str
+    png: bytes
+
+
+def write_report(checkpoint: Path, output: Path, *, overwrite: bool = False) -> Path:
+    """Draw a checkpoint's report.
+
+    Args:
+        checkpoint: a calibrated checkpoint's folder.
+        output: folder for the figures and `index.html`.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: matplotlib is missing.
+        CheckpointError: the checkpoint is damaged.
+        OutputError: the folder exists or cannot be written.
+    """
+    plots.require()
+    check_output(output, overwrite=overwrite, made=("index.html",))
+    opened = open_checkpoint(checkpoint)
+    with output_folder(output, overwrite=overwrite) as target:
+        figures = tuple(draw(opened))
+        for figure in figures:
+            (target / figure.file).write_bytes(figure.png)
+        (target / PAGE).write_text(page(opened, figures), "utf-8")
+    return output / PAGE
+
+
+def draw(opened: Checkpoint) -> Iterator[Figure]:
+    """All figures of a checkpoint: budget, quality, fit, and each layer's scores."""
+    settings, arch = opened.settings, opened.architecture
+    sparsities = opened.sparsities(settings.sparsity)
+    title = f"site sparsity at model sparsity {settings.sparsity:g}"
+    yield Figure("budget.png", "Share of inputs that each site drops.", plots.heat_map(sparsities, SITES, title))
+    frontier = _frontier(opened)
+    if frontier is not None:
+        yield frontier
+    anchor = _anchor(opened)
+    errors = np.array([[float(opened.site(a, b).error[anchor]) for b in a.sites] for a in arch.layers])
+    at = settings.anchors[anchor]
+    caption = (
+        "Error of each site's output when its masked inputs are left out, relative to its dense output, at "
+        f"{'the fitted' if at in settings.fitted_anchors else 'an interpolated'} sparsity {percent(at)}."
+    )
+    yield Figure("error.png", caption, plots.lines(errors, SITES, "output error by site", "relative error"))
+    levels = LEVELS.numpy()
+    for layer in arch.layers:
+        quantiles: dict[str, NDArray[np.float64]] = {}
+        thresholds: dict[str, float] = {}
+        for site in layer.sites:
+            stored = opened.site(layer, site)
+            for name, scores in stored.tables.items():
+                key = site.name if len(stored.tables) == 1 else f"{site.name}.{name}"
+                quantiles[key] = scores[anchor].double().numpy()
+                thresholds[key] = float(stored.thresholds[name])
+        png = plots.densities(quantiles, levels, thresholds, f"layer {layer.index}: scores and thresholds")
+        caption = f"Layer {layer.index}: how the scores of inputs spread; below the line they are dropped."
+        yield Figure(f"scores-{layer.index:03d}.png", caption, png)
+
+
+def predicted_rise(opened: Checkpoint, curves: Curves | None, model_sparsity: float) -> float | None:
+    """Predicted rise of the loss (nats/token) at a model sparsity; None without curves."""
+    return None if curves is None else Budget(opened.sparsities(model_sparsity)).predicted_loss(curves)
+
+
+def _frontier(opened: Checkpoint) -> Figure | None:
+    """Perplexity over read fraction: predicted where curves are stored, and as measured."""
+    settings = opened.settings
+    cells = count_cells(opened.architecture, settings.transform)
+    measured = read_evaluation(opened.folder)
+    dense = float(measured["dense_ppl"]) if measured else float(settings.provenance.get("base_ppl", float("nan")))
+    predicted: list[tuple[float, float]] = []
+    curves = stored_curves(opened)
+    for sparsity in np.linspace(0.0, settings.anchors[-1], 14):
+        rise = predicted_rise(opened, curves, float(sparsity))
+        if rise is not None and np.isfinite(dense):
+            predicted.append((cells.read_fraction_at(float(sparsity)), dense * float(np.exp(rise))))
+    points = [(float(measured["read_fraction"]), float(measured["sparse_ppl"]))] if measured else []
+    if not predicted and not points:
+        return None
+    caption = (
+        "Perplexity over the share of bytes read for a token: the line is predicted by calibration, the dot measured. Drawn up "
+        "to four times the dense model's."
+    )
+    return Figure("frontier.png", caption, plots.frontier(predicted, points, dense, "quality over read fraction"))
+
+
+def _anchor(opened: Checkpoint) -> int:
+    """Index of the stored sparsity nearest to the one asked for."""
+    return int(np.argmin([abs(anchor - opened.settings.sparsity) for anchor in opened.settings.anchors]))
+
+
+def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
+    """The page, pictures within. Nothing of it runs, and no text of the checkpoint becomes markup."""
+    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in _facts(opened))
+    shown = "".join(
+        f'<figure><img alt="{escape(f.caption)}" src="data:image/png;base64,{base64.b64encode(f.png).decode()}">'
+        f"<figcaption>{_text(f.caption)}</figcaption></figure>\n"
+        for f in figures
+    )
+    name = escape(without_folders(str(opened.settings.provenance.get("base_model", opened.folder.name))))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>Sparsity of {name}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>Sparsity of {name}</h1>\n<table>{rows}</table>\n{shown}</body></html>\n"
+    )
+
+
+def _text(value: str) -> str:
+    """Text for the page; a number and its % stay on one line."""
+    return escape(value).replace(" %", "&nbsp;%")
+
+
+def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
+    settings, facts = opened.settings, opened.settings.provenance
+    cells = count_cells(opened.architecture, settings.transform)
+    rows: list[tuple[str, Any]] = [
+        ("sparsity", f"{percent(settings.sparsity)}, fitted at {', '.join(map(percent, settings.fitted_anchors))}"),
+        ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
+        ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
+        ("score, masks, budget", f"{settings.score}, {settings.masks}, {settings.budget}"),
+        ("data", without_folders(", ".join(map(str, facts.get("data", ()))))),
+        ("command", without_folders(str(facts.get("command", "unknown")))),
+    ]
+    later = facts.get(REBUDGETED)
+    if later is not None:
+        rows.append(("budget chosen later", f"{settings.budget} for {percent(settings.sparsity)}, thresholds {later}"))
+    measured = read_evaluation(opened.folder)
+    if measured is not None:
+        text = f"{measured['dense_ppl']:.3f} dense, {measured['sparse_ppl']:.3f} sparse at {percent(measured['model_sparsity'])}"
+        rows.insert(2, ("perplexity", f"{text}, on {measured['tokens']:,} tokens of {', '.join(measured['data'])}"))
+    return [(name, str(value)) for name, value in rows]
