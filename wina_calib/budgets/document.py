@@ -6,18 +6,13 @@ Scalars stay text: YAML would read an unquoted `+0.1` as 0.1 and `1e-3` as a str
 import json
 from typing import NoReturn
 
-import yaml
-
 from wina_calib.budgets.patterns import shown
+from wina_calib.common.plain_yaml import Node, PlainYamlError, parse_plain_yaml
 from wina_calib.errors import BudgetError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 4
-
-Node = str | dict[str, "Node"] | list["Node"]
-
-# The C parser is some ten times faster; without it the pure one does the same.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_VALUES = MAX_BYTES  # no bound of its own: a value takes a byte
 
 
 def parse_document(data: bytes, kind: str) -> dict[str, Node]:
@@ -47,56 +42,13 @@ def parse_document(data: bytes, kind: str) -> dict[str, Node]:
 
 
 def _parse_yaml(text: str) -> Node:
-    tree: list[Node] = []  # the first document's root
-    stack: list[dict[str, Node] | list[Node]] = []
-    keys: list[str | None] = []  # for each open collection, the key that waits for its value
-
-    def put(value: Node, line: int) -> None:
-        if not stack:
-            tree.append(value)
-            return
-        parent, key = stack[-1], keys[-1]
-        if isinstance(parent, list):
-            parent.append(value)
-        elif key is not None:
-            parent[key] = value
-            keys[-1] = None
-        elif not isinstance(value, str):
-            raise BudgetError(f"line {line}: a key must be plain text")
-        elif value in parent:
-            raise BudgetError(f"line {line}: the key {shown(value)} stands twice, keep one")
-        else:
-            keys[-1] = value
-
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
-            line = event.start_mark.line + 1 if event.start_mark else 0
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise BudgetError(f"line {line}: anchors and aliases are not accepted, write the value out")
-            if getattr(event, "tag", None) is not None:
-                raise BudgetError(f"line {line}: tags are not accepted, write the plain value")
-            if isinstance(event, yaml.DocumentStartEvent) and tree:
-                raise BudgetError(f"line {line}: a second document starts, a budget is one")
-            if isinstance(event, yaml.ScalarEvent):
-                put(event.value, line)
-            elif isinstance(event, yaml.CollectionStartEvent):
-                if len(stack) >= MAX_DEPTH:
-                    raise BudgetError(f"line {line}: nested more than {MAX_DEPTH} deep")
-                child: dict[str, Node] | list[Node] = {} if isinstance(event, yaml.MappingStartEvent) else []
-                put(child, line)
-                stack.append(child)
-                keys.append(None)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                stack.pop()
-                keys.pop()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise BudgetError(f"the budget is not valid YAML{where}: {shown(str(problem))}") from None
-    if not tree:
+        tree = parse_plain_yaml(text, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+    except PlainYamlError as error:
+        raise BudgetError(str(error) if error.line else f"the budget is {error}") from None
+    if tree is None:
         raise BudgetError("the budget is empty")
-    return tree[0]
+    return tree
 
 
 def _parse_json(text: str) -> Node:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from wina_calib.budgets.document import MAX_BYTES, Node, parse_document
+from wina_calib.budgets.document import MAX_BYTES, parse_document
 from wina_calib.budgets.model import Budget, Cells
 from wina_calib.budgets.patterns import Setting, apply_settings, parse_number, shown
+from wina_calib.common.plain_yaml import Node
 from wina_calib.errors import BudgetError, OutputError
 
 FORMAT = "wina-budget/1"
