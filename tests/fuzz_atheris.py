@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=PARTS):
     from wina_calib.budgets import Budget, ModelKey, format_budget, parse_budget
     from wina_calib.budgets.file import explicit
     from wina_calib.checkpoint.settings import Settings
-    from wina_calib.corpus.blocks import check_spec, documents
+    from wina_calib.corpus.sources import check_spec, documents
     from wina_calib.errors import WinaError
     from wina_calib.storage import Shards
 

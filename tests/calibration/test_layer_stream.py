@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from wina_calib.calibration.fit_thresholds import dense_pass
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll
 from wina_calib.model.source import open_source
+from wina_calib.storage.hidden_states import HiddenStates
 
 VARIANTS = {
     "llama": {},

@@ -7,8 +7,9 @@ import tiny
 import torch
 from stream_cases import open_stream, some_ids
 
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream, head_rows
+from wina_calib.calibration.layer_stream import LayerStream, head_rows
 from wina_calib.calibration.likelihood import loss_gradients, measured_rises, next_token_nll
+from wina_calib.storage.hidden_states import HiddenStates
 
 
 @pytest.fixture(params=["whole", "in parts"], autouse=True)

@@ -20,11 +20,12 @@ import torch
 
 import wina_calib
 from wina_calib.calibration.fit_layer import MaskedLayer
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.common.devices import keep_in_memory
 from wina_calib.common.memory import Growth
 from wina_calib.errors import OutOfMemoryError
 from wina_calib.model.source import open_source
+from wina_calib.storage.hidden_states import HiddenStates
 
 LIMIT = 2_500_000_000
 CGROUPS = Path("/sys/fs/cgroup/memory")

@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner
 
 import wina_calib
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.cli import main
 from wina_calib.common.progress import Silent
 from wina_calib.errors import NumericError, OutputError, StateError
 from wina_calib.storage import resume
+from wina_calib.storage.hidden_states import HiddenStates
 
 SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,)}
 CASES: dict[str, dict[str, Any]] = {

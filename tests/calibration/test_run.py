@@ -17,7 +17,7 @@ from wina_calib.cli import main
 from wina_calib.common.progress import Silent
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import ModelFolderError
-from wina_calib.model.source import demo_folder
+from wina_calib.model.locate import demo_folder
 from wina_calib.runtime.load import runtime_state
 
 SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform"}

@@ -17,7 +17,8 @@ from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.cli import main
 from wina_calib.common.progress import Silent
 from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, UsageError
-from wina_calib.model.source import load_tokenizer, open_source
+from wina_calib.model.locate import load_tokenizer
+from wina_calib.model.source import open_source
 from wina_calib.studies.evaluate import evaluate
 
 OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128}

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from wina_calib.corpus import blocks
-from wina_calib.corpus.blocks import Blocks, check_spec, documents, fingerprint, load_blocks, text_hashes
+from wina_calib.corpus.blocks import Blocks, fingerprint, load_blocks, text_hashes
+from wina_calib.corpus.sources import check_spec, documents
 from wina_calib.errors import CorpusError, UsageError, WinaError
 
 DEMO = Path(__file__).parents[2] / "wina_calib" / "data" / "demo-llama-5m"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from wina_calib.corpus import blocks, text_files
-from wina_calib.corpus.blocks import catalogue, check_spec, documents, text_hashes
+from wina_calib.corpus import sources, text_files
+from wina_calib.corpus.blocks import text_hashes
+from wina_calib.corpus.sources import catalogue, check_spec, documents
 from wina_calib.errors import CorpusError, UsageError
 
 DATA = Path(__file__).parents[2] / "calibration_data"
@@ -98,9 +99,9 @@ class TestBuiltin:
             assert f"| {name} | {entry['path']} |" in card
 
     def test_missing_package_data_is_our_error(self, monkeypatch):
-        monkeypatch.setattr(blocks, "__file__", "/nowhere/wina_calib/corpus/blocks.py")
+        monkeypatch.setattr(sources, "__file__", "/nowhere/wina_calib/corpus/sources.py")
         with pytest.raises(CorpusError, match="Install it again"):
-            blocks._data_file("nothing.jsonl")
+            sources._data_file("nothing.jsonl")
 
 
 class TestCatalogue:
@@ -141,12 +142,12 @@ class TestCatalogue:
             " = Two ( of 2 ) = \n",
             " text c \n",
         ]
-        assert list(blocks._joined(rows, pattern)) == [
+        assert list(sources._joined(rows, pattern)) == [
             " = One = \n text a \n = = Part = = \n text b \n",
             " = Two ( of 2 ) = \n text c \n",
         ]
 
     def test_joined_documents_are_bounded(self):
-        found = list(blocks._joined(["x" * 100_000] * 9, "never"))
+        found = list(sources._joined(["x" * 100_000] * 9, "never"))
         assert "".join(found) == "x" * 900_000
-        assert max(map(len, found)) <= blocks._JOINED + 100_000
+        assert max(map(len, found)) <= sources._JOINED + 100_000

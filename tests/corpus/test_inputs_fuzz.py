@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.corpus.blocks import check_spec, documents, is_local
+from wina_calib.corpus.sources import check_spec, documents, is_local
 from wina_calib.errors import WinaError
 from wina_calib.model.config import describe_config, load_config
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from wina_calib.corpus import text_files
-from wina_calib.corpus.blocks import check_spec, documents, is_local
+from wina_calib.corpus.sources import check_spec, documents, is_local
 from wina_calib.errors import CorpusError, UsageError
 
 

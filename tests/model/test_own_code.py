@@ -15,7 +15,8 @@ import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError, UnsupportedModel, UsageError
 from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
-from wina_calib.model.source import load_tokenizer, open_source
+from wina_calib.model.locate import load_tokenizer
+from wina_calib.model.source import open_source
 
 CODE = {
     "configuration_own.py": """

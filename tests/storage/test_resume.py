@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from wina_calib.calibration.layer_stream import HiddenStates
 from wina_calib.common.progress import Silent
 from wina_calib.errors import StateError
-from wina_calib.storage import resume
-from wina_calib.storage.resume import Journal, Phase, check_same, open_journal
+from wina_calib.storage import resume, resume_files
+from wina_calib.storage.hidden_states import HiddenStates
+from wina_calib.storage.resume import Journal, Phase, open_journal
+from wina_calib.storage.resume_files import check_same
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_differences_are_listed(tmp_path: Path) -> None:
 def test_a_folder_half_removed_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_journal(tmp_path / "s", lambda: {"a": 1}).phase("p").save(1)
     monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
-    resume.drop(tmp_path / "s")
+    resume_files.drop(tmp_path / "s")
     monkeypatch.undo()
     assert names(tmp_path / "s") == ["p"]
     assert open_journal(tmp_path / "s", lambda: {"a": 2}).phase("p").step == 0

@@ -200,7 +200,7 @@ def test_a_fingerprint_that_is_given_up_ends_with_the_process(tmp_path):
         "read = Shards._read\n"
         "Shards._read = lambda *args: (time.sleep(1), read(*args))\n"
         "shards = Shards.open(Path(sys.argv[1]))\n"
-        "from wina_calib.common.background import Background\n"
+        "from wina_calib.common.threads import Background\n"
         "Background(lambda: shards.fingerprint(shards))\n"
         "time.sleep(0.5)\n"
         "print(time.time(), flush=True)\n"

@@ -13,7 +13,7 @@ import wina_calib
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
-from wina_calib.model.source import load_tokenizer
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.runtime.load import sparse_sites
 from wina_calib.studies.diagnose import WHAT, Diagnosis, diagnose, spearman
 from wina_calib.studies.diagnose.depth import BROKEN

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import wina_calib
-from wina_calib.model.source import load_tokenizer
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.studies.evaluate import evaluation_blocks
 
 SITES = {

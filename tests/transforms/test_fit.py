@@ -11,7 +11,7 @@ from wina_calib.common.distributed import Ranks
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import TransformError
 from wina_calib.model.architecture import describe
-from wina_calib.model.source import demo_folder
+from wina_calib.model.locate import demo_folder
 from wina_calib.transforms import Statistics, fit, needed_sites
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wina_calib.budgets import Cells
+from wina_calib.budgets.model import Cells
 from wina_calib.model.architecture import SITES, Architecture
 from wina_calib.transforms import run_time_weights
 

@@ -25,13 +25,14 @@ from wina_calib.budgets import (
     uniform,
 )
 from wina_calib.calibration.greedy import greedy
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import measured_rises
 from wina_calib.calibration.loss_curves import CURVE_LEVELS, PASSES, Sensitivity, measure_curves, usable_tokens
 from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import BudgetError
 from wina_calib.model.architecture import Architecture
+from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")

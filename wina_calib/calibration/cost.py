@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from wina_calib.calibration.layer_stream import head_rows, logit_rows
+from wina_calib.common.progress import Estimate
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import Source
 from wina_calib.transforms import Plan, Statistics, needed_sites
@@ -18,29 +17,6 @@ _LOGITS = 10  # the logits of a part, and all that is computed of them and kept 
 # residual stream's width and the widest site's.
 _FORWARD = 4, 4
 _BACKWARD = 26, 16
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Predicted cost.
-
-    Attributes:
-        memory_bytes: peak resident memory.
-        hidden_bytes: hidden states, in memory or on disk.
-        disk_bytes: size of the checkpoint, and at most of the state and the hidden states beside it while the work lasts.
-        tokens: calibration tokens.
-        passes: forward passes over these tokens.
-        flops: floating-point operations of all passes.
-        notes: what the user should know, such as fewer blocks than asked.
-    """
-
-    memory_bytes: int
-    hidden_bytes: int
-    disk_bytes: int
-    tokens: int
-    passes: float
-    flops: float
-    notes: tuple[str, ...] = ()
 
 
 def hidden_bytes(arch: Architecture, tokens: int, dtype: torch.dtype) -> int:
@@ -120,12 +96,3 @@ def estimate(
         flops=2.0 * weights * tokens * passes,
         notes=notes,
     )
-
-
-def human_bytes(count: float) -> str:
-    """`1234567` -> `1.2 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wina_calib.calibration.layer_stream import HiddenStates, LayerStream
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.errors import NumericError
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Layer, Site
+from wina_calib.storage.hidden_states import HiddenStates
 
 COUNTED_TOKENS = 1 << 15  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
 

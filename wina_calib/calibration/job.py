@@ -24,7 +24,7 @@ from wina_calib.calibration.choose_budget import (
     scaled_curves,
     stored_name,
 )
-from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, Estimate, estimate, hidden_bytes
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, estimate, hidden_bytes
 from wina_calib.calibration.fit_thresholds import dense_pass, fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
@@ -38,7 +38,7 @@ from wina_calib.checkpoint.writer import write_calibration, write_weights
 from wina_calib.common.devices import backward_batch, keep_in_memory
 from wina_calib.common.distributed import ALONE, Ranks
 from wina_calib.common.memory import resident_bytes
-from wina_calib.common.progress import Progress
+from wina_calib.common.progress import Estimate, Progress
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.model.source import Source, open_source
 from wina_calib.storage.resume import Journal, Phase

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wina_calib.calibration.layer_stream import Head, HiddenStates, LayerStream, logit_rows
+from wina_calib.calibration.layer_stream import Head, LayerStream, logit_rows
 from wina_calib.errors import NumericError
+from wina_calib.storage.hidden_states import HiddenStates
 
 _PART_SEED = 1_000_000_007  # sets the generators of a block's labels apart from part to part
 

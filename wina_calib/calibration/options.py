@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from wina_calib.checkpoint.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
-from wina_calib.corpus.blocks import DEFAULT_DATA, check_spec, data_specs
+from wina_calib.corpus.sources import DEFAULT_DATA, check_spec, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.masks.score import SCORES, SELECT
 from wina_calib.transforms import NAMES as TRANSFORMS

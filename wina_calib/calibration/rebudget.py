@@ -44,7 +44,8 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
 from wina_calib.model.config import config_file, read_config
-from wina_calib.model.source import load_tokenizer, open_source, weights_folder
+from wina_calib.model.locate import load_tokenizer, weights_folder
+from wina_calib.model.source import open_source
 from wina_calib.transforms import plan
 
 

@@ -21,16 +21,18 @@ from wina_calib.checkpoint.reader import WINA_FILE, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import checked_side_files
 from wina_calib.common.atomic import check_output, claimed, publish
-from wina_calib.common.background import Background
-from wina_calib.common.devices import default_micro_batch, fitting_length, pick_device, pick_dtype
+from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.distributed import Ranks, shared_ranks
 from wina_calib.common.memory import advice, ran_out
 from wina_calib.common.progress import Progress, Silent
-from wina_calib.corpus.blocks import HELDOUT_DATA, Blocks, load_blocks
+from wina_calib.common.threads import Background
+from wina_calib.corpus.blocks import Blocks, load_blocks
+from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.model.config import has_own_code, remote_code
-from wina_calib.model.source import open_source
-from wina_calib.storage.resume import Journal, drop, open_journal
+from wina_calib.model.source import fitting_length, open_source
+from wina_calib.storage.resume import Journal, open_journal
+from wina_calib.storage.resume_files import drop
 from wina_calib.transforms import plan
 
 BASE_TOKENS = 16_384

@@ -19,7 +19,8 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import side_files, write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
 from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
-from wina_calib.model.source import Source, weights_folder
+from wina_calib.model.locate import weights_folder
+from wina_calib.model.source import Source
 from wina_calib.storage import Shards, read_json
 from wina_calib.transforms import Plan
 

@@ -21,11 +21,11 @@ from wina_calib.checkpoint.reader import HEAT_MAP, Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import REBUDGETED, Settings
 from wina_calib.common.atomic import readable_errors
 from wina_calib.common.text import percent, rise
-from wina_calib.corpus.blocks import catalogue
+from wina_calib.corpus.sources import catalogue
 from wina_calib.errors import CheckpointError, HubError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import has_own_code, is_reference
-from wina_calib.model.source import DEMO, demo_folder
+from wina_calib.model.locate import DEMO, demo_folder
 from wina_calib.storage.hub_client import fetch
 
 CARD = "README.md"

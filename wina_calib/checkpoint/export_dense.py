@@ -9,7 +9,8 @@ from wina_calib.checkpoint.writer import copy_side_files, header_metadata, write
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.errors import UnsupportedModel
 from wina_calib.model.config import is_reference, read_config
-from wina_calib.model.source import is_added, is_rotation, weights_folder
+from wina_calib.model.locate import weights_folder
+from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage import ShardWriter
 
 

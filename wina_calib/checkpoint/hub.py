@@ -16,7 +16,8 @@ from wina_calib.common import plots
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import REFERENCE_FILE, is_reference
-from wina_calib.model.source import given_name, is_added, is_rotation
+from wina_calib.model.locate import given_name
+from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage.hub_client import CONFLICT, readable_errors, status_of
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]

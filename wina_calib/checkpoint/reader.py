@@ -22,7 +22,8 @@ from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import LEVELS, site_sparsity
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
 from wina_calib.model.config import CONFIG_BYTES, METHOD, config_file, describe_config, load_config
-from wina_calib.model.source import DEMO, demo_folder, is_added, is_derived, is_rotation, weights_folder
+from wina_calib.model.locate import DEMO, demo_folder, weights_folder
+from wina_calib.model.tensor_names import is_added, is_derived, is_rotation
 from wina_calib.storage import Shards, read_json
 
 WINA_FILE = "wina.safetensors"

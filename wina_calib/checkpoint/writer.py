@@ -18,7 +18,8 @@ from wina_calib.checkpoint.reader import HEAT_MAP, INDEX_FILE, WINA_FILE
 from wina_calib.checkpoint.settings import FORMAT_VERSION, Settings
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.config import RUNTIME_TYPE, has_own_code, read_config
-from wina_calib.model.source import Source, rotation_name
+from wina_calib.model.source import Source
+from wina_calib.model.tensor_names import rotation_name
 from wina_calib.storage import Shards, ShardWriter, plan_shards, safe_path
 from wina_calib.storage.resume import NOT_SAVED, Phase
 from wina_calib.storage.safetensors_layout import nbytes

@@ -17,7 +17,7 @@ from wina_calib.commands.options import (
     steps,
     trust_option,
 )
-from wina_calib.corpus.blocks import HELDOUT_DATA
+from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.masks.score import SCORES
 from wina_calib.studies.bounds.lemmas import Setting, render_synthetic, synthetic

@@ -45,9 +45,9 @@ from wina_calib.commands.options import (
 )
 from wina_calib.common.devices import pick_device
 from wina_calib.common.text import percent, table
-from wina_calib.corpus.blocks import HELDOUT_DATA
+from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
-from wina_calib.model.source import resolve
+from wina_calib.model.locate import resolve
 
 
 @click.command("budget")

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from wina_calib.calibration.cost import Estimate, human_bytes
 from wina_calib.calibration.run import Result, calibrate
 from wina_calib.commands.options import bar, calibrate_options, emit, folder_option, json_option, note
+from wina_calib.common.progress import Estimate, human_bytes
 
 
 @click.command("calibrate")

@@ -21,7 +21,7 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.common.text import table
-from wina_calib.corpus.blocks import DEFAULT_DATA
+from wina_calib.corpus.sources import DEFAULT_DATA
 from wina_calib.studies.compare.methods import GROUPS, METHODS
 from wina_calib.studies.compare.run import DEFAULT_METHODS, SPARSITIES, compare
 

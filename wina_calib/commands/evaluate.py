@@ -24,7 +24,7 @@ from wina_calib.commands.options import (
 )
 from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
-from wina_calib.model.source import resolve
+from wina_calib.model.locate import resolve
 from wina_calib.studies.evaluate import Evaluation, evaluate
 
 

@@ -10,7 +10,7 @@ import torch
 from wina_calib.commands.options import Share, device_option, emit, json_option, revision_option, trust_option
 from wina_calib.common.devices import pick_device
 from wina_calib.errors import UsageError
-from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.load import load
 
 

@@ -12,7 +12,7 @@ from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.commands.options import emit, json_option, revision_option, trust_option
 from wina_calib.common.text import percent, table
 from wina_calib.masks.thresholds import site_sparsity
-from wina_calib.model.source import resolve
+from wina_calib.model.locate import resolve
 
 
 @click.command("inspect")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from wina_calib.calibration.options import DTYPES, CalibrateOptions
 from wina_calib.common.text import finite
-from wina_calib.corpus.blocks import HELDOUT_DATA
+from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import OutputError
 from wina_calib.model.config import remote_code
 

@@ -14,7 +14,7 @@ from wina_calib.commands.options import (
     revision_option,
     trust_option,
 )
-from wina_calib.model.source import resolve
+from wina_calib.model.locate import resolve
 from wina_calib.studies.report import write_report
 
 

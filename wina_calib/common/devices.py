@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +17,6 @@ from torch.utils import deterministic
 from wina_calib.common.distributed import local_device
 from wina_calib.common.text import first_line
 from wina_calib.errors import UsageError
-from wina_calib.model.source import Source
 
 SPARE_BYTES = 64 << 20
 # At most so many tokens at a time, and so many numbers at the widest site.
@@ -89,6 +92,30 @@ def fixed_order(device: torch.device) -> Iterator[None]:
             del os.environ[_WORKSPACE]
 
 
-def fitting_length(source: Source, seq_len: int) -> int:
-    """Cut a block length to what the model takes."""
-    return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
+def has_16_bit_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor, and is on."""
+    return bool(torch.backends.mkldnn.enabled) and _processor_has_16_bit_products(dtype)
+
+
+@cache
+def _processor_has_16_bit_products(dtype: torch.dtype) -> bool:
+    check = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype)
+    return check is not None and bool(getattr(torch.ops.mkldnn, check, bool)())
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else str(device)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()

@@ -1,11 +1,12 @@
-"""Reading the next item while the current one is worked on."""
+"""The next item, or a value, while other work goes on."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -30,3 +31,26 @@ def read_ahead(read: Callable[[int], T], order: Sequence[int]) -> Iterator[tuple
             yield number, items.pop()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Background:
+    """A value that is computed in a thread of its own, which ends with the process."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def __call__(self) -> Any:
+        """The value; waits for it, and raises what the work has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._result = work()
+        except BaseException as error:
+            self._error = error

@@ -15,7 +15,7 @@ from wina_calib.checkpoint.reader import read_settings
 from wina_calib.checkpoint.settings import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
 from wina_calib.model.config import check_code, code_is_trusted, remote_code
-from wina_calib.model.source import resolve
+from wina_calib.model.locate import resolve
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.quantization_config import WinaConfig
 from wina_calib.runtime.state import RuntimeState

@@ -15,12 +15,9 @@ of the time. What has not changed since the last save, or is on disk already, is
 
 from __future__ import annotations
 
-import errno
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wina_calib.calibration.layer_stream import HiddenStates
 from wina_calib.common.atomic import sync_file, sync_folder, write_file
 from wina_calib.common.distributed import ALONE, Ranks
 from wina_calib.common.progress import Progress, Silent
 from wina_calib.errors import OutputError, StateError
+from wina_calib.storage.hidden_states import HiddenStates
+from wina_calib.storage.resume_files import FULL, JOB, STATE, check_same, drop, encode, is_useful, read_record, readable
 
 PATIENCE = 20.0
-JOB, STATE = "job.json", "state.json"
 _EMPTY: Mapping[str, Any] = {
     "step": 0,
     "finished": False,
@@ -48,7 +45,6 @@ _EMPTY: Mapping[str, Any] = {
     "stores": {},
 }
 _PASSING = ".passing.safetensors"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -118,7 +114,7 @@ class Phase:
         found: dict[str, Tensor] = {}
         for name in (*self._files, *self._passing):
             assert self._folder is not None
-            with _readable(self._folder):
+            with readable(self._folder):
                 found |= load_file(self._folder / name)
         return found
 
@@ -130,7 +126,7 @@ class Phase:
         """Fill a store with its micro-batches as they were saved; `blocks` says which, and the blocks of each."""
         assert self._folder is not None
         meta = self._stores[name]
-        with _readable(self._folder):
+        with readable(self._folder):
             for index, count in blocks.items():
                 path = self._folder / f"{self._serial:04d}" / f"{name}.{index}"
                 store.read_from(index, path, getattr(torch, meta["dtype"]), (count, *meta["block"]))
@@ -267,14 +263,14 @@ class Phase:
         except (OSError, OutputError, SafetensorError) as error:
             cause = error.__cause__ if isinstance(error, OutputError) else error
             # The safetensors library has an error of its own, with the system's in its text.
-            if getattr(cause, "errno", None) not in _FULL and "No space left" not in str(cause):
+            if getattr(cause, "errno", None) not in FULL and "No space left" not in str(cause):
                 raise
             fits = False
         return all(self._ranks.gather([fits]))
 
 
 def _saved(folder: Path | None) -> Mapping[str, Any]:
-    return _EMPTY if folder is None or not (folder / STATE).exists() else _read_json(folder / STATE)
+    return _EMPTY if folder is None or not (folder / STATE).exists() else read_record(folder / STATE)
 
 
 NOT_SAVED = Journal().phase("nothing")
@@ -311,75 +307,6 @@ def open_journal(
     return Journal(folder, identity, ranks, report)
 
 
-def is_useful(folder: Path) -> bool:
-    """Whether a folder holds finished work."""
-    return (folder / JOB).exists() and any(folder.glob(f"*/{STATE}"))
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder of finished work. What says what it is goes first: a folder half removed counts for nothing."""
-    (folder / JOB).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_same(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to go on with other work.
-
-    Raises:
-        StateError: naming what was and is.
-    """
-    old, new = flat(_read_json(folder / JOB)), flat(identity)
-    differences = [
-        f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise StateError(
-            f"{folder} is the state of a run that was stopped, and this is another: {'; '.join(differences)}. Run the same "
-            "again to go on with it, or add --restart to start over."
-        )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested dictionaries as one, with names like `options.sparsity` and values as short JSON."""
-    out: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            out |= flat(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = encode(value).decode().strip()
-    return out
-
-
-def _short(text: str | None) -> str:
-    return "nothing" if text is None else text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
-
-
-def encode(value: Any) -> bytes:
-    """Plain values as JSON; floats and the order of names come back as they were."""
-    return json.dumps(value, default=list).encode() + b"\n"
-
-
 def _form(store: HiddenStates) -> dict[str, Any]:
     dtype, block = store.form
     return {"dtype": str(dtype).removeprefix("torch."), "block": list(block)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _readable(path):
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
-
-
-@contextmanager
-def _readable(place: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one message; a disk too full for what is read from it is not damage."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise
-        raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from wina_calib.common.background import Background
 from wina_calib.common.memory import OWN_PAGES, advise_huge_pages
+from wina_calib.common.threads import Background
 from wina_calib.errors import CheckpointError
 from wina_calib.storage.safe_files import listed, open_regular, read_into, read_json, safe_path, shown
 from wina_calib.storage.safetensors_layout import DTYPE_NAMES, TensorInfo, header_length, parse_header

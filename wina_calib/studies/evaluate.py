@@ -19,10 +19,11 @@ from wina_calib.calibration.layer_stream import Head
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.devices import pick_device, pick_dtype
-from wina_calib.corpus.blocks import HELDOUT_DATA, Blocks, Data, data_specs, is_local, load_blocks, text_hashes
+from wina_calib.corpus.blocks import Blocks, load_blocks, text_hashes
+from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs, is_local
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.model.architecture import SITES, describe
-from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.load import choose_sparsity, load, runtime_state, sparse_sites
 from wina_calib.runtime.modules import SiteState, model_weighted
 from wina_calib.runtime.state import SiteCount

@@ -11,7 +11,7 @@ from typing import Any
 from wina_calib.common.devices import pick_device
 from wina_calib.common.text import table
 from wina_calib.errors import UsageError
-from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.load import load, set_prefill, set_sparsity, sparse_sites
 
 

@@ -29,11 +29,13 @@ from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.text import percent, rise, table
-from wina_calib.corpus.blocks import HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
+from wina_calib.corpus.blocks import Blocks, load_blocks
+from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.masks.thresholds import threshold_at, threshold_between
 from wina_calib.model.architecture import SITES
-from wina_calib.model.source import load_tokenizer, open_source, resolve, weights_folder
+from wina_calib.model.locate import load_tokenizer, resolve, weights_folder
+from wina_calib.model.source import open_source
 from wina_calib.runtime.load import set_sparsity, sparse_sites
 from wina_calib.studies.evaluate import Measured, dense_states, evaluation_blocks, load_on, measure, set_budget
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wina_calib.runtime.kernels.cpu import has_16_bit_products
+from wina_calib.common.devices import has_16_bit_products
 
 # Masked harder than usual sparsities: better there too than training at the sparsity itself.
 SPARSITY = 0.75

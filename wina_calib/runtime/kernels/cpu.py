@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wina_calib.common.devices import has_16_bit_products
 from wina_calib.common.memory import empty_in_huge_pages
 from wina_calib.runtime.kernels import native, reference
 
@@ -117,20 +118,6 @@ def _warn_no_more() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
-
-
-def has_16_bit_products(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype on this processor, and is on."""
-    return bool(torch.backends.mkldnn.enabled) and _processor_has_16_bit_products(dtype)
-
-
-@cache
-def _processor_has_16_bit_products(dtype: torch.dtype) -> bool:
-    check = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }.get(dtype)
-    return check is not None and bool(getattr(torch.ops.mkldnn, check, bool)())
 
 
 def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:

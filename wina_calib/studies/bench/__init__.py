@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from wina_calib.common.devices import pick_device, pick_dtype
-from wina_calib.corpus.blocks import HELDOUT_DATA, load_blocks
+from wina_calib.common.devices import device_name, pick_device, pick_dtype
+from wina_calib.corpus.blocks import load_blocks
+from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError, WinaError
-from wina_calib.model.source import load_tokenizer, weights_folder
+from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.runtime.fast_path import attention, lm_head
 from wina_calib.studies.bench.decode import Variant, achieved, make_variants, measure, session
-from wina_calib.studies.bench.instruments import PeakMemory, copy_bandwidth, device_name, versions
+from wina_calib.studies.bench.instruments import PeakMemory, copy_bandwidth, versions
 from wina_calib.studies.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.studies.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.studies.bench.site_products import products

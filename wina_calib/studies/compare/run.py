@@ -25,7 +25,7 @@ import wina_calib
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import choice_passes
-from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, Estimate
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
@@ -33,14 +33,15 @@ from wina_calib.calibration.run import calibrate
 from wina_calib.checkpoint.reader import model_names, open_checkpoint
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
-from wina_calib.common.devices import default_micro_batch, fitting_length, pick_device, pick_dtype
-from wina_calib.common.progress import Progress, Silent
+from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
+from wina_calib.common.progress import Estimate, Progress, Silent
 from wina_calib.common.text import finite
-from wina_calib.corpus.blocks import DEFAULT_DATA, HELDOUT_DATA, Blocks, Data, data_specs, load_blocks
+from wina_calib.corpus.blocks import Blocks, load_blocks
+from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import CheckpointError, UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
-from wina_calib.model.source import Source, open_source
+from wina_calib.model.source import Source, fitting_length, open_source
 from wina_calib.runtime.load import load, set_sparsity
 from wina_calib.storage import read_json
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates

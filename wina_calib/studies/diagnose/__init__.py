@@ -12,9 +12,9 @@ import torch
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.text import percent
-from wina_calib.corpus.blocks import HELDOUT_DATA, Data, data_specs
+from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
-from wina_calib.model.source import load_tokenizer, resolve
+from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.studies.diagnose.depth import EXTREMES, Extreme, Propagation, extremes, extremes_text, propagation
 from wina_calib.studies.diagnose.importance import INPUTS, Importance, importance, spearman
 from wina_calib.studies.diagnose.subject import Subject

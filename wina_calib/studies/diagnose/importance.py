@@ -23,7 +23,8 @@ from wina_calib.calibration.loss_curves import measure_curves
 from wina_calib.common.text import table
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import SITES, MaskGroup, Site
-from wina_calib.model.source import open_source, weights_folder
+from wina_calib.model.locate import weights_folder
+from wina_calib.model.source import open_source
 from wina_calib.runtime.load import runtime_state
 from wina_calib.studies.diagnose.subject import Progress, Subject
 

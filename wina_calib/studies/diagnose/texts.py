@@ -18,7 +18,8 @@ from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.model.source import load_tokenizer, open_source, weights_folder
+from wina_calib.model.locate import load_tokenizer, weights_folder
+from wina_calib.model.source import open_source
 from wina_calib.studies.diagnose.subject import Progress, Subject, Thresholds, put
 from wina_calib.studies.evaluate import DRIFT, dense_states, evaluation_blocks, measure
 

@@ -1,0 +1,125 @@
+"""From what a user gave (`demo`, folder, Hub id) to a folder; its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from wina_calib.common.text import first_line
+from wina_calib.errors import HubError, ModelFolderError, UsageError
+from wina_calib.model.config import CONFIG_BYTES, REFERENCE_FILE, code_is_trusted, is_reference
+from wina_calib.storage import read_json
+from wina_calib.storage.hub_client import fetch
+
+DEMO = "demo"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ModelFolderError: there is none that can be loaded.
+    """
+    folder = weights_folder(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
+    except Exception as error:
+        raise ModelFolderError(
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}). Copy tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        ) from error
+
+
+def demo_folder() -> Path:
+    """Folder of the bundled demo model."""
+    return Path(__file__).parent.parent / "data" / "demo-llama-5m"
+
+
+def given_name(model: object) -> str:
+    """What a user gave as a checkpoint or model, as text.
+
+    Raises:
+        UsageError: it is neither text nor a path, such as a model that is loaded already.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    raise UsageError(f"a {type(model).__name__} was given; give its folder or its Hub id, as text or as a Path.")
+
+
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+) -> tuple[Path, str | None]:
+    """Turn `demo`, a local folder or a Hub repository id into a local folder and, for the Hub, a commit.
+
+    Args:
+        model: what the user gave.
+        revision: branch, tag or commit on the Hub.
+        token: as huggingface_hub takes it.
+        subfolder: folder inside of it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        UsageError: it is neither text nor a path.
+        ModelFolderError: there is no such folder.
+        HubError: the Hub does not give it.
+    """
+    model = given_name(model)
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ModelFolderError(f"subfolder is {subfolder!r}; expected a path inside of {model}.")
+    path, commit = _root(model, revision, token, subfolder, local_files_only)
+    if not (path / subfolder).is_dir():
+        raise ModelFolderError(f"{model} has no folder {subfolder!r}.")
+    return path / subfolder, commit
+
+
+def _root(
+    model: str, revision: str | None, token: str | bool | None, subfolder: str, local_files_only: bool
+) -> tuple[Path, str | None]:
+    path = Path(model).expanduser()
+    if model == DEMO and not (path / "config.json").is_file():
+        return demo_folder(), None
+    if path.is_dir():
+        return path, None
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
+    try:
+        return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
+    except HubError as error:
+        if "/" in model:
+            raise HubError(f"{error} There is no folder of that name here either.") from None
+        raise HubError(f"there is no folder {model} here. As a Hub id, {error}") from None
+
+
+def weights_folder(
+    folder: Path, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder with the weights and the tokenizer of a checkpoint: itself, or its base model's.
+
+    Args:
+        folder: a checkpoint or a model.
+        base: where the base model is, if not where a checkpoint by reference says.
+        token: as huggingface_hub takes it.
+        local_files_only: do not ask the network.
+
+    Raises:
+        ModelFolderError, HubError: the base model cannot be had.
+    """
+    if not is_reference(folder):
+        return folder
+    raw = read_json(folder / REFERENCE_FILE, max_bytes=CONFIG_BYTES)
+    name, commit = (raw.get("base_model"), raw.get("base_commit")) if isinstance(raw, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(commit, str | None):
+        raise ModelFolderError(f"{folder / REFERENCE_FILE} names no base model. Download or calibrate it again.")
+    if base is None and commit is None and not Path(name).is_dir():
+        raise ModelFolderError(
+            f"{folder} takes its weights from {name}, which is not here. Move that folder back or put a link to it there; in "
+            'Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect --no-weights` works without it.'
+        )
+    return resolve(base or name, revision=None if base else commit, token=token, local_files_only=local_files_only)[0]

@@ -1,0 +1,88 @@
+"""The files of a run's state: read, compared with the present work, dropped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from wina_calib.errors import StateError
+
+JOB, STATE = "job.json", "state.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_useful(folder: Path) -> bool:
+    """Whether a folder holds finished work."""
+    return (folder / JOB).exists() and any(folder.glob(f"*/{STATE}"))
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder of finished work. What says what it is goes first: a folder half removed counts for nothing."""
+    (folder / JOB).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_same(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on with other work.
+
+    Raises:
+        StateError: naming what was and is.
+    """
+    old, new = flat(read_record(folder / JOB)), flat(identity)
+    differences = [
+        f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise StateError(
+            f"{folder} is the state of a run that was stopped, and this is another: {'; '.join(differences)}. Run the same "
+            "again to go on with it, or add --restart to start over."
+        )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dictionaries as one, with names like `options.sparsity` and values as short JSON."""
+    out: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = encode(value).decode().strip()
+    return out
+
+
+def _short(text: str | None) -> str:
+    return "nothing" if text is None else text if len(text) <= 40 else f"{text[:12]}...{text[-4:]}"
+
+
+def encode(value: Any) -> bytes:
+    """Plain values as JSON; floats and the order of names come back as they were."""
+    return json.dumps(value, default=list).encode() + b"\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object of the state."""
+    with readable(path):
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one message; a disk too full for what is read from it is not damage."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error
