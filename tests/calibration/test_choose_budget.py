@@ -7,17 +7,10 @@ import pytest
 from budget_cases import small_cells, smooth_curves
 
 from wina_calib.budgets import Budget, explicit, write_budget
-from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import (
-    Bounds,
-    file_budget,
-    measured_pairs,
-    model_key,
-    scale,
-    settle,
-    solve_rows,
-    spread,
-)
+from wina_calib.budgets.anchors import Bounds, solve_rows, spread
+from wina_calib.budgets.count import count_cells, model_key
+from wina_calib.budgets.file import file_budget
+from wina_calib.calibration.choose_budget import measured_pairs, scale, settle
 from wina_calib.calibration.options import make_options
 from wina_calib.errors import BudgetError
 from wina_calib.model.architecture import Architecture
@@ -85,7 +78,7 @@ def test_a_file_sets_the_sparsity(arch: Architecture, tmp_path: Path) -> None:
     path, budget = tmp_path / "b.yaml", Budget(np.full(cells.weights.shape, 0.37))
     write_budget(path, explicit(budget, cells, model_key(arch, cells), 0.37, "wina"))
     assert settle(make_options({"budget": str(path)}), arch, cells).sparsity == pytest.approx(0.37)
-    assert (file_budget(str(path), arch, cells)[0] == 0.37).all()
+    assert (file_budget(str(path), model_key(arch, cells), cells)[0] == 0.37).all()
     with pytest.raises(BudgetError, match="model sparsity 0.37"):
         settle(make_options({"budget": str(path), "sparsity": 0.6}), arch, cells)
     with pytest.raises(BudgetError, match="do not apply to a budget file"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wina_calib.calibration import fit_layer
-from wina_calib.calibration.masked_layer import MaskRule
+from wina_calib.masks.rule import MaskRule
 
 
 @pytest.mark.parametrize(("seq_len", "blocks"), [(17, 64), (128, 64), (2048, 2)])

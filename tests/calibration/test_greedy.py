@@ -9,9 +9,10 @@ import torch
 
 from wina_calib.calibration.greedy import HIGHEST, LAST_FRACTION, STEP, greedy
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.score import scores
 from wina_calib.masks.thresholds import LEVELS, threshold_at
 from wina_calib.model.source import open_source

@@ -26,11 +26,11 @@ from wina_calib.calibration.loss_curves import (
     measure_curves,
     usable_tokens,
 )
-from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.calibration.run import calibrate
 from wina_calib.common.devices import fixed_order
 from wina_calib.errors import NumericError
 from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.score import scores
 from wina_calib.model.source import Source
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import wina_calib
 from wina_calib.calibration.loss_curves import CURVE_LEVELS, dropped_ranks, ranks
-from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.calibration.rebudget import Refit, Request, apply, choose
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.masks.score import keep_mask, keep_top, kept_inputs, mask_input
+from wina_calib.masks.mask import keep_mask, keep_top, kept_inputs, mask_input
+from wina_calib.masks.rule import MaskRule
 from wina_calib.runtime import quantizer
 from wina_calib.runtime.load import runtime_state, sparse_sites
 

@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard
 
 import wina_calib
 from wina_calib.checkpoint.card import hub_datasets, without_folders, write_card
-from wina_calib.checkpoint.evaluation_file import EVALUATION_FILE, read_evaluation, save_evaluation
+from wina_calib.checkpoint.evaluation_file import read_evaluation, save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
+from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP
 from wina_calib.checkpoint.hub import prepare
-from wina_calib.checkpoint.reader import HEAT_MAP, read_settings
+from wina_calib.checkpoint.reader import read_settings
 from wina_calib.commands.evaluate import render
 from wina_calib.common import plots
 from wina_calib.errors import CheckpointError

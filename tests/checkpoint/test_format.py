@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wina_calib
-from wina_calib.checkpoint.reader import expected_tensors, open_checkpoint, read_settings
+from wina_calib.checkpoint.format import expected_tensors
+from wina_calib.checkpoint.reader import open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import FORMAT_VERSION, Settings
 from wina_calib.checkpoint.writer import write_wina_file
 from wina_calib.errors import CheckpointError

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 import wina_calib
 from wina_calib.checkpoint.reader import read_settings
 from wina_calib.errors import UsageError
-from wina_calib.masks.score import mask_input
+from wina_calib.masks.mask import mask_input
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.load import runtime_state, sparse_sites

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.functional import linear
 
-from wina_calib.masks.score import mask_input
+from wina_calib.masks.mask import mask_input
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import Packed, magnitude_limit
 from wina_calib.runtime.state import RuntimeState

@@ -1,10 +1,21 @@
 """A family of budgets, one for each sparsity, from the few that a checkpoint stores."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wina_calib.budgets.model import Floats
+from wina_calib.budgets.model import Budget, Cells, Curves, Floats
+from wina_calib.budgets.patterns import Setting, select
+from wina_calib.budgets.solve import solve_global, uniform
+from wina_calib.budgets.target import Target
 from wina_calib.errors import BudgetError
+
+MAX_SITE = 0.95
 
 
 def budget_at(anchors: ArrayLike, rows: ArrayLike, sparsity: float) -> Floats:
@@ -47,3 +58,89 @@ def budget_at(anchors: ArrayLike, rows: ArrayLike, sparsity: float) -> Floats:
         share = (sparsity - known[right - 1]) / (known[right] - known[right - 1])
         found = table[right - 1] * (1.0 - share) + table[right] * share
     return found
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Lowest and highest sparsity of every cell, (layers, sites); NaN where nothing was asked."""
+
+    lower: Floats
+    upper: Floats
+
+    @classmethod
+    def parse(cls, cells: Cells, lowest: Sequence[str], highest: Sequence[str]) -> Bounds:
+        """From option texts: a number for all cells, or `PATTERN=NUMBER`; later ones win.
+
+        Raises:
+            BudgetError: a text does not parse, matches nothing, or is outside [0, 1).
+        """
+        return cls(_bound(cells, lowest, "--min"), _bound(cells, highest, "--max"))
+
+    def at(self, sparsity: float, *, strict: bool) -> tuple[Floats, Floats]:
+        """Bounds for a solver at a model sparsity.
+
+        Without `strict` they give way as far as needed to contain `sparsity`: bounds are asked for one model sparsity,
+        and the anchors around it must stay possible. An upper bound that was not asked for is `MAX_SITE`, or `sparsity`
+        if that is more.
+        """
+        lower, upper = np.nan_to_num(self.lower, nan=0.0), np.nan_to_num(self.upper, nan=max(MAX_SITE, sparsity))
+        if strict:
+            return lower, upper
+        return np.minimum(lower, sparsity), np.maximum(upper, sparsity)
+
+
+def solve_rows(
+    cells: Cells,
+    anchors: Sequence[float],
+    asked: float,
+    bounds: Bounds,
+    curves: Curves | None,
+    fixed: Floats | None = None,
+) -> Floats:
+    """Site sparsities (anchors, layers, sites): `global` with curves, `uniform` without.
+
+    Pinned cells keep their sparsity at every anchor that leaves room for them; elsewhere all cells are free.
+
+    Raises:
+        BudgetError: bounds and pinned cells leave no room for the asked sparsity.
+    """
+    rows: list[Any] = []
+    for anchor in anchors:
+        lower, upper = bounds.at(anchor, strict=anchor == asked)
+        try:
+            rows.append(solve(cells, curves, anchor, lower, upper, fixed).sparsities)
+        except BudgetError:
+            if anchor == asked or fixed is None:
+                raise
+            rows.append(solve(cells, curves, anchor, lower, upper, None).sparsities)
+    return np.array(rows)
+
+
+def spread(anchors: Sequence[float], cells: Cells, sparsities: Floats) -> Floats:
+    """Rows (anchors, layers, sites) through one given budget (layers, sites): less and more of the same."""
+    own = float((cells.weights * sparsities).sum() / cells.sparse_total)
+    if own == 0:
+        return np.stack([np.full_like(sparsities, anchor) if anchor else sparsities for anchor in anchors])
+    return np.stack([sparsities if anchor == own else budget_at([own], sparsities[None], anchor) for anchor in anchors])
+
+
+def solve(
+    cells: Cells, curves: Curves | None, target: Target | float, lower: Floats, upper: Floats, fixed: Floats | None
+) -> Budget:
+    """The global budget where there are curves, the uniform one otherwise."""
+    if curves is None:
+        return uniform(cells, target, lower=lower, upper=upper, fixed=fixed)
+    return solve_global(cells, curves, target, lower=lower, upper=upper, fixed=fixed)
+
+
+def _bound(cells: Cells, texts: Sequence[str], flag: str) -> Floats:
+    values = np.full(cells.weights.shape, np.nan)
+    for text in texts:
+        try:
+            setting = Setting.parse_option(text if "=" in text else f"*={text}")
+            if setting.relative or not 0 <= setting.value < 1:
+                raise BudgetError("expected a sparsity in [0, 1)")
+            values[select(setting.pattern, cells)] = setting.value
+        except BudgetError as error:
+            raise BudgetError(f"{flag} {text}: {error}") from error
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from wina_calib.budgets.file import ModelKey
 from wina_calib.budgets.model import Cells
 from wina_calib.model.architecture import SITES, Architecture
 from wina_calib.transforms import run_time_weights
@@ -26,3 +27,8 @@ def count_cells(arch: Architecture, transform: str) -> Cells:
         lm_head=arch.vocab_size * arch.hidden_size,
         runtime_matrices=run_time_weights(transform, arch),
     )
+
+
+def model_key(arch: Architecture, cells: Cells) -> ModelKey:
+    """What ties a budget file to a model."""
+    return ModelKey.of(arch.model_type, arch.hidden_size, cells)

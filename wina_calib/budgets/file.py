@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from wina_calib.budgets.document import MAX_BYTES, parse_document
-from wina_calib.budgets.model import Budget, Cells
+from wina_calib.budgets.model import Budget, Cells, Floats
 from wina_calib.budgets.patterns import Setting, apply_settings, parse_number, shown
 from wina_calib.common.plain_yaml import Node
 from wina_calib.errors import BudgetError, OutputError
@@ -28,6 +28,7 @@ HEADER = (
     "Sparsity budget of wina_calib. A cell is layers.LAYER.SITE; patterns work too: layers.0-3.*: 0.2,",
     'layers.*.mlp_out: "+0.1" (relative). Later lines win; a cell that no line names gets `sparsity`.',
 )
+_ROUNDING = 1e-6  # of the numbers in a budget file, and of what is computed of them
 
 
 @dataclass(frozen=True)
@@ -281,3 +282,18 @@ def write_budget(path: Path, content: BudgetFile, comments: Sequence[str] = ()) 
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def file_budget(path: str, key: ModelKey, cells: Cells) -> tuple[Floats, float]:
+    """Site sparsities (layers, sites) of a budget file, and their model sparsity: as the file says, up to rounding.
+
+    Raises:
+        BudgetError: the file cannot be read, or is for another model.
+    """
+    try:
+        content = read_budget(Path(path))
+        budget = content.budget(key, cells)
+    except BudgetError as error:
+        raise BudgetError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+    own = budget.model_sparsity(cells)
+    return np.array(budget.sparsities), content.sparsity if abs(own - content.sparsity) < _ROUNDING else own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,35 +14,28 @@ from wina_calib.budgets import (
     Budget,
     Cells,
     Curves,
-    ModelKey,
-    Setting,
-    Target,
-    budget_at,
-    read_budget,
-    select,
-    solve_global,
-    uniform,
 )
+from wina_calib.budgets.anchors import Bounds, solve_rows, spread
+from wina_calib.budgets.count import model_key
+from wina_calib.budgets.file import file_budget
+from wina_calib.budgets.model import Floats
 from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import measured_rises
 from wina_calib.calibration.loss_curves import CURVE_LEVELS, PASSES, Sensitivity, measure_curves, usable_tokens
-from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import BudgetError
+from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")
-MAX_SITE = 0.95
-_ROUNDING = 1e-6  # of the numbers in a budget file, and of what is computed of them
 GREEDY_TOKENS = 8192
 GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
 _FACTOR_SPREAD = 0.3  # how far ratios of measured and predicted loss rises may differ from anchor to anchor
 _FACTORS = (0.2, 5.0)
 SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to the measured loss rise
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -63,35 +55,6 @@ class Allocation:
     stream: LayerStream | None = None
     dense: HiddenStates | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Lowest and highest sparsity of every cell, (layers, sites); NaN where nothing was asked."""
-
-    lower: Floats
-    upper: Floats
-
-    @classmethod
-    def parse(cls, cells: Cells, lowest: Sequence[str], highest: Sequence[str]) -> Bounds:
-        """From option texts: a number for all cells, or `PATTERN=NUMBER`; later ones win.
-
-        Raises:
-            BudgetError: a text does not parse, matches nothing, or is outside [0, 1).
-        """
-        return cls(_bound(cells, lowest, "--min"), _bound(cells, highest, "--max"))
-
-    def at(self, sparsity: float, *, strict: bool) -> tuple[Floats, Floats]:
-        """Bounds for a solver at a model sparsity.
-
-        Without `strict` they give way as far as needed to contain `sparsity`: bounds are asked for one model sparsity,
-        and the anchors around it must stay possible. An upper bound that was not asked for is `MAX_SITE`, or `sparsity`
-        if that is more.
-        """
-        lower, upper = np.nan_to_num(self.lower, nan=0.0), np.nan_to_num(self.upper, nan=max(MAX_SITE, sparsity))
-        if strict:
-            return lower, upper
-        return np.minimum(lower, sparsity), np.maximum(upper, sparsity)
 
 
 def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> CalibrateOptions:
@@ -114,7 +77,7 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
         return options
     if options.min or options.max:
         raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
-    _, own = file_budget(options.budget, arch, cells)
+    _, own = file_budget(options.budget, model_key(arch, cells), cells)
     default = CalibrateOptions.sparsity
     if options.sparsity != default and abs(options.sparsity - own) > 0.005:
         raise BudgetError(
@@ -161,7 +124,7 @@ def allocate(
     used = stream(usable_tokens(tokens))
     felt, dense = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if is_file(options.budget):
-        rows = spread(options.anchors, cells, file_budget(options.budget, arch, cells)[0])
+        rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
         rows = solve_rows(cells, options.anchors, options.sparsity, bounds, felt.loss)
     return Allocation(rows, felt, used, dense)
@@ -252,61 +215,6 @@ def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor
     }
 
 
-def solve_rows(
-    cells: Cells,
-    anchors: Sequence[float],
-    asked: float,
-    bounds: Bounds,
-    curves: Curves | None,
-    fixed: Floats | None = None,
-) -> Floats:
-    """Site sparsities (anchors, layers, sites): `global` with curves, `uniform` without.
-
-    Pinned cells keep their sparsity at every anchor that leaves room for them; elsewhere all cells are free.
-
-    Raises:
-        BudgetError: bounds and pinned cells leave no room for the asked sparsity.
-    """
-    rows: list[Any] = []
-    for anchor in anchors:
-        lower, upper = bounds.at(anchor, strict=anchor == asked)
-        try:
-            rows.append(solve(cells, curves, anchor, lower, upper, fixed).sparsities)
-        except BudgetError:
-            if anchor == asked or fixed is None:
-                raise
-            rows.append(solve(cells, curves, anchor, lower, upper, None).sparsities)
-    return np.array(rows)
-
-
-def spread(anchors: Sequence[float], cells: Cells, sparsities: Floats) -> Floats:
-    """Rows (anchors, layers, sites) through one given budget (layers, sites): less and more of the same."""
-    own = float((cells.weights * sparsities).sum() / cells.sparse_total)
-    if own == 0:
-        return np.stack([np.full_like(sparsities, anchor) if anchor else sparsities for anchor in anchors])
-    return np.stack([sparsities if anchor == own else budget_at([own], sparsities[None], anchor) for anchor in anchors])
-
-
-def file_budget(path: str, arch: Architecture, cells: Cells) -> tuple[Floats, float]:
-    """Site sparsities (layers, sites) of a budget file, and their model sparsity: as the file says, up to rounding.
-
-    Raises:
-        BudgetError: the file cannot be read, or is for another model.
-    """
-    try:
-        content = read_budget(Path(path))
-        budget = content.budget(model_key(arch, cells), cells)
-    except BudgetError as error:
-        raise BudgetError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
-    own = budget.model_sparsity(cells)
-    return np.array(budget.sparsities), content.sparsity if abs(own - content.sparsity) < _ROUNDING else own
-
-
-def model_key(arch: Architecture, cells: Cells) -> ModelKey:
-    """What ties a budget file to a model."""
-    return ModelKey.of(arch.model_type, arch.hidden_size, cells)
-
-
 def is_file(budget: str) -> bool:
     """Whether a `--budget` value is a file rather than a method."""
     return budget not in METHODS
@@ -326,25 +234,3 @@ def stored_name(options: CalibrateOptions) -> str:
     if is_file(options.budget):
         return "file"
     return "custom" if options.min or options.max else options.budget
-
-
-def solve(
-    cells: Cells, curves: Curves | None, target: Target | float, lower: Floats, upper: Floats, fixed: Floats | None
-) -> Budget:
-    """The global budget where there are curves, the uniform one otherwise."""
-    if curves is None:
-        return uniform(cells, target, lower=lower, upper=upper, fixed=fixed)
-    return solve_global(cells, curves, target, lower=lower, upper=upper, fixed=fixed)
-
-
-def _bound(cells: Cells, texts: Sequence[str], flag: str) -> Floats:
-    values = np.full(cells.weights.shape, np.nan)
-    for text in texts:
-        try:
-            setting = Setting.parse_option(text if "=" in text else f"*={text}")
-            if setting.relative or not 0 <= setting.value < 1:
-                raise BudgetError("expected a sparsity in [0, 1)")
-            values[select(setting.pattern, cells)] = setting.value
-        except BudgetError as error:
-            raise BudgetError(f"{flag} {text}: {error}") from error
-    return values

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from wina_calib.calibration.fit_layer import SiteFit, dense_tables, fit_layer, run_layer
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
-from wina_calib.checkpoint.reader import SiteTensors
+from wina_calib.checkpoint.format import SiteTensors
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.architecture import SITES
 from wina_calib.storage.hidden_states import HiddenStates

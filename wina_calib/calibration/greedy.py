@@ -22,8 +22,9 @@ from torch import Tensor
 
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import SITES, Layer, MaskGroup, Site
 from wina_calib.storage.hidden_states import HiddenStates

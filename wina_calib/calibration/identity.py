@@ -14,8 +14,8 @@ import torch
 from wina_calib.calibration.choose_budget import is_file
 from wina_calib.calibration.job import Job, versions
 from wina_calib.calibration.options import OPERATIONAL
-from wina_calib.checkpoint.reader import model_names
-from wina_calib.checkpoint.writer import side_files
+from wina_calib.checkpoint.format import model_names
+from wina_calib.checkpoint.side_files import side_files
 from wina_calib.corpus.blocks import Blocks
 
 _LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come to is in the identity

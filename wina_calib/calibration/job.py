@@ -29,17 +29,18 @@ from wina_calib.calibration.fit_thresholds import dense_pass, fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.loss_curves import CURVE_LEVELS, usable_tokens
-from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.checkpoint.by_reference import write_reference
-from wina_calib.checkpoint.reader import model_names
+from wina_calib.checkpoint.dense_weights import write_weights
+from wina_calib.checkpoint.format import model_names
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.writer import write_calibration, write_weights
+from wina_calib.checkpoint.writer import write_calibration
 from wina_calib.common.devices import backward_batch, keep_in_memory
 from wina_calib.common.distributed import ALONE, Ranks
 from wina_calib.common.memory import resident_bytes
 from wina_calib.common.progress import Estimate, Progress
 from wina_calib.corpus.blocks import Blocks
+from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
 from wina_calib.storage.resume import Journal, Phase
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites

@@ -24,11 +24,13 @@ from wina_calib.budgets import Curves
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import loss_gradients
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.common.devices import fixed_order
 from wina_calib.errors import NumericError
 from wina_calib.masks.histogram import BINS, ScoreHistogram, bin_numbers
-from wina_calib.masks.score import kept_inputs, rows_together, scores
+from wina_calib.masks.mask import kept_inputs, rows_together
+from wina_calib.masks.rule import MaskRule
+from wina_calib.masks.score import scores
 from wina_calib.model.architecture import Layer, MaskGroup
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase

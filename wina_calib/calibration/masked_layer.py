@@ -4,64 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.common.memory import Growth
 from wina_calib.masks.histogram import ScoreHistogram
-from wina_calib.masks.score import Cut, kept_inputs, mask_input, rows_together, scores, stored_norm
-from wina_calib.masks.thresholds import threshold_at
-from wina_calib.model.architecture import Layer, MaskGroup, Projection, Site, mask_groups
+from wina_calib.masks.mask import Cut, mask_input, rows_together
+from wina_calib.masks.rule import MaskRule
+from wina_calib.masks.score import scores
+from wina_calib.model.architecture import Layer, MaskGroup, Projection, Site
 from wina_calib.runtime.kernels.dispatch import mask_rows
-from wina_calib.transforms import uses_norm
-
-
-@dataclass(frozen=True)
-class MaskRule:
-    """How masks are made.
-
-    Attributes:
-        score: one of `wina_calib.masks.score.SCORES`.
-        masks: `shared` (one a site, joint norm) or `per-projection`.
-        exponent: power of the column norms.
-        transform: resolved transform, as the paper's uses norms on some projections only.
-        select: `threshold` keeps scores above a threshold, `topk` each token's highest.
-        first_token: whether the first token of a sequence is `dense` or masked as all others.
-    """
-
-    score: str = "wina"
-    masks: str = "shared"
-    exponent: float = 1.0
-    transform: str = "none"
-    select: str = "threshold"
-    first_token: str = "dense"
-
-    def groups(self, site: Site) -> tuple[MaskGroup, ...]:
-        """Mask groups of a site."""
-        return mask_groups(site, self.masks)
-
-    def norm(self, group: MaskGroup, weights: list[Tensor]) -> Tensor:
-        """Norm vector (in,) float32 that a group's scores are computed with."""
-        score = self.score if uses_norm(self.transform, group) else "teal"
-        return stored_norm(score, weights, self.exponent)
-
-    def cut(self, table: Tensor, sparsity: float, width: int, device: torch.device) -> Cut:
-        """What a group of `width` inputs is masked with at a site sparsity; `table` (levels,) are its score quantiles."""
-        if self.select == "topk":
-            return kept_inputs(width, sparsity)
-        return torch.tensor(threshold_at(table, sparsity), dtype=torch.float32, device=device)
-
-    def masked_rows(self, x: Tensor) -> Tensor:
-        """The rows of x (batch, seq, ...) that masks are made for: first tokens are left out where they are dense."""
-        return x[:, 1:] if self.first_token == "dense" else x
-
-    def dense_rows(self, x: Tensor) -> Tensor | None:
-        """Rows of x (batch, seq, ...) that are never masked, (batch, seq) bool, or None."""
-        return first_token_rows(x) if self.first_token == "dense" else None
 
 
 class _Stop(Exception):
@@ -191,10 +145,3 @@ class MaskedLayer:
             return (masked[1],)
 
         return hook
-
-
-def first_token_rows(x: Tensor) -> Tensor:
-    """Rows that are never masked: the first token of every sequence. x: (batch, seq, ...) -> (batch, seq) bool."""
-    rows = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    rows[:, 0] = True
-    return rows

@@ -10,7 +10,8 @@ from typing import Any
 from wina_calib.checkpoint.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
 from wina_calib.corpus.sources import DEFAULT_DATA, check_spec, data_specs
 from wina_calib.errors import UsageError
-from wina_calib.masks.score import SCORES, SELECT
+from wina_calib.masks.mask import SELECT
+from wina_calib.masks.score import SCORES
 from wina_calib.transforms import NAMES as TRANSFORMS
 
 WEIGHTS = ("full", "reference")

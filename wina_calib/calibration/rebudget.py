@@ -20,21 +20,15 @@ from wina_calib.budgets import (
     fixed_cells,
     totals,
 )
-from wina_calib.budgets.count import count_cells
+from wina_calib.budgets.anchors import Bounds, solve, solve_rows, spread
+from wina_calib.budgets.count import count_cells, model_key
+from wina_calib.budgets.file import file_budget
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.choose_budget import (
-    Allocation,
-    Bounds,
-    file_budget,
-    measured_pairs,
-    model_key,
-    solve,
-    solve_rows,
-    spread,
-)
+from wina_calib.calibration.choose_budget import Allocation, measured_pairs
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
-from wina_calib.checkpoint.reader import WINA_FILE, Checkpoint, SiteTensors, expected_tensors, open_checkpoint
+from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import INTERPOLATED, REBUDGETED, Settings
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
@@ -140,7 +134,7 @@ def choose(opened: Checkpoint, request: Request) -> Choice:
     curves = stored_curves(opened)
     bounds = Bounds.parse(cells, request.lowest, request.highest)
     if request.file is not None:
-        base, own = file_budget(request.file, opened.architecture, cells)
+        base, own = file_budget(request.file, model_key(opened.architecture, cells), cells)
     else:
         base, own = opened.sparsities(settings.sparsity), settings.sparsity
     fixed = None

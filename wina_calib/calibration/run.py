@@ -17,9 +17,10 @@ from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.checkpoint.by_reference import check_possible
 from wina_calib.checkpoint.card import write_card
-from wina_calib.checkpoint.reader import WINA_FILE, open_checkpoint
+from wina_calib.checkpoint.format import WINA_FILE
+from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.writer import checked_side_files
+from wina_calib.checkpoint.side_files import checked_side_files
 from wina_calib.common.atomic import check_output, claimed, publish
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.distributed import Ranks, shared_ranks

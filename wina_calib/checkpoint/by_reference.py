@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from wina_calib.checkpoint.reader import WINA_FILE, Checkpoint, open_checkpoint
+from wina_calib.checkpoint.format import WINA_FILE
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.writer import side_files, write_index, write_json, write_wina_file
+from wina_calib.checkpoint.side_files import side_files
+from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
 from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
 from wina_calib.model.locate import weights_folder

@@ -17,7 +17,8 @@ import yaml
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.evaluation_file import read_evaluation
-from wina_calib.checkpoint.reader import HEAT_MAP, Checkpoint, open_checkpoint
+from wina_calib.checkpoint.format import HEAT_MAP
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import REBUDGETED, Settings
 from wina_calib.common.atomic import readable_errors
 from wina_calib.common.text import percent, rise

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wina_calib.checkpoint.reader import WINA_FILE
+from wina_calib.checkpoint.format import EVALUATION_FILE, WINA_FILE
 from wina_calib.common.atomic import write_file
 from wina_calib.common.text import finite
 from wina_calib.errors import CheckpointError
@@ -19,7 +19,6 @@ from wina_calib.storage import Shards, read_json
 if TYPE_CHECKING:
     from wina_calib.studies.evaluate import Evaluation
 
-EVALUATION_FILE = "wina_evaluation.json"
 FORMAT = "wina-evaluation/1"
 _NUMBERS = (
     "sparsity",

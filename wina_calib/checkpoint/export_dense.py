@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from wina_calib.checkpoint.reader import open_checkpoint
-from wina_calib.checkpoint.writer import copy_side_files, header_metadata, write_index, write_json
+from wina_calib.checkpoint.side_files import copy_side_files
+from wina_calib.checkpoint.writer import header_metadata, write_index, write_json
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.errors import UnsupportedModel
 from wina_calib.model.config import is_reference, read_config

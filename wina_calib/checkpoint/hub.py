@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from wina_calib.checkpoint.card import TAGS, put, write_card
-from wina_calib.checkpoint.reader import HEAT_MAP, WINA_FILE, open_checkpoint, read_settings
+from wina_calib.checkpoint.format import HEAT_MAP, WINA_FILE
+from wina_calib.checkpoint.reader import open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common import plots
 from wina_calib.errors import CheckpointError, UsageError

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from wina_calib.calibration.masked_layer import MaskRule
 from wina_calib.errors import CheckpointError
-from wina_calib.masks.score import SCORES, SELECT
+from wina_calib.masks.mask import SELECT
+from wina_calib.masks.rule import MaskRule
+from wina_calib.masks.score import SCORES
 from wina_calib.model.config import METHOD
 
 FORMAT_VERSION = "1.0"

@@ -22,9 +22,9 @@ from wina_calib.budgets import (
     use_color,
     write_budget,
 )
+from wina_calib.budgets.count import model_key
 from wina_calib.budgets.file import file_kind
 from wina_calib.budgets.target import TargetKind
-from wina_calib.calibration.choose_budget import model_key
 from wina_calib.calibration.frontier import Measure, frontier
 from wina_calib.calibration.rebudget import Choice, Refit, Request, apply, choose
 from wina_calib.checkpoint.card import write_card

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.budgets import budget_at
-from wina_calib.masks.score import KEEP_ALL
+from wina_calib.masks.mask import KEEP_ALL
 
 LEVELS = torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
 

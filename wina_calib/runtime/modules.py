@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.masks.score import Cut, keep_mask, kept_inputs, mask_input
+from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_input
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
 from wina_calib.runtime import group_operator

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from wina_calib.checkpoint.reader import check_complete, check_values, expected_tensors, norms_match
+from wina_calib.checkpoint.format import expected_tensors
+from wina_calib.checkpoint.reader import check_complete, check_values, norms_match
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.masks.score import column_norms

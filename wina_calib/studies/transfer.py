@@ -20,18 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina_calib.budgets import Budget, BudgetFile, Cells, explicit
-from wina_calib.budgets.count import count_cells
+from wina_calib.budgets.anchors import spread
+from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.choose_budget import model_key, spread
 from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import threshold_at, threshold_between
 from wina_calib.model.architecture import SITES
 from wina_calib.model.locate import load_tokenizer, resolve, weights_folder

@@ -19,7 +19,7 @@ from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact,
 from torch.nn import functional as F
 
 from wina_calib.common.memory import resident_bytes
-from wina_calib.masks import score
+from wina_calib.masks import mask
 from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, dispatch, native, nvrtc, reference
 
 SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
@@ -145,18 +145,18 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype, compiled, monkeypatch)
     damaged[0, 3, 5], damaged[1, 2, 7] = torch.nan, torch.inf
     rows = torch.rand(2, 9) < 0.3
     for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
-        found, expected = (f(damaged, norm, threshold) for f in (dispatch.mask_rows, score.mask_input))
-        assert torch.equal(dispatch.mask_rows(x, norm, threshold.double()), score.mask_input(x, norm, threshold))
+        found, expected = (f(damaged, norm, threshold) for f in (dispatch.mask_rows, mask.mask_input))
+        assert torch.equal(dispatch.mask_rows(x, norm, threshold.double()), mask.mask_input(x, norm, threshold))
         assert found.isnan()[0, 3, 5]
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
         for dense in (None, rows):
             for values in (x, x[:, 1:], x[:0]):
                 some = dense if dense is None or values is x else dense[: len(values), -values.shape[1] :]
-                expected = score.mask_input(values, norm, threshold, dense_rows=some)
+                expected = mask.mask_input(values, norm, threshold, dense_rows=some)
                 assert torch.equal(dispatch.mask_rows(values, norm, threshold, some), expected)
     leaf = x.clone().requires_grad_()
     dispatch.mask_rows(leaf, norm, torch.tensor(0.4)).sum().backward()
-    assert torch.equal(leaf.grad != 0, score.keep_mask(x, norm, torch.tensor(0.4)))
+    assert torch.equal(leaf.grad != 0, mask.keep_mask(x, norm, torch.tensor(0.4)))
 
 
 def test_no_rows():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact, operands
 
-from wina_calib.masks import score
+from wina_calib.masks import mask
 from wina_calib.runtime.kernels import autotune, cluster, cuda, dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -262,7 +262,7 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype):
         for dense in (None, rows):
             for values in (x, x[:, 1:]):
                 some = dense if dense is None or values is x else dense[:, 1:]
-                expected = score.mask_input(values, norm, limit, dense_rows=some)
+                expected = mask.mask_input(values, norm, limit, dense_rows=some)
                 assert torch.equal(dispatch.mask_rows(values, norm, limit, some), expected)
 
 

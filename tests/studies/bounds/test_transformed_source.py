@@ -7,8 +7,9 @@ import tiny
 import torch
 
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.corpus.blocks import load_blocks
+from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
 from wina_calib.studies.bounds.transformed_source import see_through
 from wina_calib.transforms import plan

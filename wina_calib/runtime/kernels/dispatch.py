@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wina_calib.masks import score
+from wina_calib.masks import mask
 from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
@@ -190,7 +190,7 @@ def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | N
     plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
     if plain and x.is_cpu and native.available(x.dtype):
         return native.mask(x, norm, threshold, flat)
-    return score.mask_input(x, norm, threshold, dense_rows=dense_rows)
+    return mask.mask_input(x, norm, threshold, dense_rows=dense_rows)
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:

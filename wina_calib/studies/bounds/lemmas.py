@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wina_calib.common.text import percent, table
 from wina_calib.errors import UsageError
-from wina_calib.masks.score import keep_top
+from wina_calib.masks.mask import keep_top
 from wina_calib.transforms.eigen import eigenvectors, gram
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer, MaskRule
+from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
-from wina_calib.masks.score import Cut, kept_inputs
+from wina_calib.masks.mask import Cut, kept_inputs
+from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.architecture import Layer, MaskGroup
 from wina_calib.model.config import calibration_of, load_config

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import first_token_rows
 from wina_calib.errors import UnsupportedModel
 from wina_calib.masks.histogram import ScoreHistogram
+from wina_calib.masks.mask import first_token_rows
 from wina_calib.masks.thresholds import LEVELS, threshold_at
 from wina_calib.model.architecture import Architecture, Layer
 

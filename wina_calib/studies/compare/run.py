@@ -30,7 +30,8 @@ from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.calibration.run import calibrate
-from wina_calib.checkpoint.reader import model_names, open_checkpoint
+from wina_calib.checkpoint.format import model_names
+from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.corpus.blocks import Blocks
-from wina_calib.masks.score import KEEP_ALL
+from wina_calib.masks.mask import KEEP_ALL
 from wina_calib.runtime.load import runtime_state, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState
 from wina_calib.runtime.state import SiteCount
