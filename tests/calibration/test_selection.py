@@ -16,7 +16,7 @@ from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.mask import keep_mask, keep_top, kept_inputs, mask_input
 from wina_calib.masks.rule import MaskRule
-from wina_calib.runtime import quantizer
+from wina_calib.runtime import insert_sites
 from wina_calib.runtime.load import runtime_state, sparse_sites
 
 SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform", "transform": "none"}
@@ -150,7 +150,7 @@ def test_evaluate_counts_the_top_k(topk: Path, text: Path) -> None:
 
 
 def test_no_kernel_serves_top_k(topk: Path, calibrated: Path, caplog: pytest.LogCaptureFixture) -> None:
-    quantizer._say_once.cache_clear()
+    insert_sites._say_once.cache_clear()
     wina_calib.load(calibrated)
     assert "no kernel" not in caplog.text
     model = wina_calib.load(topk)

@@ -149,7 +149,7 @@ def test_a_plain_model_is_fitted_to_what_is_run(llama: Path) -> None:
 
 
 def test_the_demo_model_is_too_small_to_gather_with_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     pair = models.open_pair("demo", device=torch.device("cpu"), dtype=None)
     models.fit(pair, (0.65,), torch.arange(4, 28)[None], 12)
     linears = [linear for site in sparse_sites(pair.sparse) for linear in site.linears]

@@ -413,7 +413,7 @@ def test_generation_goes_the_short_way(model: PreTrainedModel, calls: Counter[st
 def test_without_a_compiler_blocks_are_stock(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> None:
     model = sparse()
     expected = step(model)
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     calls.clear()
     model = sparse()
     assert close(step(model), expected)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import wina_calib
 from wina_calib.runtime.fast_path import lm_head, norms
 from wina_calib.runtime.fast_path.norms import Norm, replace_norms
-from wina_calib.runtime.kernels import native
+from wina_calib.runtime.kernels import native_build
 from wina_calib.runtime.load import runtime_state, set_sparsity
 from wina_calib.runtime.state import RuntimeState
 
@@ -33,7 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.count += 1
         return Norm(torch.nn.Parameter(weight), epsilon, RuntimeState())(x)
 
-    monkeypatch.setattr(norms, "native", SimpleNamespace(available=lambda dtype: True, norm=norm, DTYPES=native.DTYPES))
+    monkeypatch.setattr(
+        norms, "native", SimpleNamespace(available=lambda dtype: True, norm=norm, DTYPES=native_build.DTYPES)
+    )
     return seen
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from wina_calib.common.memory import resident_bytes
 from wina_calib.masks import mask
-from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, dispatch, native, nvrtc, reference
+from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, dispatch, native, native_build, nvrtc, reference
 
 SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
 
@@ -36,14 +36,14 @@ def threads():
 @pytest.fixture
 def without_compiler(monkeypatch):
     """As on a machine that has no C compiler."""
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 @pytest.fixture(params=["in C", "bags", "sparse product"])
 def each_product(request, monkeypatch):
     """Runs a test with each product that a processor may be given."""
     if request.param != "in C":
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda: None)
     elif not native.available(torch.float32):
         pytest.skip("needs a C compiler")
     monkeypatch.setattr(cpu, "bags_pay", lambda dtype: request.param == "bags")
@@ -282,7 +282,7 @@ def test_one_log_line_without_a_sparse_kernel(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 def test_column_layout_pays_at_any_size_in_c(dtype):
     assert dispatch.column_layout_pays("cpu", dtype, 96, 96, 0.05)
     assert not dispatch.column_layout_pays("cpu", dtype, 2048, 5632, 0.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import ADVERSARIAL, LIMITS, adversarial, error, exact, operands
 
-from wina_calib.runtime.kernels import native, reference
+from wina_calib.runtime.kernels import native, native_build, reference
 
 needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 # Around the numbers of rows and outputs that are taken at a time: 8, 16, 32, 6144; odd ones; less than a block.
@@ -26,7 +26,7 @@ def threads():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 @pytest.mark.parametrize(("width", "out"), SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_shape(dtype, width, out, count, monkeypatch):
@@ -41,7 +41,7 @@ def test_every_shape(dtype, width, out, count, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 def test_the_same_bits_for_any_number_of_threads(dtype, monkeypatch):
     monkeypatch.setattr(native, "MIN_SHARED", 1)
     x, weight_t, norm, threshold = operands(1, 700, 5000, dtype)
@@ -53,7 +53,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 def test_the_mask_is_the_references(dtype):
     """Powers of two as weights of one output: their sum says which inputs were kept."""
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_the_mask_is_the_references(dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 @pytest.mark.parametrize("shared", [1, 1 << 40])
 def test_the_mask_of_many_rows_is_the_references(dtype, shared, monkeypatch):
     monkeypatch.setattr(native, "MIN_SHARED", shared)
@@ -99,7 +99,7 @@ def test_bfloat16_is_rounded_as_torch_does():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 def test_shapes_strides_and_everything(dtype):
     x, weight_t, norm, threshold = operands(1, 512, 128, dtype)
     halved = weight_t[:256].clone()
@@ -172,12 +172,12 @@ def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written(tmp_path, monk
     broken.write_text("#!/bin/sh\necho cannot >&2\nexit 1\n")
     broken.chmod(0o755)
     with caplog.at_level(logging.DEBUG):
-        assert native._load(tmp_path / "none.so", str(broken)) is None
+        assert native_build._load(tmp_path / "none.so", str(broken)) is None
     assert "cannot" in caplog.text
     assert not list(tmp_path.glob("tmp*"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file"))
-    assert native._library.__wrapped__() is not None
+    assert native_build.library.__wrapped__() is not None
 
 
 needs_product = pytest.mark.skipif(
@@ -233,7 +233,7 @@ def test_the_norm_takes_weights_of_any_stride():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", native_build.DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 64, 2049])
 def test_the_norm_is_torchs_to_rounding(dtype, width, monkeypatch):
     monkeypatch.setattr(native, "MIN_SHARED", 1)

@@ -5,10 +5,10 @@ import torch
 from kernel_cases import LIMITS, error, operands
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from wina_calib.runtime.kernels import native
+from wina_calib.runtime.kernels import native, native_build
 
 pytestmark = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
-DTYPES = pytest.mark.parametrize("dtype", native.DTYPES)
+DTYPES = pytest.mark.parametrize("dtype", native_build.DTYPES)
 THREADS = pytest.mark.parametrize("threads", [1, 2, 3])
 
 

@@ -23,7 +23,7 @@ from wina_calib.model.architecture import Layer, Site
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
-from wina_calib.runtime.kernels import native
+from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.kernels.dispatch import Row
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.packed import Packed
@@ -240,7 +240,7 @@ def _matches(computes: Any, stock: nn.Module, parts: Parts) -> bool:
     """Whether a block computes the known form to the bit, in every dtype."""
     try:
         with torch.no_grad():
-            return all(computes(stock, parts, dtype) for dtype in native.DTYPES)
+            return all(computes(stock, parts, dtype) for dtype in native_build.DTYPES)
     except Exception as error:  # noqa: BLE001 - anybody's code, which may want more than is given here
         logger.debug("%s is not shortened: %s", type(stock).__name__, error)
         return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from wina_calib.runtime.kernels import native
+from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.state import RuntimeState, copied
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _computes_same(stock: nn.Module, epsilon: float) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
     shape = 2, 4, stock.get_parameter("weight").numel()
     x, weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    for dtype in native.DTYPES:
+    for dtype in native_build.DTYPES:
         probe = copy.deepcopy(stock).to_empty(device="cpu").to(dtype)
         probe.get_parameter("weight").copy_(weight[0])
         norm = Norm(nn.Parameter(weight[0].to(dtype)), epsilon, RuntimeState())

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from wina_calib.runtime.kernels import autotune, cluster, reference
 from wina_calib.runtime.kernels.autotune import AnyShape, Config
+from wina_calib.runtime.patches.triton_launch import ALIGNMENT, start_again, start_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -56,55 +57,6 @@ def _device_code() -> Any:
 def _overlaps_launches(index: int) -> bool:
     """Whether kernels may start while the one before drains (programmatic dependent launch: Hopper and later)."""
     return torch.version.hip is None and _device_code().HAS_PDL and torch.cuda.get_device_capability(index) >= (9, 0)
-
-
-# Compiled kernels, and the constants that they take after their arguments, by what they were compiled for.
-_ready: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
-ALIGNMENT = 16
-Given = tuple[Tensor | int, ...]
-
-
-def _start(kernel: Any, grid: tuple[int, int, int], given: Given, **constants: Any) -> tuple[Any, tuple[object, ...]]:
-    """Start a kernel with the arguments `given` and then `constants`, options among them; returns what `_repeat` takes.
-
-    Triton's own launch looks at every argument and option, which takes longer than many of the kernels. A kernel that
-    it has compiled for aligned tensors of the same dtype and equal numbers is kept and started at once.
-    """
-    address = 0
-    kinds: list[object] = []
-    for argument in given:
-        if isinstance(argument, Tensor):
-            address |= argument.data_ptr()
-            kinds.append(argument.dtype)
-        else:
-            kinds.append(argument)
-    if address % ALIGNMENT or not _starts_directly():
-        return kernel[grid](*given, **constants), ()
-    key = (id(kernel), torch.cuda.current_device(), *kinds, *constants.values())
-    ready = _ready.get(key)
-    if ready is not None:
-        _repeat(ready, grid, given)
-        return ready
-    compiled = kernel[grid](*given, **constants)
-    _ready[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(given) :])
-    return _ready[key]
-
-
-def _repeat(ready: tuple[Any, tuple[object, ...]], grid: tuple[int, int, int], given: Given) -> None:
-    """Start a compiled kernel on the current device and stream with arguments of the kind it was compiled for."""
-    kernel, constants = ready
-    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-    numbers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]  # of a tensor Triton asks more
-    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *numbers, *constants)
-
-
-@cache
-def _starts_directly() -> bool:
-    """Whether this Triton is of the versions whose compiled kernels are known to take all arguments in order."""
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
-    return (3, 6) <= version < (4, 0) and not triton.knobs.runtime.interpret
 
 
 def sparse_site(
@@ -158,14 +110,14 @@ def launch(
     shape |= {"HAS_DENSE": dense_rows is not None, "num_warps": config.warps}
     if rows == 1:
         even = {"EVEN_K": width % config.slice == 0, "EVEN_N": out % config.block_n == 0}
-        _start(code.gather_row, grid, (*arguments, width, out), **even, **shape, **options)
+        start_kernel(code.gather_row, grid, (*arguments, width, out), **even, **shape, **options)
     else:
         padded = autotune.padded_rows(rows)
         given = (*arguments, width, out, x.stride(0))
-        _start(code.gather_rows, grid, given, ROWS=rows, PADDED=padded, **shape, **options)
+        start_kernel(code.gather_rows, grid, given, ROWS=rows, PADDED=padded, **shape, **options)
     # Small blocks spread a short sum over the whole card; a long one prefers fewer programs.
     block, warps = (32, 1) if rows * out < autotune.WIDE_OUTPUTS else (128, 4)
-    _start(
+    start_kernel(
         code.combine,
         (-(-rows * out // block), 1, 1),
         (partial, y if bias is None else bias, y, out, rows * out),
@@ -216,9 +168,9 @@ class Mask:
         given = (x, self.norm, self.threshold, rows, y, width)
         ready = self.ready.get((x.dtype, has))
         if ready is not None and x.data_ptr() % ALIGNMENT == 0:
-            _repeat(ready, grid, given)
+            start_again(ready, grid, given)
             return y
-        ready = _start(_device_code().mask_rows, grid, given, BLOCK=MASK_BLOCK, HAS_DENSE=has, num_warps=4)
+        ready = start_kernel(_device_code().mask_rows, grid, given, BLOCK=MASK_BLOCK, HAS_DENSE=has, num_warps=4)
         if ready[1]:
             self.ready[x.dtype, has] = ready
         return y

@@ -9,51 +9,21 @@ does with torch's operators. `WINA_CALIB_NATIVE=0` turns it off.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wina_calib.runtime.kernels.autotune import cache_file
+from wina_calib.runtime.kernels.native_build import DTYPES, functions, library
 
-logger = logging.getLogger(__name__)
-
-HEADER, *SOURCES = (Path(__file__).parent / "sources" / name for name in ("numbers.h", "site.c", "rows.c", "attend.c"))
-DTYPES = (torch.float32, torch.bfloat16)
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
-# For this processor; the first that the compiler takes.
-TARGETS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
-SIGNATURES = {
-    "site": ([*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2], ctypes.c_int),
-    "turned": ([*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
-    "gated": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int] * 2], ctypes.c_int),
-    "attend": ([*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int], ctypes.c_int),
-    "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
-    "norm": ([*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 2, ctypes.c_int], None),
-    "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
-}
-COMPILE_SECONDS = 60
 # Weights or inputs below which a second thread costs more than it saves.
 MIN_SHARED = 1 << 17
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype can be multiplied here. The first question compiles, in two seconds."""
-    return dtype in DTYPES and _library() is not None
+    return dtype in DTYPES and library() is not None
 
 
 class _Site(ctypes.Structure):
@@ -83,7 +53,7 @@ class Row:
         self.operands = [None if t is None else t.detach() for t in (weight_t, norm, threshold, bias)]
         self.dtype = weight_t.dtype
         self.width, self.out = weight_t.shape
-        self.function = _functions("site")[self.dtype]
+        self.function = functions("site")[self.dtype]
         at = [None if t is None else t.data_ptr() for t in self.operands]
         self.site = _Site(*at, self.width, self.out)
         self.address = ctypes.addressof(self.site)
@@ -131,7 +101,7 @@ def turned(
     y = torch.empty((*x.shape[:-1], row.out), dtype=x.dtype, device="cpu")
     threads = _threads(row.width * row.out)
     places = (t if t is None else t.data_ptr() for t in (x, y, cosine, sine, *(norms or (None, None))))
-    if _functions("turned")[x.dtype](row.address, *places, epsilon, *heads, cosine.shape[-1], threads):
+    if functions("turned")[x.dtype](row.address, *places, epsilon, *heads, cosine.shape[-1], threads):
         raise MemoryError(f"no memory to list {row.width} kept inputs for {threads} threads")
     return y
 
@@ -153,7 +123,7 @@ def gated(first: Row, second: Row, x: Tensor, *, gelu: bool) -> Tensor:
     y = torch.empty((*x.shape[:-1], second.out), dtype=x.dtype, device="cpu")
     threads = _threads(second.width * second.out)
     places = (t.data_ptr() for t in (x, both, y))
-    if _functions("gated")[x.dtype](first.address, second.address, *places, gelu, threads):
+    if functions("gated")[x.dtype](first.address, second.address, *places, gelu, threads):
         raise MemoryError(f"no memory to list the kept inputs of {threads} threads")
     return y
 
@@ -178,7 +148,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
     places = (t if t is None else t.data_ptr() for t in (query, key, value, seen, y))
     threads = _threads(2 * heads * length * size)
     counts = heads, key_heads, length, size
-    if _functions("attend")[query.dtype](*places, ctypes.addressof(strides), *counts, scale, threads):
+    if functions("attend")[query.dtype](*places, ctypes.addressof(strides), *counts, scale, threads):
         raise MemoryError(f"no memory for the scores of {length} places")
     return y
 
@@ -197,7 +167,7 @@ def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = 
     rows = None if open_rows is None else open_rows.contiguous()
     threads = _threads(x.numel())
     places = (t if t is None else t.data_ptr() for t in (x, norm, threshold, rows, y))
-    _functions("mask")[x.dtype](*places, x.numel() // x.shape[-1], x.shape[-1], threads)
+    functions("mask")[x.dtype](*places, x.numel() // x.shape[-1], x.shape[-1], threads)
     return y
 
 
@@ -213,7 +183,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     y = torch.empty_like(x)
     width = x.shape[-1]
     threads = _threads(x.numel())
-    _functions("norm")[x.dtype](
+    functions("norm")[x.dtype](
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
     )
     return y
@@ -221,7 +191,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def has_product(dtype: torch.dtype) -> bool:
     """Whether `product` can be had: in bfloat16 where the processor multiplies pairs of it, and no matrices."""
-    return available(dtype) and dtype in _functions("product")
+    return available(dtype) and dtype in functions("product")
 
 
 def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -239,7 +209,7 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     threads = _threads(width * out)
     given = (x, weight_t, None if bias is None else bias.contiguous(), y)
     places = (t if t is None else t.data_ptr() for t in given)
-    if _functions("product")[x.dtype](*places, rows, width, out, threads):
+    if functions("product")[x.dtype](*places, rows, width, out, threads):
         raise MemoryError(f"no memory for the sums of {rows} rows")
     return y
 
@@ -247,103 +217,3 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
 def _threads(numbers: int) -> int:
     """Threads that share work on so many numbers."""
     return torch.get_num_threads() if numbers >= MIN_SHARED else 1
-
-
-@cache
-def _functions(name: str) -> dict[torch.dtype, Any]:
-    """`site`, `mask`, `norm` or `product` for each dtype that has it."""
-    library = _library()
-    assert library is not None
-    names = {dtype: f"{name}_{str(dtype).removeprefix('torch.')}" for dtype in DTYPES}
-    found = {dtype: getattr(library, full) for dtype, full in names.items() if hasattr(library, full)}
-    for function in found.values():
-        function.argtypes, function.restype = SIGNATURES[name]
-    return found
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled code, from the cache or made now; None, said once, where it cannot be had."""
-    if os.environ.get("WINA_CALIB_NATIVE") == "0":
-        return None
-    if sys.platform.startswith("linux"):
-        names = [os.environ.get("CC", ""), *COMPILERS]
-        for compiler in dict.fromkeys(filter(None, map(shutil.which, filter(None, names)))):
-            found = _load(cache_file().with_name(f"site-{_fingerprint(compiler)}.so"), compiler)
-            if found is not None:
-                return found
-    logger.info("no C compiler whose code can use torch's threads: sparse products on the CPU use torch's operators")
-    return None
-
-
-def _load(file: Path, compiler: str) -> ctypes.CDLL | None:
-    """The library in `file`, which is made if need be and kept if it can be."""
-    found = _open(file)
-    if found is None:
-        with _folder(file.parent) as folder:
-            made = _compile(compiler, folder)
-            found = None if made is None else _open(made)
-            if made is not None and found is not None:
-                with contextlib.suppress(OSError):
-                    made.replace(file)
-    return found
-
-
-def _open(file: Path) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(file))
-    except OSError as error:  # not there, damaged, or OpenMP's functions are not in this process
-        logger.debug("%s", error)
-        return None
-
-
-@contextlib.contextmanager
-def _folder(cache_folder: Path) -> Iterator[Path]:
-    """A folder to compile in: inside of the cache, from which a file can be moved at once, else wherever one can be."""
-    try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(dir=cache_folder)
-    except OSError:
-        made = tempfile.mkdtemp()
-    try:
-        yield Path(made)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _compile(compiler: str, folder: Path) -> Path | None:
-    """Compile in two steps: linked without OpenMP's library, so that no second one with threads of its own is loaded."""
-    parts, made = [folder / f"{source.stem}.o" for source in SOURCES], folder / "site.so"
-    for target in TARGETS:
-        steps = [
-            [compiler, *FLAGS, *target, "-c", str(source), "-o", str(part)]
-            for source, part in zip(SOURCES, parts, strict=True)
-        ]
-        steps.append([compiler, "-shared", *map(str, parts), "-o", str(made)])
-        if all(_runs(step) for step in steps):
-            return made
-    return None
-
-
-def _runs(command: list[str]) -> bool:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("%s: %s", command[0], error)
-        return False
-    if done.returncode:
-        logger.debug("%s: %s", " ".join(command), done.stderr[:500])
-    return done.returncode == 0
-
-
-def _fingerprint(compiler: str) -> str:
-    """What the compiled code depends on. A home folder may be shared by machines with other processors."""
-    processor = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kinds = ("model name", "flags", "Features", "CPU part")
-        processor += sorted({line for line in lines if line.startswith(kinds)})
-    stat = Path(compiler).stat()
-    code = [file.read_text() for file in (HEADER, *SOURCES)]
-    given = (code, compiler, stat.st_size, stat.st_mtime_ns, FLAGS, TARGETS, processor)
-    return hashlib.sha256(repr(given).encode()).hexdigest()[:16]

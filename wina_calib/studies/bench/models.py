@@ -21,9 +21,9 @@ from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.config import calibration_of, code_is_trusted, load_config, meta_model
 from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_added
+from wina_calib.runtime.insert_sites import insert_sites
 from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
-from wina_calib.runtime.quantizer import insert_sites
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.studies.flops import find_config
 

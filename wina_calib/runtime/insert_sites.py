@@ -1,0 +1,111 @@
+"""Puts sites into a model, and checks them once weights are there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from wina_calib.checkpoint.format import expected_tensors
+from wina_calib.checkpoint.reader import check_complete, check_values, norms_match
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.errors import RuntimeLoadError
+from wina_calib.masks.score import column_norms
+from wina_calib.masks.thresholds import site_sparsity
+from wina_calib.model.architecture import Architecture
+from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
+from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
+from wina_calib.runtime.patches import compile_guards, late_stop
+from wina_calib.runtime.state import RuntimeState
+from wina_calib.transforms import plan
+
+logger = logging.getLogger(__name__)
+
+
+def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
+    """Give every decoder layer a `wina` module and replace its projections."""
+    state = RuntimeState(prefill=settings.prefill, first_token=settings.first_token)
+    rotated = plan(settings.transform, arch).sites
+    layers = model.get_submodule(arch.layers_path)
+    for described in arch.layers:
+        layer = layers.get_submodule(str(described.index))
+        holder = nn.Module()
+        for site in described.sites:
+            first = layer.get_submodule(site.projections[0].module)
+            with torch.device(first.weight.device):
+                site_state = SiteState(
+                    described.index, site, settings, state, first.weight.dtype if site.name in rotated else None
+                )
+            holder.add_module(site.name, site_state)
+            state.sites.append(site_state)
+            for group in site_state.groups:
+                for i, projection in enumerate(group.projections):
+                    dense = layer.get_submodule(projection.module)
+                    assert isinstance(dense, nn.Linear)
+                    layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
+        layer.add_module("wina", holder)
+    norms.replace_norms(model, state)
+    if rotated:
+        norm = model.get_submodule(arch.final_norm.module)
+        norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
+    base = model.get_submodule(arch.layers_path.rpartition(".")[0])
+    base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
+    model.__dict__["wina_state"] = state
+    compile_guards.prefer(model)
+    attention.prefer(model)
+    for described in arch.layers:
+        blocks.shorten(layers.get_submodule(str(described.index)), described)
+    lm_head.prefer(model)
+    late_stop.install()
+
+
+@dataclass
+class _BeginPass:
+    """Tells the state of a forward pass to come. An object, because copied and pickled models keep their own state."""
+
+    state: RuntimeState
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state.begin(args, kwargs)
+
+
+def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
+    """Check that every calibration tensor was in the files, is sound, and belongs to these weights.
+
+    Raises:
+        CheckpointError: a tensor is missing or damaged.
+        RuntimeLoadError: the weights are not those of the calibration.
+    """
+    expected = expected_tensors(arch, settings)
+    buffers = {n: b for n, b in model.named_buffers() if n in expected and getattr(b, "_is_hf_initialized", False)}
+    check_complete(model.name_or_path, expected, {name: tuple(b.shape) for name, b in buffers.items()})
+    here = {name: b for name, b in buffers.items() if not b.is_meta}
+    check_values(model.name_or_path, here)
+    for site in site_states(model):
+        site.asked = site_sparsity(settings.anchors, site.budget.cpu().numpy(), settings.sparsity)
+    if not settings.has_kernels:
+        _say_once(f"select {settings.select}, score {settings.score}")
+    if settings.score != "wina":
+        return
+    for layer in (arch.layers[0], arch.layers[-1]):
+        (group,) = settings.rule.groups(layer.site("attn_out"))
+        module = model.get_submodule(layer.prefix + group.projections[0].module)
+        norm = model.get_submodule(f"{layer.prefix}wina.{group.key}").norm
+        if module.weight.is_meta or settings.transform == "paper":
+            continue
+        if not norms_match(norm, column_norms([module.weight]).pow(settings.exponent)):
+            raise RuntimeLoadError(
+                f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made "
+                "for. Were they trained or replaced afterwards? Calibrate them again."
+            )
+
+
+@cache
+def _say_once(what: str) -> None:
+    """One log line a process for masks that no kernel makes."""
+    logger.warning("%s: no kernel serves this; masked dense products are used, no faster than dense", what)
