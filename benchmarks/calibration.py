@@ -23,7 +23,8 @@ import random_model
 import torch
 
 from benchmarks.transform_timing import seconds as decomposition_seconds
-from wina_calib.calibration.fit_thresholds import dense_pass, fit_thresholds
+from wina_calib.calibration.dense_pass import dense_pass
+from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype

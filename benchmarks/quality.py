@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 import wina_calib
 from benchmarks.transform_timing import seconds
-from wina_calib.calibration.choose_budget import measured_pairs
+from wina_calib.calibration.scale_curves import measured_pairs
 from wina_calib.common.devices import pick_device
 from wina_calib.common.progress import Silent
 from wina_calib.common.text import percent, rise

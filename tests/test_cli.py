@@ -22,7 +22,8 @@ import wina_calib
 from wina_calib.checkpoint.reader import read_settings
 from wina_calib.cli import COMMANDS, main
 from wina_calib.commands.demo import PROMPTS
-from wina_calib.commands.options import Counts, Share, bar
+from wina_calib.commands.options import Counts, Share
+from wina_calib.commands.output import bar
 from wina_calib.common.text import fixed, rise, table
 from wina_calib.errors import StateError
 from wina_calib.studies.evaluate import find_warnings

@@ -7,12 +7,12 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
+from wina_calib.commands.logs import log_level
 
 # What each one does, as its own help begins: read from here, the list of commands needs no import of any.
 COMMANDS = {
@@ -94,18 +94,6 @@ def _say(error: BaseException, text: str) -> None:
     """Say what went wrong, once where several processes share the work."""
     if not getattr(error, "silent", False):
         click.echo(text, err=True)
-
-
-@contextmanager
-def log_level(name: str, level: int) -> Iterator[None]:
-    """Hold a logger at a level, and give it back: a program that calls a command keeps its own."""
-    logger = logging.getLogger(name)
-    old = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(old)
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

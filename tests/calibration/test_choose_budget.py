@@ -10,8 +10,9 @@ from wina_calib.budgets import Budget, explicit, write_budget
 from wina_calib.budgets.anchors import Bounds, solve_rows, spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.file import file_budget
-from wina_calib.calibration.choose_budget import measured_pairs, scale, settle
+from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.options import make_options
+from wina_calib.calibration.scale_curves import measured_pairs, scale
 from wina_calib.errors import BudgetError
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import open_source

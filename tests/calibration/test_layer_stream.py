@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from wina_calib.calibration.fit_thresholds import dense_pass
+from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll
 from wina_calib.model.source import open_source

@@ -14,18 +14,10 @@ from shared import SHARED, needs_shared
 from stream_cases import open_stream, some_ids
 
 from wina_calib.budgets import Curves
+from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_sums, first_dropped
 from wina_calib.calibration.layer_stream import Head, LayerStream
 from wina_calib.calibration.likelihood import label_generator
-from wina_calib.calibration.loss_curves import (
-    CURVE_LEVELS,
-    MAX_TOKENS,
-    REFERENCE,
-    Sensitivity,
-    dropped_sums,
-    first_dropped,
-    measure_curves,
-    usable_tokens,
-)
+from wina_calib.calibration.loss_curves import MAX_TOKENS, REFERENCE, Sensitivity, measure_curves, usable_tokens
 from wina_calib.calibration.run import calibrate
 from wina_calib.common.devices import fixed_order
 from wina_calib.errors import NumericError

@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import wina_calib
-from wina_calib.calibration.loss_curves import CURVE_LEVELS, dropped_ranks, ranks
-from wina_calib.calibration.rebudget import Refit, Request, apply, choose
+from wina_calib.calibration.apply_budget import Refit, apply
+from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_ranks, ranks
+from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.mask import keep_mask, keep_top, kept_inputs, mask_input

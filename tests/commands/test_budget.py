@@ -13,8 +13,8 @@ from browser import drive, needs_browser
 from click.testing import CliRunner, Result
 
 import wina_calib
-from wina_calib.calibration.choose_budget import measured_pairs
 from wina_calib.calibration.rebudget import Request, choose
+from wina_calib.calibration.scale_curves import measured_pairs
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.cli import main

@@ -12,7 +12,7 @@ from browser import BROWSER, FLAGS, needs_browser
 from click.testing import CliRunner
 
 import wina_calib
-from wina_calib.calibration.rebudget import stored_curves
+from wina_calib.calibration.scale_curves import stored_curves
 from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.cli import main

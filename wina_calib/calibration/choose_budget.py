@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from wina_calib.budgets import (
-    Budget,
     Cells,
-    Curves,
 )
 from wina_calib.budgets.anchors import Bounds, solve_rows, spread
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.file import file_budget
 from wina_calib.budgets.model import Floats
+from wina_calib.calibration.dropped_levels import CURVE_LEVELS
 from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.likelihood import measured_rises
-from wina_calib.calibration.loss_curves import CURVE_LEVELS, PASSES, Sensitivity, measure_curves, usable_tokens
+from wina_calib.calibration.loss_curves import PASSES, Sensitivity, measure_curves, usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
@@ -33,9 +27,6 @@ from wina_calib.storage.resume import NOT_SAVED, Phase
 METHODS = ("global", "greedy", "uniform")
 GREEDY_TOKENS = 8192
 GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
-_FACTOR_SPREAD = 0.3  # how far ratios of measured and predicted loss rises may differ from anchor to anchor
-_FACTORS = (0.2, 5.0)
-SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to the measured loss rise
 
 
 @dataclass(frozen=True)
@@ -128,91 +119,6 @@ def allocate(
     else:
         rows = solve_rows(cells, options.anchors, options.sparsity, bounds, felt.loss)
     return Allocation(rows, felt, used, dense)
-
-
-def scaled_curves(
-    chosen: Allocation, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
-) -> tuple[Curves | None, dict[str, Any]]:
-    """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
-
-    Args:
-        chosen: what was fitted.
-        anchors: model sparsities.
-        stream: the calibration tokens; its first blocks are those of the curves.
-        states: last hidden states of the sparse model at each anchor.
-
-    Returns:
-        The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
-    """
-    if chosen.felt is None or chosen.stream is None or chosen.dense is None:
-        return None, chosen.facts
-    rises = measured_rises(chosen.stream, chosen.dense, stream, states)
-    chosen.dense.clear()
-    curves = chosen.felt.loss
-    predicted, divergence = (
-        [Budget(row).predicted_loss(felt) for row in chosen.rows] for felt in (curves, chosen.felt.divergence)
-    )
-    low = [i for i, anchor in enumerate(anchors) if anchor <= SCALED_TO] or [0]
-    factor = scale([rises[i].loss for i in low], [predicted[i] for i in low])
-    tokens = chosen.stream.tokens
-    facts = {
-        "anchors": list(anchors),
-        "tokens": tokens,
-        "passes": PASSES * tokens / stream.tokens,
-        "factor": factor,
-        "factor_at": [anchors[i] for i in low],
-        "predicted": [factor * value for value in predicted],
-        "predicted_kl": divergence,
-        "loss_rise": [rise.loss for rise in rises],
-        "kl": [rise.kl for rise in rises],
-    }
-    return curves.scaled(factor), {"prediction": facts}
-
-
-def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:
-    """Geometric mean of the ratios of measured and predicted rises; 1 without any.
-
-    A ratio far off says nothing: a random model may not feel sparsity, and few tokens may even show a fall.
-    """
-    ratios = [m / p for m, p in zip(measured, predicted, strict=True) if p > 0 and 0.05 < m / p < 20]
-    return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
-
-
-def measured_pairs(facts: Mapping[str, Any]) -> Floats:
-    """What the scaled curves of a calibration sum up to at its anchors, and the loss rises that go with it, (n, 2).
-
-    The first-order part of the loss weighs most where little is dropped, so that no one factor fits all anchors. A rise here is
-    the measured one as far as its noise allows: its variance is twice the divergence over the tokens, against what ratios
-    of measured and predicted rises differ by at all, `_FACTOR_SPREAD`.
-
-    Args:
-        facts: `prediction` of a checkpoint's provenance.
-
-    Raises:
-        BudgetError: they are not such facts.
-    """
-    if not facts:
-        return np.empty((0, 2))
-    try:
-        sums, rises, kl = (np.array(facts[key], dtype=np.float64) for key in ("predicted", "loss_rise", "kl"))
-        rows = np.stack([sums, rises, np.maximum(kl, 0.0)], axis=1)[(sums > 0) & (np.diff(sums, prepend=0.0) > 0)]
-        noise = 2 * rows[:, 2] / (float(facts["tokens"]) * rows[:, 0] ** 2)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BudgetError(f"the measured loss rises cannot be read: {error!r:.80}") from None
-    trusted = _FACTOR_SPREAD**2 / (_FACTOR_SPREAD**2 + noise)
-    ratio = np.clip(1 + trusted * (rows[:, 1] / rows[:, 0] - 1), *_FACTORS)
-    return np.stack([rows[:, 0], np.maximum.accumulate(rows[:, 0] * ratio)], axis=1)
-
-
-def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor]:
-    """The curves as tensors of a checkpoint, (levels,) float32 for each site."""
-    if curves is None:
-        return {}
-    return {
-        f"{layer.prefix}wina.{site.name}.curve": torch.tensor(curves.loss[layer.index, i], dtype=torch.float32)
-        for layer in arch.layers
-        for i, site in enumerate(layer.sites)
-    }
 
 
 def is_file(budget: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,52 +19,6 @@ from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.architecture import SITES
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
-from wina_calib.transforms import Statistics
-
-
-@torch.no_grad()
-def dense_pass(
-    stream: LayerStream,
-    statistics: Statistics | None = None,
-    *,
-    phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
-) -> HiddenStates:
-    """Run the dense model and return its last hidden states.
-
-    Args:
-        stream: the model and the tokens.
-        statistics: sees each site's inputs without first tokens.
-        phase: where every layer's outputs are saved.
-        progress: called for every layer.
-    """
-    arch = stream.source.architecture
-    blocks, seq_len = stream.batches[0].shape
-    hidden = stream.embed()
-    if phase.step:
-        phase.restore("hidden", hidden, stream.blocks)
-        if statistics is not None:
-            statistics.load_state_dict(phase.tensors())
-    for index, module in stream.layers(phase.step):
-        with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
-            for batch in stream.mine:
-                if statistics is not None:
-                    first = batch * blocks * (seq_len - 1)
-                    layer.observe = partial(_observe, statistics, index, first)
-                hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
-        if statistics is not None:
-            statistics.reduce(index, stream.ranks)
-        phase.save(
-            index + 1,
-            tensors=None if statistics is None else statistics.state_dict(index),
-            stores={"hidden": hidden},
-        )
-        progress(f"layer {index + 1}")
-    return hidden
-
-
-def _observe(statistics: Statistics, layer: int, first: int, site: str, x: Tensor) -> None:
-    statistics.update(layer, site, x[:, 1:].flatten(0, 1), first)
 
 
 def fit_thresholds(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from wina_calib.calibration.choose_budget import is_file
-from wina_calib.calibration.job import Job, versions
+from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import OPERATIONAL
 from wina_calib.checkpoint.format import model_names
 from wina_calib.checkpoint.side_files import side_files
 from wina_calib.corpus.blocks import Blocks
+from wina_calib.version import versions
 
 _LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come to is in the identity
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 from collections.abc import Callable
@@ -11,25 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-import wina_calib
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import (
-    Allocation,
-    allocate,
-    choice_passes,
-    curve_tensors,
-    scaled_curves,
-    stored_name,
-)
+from wina_calib.calibration.choose_budget import Allocation, allocate, choice_passes, stored_name
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, estimate, hidden_bytes
-from wina_calib.calibration.fit_thresholds import dense_pass, fit_thresholds
+from wina_calib.calibration.dense_pass import dense_pass
+from wina_calib.calibration.dropped_levels import CURVE_LEVELS
+from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
-from wina_calib.calibration.loss_curves import CURVE_LEVELS, usable_tokens
+from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
 from wina_calib.checkpoint.format import model_names
@@ -44,6 +37,7 @@ from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
 from wina_calib.storage.resume import Journal, Phase
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
+from wina_calib.version import versions
 
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
 
@@ -336,16 +330,6 @@ class Job:
             "command": _command(),
             "versions": versions(),
         }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return {
-        "wina_calib": wina_calib.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _command() -> str:

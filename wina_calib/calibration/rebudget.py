@@ -1,14 +1,12 @@
-"""Choose a calibrated checkpoint's budget anew, and put it into the checkpoint: no weights are written."""
+"""A calibrated checkpoint's budget chosen anew, and what sparsity costs it: its frontier."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from wina_calib.budgets import (
     Budget,
@@ -24,23 +22,9 @@ from wina_calib.budgets.anchors import Bounds, solve, solve_rows, spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.file import file_budget
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.choose_budget import Allocation, measured_pairs
-from wina_calib.calibration.job import Job
-from wina_calib.calibration.options import make_options
-from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
-from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.checkpoint.settings import INTERPOLATED, REBUDGETED, Settings
-from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
-from wina_calib.common.atomic import staged_files
-from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
-from wina_calib.common.progress import Progress, Silent
-from wina_calib.corpus.blocks import load_blocks
-from wina_calib.errors import BudgetError, CheckpointError, CorpusError, UsageError
-from wina_calib.masks.thresholds import threshold_between
-from wina_calib.model.config import config_file, read_config
-from wina_calib.model.locate import load_tokenizer, weights_folder
-from wina_calib.model.source import open_source
-from wina_calib.transforms import plan
+from wina_calib.calibration.scale_curves import stored_curves
+from wina_calib.checkpoint.reader import Checkpoint
+from wina_calib.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -160,159 +144,48 @@ def choose(opened: Checkpoint, request: Request) -> Choice:
     return Choice(opened, cells, curves, budget, sparsity, name, bounds, fixed, "solved")
 
 
-def stored_curves(opened: Checkpoint) -> Curves | None:
-    """The predicted loss rises (layers, sites, levels) that a checkpoint holds."""
-    levels = opened.settings.curve_levels
-    if not levels:
-        return None
-    prefix_names = [[f"{layer.prefix}wina.{s.name}.curve" for s in layer.sites] for layer in opened.architecture.layers]
-    loss = np.array([[opened.tensors[name].double().numpy() for name in names] for names in prefix_names])
-    try:
-        facts = opened.settings.provenance.get("prediction")
-        return Curves(np.array(levels), loss, measured_pairs(facts if isinstance(facts, dict) else {}))
-    except BudgetError as error:
-        raise CheckpointError(f"{opened.folder}: {error}. Calibrate again.") from error
+class Measure(Protocol):
+    """Measures a budget: (perplexity, dense perplexity, achieved model sparsity)."""
+
+    def __call__(self, sparsity: float, budget: Budget) -> tuple[float, float, float]:
+        """Measure `budget`, whose model sparsity is `sparsity`."""
 
 
-@dataclass(frozen=True)
-class Refit:
-    """How to fit thresholds anew: other data than recorded, and what to compute with."""
-
-    data: tuple[str, ...] = ()
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-def apply(
-    choice: Choice, destination: Checkpoint, *, refit: Refit | None = None, progress: Progress | None = None
-) -> Settings:
-    """Put a budget into a checkpoint: `wina.safetensors`, its index and the settings change, in one step; no weights do.
-
-    Without `refit` the thresholds come from the stored score tables, interpolated between anchors. With it, the closed
-    loop runs again on the checkpoint's own weights and its recorded text.
+def frontier(choice: Choice, step: float, measure: Measure | None = None) -> list[dict[str, float | None]]:
+    """What sparsity costs, from 0 to 0.9: predicted, and measured where a way to measure is given.
 
     Args:
-        choice: the budget.
-        destination: the checkpoint to change; another one than the budget's is possible if it is of the same model.
-        refit: fit anew.
-        progress: hears how a refit goes on.
-
-    Returns:
-        The new settings.
-
-    Raises:
-        BudgetError: the checkpoint is of another model.
-        OutputError: the folder cannot be written; it is unchanged.
+        choice: pins and bounds to keep.
+        step: between model sparsities.
+        measure: for instance an evaluation on text.
     """
-    old = destination.settings
-    cells = count_cells(destination.architecture, old.transform)
-    mine, theirs = (model_key(c.architecture, n) for c, n in ((choice.opened, choice.cells), (destination, cells)))
-    if mine != theirs:
-        raise BudgetError(
-            f"the budget is for {mine.model_type} with {mine.layers} layers ({mine.fingerprint}); {destination.folder} "
-            f"holds {theirs.model_type} with {theirs.layers} layers ({theirs.fingerprint})."
-        )
-    kept = set(old.fitted_anchors)
-    added = {choice.sparsity} if choice.sparsity > 0 else set()
-    anchors = tuple(sorted(kept | added))
-    how = "fitted anew" if refit else "from stored tables"
-    provenance = old.provenance | {INTERPOLATED: [] if refit else sorted(added - kept), REBUDGETED: how}
-    settings = replace(old, sparsity=choice.sparsity, anchors=anchors, budget=choice.name, provenance=provenance)
-    rows = choice.rows(anchors)
-    if refit is None:
-        tensors = _interpolated(destination, settings, rows)
-    else:
-        tensors, facts = _refitted(destination, settings, rows, refit, progress or Silent())
-        settings = replace(settings, provenance=settings.provenance | facts)
-    _write(destination, settings, tensors)
-    return settings
-
-
-def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[str, Tensor]:
-    """All calibration tensors for new anchors, tables interpolated between the old ones."""
-    known, tensors = opened.settings.anchors, dict[str, Tensor]()
-    own = settings.anchors.index(settings.sparsity) if settings.sparsity > 0 else None
-    for layer, site in opened.architecture.sites:
-        position = layer.sites.index(site)
-        stored = opened.site(layer, site)
-        budget = rows[:, layer.index, position].astype(np.float32)  # as it is stored: loading computes the same
-        tables = {name: _between(table, known, settings.anchors) for name, table in stored.tables.items()}
-        sparsity = 0.0 if own is None else float(budget[own])
-        changed = SiteTensors(
-            norms=stored.norms,
-            tables=tables,
-            thresholds={
-                name: torch.tensor(threshold_between(table, settings.anchors, settings.sparsity, sparsity))
-                for name, table in tables.items()
-            },
-            budget=torch.from_numpy(budget.copy()),
-            error=_between(stored.error[:, None], known, settings.anchors)[:, 0],
-            curve=stored.curve,
-        )
-        tensors |= changed.named(layer.prefix, site.name)
-    return tensors
-
-
-def _between(values: Tensor, known: Sequence[float], anchors: Sequence[float]) -> Tensor:
-    """Rows (anchors, ...) linear between the rows (known, ...); the ends' beyond them."""
-    found = []
-    for anchor in anchors:
-        above = next((i for i, a in enumerate(known) if a >= anchor), len(known) - 1)
-        below = max(above - 1, 0) if known[above] > anchor else above
-        share = (anchor - known[below]) / (known[above] - known[below]) if above != below else 0.0
-        found.append(values[below] + (values[above] - values[below]) * max(share, 0.0))
-    return torch.stack(found)
-
-
-def _refitted(
-    opened: Checkpoint, settings: Settings, rows: Floats, refit: Refit, report: Progress
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All calibration tensors from a new closed loop; what changed of the provenance."""
-    facts = opened.settings.provenance
-    data = refit.data or tuple(map(str, facts.get("data", ())))
-    seq_len, blocks = (int(facts.get(name, 0)) for name in ("seq_len", "blocks"))
-    if not data or seq_len < 2 or blocks < 1:
-        raise UsageError(f"{opened.folder} does not say what text it was calibrated on. Give it with --data.")
-    weights = weights_folder(opened.folder)
-    source = open_source(str(weights), calibrated=True)
-    seed, samples = int(facts.get("seed", 0)), int(facts.get("samples", blocks))
-    tokenizer = load_tokenizer(weights)
-    text = load_blocks(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed, min_tokens=1)
-    if not refit.data and text.fingerprint != facts.get("data_fingerprint"):
-        raise CorpusError(
-            f"{', '.join(data)} is not the text that {opened.folder} was calibrated on any more. Give text with --data."
-        )
-    device = pick_device(refit.device)
-    options = make_options(
-        {"sparsity": settings.sparsity, "grid": settings.anchors, "score": settings.score, "masks": settings.masks}
-        | {"exponent": settings.exponent, "select": settings.select, "first_token": settings.first_token}
-        | {"loop": str(facts.get("loop", "closed")), "data": data, "samples": samples, "seq_len": seq_len, "seed": seed}
-    )
-    job = Job(
-        source=source,
-        options=options,
-        transform=plan(settings.transform, source.architecture),
-        blocks=text,
-        device=device,
-        dtype=pick_dtype(refit.dtype, source.dtype, device),
-        micro_batch=default_micro_batch(device, seq_len, source.architecture.width),
-        report=report,
-    )
-    tensors, _ = job.fit(source, Allocation(rows))
-    curves = {name: tensor for name, tensor in opened.tensors.items() if name.endswith(".curve")}
-    changed = {"data": list(data), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
-    return tensors | curves, changed
-
-
-def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -> None:
-    folder = opened.folder
-    names = set(expected_tensors(opened.architecture, opened.settings))
-    sizes = {name: info.nbytes for name, info in opened.shards.items() if name not in names}
-    files = {name: info.file.name for name, info in opened.shards.items() if name not in names}
-    raw = read_config(folder)
-    with staged_files(folder) as staged:
-        write_wina_file(staged / WINA_FILE, tensors)
-        added = {name: tensor.nbytes for name, tensor in tensors.items()}
-        write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
-        write_json(staged / config_file(folder).name, raw | {"quantization_config": settings.to_dict()})
-    open_checkpoint(folder)
+    base = choice.opened.settings.provenance.get("base_ppl")
+    dense = float(base) if isinstance(base, int | float) else None
+    points: list[dict[str, float | None]] = []
+    for sparsity in np.arange(0.0, 0.9 + step / 2, step).round(4).tolist():
+        try:
+            budget = choice.at(sparsity)
+        except BudgetError:
+            continue
+        found = totals(choice.cells, budget, choice.curves)
+        point: dict[str, float | None] = {
+            "sparsity": sparsity,
+            "read_fraction": found.read_fraction,
+            "speedup_limit": found.speedup_limit,
+            "predicted_loss_rise": found.loss_rise,
+            "predicted_ppl": None
+            if dense is None or found.loss_rise is None
+            else dense * float(np.exp(found.loss_rise)),
+        }
+        if measure is not None:
+            ppl, dense_ppl, achieved = measure(sparsity, budget)
+            rise = found.loss_rise
+            point |= {
+                "predicted_ppl": None if rise is None else dense_ppl * float(np.exp(rise)),
+                "measured_ppl": ppl,
+                "measured_sparsity": achieved,
+            }
+        points.append(point)
+    if not points:
+        raise BudgetError("no model sparsity on the grid is possible with these pins and bounds. Free some cells.")
+    return points

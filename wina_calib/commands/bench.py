@@ -6,7 +6,8 @@ import click
 import torch
 
 from wina_calib.calibration.options import DTYPES
-from wina_calib.commands.options import Fractions, bar, device_option, emit, json_option, trust_option
+from wina_calib.commands.options import Fractions, device_option, json_option, trust_option
+from wina_calib.commands.output import bar, emit
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.errors import UsageError
 from wina_calib.studies.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products

@@ -7,16 +7,8 @@ from typing import Any
 import click
 
 from wina_calib.checkpoint.settings import MASKS
-from wina_calib.commands.options import (
-    Share,
-    device_option,
-    dtype_option,
-    emit,
-    json_option,
-    revision_option,
-    steps,
-    trust_option,
-)
+from wina_calib.commands.options import Share, device_option, dtype_option, json_option, revision_option, trust_option
+from wina_calib.commands.output import emit, steps
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.masks.score import SCORES

@@ -25,24 +25,20 @@ from wina_calib.budgets import (
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.file import file_kind
 from wina_calib.budgets.target import TargetKind
-from wina_calib.calibration.frontier import Measure, frontier
-from wina_calib.calibration.rebudget import Choice, Refit, Request, apply, choose
+from wina_calib.calibration.apply_budget import Refit, apply
+from wina_calib.calibration.rebudget import Choice, Measure, Request, choose, frontier
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.reader import open_checkpoint
-from wina_calib.commands.calibrate import Bars
 from wina_calib.commands.options import (
     Share,
-    bar,
-    check_files,
     device_option,
     dtype_option,
-    emit,
     json_option,
-    note,
     overwrite_option,
     revision_option,
     trust_option,
 )
+from wina_calib.commands.output import Bars, bar, check_files, emit, note
 from wina_calib.common.devices import pick_device
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.sources import HELDOUT_DATA

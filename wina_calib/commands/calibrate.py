@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import click
 
 from wina_calib.calibration.run import Result, calibrate
-from wina_calib.commands.options import bar, calibrate_options, emit, folder_option, json_option, note
-from wina_calib.common.progress import Estimate, human_bytes
+from wina_calib.commands.options import calibrate_options, folder_option, json_option
+from wina_calib.commands.output import Bars, emit, note
 
 
 @click.command("calibrate")
@@ -60,47 +59,3 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class Bars:
-    """Progress of a calibration as an estimate and bars on standard error."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._start = time.monotonic()
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def planned(self, estimate: Estimate) -> None:
-        """Print what the work will take."""
-        note(
-            f"plan: {estimate.tokens:,} tokens, {estimate.passes:.1f} forward passes ({estimate.flops / 1e12:,.1f} TFLOP), "
-            f"about {human_bytes(estimate.memory_bytes)} of memory, {human_bytes(estimate.disk_bytes)} on disk"
-        )
-        for line in estimate.notes:
-            note(f"note: {line}")
-
-    def phase(self, name: str, steps: int) -> None:
-        """Begin a bar."""
-        self._close()
-        note(f"[{time.monotonic() - self._start:6.1f} s] {name}")
-        self._bar = bar(steps, name)
-
-    def step(self, text: str) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        note(f"note: {text}")
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

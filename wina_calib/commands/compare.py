@@ -7,19 +7,17 @@ from typing import Any
 
 import click
 
-from wina_calib.commands.calibrate import Bars
 from wina_calib.commands.options import (
     Fractions,
     device_option,
     dtype_option,
-    emit,
     heldout_option,
     json_option,
-    note,
     revision_option,
     tokens_option,
     trust_option,
 )
+from wina_calib.commands.output import Bars, emit, note
 from wina_calib.common.text import table
 from wina_calib.corpus.sources import DEFAULT_DATA
 from wina_calib.studies.compare.methods import GROUPS, METHODS

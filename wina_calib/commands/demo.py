@@ -9,10 +9,11 @@ import click
 from wina_calib.calibration.run import Result, calibrate
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.evaluation_file import save_evaluation
-from wina_calib.commands.calibrate import Bars, stoppable, summary
+from wina_calib.commands.calibrate import stoppable, summary
 from wina_calib.commands.evaluate import render
 from wina_calib.commands.generate import generate
-from wina_calib.commands.options import emit, json_option, note
+from wina_calib.commands.options import json_option
+from wina_calib.commands.output import Bars, emit, note
 from wina_calib.errors import StateError
 from wina_calib.studies.evaluate import evaluate
 

@@ -14,13 +14,12 @@ from wina_calib.commands.options import (
     Share,
     device_option,
     dtype_option,
-    emit,
     heldout_option,
     json_option,
-    steps,
     tokens_option,
     trust_option,
 )
+from wina_calib.commands.output import emit, steps
 from wina_calib.studies.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
 
 

@@ -13,15 +13,13 @@ from wina_calib.commands.options import (
     Share,
     device_option,
     dtype_option,
-    emit,
     heldout_option,
     json_option,
-    note,
     revision_option,
-    steps,
     tokens_option,
     trust_option,
 )
+from wina_calib.commands.output import emit, note, steps
 from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import resolve

@@ -7,14 +7,8 @@ from pathlib import Path
 import click
 
 from wina_calib.checkpoint.export_dense import export_dense
-from wina_calib.commands.options import (
-    emit,
-    folder_option,
-    json_option,
-    overwrite_option,
-    revision_option,
-    trust_option,
-)
+from wina_calib.commands.options import folder_option, json_option, overwrite_option, revision_option, trust_option
+from wina_calib.commands.output import emit
 from wina_calib.model.locate import resolve
 
 

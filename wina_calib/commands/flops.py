@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from wina_calib.commands.options import Fractions, emit, json_option, revision_option
+from wina_calib.commands.options import Fractions, json_option, revision_option
+from wina_calib.commands.output import emit
 from wina_calib.studies.flops import CONTEXT, SPARSITIES, flops, render
 from wina_calib.transforms import NAMES
 

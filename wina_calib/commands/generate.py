@@ -7,7 +7,8 @@ from typing import Any
 import click
 import torch
 
-from wina_calib.commands.options import Share, device_option, emit, json_option, revision_option, trust_option
+from wina_calib.commands.options import Share, device_option, json_option, revision_option, trust_option
+from wina_calib.commands.output import emit
 from wina_calib.common.devices import pick_device
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from wina_calib.checkpoint.hub import RemoteFacts, remote_facts
-from wina_calib.commands.options import emit, json_option, revision_option
+from wina_calib.commands.options import json_option, revision_option
+from wina_calib.commands.output import emit
 from wina_calib.common.progress import human_bytes
 from wina_calib.common.text import percent, table
 from wina_calib.errors import UsageError

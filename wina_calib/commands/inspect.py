@@ -9,7 +9,8 @@ import click
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.commands.options import emit, json_option, revision_option, trust_option
+from wina_calib.commands.options import json_option, revision_option, trust_option
+from wina_calib.commands.output import emit
 from wina_calib.common.text import percent, table
 from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.locate import resolve

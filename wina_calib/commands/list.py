@@ -7,7 +7,8 @@ from dataclasses import asdict
 import click
 
 from wina_calib.checkpoint.hub import Listed, list_checkpoints
-from wina_calib.commands.options import emit, json_option
+from wina_calib.commands.options import json_option
+from wina_calib.commands.output import emit
 from wina_calib.common.text import table
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from wina_calib.calibration.options import DTYPES, CalibrateOptions
-from wina_calib.common.text import finite
 from wina_calib.corpus.sources import HELDOUT_DATA
-from wina_calib.errors import OutputError
 from wina_calib.model.config import remote_code
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -129,53 +122,3 @@ def _flag(f: Any) -> Callable[..., Any]:
         plain = type(f.default) if f.default is not None else str
         extra |= {"type": Share() if meta.get("share") else plain, "metavar": meta.get("metavar")}
     return click.option(*names, **extra)
-
-
-def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse files that cannot be written, or that exist unless they may be replaced.
-
-    Raises:
-        OutputError: a file exists, is a folder, or lies in a folder that does not exist.
-    """
-    for path in paths:
-        if not path.absolute().parent.is_dir():
-            raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder. Give a file.")
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists. Give another file, or --overwrite to replace it.")
-
-
-def emit(value: Any, text: str, *, as_json: bool) -> None:
-    """Print a result: one JSON object, or text for people."""
-    click.echo(json.dumps(finite(value), ensure_ascii=False) if as_json else text)
-
-
-def note(text: str) -> None:
-    """Print a line on standard error, unless quiet."""
-    if not quiet():
-        click.echo(text, err=True)
-
-
-def quiet() -> bool:
-    """Whether `--quiet` was given."""
-    context = click.get_current_context(silent=True)
-    return bool(context and context.find_root().params.get("quiet"))
-
-
-def bar(total: int, label: str) -> Any:
-    """A progress bar on standard error: none where nobody looks."""
-    hidden = quiet() or not sys.stderr.isatty()
-    return tqdm(total=total, desc=label, file=sys.stderr, disable=hidden, leave=False, ascii="NO_COLOR" in os.environ)
-
-
-@contextmanager
-def steps(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress as a bar: a function to call after each step with the steps done and the steps in all."""
-    with bar(0, label) as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
-        yield progress

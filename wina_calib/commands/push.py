@@ -9,8 +9,9 @@ import click
 
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.hub import push
-from wina_calib.cli import log_level
-from wina_calib.commands.options import emit, json_option, note, trust_option
+from wina_calib.commands.logs import log_level
+from wina_calib.commands.options import json_option, trust_option
+from wina_calib.commands.output import emit, note
 
 
 @click.command("push")

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import click
 
-from wina_calib.commands.options import (
-    emit,
-    folder_option,
-    json_option,
-    overwrite_option,
-    revision_option,
-    trust_option,
-)
+from wina_calib.commands.options import folder_option, json_option, overwrite_option, revision_option, trust_option
+from wina_calib.commands.output import emit
 from wina_calib.model.locate import resolve
 from wina_calib.studies.report import write_report
 

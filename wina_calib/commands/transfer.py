@@ -10,18 +10,15 @@ import click
 from wina_calib.budgets import write_budget
 from wina_calib.commands.options import (
     Fractions,
-    check_files,
     device_option,
     dtype_option,
-    emit,
     heldout_option,
     json_option,
-    note,
     overwrite_option,
-    steps,
     tokens_option,
     trust_option,
 )
+from wina_calib.commands.output import check_files, emit, note, steps
 from wina_calib.studies.transfer import SAMPLES, budget_file, render, transfer
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wina_calib.budgets import Budget, Curves
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.rebudget import stored_curves
+from wina_calib.calibration.scale_curves import stored_curves
 from wina_calib.checkpoint.card import without_folders
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint

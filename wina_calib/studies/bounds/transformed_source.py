@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wina_calib.calibration.fit_thresholds import dense_pass
+from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.model.source import Source
 from wina_calib.transforms import Rotations, Statistics, apply_layer, embedding_rows, fit, needed_sites, plan

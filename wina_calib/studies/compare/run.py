@@ -6,9 +6,6 @@ computed twice: stopped at any moment, the same call goes on. Under another prot
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +28,6 @@ from wina_calib.calibration.likelihood import perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.calibration.run import calibrate
 from wina_calib.checkpoint.format import model_names
-from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -39,13 +35,13 @@ from wina_calib.common.progress import Estimate, Progress, Silent
 from wina_calib.common.text import finite
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
-from wina_calib.errors import CheckpointError, UsageError, WinaError
+from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
 from wina_calib.model.source import Source, fitting_length, open_source
 from wina_calib.runtime.load import load, set_sparsity
-from wina_calib.storage import read_json
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
+from wina_calib.studies.compare.finished import FORMAT, finished_seconds, json_bytes, key_digest, read_cell
 from wina_calib.studies.compare.methods import Method, find_methods
 from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_comparison
 from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
@@ -53,7 +49,6 @@ from wina_calib.transforms import needed_sites, plan
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 DEFAULT_METHODS = ("papers",)
-FORMAT = "wina-compare-cell/1"
 _IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
 
 
@@ -142,7 +137,7 @@ def compare(
                 raise UsageError(
                     f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
                 )
-            write_file(bench.folder / "compare.json", _json(found.to_dict()))
+            write_file(bench.folder / "compare.json", json_bytes(found.to_dict()))
             write_file(bench.folder / "compare.md", found.markdown().encode())
             if draw:
                 write_file(bench.folder / "compare.png", draw_comparison(found))
@@ -196,7 +191,7 @@ class _Bench:
                 for row in self._measure_gates(task) if task.method.gated else self._measure_sites(task):
                     rows[row.method, row.sparsity] = row
                     record = {"format": FORMAT, "key": task.key, "row": asdict(row)}
-                    write_file(self._cell(task.method, row.sparsity, task.key), _json(record))
+                    write_file(self._cell(task.method, row.sparsity, task.key), json_bytes(record))
             except WinaError as error:
                 skipped.append(Skipped(task.method.name, None, str(error)))
         shutil.rmtree(self.folder / "calibrations", ignore_errors=True)
@@ -219,7 +214,7 @@ class _Bench:
         plan(options.transform, self.source.architecture)  # refuses a transform that is not exact here
         text = self.text(options)
         key = self._key(method, options, text)
-        known = {s: _read_cell(self._cell(method, s, key), key) for s in sparsities}
+        known = {s: read_cell(self._cell(method, s, key), key) for s in sparsities}
         rows |= {(method.name, s): row for s, row in known.items() if row is not None}
         return _Task(method, options, key, text, tuple(s for s, row in known.items() if row is None))
 
@@ -267,7 +262,7 @@ class _Bench:
         }
 
     def _cell(self, method: Method, sparsity: float, key: Mapping[str, Any]) -> Path:
-        return self.folder / "cells" / f"{method.name}-{sparsity:g}-{_digest(key)}.json"
+        return self.folder / "cells" / f"{method.name}-{sparsity:g}-{key_digest(key)}.json"
 
     def _impossible(self, method: Method, sparsities: Sequence[float]) -> list[tuple[float, str]]:
         most = gated_share(self.source.architecture) if method.gated else 1.0
@@ -301,8 +296,8 @@ class _Bench:
         Where a run is stopped between two cells, the finished checkpoint is kept and used by the next.
         """
         name = task.method.name
-        place = self.folder / "calibrations" / f"{name}-{_digest(task.key)}"
-        checkpoint, took = place / "checkpoint", _finished(place, task.todo)
+        place = self.folder / "calibrations" / f"{name}-{key_digest(task.key)}"
+        checkpoint, took = place / "checkpoint", finished_seconds(place, task.todo)
         if took is None:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
@@ -313,7 +308,7 @@ class _Bench:
             start = time.monotonic()
             calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
             took = time.monotonic() - start
-            write_file(place / "seconds.json", _json(took))
+            write_file(place / "seconds.json", json_bytes(took))
         model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
         cells = count_cells(describe(model), plan(task.options.transform, self.source.architecture).name)
         for sparsity in task.todo:
@@ -403,35 +398,3 @@ def _row(
         seconds=seconds,
         calibration_seconds=calibration_seconds,
     )
-
-
-def _finished(place: Path, sparsities: Sequence[float]) -> float | None:
-    """Seconds that the calibration kept at `place` took; None where there is none that has these sparsities."""
-    try:
-        seconds = read_json(place / "seconds.json")
-        anchors = open_checkpoint(place / "checkpoint").settings.anchors
-    except (WinaError, OSError):
-        return None
-    return seconds if isinstance(seconds, float) and set(sparsities) <= set(anchors) else None
-
-
-def _read_cell(path: Path, key: Mapping[str, Any]) -> Row | None:
-    """A finished cell; None where there is none, or the file is damaged or of another key."""
-    if not path.is_file():
-        return None
-    try:
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("key") != key:
-            return None
-        values: dict[str, Any] = {name: math.inf if value is None else value for name, value in record["row"].items()}
-        return Row(**values)
-    except (CheckpointError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(key)).hexdigest()[:12]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(finite(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -1,0 +1,20 @@
+"""`__version__` and `versions()`: the only place either is written."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import transformers
+
+import wina_calib
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "wina_calib": wina_calib.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
