@@ -1,4 +1,4 @@
-"""`__version__` and `versions()`: the only place either is written."""
+"""Versions of what computes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from wina_calib.budgets import Curves
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_sums, first_dropped
 from wina_calib.calibration.layer_stream import Head, LayerStream
 from wina_calib.calibration.likelihood import label_generator
-from wina_calib.calibration.loss_curves import MAX_TOKENS, REFERENCE, Sensitivity, measure_curves, usable_tokens
+from wina_calib.calibration.loss_curves import MAX_TOKENS, REFERENCE, LossCurves, measure_curves, usable_tokens
 from wina_calib.calibration.run import calibrate
 from wina_calib.common.devices import fixed_order
 from wina_calib.errors import NumericError
@@ -125,10 +125,10 @@ def test_the_first_order_part_counts_as_far_as_its_noise_allows() -> None:
     divergence = Curves(levels, np.tile(0.01 * levels**2, (1, 4, 1)))
     first = np.array([0.5, -0.5, -5.0, 0.0]) * divergence.loss[..., CURVE_LEVELS.index(REFERENCE)]
     for tokens, trusted in ((10**9, 1.0), (1, 0.0)):
-        loss = Sensitivity(divergence, first, tokens).loss.loss / np.maximum(divergence.loss, 1e-30)
+        loss = LossCurves(divergence, first, tokens).loss.loss / np.maximum(divergence.loss, 1e-30)
         expected = 1 + trusted * np.array([0.5, -0.5, -0.75, 0.0])  # a rise is never taken for none at all
         np.testing.assert_allclose(loss[0, :, 1:], np.tile(expected[:, None], len(levels) - 1), atol=2e-3)
-    nothing = Sensitivity(Curves(levels, np.zeros_like(divergence.loss)), np.zeros_like(first), 100).loss
+    nothing = LossCurves(Curves(levels, np.zeros_like(divergence.loss)), np.zeros_like(first), 100).loss
     assert (nothing.loss == 0).all()
 
 

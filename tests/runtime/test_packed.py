@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from wina_calib.masks.mask import mask_input
 from wina_calib.runtime.kernels import dispatch
-from wina_calib.runtime.packed import Packed, magnitude_limit
+from wina_calib.runtime.packed import PackedGroup, magnitude_limit
 from wina_calib.runtime.state import RuntimeState
 
 
@@ -43,11 +43,11 @@ def test_the_limit_of_odd_norms(threshold: float, dropped: list[bool]) -> None:
     assert (x * norm <= threshold).tolist() == dropped
 
 
-def packed(*, columns: bool, state: RuntimeState | None = None) -> tuple[Packed, list[nn.Parameter], torch.Tensor]:
+def packed(*, columns: bool, state: RuntimeState | None = None) -> tuple[PackedGroup, list[nn.Parameter], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = [nn.Parameter(torch.randn(out, 48, generator=generator)) for out in (32, 16, 16)]
     threshold = torch.tensor(0.6)
-    made = Packed(weights, [None, nn.Parameter(torch.ones(16)), None], columns=columns)
+    made = PackedGroup(weights, [None, nn.Parameter(torch.ones(16)), None], columns=columns)
     made.attach(state or RuntimeState(), torch.rand(48, generator=generator) + 0.5, threshold, None)
     return made, weights, threshold
 
@@ -122,7 +122,7 @@ def test_weights_are_stored_once() -> None:
         assert {part.untyped_storage().data_ptr() for part in parts} == {storage.data_ptr()}
         assert made.weight_t.is_contiguous() == columns
     single = nn.Parameter(torch.randn(8, 4))
-    assert Packed([single], [None], columns=False).weight.data_ptr() == single.data_ptr()
+    assert PackedGroup([single], [None], columns=False).weight.data_ptr() == single.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

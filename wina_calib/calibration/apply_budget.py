@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.choose_budget import Allocation
+from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
@@ -156,7 +156,7 @@ def _refitted(
         micro_batch=default_micro_batch(device, seq_len, source.architecture.width),
         report=report,
     )
-    tensors, _ = job.fit(source, Allocation(rows))
+    tensors, _ = job.fit(source, ChosenBudget(rows))
     curves = {name: tensor for name, tensor in opened.tensors.items() if name.endswith(".curve")}
     changed = {"data": list(data), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
     return tensors | curves, changed

@@ -16,7 +16,7 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
 from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.loss_curves import PASSES, Sensitivity, measure_curves, usable_tokens
+from wina_calib.calibration.loss_curves import PASSES, LossCurves, measure_curves, usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
@@ -30,7 +30,7 @@ GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes
 
 
 @dataclass(frozen=True)
-class Allocation:
+class ChosenBudget:
     """What a calibration fits.
 
     Attributes:
@@ -42,7 +42,7 @@ class Allocation:
     """
 
     rows: Floats
-    felt: Sensitivity | None = None
+    felt: LossCurves | None = None
     stream: LayerStream | None = None
     dense: HiddenStates | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def allocate(
     *,
     phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
-) -> Allocation:
+) -> ChosenBudget:
     """Choose the site sparsities of every anchor.
 
     Args:
@@ -106,19 +106,19 @@ def allocate(
     """
     bounds = Bounds.parse(cells, options.min, options.max)
     if options.budget == "uniform":
-        return Allocation(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
+        return ChosenBudget(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
     if options.budget == "greedy":
         some = stream(GREEDY_TOKENS)
         found = greedy(some, rule, options.anchors, phase=phase, progress=progress)
         facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
-        return Allocation(found.rows, facts={"greedy": facts})
+        return ChosenBudget(found.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
     felt, dense = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
         rows = solve_rows(cells, options.anchors, options.sparsity, bounds, felt.loss)
-    return Allocation(rows, felt, used, dense)
+    return ChosenBudget(rows, felt, used, dense)
 
 
 def is_file(budget: str) -> bool:

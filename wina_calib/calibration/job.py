@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import Allocation, allocate, choice_passes, stored_name
+from wina_calib.calibration.choose_budget import ChosenBudget, allocate, choice_passes, stored_name
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, estimate, hidden_bytes
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
@@ -35,7 +35,7 @@ from wina_calib.common.progress import Estimate, Progress
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
-from wina_calib.storage.resume import Journal, Phase
+from wina_calib.storage.resume import Phase, RunState
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 from wina_calib.version import versions
 
@@ -54,7 +54,7 @@ class Job:
     dtype: torch.dtype
     micro_batch: int
     report: Progress
-    journal: Journal = field(default_factory=Journal)
+    run_state: RunState = field(default_factory=RunState)
     ranks: Ranks = ALONE
     spill: Path | None = None
 
@@ -119,7 +119,7 @@ class Job:
             lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
         )
 
-    def fit(self, source: Source, chosen: Allocation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def fit(self, source: Source, chosen: ChosenBudget) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Fit thresholds at every anchor.
 
         Args:
@@ -129,7 +129,7 @@ class Job:
         Returns:
             The tensors to store, and for the provenance what was measured.
         """
-        phase = self.journal.phase("thresholds")
+        phase = self.run_state.phase("thresholds")
         if phase.finished:
             return phase.tensors(), phase.values
         stream = self._stream(source, self._threshold_ids, states=self._fit_states)
@@ -149,7 +149,7 @@ class Job:
         folder: Path,
         dense: Source,
         untied: bool,
-        chosen: Allocation,
+        chosen: ChosenBudget,
         tensors: dict[str, Tensor],
         base: Blocks,
         base_ppl: float,
@@ -188,8 +188,8 @@ class Job:
         if self.options.weights == "reference":
             return self.source, False
         # Only the first process fits and writes: what it saves, it saves alone.
-        journal = self.journal if self.ranks.is_first else Journal()
-        transform, weights = (journal.phase(name, ranks=ALONE) for name in ("transform", "weights"))
+        run_state = self.run_state if self.ranks.is_first else RunState()
+        transform, weights = (run_state.phase(name, ranks=ALONE) for name in ("transform", "weights"))
         statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
         untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
         return open_source(folder, calibrated=True), untied
@@ -228,7 +228,7 @@ class Job:
         return len(self.options.anchors) + 1 + (self.options.loop == "open")
 
     def _perplexity(self, blocks: Blocks) -> float:
-        phase = self.journal.phase("dense-perplexity")
+        phase = self.run_state.phase("dense-perplexity")
         if phase.finished:
             return float(phase.values["perplexity"])
         stream = self._stream(self.source, blocks.ids, spill=False)
@@ -243,7 +243,7 @@ class Job:
         arch, ids = self.source.architecture, self._transform_ids
         if not needed_sites(self.transform.name, arch):
             return None
-        phase = self.journal.phase("statistics")
+        phase = self.run_state.phase("statistics")
         statistics = Statistics(arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed)
         if phase.finished:
             statistics.load_state_dict(phase.tensors())
@@ -270,10 +270,10 @@ class Job:
             phase.finish()
         return found
 
-    def _budget(self, source: Source) -> Allocation:
+    def _budget(self, source: Source) -> ChosenBudget:
         arch, ids = source.architecture, self._threshold_ids
         seq_len = ids.shape[1]
-        phase = self.journal.phase("budget")
+        phase = self.run_state.phase("budget")
 
         def stream(tokens: int) -> LayerStream:
             if not phase.finished:

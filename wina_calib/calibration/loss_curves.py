@@ -49,7 +49,7 @@ Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
+class LossCurves:
     """What is felt of every site's sparsity, alone, at `CURVE_LEVELS`, in nats a token.
 
     Attributes:
@@ -102,7 +102,7 @@ def measure_curves(
     phase: Phase = NOT_SAVED,
     progress: Callable[[str], None] = lambda _: None,
     observe: Observe = lambda layer, group, x, g: None,
-) -> tuple[Sensitivity, HiddenStates]:
+) -> tuple[LossCurves, HiddenStates]:
     """Predict the loss rise of every site alone at `CURVE_LEVELS`.
 
     Args:
@@ -134,7 +134,7 @@ def measure_curves(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
     divergence = np.maximum.accumulate(found[..., 1:], axis=2)
-    return Sensitivity(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens), last
+    return LossCurves(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens), last
 
 
 def _forward(

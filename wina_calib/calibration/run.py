@@ -32,7 +32,7 @@ from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.model.config import has_own_code, remote_code
 from wina_calib.model.source import fitting_length, open_source
-from wina_calib.storage.resume import Journal, open_journal
+from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import drop
 from wina_calib.transforms import plan
 
@@ -133,14 +133,14 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
     work, spill = state / "output", state / "spill"
     with ExitStack() as held:
 
-        def begin() -> Journal:
+        def begin() -> RunState:
             held.enter_context(claimed(target, overwrite=job.options.overwrite))
             known = Background(lambda: identity(job, base))
-            journal = open_journal(state, known, restart=job.options.restart, ranks=ranks, report=job.report)
+            run_state = open_run_state(state, known, restart=job.options.restart, ranks=ranks, report=job.report)
             shutil.rmtree(spill, ignore_errors=True)
             for folder in (work, spill):
                 folder.mkdir(exist_ok=True)
-            return journal
+            return run_state
 
         def end(settings: Settings) -> Settings:
             open_checkpoint(work)
@@ -150,20 +150,20 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
                 drop(state)
             return settings
 
-        journal = ranks.agree(lambda: begin() if ranks.is_first else Journal(state, ranks=ranks))
+        run_state = ranks.agree(lambda: begin() if ranks.is_first else RunState(state, ranks=ranks))
         try:
-            settings = replace(job, journal=journal, spill=spill).run(work, base)
+            settings = replace(job, run_state=run_state, spill=spill).run(work, base)
             return ranks.first(lambda _: end(settings))
         except BaseException as error:
             if ranks.is_first:
-                _leave(error, state, journal, job.report)
+                _leave(error, state, run_state, job.report)
             raise
 
 
-def _leave(error: BaseException, state: Path, journal: Journal, report: Progress) -> None:
+def _leave(error: BaseException, state: Path, run_state: RunState, report: Progress) -> None:
     """Keep the state of a run that failed if the same command may go on with it, and say so."""
     hopeless = isinstance(error, WinaError) and not isinstance(error, OutputError | RankError | HubError | StateError)
-    if hopeless or not journal.useful:
+    if hopeless or not run_state.useful:
         drop(state)
         return
     shutil.rmtree(state / "spill", ignore_errors=True)

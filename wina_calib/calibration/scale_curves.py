@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wina_calib.budgets import Budget, Curves
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.choose_budget import Allocation
+from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import measured_rises
 from wina_calib.calibration.loss_curves import PASSES
@@ -26,7 +26,7 @@ SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to th
 
 
 def scaled_curves(
-    chosen: Allocation, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
+    chosen: ChosenBudget, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
 ) -> tuple[Curves | None, dict[str, Any]]:
     """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 

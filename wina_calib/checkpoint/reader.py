@@ -1,4 +1,4 @@
-"""The checkpoint on disk: what is stored for each site, and the verifying reader; `checkpoint_writer` writes it.
+"""The checkpoint on disk, read and verified: `format` says what is stored for each site, `writer` writes it.
 
 `docs/format.md` specifies it. Weights are in `model-*-of-*.safetensors`, what calibration adds is in `wina.safetensors`, and
 `model.safetensors.index.json` lists both.

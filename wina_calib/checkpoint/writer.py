@@ -1,4 +1,4 @@
-"""Write a checkpoint: weights as a stream, the fitted tensors, index, config and side files; see `docs/format.md`."""
+"""Write what calibration adds to a folder of weights: the fitted tensors, index and config; see `docs/format.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: options, progress on standard error, results on standard output."""
+"""Options and parameter types that commands share."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""Text to fixed-length blocks of tokens: built-in data, text files, Hub datasets.
-
-A data spec is one of
-- `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part; `builtin:code` or
-  `builtin:heldout:fiction` are its documents of one kind;
-- a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
-- `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
-- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text.
-"""
+"""Documents shuffled and packed into blocks of one length; their fingerprint."""
 
 from __future__ import annotations
 

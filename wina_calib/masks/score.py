@@ -1,4 +1,4 @@
-"""Scores and masks: which inputs of a site are kept. Pure functions on tensors.
+"""Column norms and scores, by which inputs of a site are kept. Pure functions on tensors.
 
 The score of input j is `abs(x_j) * norm_j` (WINA, arXiv 2505.19427, section 3); input j is kept where its score is above the
 threshold. TEAL's score (arXiv 2408.14690) is the same with all norms 1. `weight` and `random` exist for ablations.

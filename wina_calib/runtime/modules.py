@@ -1,7 +1,7 @@
 """The modules of a sparse model: a state for every site, and linear layers that ask it for their product.
 
 A decoder layer calls q, k and v one after another with the same input. The first call computes what all projections of a
-mask group give, the others take their part of it (`Packed`). Where that cannot be, each computes its own.
+mask group give, the others take their part of it (`PackedGroup`). Where that cannot be, each computes its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.kernels import dispatch
-from wina_calib.runtime.packed import Packed, rows_for
+from wina_calib.runtime.packed import PackedGroup, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount, copied
 
 
@@ -73,7 +73,7 @@ class SiteState(Float32Buffers):
             self.add_module(group.name, GroupState(site.width, anchors))
         self.asked = float("nan")
         self.linears: list[SparseLinear] = []  # a list, so that they are not children
-        self._packed: dict[str, Packed] = {}
+        self._packed: dict[str, PackedGroup] = {}
 
     def group(self, name: str) -> GroupState:
         """State of a mask group: `shared` or a projection's name."""
@@ -133,7 +133,7 @@ class SiteState(Float32Buffers):
         """Whether a packed weight or bias is no longer the one that was packed."""
         return any(m.packed is not None and m.places != m.places_now() for m in self.linears)
 
-    def _suits(self, packed: Packed, members: Sequence[SparseLinear]) -> bool:
+    def _suits(self, packed: PackedGroup, members: Sequence[SparseLinear]) -> bool:
         """Whether the layout is the best one. On CUDA dense products take both equally well: no copies there."""
         return (packed.columns and members[0].weight.device.type == "cuda") or packed.columns == self._pays(members)
 
@@ -170,7 +170,7 @@ class SparseLinear(nn.Linear):
     """A projection of a sparse site. Saves and loads as the linear layer that it replaces."""
 
     site: SiteState
-    packed: Packed | None
+    packed: PackedGroup | None
 
     def __init__(self, dense: nn.Linear, site: SiteState, group: MaskGroup, position: int) -> None:
         with torch.device("meta"):
@@ -228,9 +228,9 @@ class SparseLinear(nn.Linear):
                 destination[name] = tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _pack(members: Sequence[SparseLinear], *, columns: bool) -> Packed:
+def _pack(members: Sequence[SparseLinear], *, columns: bool) -> PackedGroup:
     """Put the members' weights and biases into one storage and make theirs views of it."""
-    packed = Packed([m.weight for m in members], [m.bias for m in members], columns=columns)
+    packed = PackedGroup([m.weight for m in members], [m.bias for m in members], columns=columns)
     for member, part in zip(members, packed.parts_of(packed.weight), strict=True):
         member.packed = packed
         member.weight = _moved(member.weight, part)
@@ -249,7 +249,7 @@ def _moved(parameter: Any, storage: Tensor) -> Any:
     return parameter
 
 
-def _holds(packed: Packed, members: Sequence[SparseLinear]) -> bool:
+def _holds(packed: PackedGroup, members: Sequence[SparseLinear]) -> bool:
     """Whether the modules' weights and biases still are views of the storage."""
     if packed.weight.device != members[0].weight.device or any(m.packed is not packed for m in members):
         return False

@@ -22,7 +22,7 @@ from wina_calib.runtime.state import RuntimeState
 SEPARATE_ROWS = 1024
 
 
-class Packed:
+class PackedGroup:
     """Weights of one mask group in one storage; the modules hold views of it.
 
     Attributes:

@@ -48,7 +48,7 @@ _PASSING = ".passing.safetensors"
 
 
 @dataclass
-class Journal:
+class RunState:
     """The folder of one calibration; without a folder nothing is kept.
 
     Attributes:
@@ -98,8 +98,8 @@ class Phase:
         values: small things that JSON can hold, of the last save.
     """
 
-    def __init__(self, journal: Journal, folder: Path | None, ranks: Ranks) -> None:
-        self._journal, self._folder, self._ranks = journal, folder, ranks
+    def __init__(self, run_state: RunState, folder: Path | None, ranks: Ranks) -> None:
+        self._run_state, self._folder, self._ranks = run_state, folder, ranks
         self._pending: dict[str, Tensor] = {}
         # The first process alone looks at the disk and decides for all where they go on.
         self._take(ranks.first(lambda _: _saved(folder)))
@@ -156,7 +156,7 @@ class Phase:
         if self._folder is None:
             return
         self._pending |= tensors or {}
-        if not self._ranks.from_first(finished or self._journal.due()):
+        if not self._ranks.from_first(finished or self._run_state.due()):
             return
         start = time.monotonic()
         serial = self._serial + 1
@@ -174,10 +174,12 @@ class Phase:
         if self._write(self._ranks.from_first(state), new, stores or {}, prepare):
             self._pending.clear()
         elif self._ranks.is_first:
-            self._journal.report.note(f"the disk is too full to save the state of this run in {self._journal.folder}")
-        self._journal.saved = time.monotonic()
-        self._journal.took = self._journal.saved - start - self._journal.waited
-        self._journal.waited = 0.0
+            self._run_state.report.note(
+                f"the disk is too full to save the state of this run in {self._run_state.folder}"
+            )
+        self._run_state.saved = time.monotonic()
+        self._run_state.took = self._run_state.saved - start - self._run_state.waited
+        self._run_state.waited = 0.0
 
     def finish(
         self,
@@ -233,7 +235,7 @@ class Phase:
         return fits
 
     def _begin(self, place: Path) -> None:
-        self._journal.begin()
+        self._run_state.begin()
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
 
@@ -273,17 +275,17 @@ def _saved(folder: Path | None) -> Mapping[str, Any]:
     return _EMPTY if folder is None or not (folder / STATE).exists() else read_record(folder / STATE)
 
 
-NOT_SAVED = Journal().phase("nothing")
+NOT_SAVED = RunState().phase("nothing")
 
 
-def open_journal(
+def open_run_state(
     folder: Path,
     identity: Callable[[], Mapping[str, Any]],
     *,
     restart: bool = False,
     ranks: Ranks = ALONE,
     report: Progress | None = None,
-) -> Journal:
+) -> RunState:
     """Open the folder of a calibration, to go on with it or to begin.
 
     Args:
@@ -304,7 +306,7 @@ def open_journal(
             check_same(folder, identity())
             report.note(f"going on with the run that was stopped; its state is in {folder}")
         folder.mkdir(exist_ok=True)
-    return Journal(folder, identity, ranks, report)
+    return RunState(folder, identity, ranks, report)
 
 
 def _form(store: HiddenStates) -> dict[str, Any]:

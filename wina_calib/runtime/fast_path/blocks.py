@@ -26,7 +26,7 @@ from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.kernels.dispatch import Row
 from wina_calib.runtime.modules import SparseLinear
-from wina_calib.runtime.packed import Packed
+from wina_calib.runtime.packed import PackedGroup
 from wina_calib.runtime.state import RuntimeState
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class Short(nn.Module):
         inputs, output = [children[name] for name in parts.inputs], children[parts.output]
         if any(type(module) is not SparseLinear for module in (*inputs, output)):
             return None
-        first: Packed | None = inputs[0].packed
-        second: Packed | None = output.packed
+        first: PackedGroup | None = inputs[0].packed
+        second: PackedGroup | None = output.packed
         if first is None or second is None or first.row is None or second.row is None or not first.masks_row(x):
             return None
         if any(module.packed is not first for module in inputs) or second.dtype is not first.dtype:
