@@ -66,26 +66,6 @@ def test_completion_of_commands_waits_for_no_import() -> None:
     assert done.stderr.split() == ["False"]
 
 
-ASK = """
-import sys
-sys.argv = ["/somewhere/bin/wina-calib", *sys.argv[1:]]
-from wina_calib.cli import main
-try:
-    main(prog_name="wina-calib")
-finally:
-    print("torch" in sys.modules, "transformers" in sys.modules, file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"), [(["--version"], wina_calib.__version__), (["-h"], "lm-eval"), ([], "push")]
-)
-def test_version_and_list_of_commands_wait_for_no_import(flags: list[str], said: str) -> None:
-    done = script.run(ASK, *flags)
-    assert said in done.stdout + done.stderr
-    assert done.stderr.split()[-2:] == ["False", "False"]
-
-
 def test_completion_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_WINA_CALIB_COMPLETE": "bash_complete", "COMP_WORDS": "wina-calib push x --pr"}.items():
         monkeypatch.setenv(name, value)
@@ -284,7 +264,7 @@ def test_demo_goes_on_with_its_own_run_and_drops_another(monkeypatch: pytest.Mon
         restarts.append(restart)
         raise KeyboardInterrupt("Stopped; kept.") if restart else StateError("another run's")
 
-    monkeypatch.setattr("wina_calib.commands.demo.calibrate", calibrate)
+    monkeypatch.setattr("wina_calib.calibration.run.calibrate", calibrate)
     done = run("demo")
     assert (done.exit_code, done.stderr, restarts) == (130, "Stopped; kept.\n", [False, True])
 

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 
 import wina_calib
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.choices import TRANSFORMS
 from wina_calib.cli import main
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import TransformError
 from wina_calib.runtime.load import runtime_state
-from wina_calib.transforms import NAMES
 
 NUMBER = int(os.environ.get("WINA_SOAK", "30"))
 pytestmark = pytest.mark.soak
@@ -46,7 +46,7 @@ def random_shape(rng: random.Random, family: str) -> dict[str, Any]:
 
 def random_options(rng: random.Random) -> dict[str, Any]:
     """Options of a calibration."""
-    transform = rng.choice(NAMES)
+    transform = rng.choice(TRANSFORMS)
     options = {
         "sparsity": round(rng.uniform(0.05, 0.85), 3),
         "grid": tuple(sorted(round(rng.uniform(0.05, 0.85), 3) for _ in range(rng.choice([0, 1, 2])))),

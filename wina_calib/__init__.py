@@ -7,13 +7,14 @@ __version__ = "0.1.0"
 
 import os as _os
 import sys as _sys
-from pathlib import Path as _Path
+from itertools import pairwise as _pairwise
 
-# Who asks for the version, the list of commands or a completion does not wait for torch.
-_PROGRAM, *_ARGUMENTS = getattr(_sys, "argv", None) or [""]
-_ASKS_LITTLE = _Path(_PROGRAM).name == "wina-calib" and _ARGUMENTS in ([], ["--version"], ["--help"], ["-h"])
+# The program imports what a command needs once that is known: help, completion and mistakes do not wait for torch.
+_CALLED, *_ = getattr(_sys, "argv", None) or [""]
+_AS_MODULE = _CALLED == "-m" and ("-m", "wina_calib") in _pairwise(_sys.orig_argv)
+_IS_PROGRAM = _AS_MODULE or _os.path.basename(_CALLED) == "wina-calib"  # noqa: PTH119  (as little as possible is imported here)
 
-if not (_ASKS_LITTLE or _os.environ.get("_WINA_CALIB_COMPLETE")):
+if not (_IS_PROGRAM or _os.environ.get("_WINA_CALIB_COMPLETE")):
     from wina_calib.calibration.options import CalibrateOptions
     from wina_calib.calibration.run import Result, calibrate
     from wina_calib.checkpoint.hub import push_to_hub

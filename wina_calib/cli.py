@@ -12,7 +12,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from wina_calib.commands.logs import log_level
+from wina_calib.commands.logs import INTERRUPTED, log_level
+from wina_calib.errors import WinaError
 
 # What each one does, as its own help begins: read from here, the list of commands needs no import of any.
 COMMANDS = {
@@ -23,7 +24,7 @@ COMMANDS = {
     "transfer": "Put the budget and thresholds of one calibrated model on another, and measure what that costs.",
     "diagnose": "Look behind the figures of a calibrated checkpoint.",
     "inspect": "Say what is in a calibrated checkpoint, verified.",
-    "generate": "Continue PROMPT with the calibrated model in DIR.",
+    "generate": "Answer or continue PROMPT with the calibrated model in DIR.",
     "demo": "Calibrate the bundled 5.5 M-parameter model at 50 %, evaluate it, and let it write.",
     "export-dense": "Write the checkpoint DIR as a plain dense model, for tools that do not know wina_calib.",
     "push": "Verify the checkpoint DIR, complete its model card, and upload it to the Hugging Face Hub.",
@@ -69,18 +70,19 @@ class _Lazy(click.Group):
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:
-        from wina_calib.common.memory import ran_out
-        from wina_calib.errors import WinaError
-
         try:
             return super().invoke(ctx)
         except WinaError as error:
             _say(error, f"Error: {error}")
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
-            _say(interrupt, str(interrupt) or "Interrupted; nothing was left behind.")
+            _say(interrupt, str(interrupt) or INTERRUPTED)
             ctx.exit(130)
+        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors, of which nothing is to be said
+            raise
         except (MemoryError, RuntimeError) as error:
+            from wina_calib.common.memory import ran_out
+
             if not ran_out(error):
                 raise
             _say(error, "Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.")
@@ -130,14 +132,6 @@ def main(verbose: bool, quiet: bool) -> None:
     click.get_current_context().with_resource(log_level("wina_calib", level))
     if quiet:
         warnings.simplefilter("ignore")
-    from transformers.utils import logging as hf
-
-    (hf.set_verbosity_info if verbose else hf.set_verbosity_error)()
-    hf.disable_progress_bar()
-    if quiet:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import script
 from hub_server import Hub
 
-from wina_calib.transforms import NAMES
+from wina_calib.choices import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hub.md").read_text("utf-8")
@@ -89,4 +89,4 @@ def test_examples_run_in_order(hub: Hub, client: script.Worker, llama: Path, tex
 
 def test_the_page_names_every_transform() -> None:
     table = PAGE.partition("| transform |")[2]
-    assert [name for name in NAMES if f"`{name}`" not in table and name != "auto"] == []
+    assert [name for name in TRANSFORMS if f"`{name}`" not in table and name != "auto"] == []

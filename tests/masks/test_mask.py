@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from wina_calib.choices import SCORES
 from wina_calib.masks.mask import KEEP_ALL, keep_mask, mask_input
-from wina_calib.masks.score import SCORES, column_norms, scores, stored_norm
+from wina_calib.masks.score import column_norms, scores, stored_norm
 from wina_calib.model.source import all_finite
 
 

@@ -15,7 +15,8 @@ from wina_calib.cli import main
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer
 from wina_calib.runtime.load import sparse_sites
-from wina_calib.studies.diagnose import WHAT, Diagnosis, diagnose, spearman
+from wina_calib.studies.defaults import DIAGNOSE_PARTS
+from wina_calib.studies.diagnose import Diagnosis, diagnose, spearman
 from wina_calib.studies.diagnose.depth import BROKEN
 from wina_calib.studies.diagnose.importance import dropping_kl
 from wina_calib.studies.diagnose.subject import Subject, only, put, thresholds_at, watch
@@ -207,7 +208,7 @@ def test_command_line(calibrated: Path, text: Path) -> None:
     shown = CliRunner().invoke(main, [*given, "--json", "--fit-seq-len", "64"])
     assert shown.exit_code == 0, shown.output
     result = json.loads(shown.stdout)
-    assert all(result[name] for name in WHAT) and result["skipped"] == {}
+    assert all(result[name] for name in DIAGNOSE_PARTS) and result["skipped"] == {}
     shown = CliRunner().invoke(main, [*given, "--what", "propagation,extremes", "-s", "0.3", "--extreme", "0.6"])
     assert shown.exit_code == 0 and "single layers as independent errors" in shown.stdout
     assert "importance" not in shown.stdout and "Thresholds were not fitted" not in shown.stdout

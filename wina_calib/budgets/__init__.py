@@ -2,7 +2,6 @@
 
 from wina_calib.budgets.anchors import budget_at
 from wina_calib.budgets.file import (
-    SCORES,
     BudgetFile,
     ModelKey,
     explicit,
@@ -20,7 +19,6 @@ from wina_calib.budgets.target import MAX_SPARSITY, Limits, Target, make_limits
 
 __all__ = [
     "MAX_SPARSITY",
-    "SCORES",
     "Budget",
     "BudgetFile",
     "Cells",

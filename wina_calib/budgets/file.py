@@ -14,11 +14,11 @@ import numpy as np
 from wina_calib.budgets.document import MAX_BYTES, parse_document
 from wina_calib.budgets.model import Budget, Cells, Floats
 from wina_calib.budgets.patterns import Setting, apply_settings, parse_number, shown
+from wina_calib.choices import SCORES
 from wina_calib.common.plain_yaml import Node
 from wina_calib.errors import BudgetError, OutputError
 
 FORMAT = "wina-budget/1"
-SCORES = ("wina", "teal", "weight", "random")
 
 _KEYS = ("format", "model", "sparsity", "score", "cells")
 _MODEL_KEYS = ("model_type", "layers", "hidden_size", "fingerprint")

@@ -9,10 +9,11 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wina_calib.budgets.file import FORMAT, HEADER, SCORES, ModelKey
+from wina_calib.budgets.file import FORMAT, HEADER, ModelKey
 from wina_calib.budgets.model import Budget, Cells, Curves
 from wina_calib.budgets.patterns import shown
 from wina_calib.budgets.target import MAX_SPARSITY, make_limits
+from wina_calib.choices import SCORES
 from wina_calib.errors import BudgetError
 
 

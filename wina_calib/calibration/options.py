@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from wina_calib.checkpoint.settings import FIRST_TOKEN, MASKS, PREFILL, is_sparsity
+from wina_calib.choices import DTYPES, FIRST_TOKEN, MASKS, PREFILL, SCORES, SELECT, TRANSFORMS, is_sparsity
 from wina_calib.corpus.sources import DEFAULT_DATA, check_spec, data_specs
 from wina_calib.errors import UsageError
-from wina_calib.masks.mask import SELECT
-from wina_calib.masks.score import SCORES
-from wina_calib.transforms import NAMES as TRANSFORMS
 
 WEIGHTS = ("full", "reference")
 LOOPS = ("closed", "open")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
 # Options that say where, how and from where a calibration is made; what comes out does not depend on their words.
 OPERATIONAL = frozenset(

@@ -6,18 +6,12 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
+from wina_calib.choices import FIRST_TOKEN, MASKS, PREFILL, SCORES, SELECT, is_sparsity
 from wina_calib.errors import CheckpointError
-from wina_calib.masks.mask import SELECT
 from wina_calib.masks.rule import MaskRule
-from wina_calib.masks.score import SCORES
 from wina_calib.model.config import METHOD
 
 FORMAT_VERSION = "1.0"
-MASKS = ("shared", "per-projection")
-PREFILL = ("sparse", "dense")
-FIRST_TOKEN = ("dense", "sparse")
 INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
 REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
 
@@ -157,12 +151,3 @@ class Settings:
         wrong = [message for fine, message in problems if not fine]
         if wrong:
             raise CheckpointError(f"quantization_config of config.json: {'; '.join(wrong)}. Calibrate again.")
-
-
-def is_sparsity(value: Any) -> bool:
-    """Whether a value is a number in [0, 1), NumPy's included."""
-    return (
-        isinstance(value, int | float | np.integer | np.floating)
-        and not isinstance(value, bool)
-        and bool(0 <= value < 1)  # not float(value): an integer may be too large for it
-    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import click
-import torch
 
-from wina_calib.calibration.options import DTYPES
+from wina_calib.choices import DTYPES
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Fractions, device_option, json_option, trust_option
 from wina_calib.commands.output import bar, emit
-from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.errors import UsageError
-from wina_calib.studies.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, products
+from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, BENCH_SPARSITIES
 
 
 @click.command("bench")
@@ -20,14 +19,14 @@ from wina_calib.studies.bench import NEW, PROMPT, ROUNDS, SPARSITIES, bench, pro
     "--sparsity",
     "-s",
     type=Fractions(),
-    default=",".join(map(str, SPARSITIES)),
+    default=",".join(map(str, BENCH_SPARSITIES)),
     show_default=True,
     metavar="S,S,...",
     help="Model sparsities.",
 )
-@click.option("--prompt", default=PROMPT, show_default=True, metavar="N", help="Tokens of the prompt.")
-@click.option("--new", default=NEW, show_default=True, metavar="N", help="Tokens to decode in a round.")
-@click.option("--rounds", default=ROUNDS, show_default=True, metavar="N", help="Rounds of all variants in turn.")
+@click.option("--prompt", default=BENCH_PROMPT, show_default=True, metavar="N", help="Tokens of the prompt.")
+@click.option("--new", default=BENCH_NEW, show_default=True, metavar="N", help="Tokens to decode in a round.")
+@click.option("--rounds", default=BENCH_ROUNDS, show_default=True, metavar="N", help="Rounds of all variants in turn.")
 @click.option(
     "--compile/--no-compile", "compiled", default=None, help="Decode compiled, both models; default: on CUDA."
 )
@@ -67,10 +66,16 @@ def command(
       wina-calib bench --random llama-3-8b --device cuda
       wina-calib bench --random llama-2-7b --kernel-only
     """
-    if kernel_only:
-        name = random or model
-        if name is None:
-            raise UsageError("give a model, or --random CONFIG for the shapes of a config.")
+    name = random or model
+    if kernel_only and name is None:
+        raise UsageError("give a model, or --random CONFIG for the shapes of a config.")
+    load_libraries()
+    import torch
+
+    from wina_calib.common.devices import pick_device, pick_dtype
+    from wina_calib.studies.bench import bench, products
+
+    if kernel_only and name is not None:
         place = pick_device(device)
         weights = pick_dtype(dtype, torch.bfloat16, place)
         alone = products(name, sparsities=sparsity, device=place, dtype=weights, seed=seed)

@@ -6,15 +6,19 @@ from typing import Any
 
 import click
 
-from wina_calib.checkpoint.settings import MASKS
+from wina_calib.choices import MASKS, SCORES, TRANSFORMS
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Share, device_option, dtype_option, json_option, revision_option, trust_option
 from wina_calib.commands.output import emit, steps
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError
-from wina_calib.masks.score import SCORES
-from wina_calib.studies.bounds.lemmas import Setting, render_synthetic, synthetic
-from wina_calib.studies.bounds.measure import TOKENS, TRANSFORMS, model_bounds, render
-from wina_calib.transforms import NAMES
+from wina_calib.studies.defaults import (
+    BOUNDS_TOKENS,
+    BOUNDS_TRANSFORMS,
+    SYNTHETIC_DEPTH,
+    SYNTHETIC_SEEDS,
+    SYNTHETIC_WIDTH,
+)
 
 
 @click.command("bounds")
@@ -23,16 +27,16 @@ from wina_calib.transforms import NAMES
     "--synthetic", "is_synthetic", is_flag=True, help="Repeat the paper's experiment on random networks instead."
 )
 @click.option(
-    "--seeds", type=int, metavar="N", help=f"Networks of the synthetic experiment.  [default: {Setting().seeds}]"
+    "--seeds", type=int, metavar="N", help=f"Networks of the synthetic experiment.  [default: {SYNTHETIC_SEEDS}]"
 )
-@click.option("--width", type=int, metavar="N", help=f"Their inputs and outputs.  [default: {Setting().width}]")
-@click.option("--depth", type=int, metavar="N", help=f"Their layers, for Theorem 3.2.  [default: {Setting().depth}]")
+@click.option("--width", type=int, metavar="N", help=f"Their inputs and outputs.  [default: {SYNTHETIC_WIDTH}]")
+@click.option("--depth", type=int, metavar="N", help=f"Their layers, for Theorem 3.2.  [default: {SYNTHETIC_DEPTH}]")
 @click.option(
     "--transform",
     "transforms",
     multiple=True,
-    type=click.Choice((*NAMES, "residual")),
-    help=f"Transform to try on a model folder; may be repeated.  [default: {', '.join(TRANSFORMS)}]",
+    type=click.Choice((*TRANSFORMS, "residual")),
+    help=f"Transform to try on a model folder; may be repeated.  [default: {', '.join(BOUNDS_TRANSFORMS)}]",
 )
 @click.option(
     "--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one, or 0.5 by default."
@@ -42,7 +46,7 @@ from wina_calib.transforms import NAMES
 @click.option(
     "--data", multiple=True, metavar="SPEC", help=f"Text to measure on.  [default: {', '.join(HELDOUT_DATA)}]"
 )
-@click.option("--tokens", type=int, metavar="N", help=f"Tokens to use.  [default: {TOKENS}]")
+@click.option("--tokens", type=int, metavar="N", help=f"Tokens to use.  [default: {BOUNDS_TOKENS}]")
 @device_option
 @dtype_option
 @revision_option
@@ -76,12 +80,18 @@ def command(
         if model is not None or options:
             given = "DIR" if model is not None else f"--{next(iter(options))}".replace("transforms", "transform")
             raise UsageError(f"--synthetic uses no model: leave out {given}, or --synthetic.")
+        load_libraries()
+        from wina_calib.studies.bounds.lemmas import Setting, render_synthetic, synthetic
+
         result = synthetic(Setting(**sizes))
         emit(result.to_dict(), render_synthetic(result), as_json=as_json)
         return
     if model is None or sizes:
         missing = "Give a model folder or a calibrated checkpoint, or --synthetic."
         raise UsageError(missing if model is None else f"--{next(iter(sizes))} belongs to --synthetic.")
+    load_libraries()
+    from wina_calib.studies.bounds.measure import model_bounds, render
+
     with steps("bounds") as progress:
         results = model_bounds(model, device=device, dtype=dtype, progress=progress, **options)
     emit({"model": model, "results": [r.to_dict() for r in results]}, render(results), as_json=as_json)

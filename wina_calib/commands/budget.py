@@ -7,28 +7,11 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from wina_calib.budgets import (
-    Budget,
-    Setting,
-    Target,
-    explicit,
-    render_page,
-    render_table,
-    to_json,
-    use_ascii,
-    use_color,
-    write_budget,
-)
-from wina_calib.budgets.count import model_key
-from wina_calib.budgets.file import file_kind
-from wina_calib.budgets.target import TargetKind
-from wina_calib.calibration.apply_budget import Refit, apply
-from wina_calib.calibration.rebudget import Choice, Measure, Request, choose, frontier
-from wina_calib.checkpoint.card import write_card
-from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import (
     Share,
     device_option,
@@ -39,11 +22,14 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.commands.output import Bars, bar, check_files, emit, note
-from wina_calib.common.devices import pick_device
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
-from wina_calib.model.locate import resolve
+
+if TYPE_CHECKING:
+    from wina_calib.budgets import Budget, Target
+    from wina_calib.budgets.target import TargetKind
+    from wina_calib.calibration.rebudget import Choice, Measure
 
 
 @click.command("budget")
@@ -128,9 +114,19 @@ def command(
     outputs = [p for p in (output, html, Path(curve) if curve else None) if p is not None]
     _check_options(output, curve, refit=refit, measure=measure, target=target, data=data)
     check_files(outputs, overwrite=overwrite)
+    wanted = _target(sparsity, read_fraction, max_ppl_rise)
+    load_libraries()
+    from wina_calib.budgets import Setting, explicit, to_json, write_budget
+    from wina_calib.budgets.count import model_key
+    from wina_calib.calibration.apply_budget import Refit, apply
+    from wina_calib.calibration.rebudget import Request, choose, frontier
+    from wina_calib.checkpoint.card import write_card
+    from wina_calib.checkpoint.reader import open_checkpoint
+    from wina_calib.model.locate import resolve
+
     request = Request(
         file=file,
-        target=_target(sparsity, read_fraction, max_ppl_rise),
+        target=wanted,
         settings=tuple(Setting.parse_option(text) for text in settings),
         frozen=freeze,
         lowest=lowest,
@@ -191,6 +187,8 @@ def _check_options(
 ) -> None:
     """Refuse what cannot be done before anything is."""
     if output is not None:
+        from wina_calib.budgets.file import file_kind
+
         file_kind(output)
     if curve is not None and Path(curve).suffix not in (".csv", ".json"):
         raise UsageError(f"--curve {curve}: the file must end in .csv or .json.")
@@ -203,6 +201,8 @@ def _check_options(
 
 
 def _target(sparsity: float | None, read_fraction: float | None, rise: float | None) -> Target | None:
+    from wina_calib.budgets import Target
+
     values: dict[TargetKind, float | None] = {
         "sparsity": sparsity,
         "read_fraction": read_fraction,
@@ -215,6 +215,8 @@ def _target(sparsity: float | None, read_fraction: float | None, rise: float | N
 
 
 def _table(choice: Choice) -> str:
+    from wina_calib.budgets import render_table, use_ascii, use_color
+
     stream = sys.stdout
     return render_table(
         choice.cells,
@@ -227,6 +229,9 @@ def _table(choice: Choice) -> str:
 
 
 def _page(choice: Choice) -> str:
+    from wina_calib.budgets import render_page
+    from wina_calib.budgets.count import model_key
+
     if choice.curves is None:
         raise BudgetError(
             f"{choice.opened.folder} has no loss curves, from which the page predicts. Calibrate with --budget global."
@@ -245,6 +250,7 @@ def _page(choice: Choice) -> str:
 
 
 def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str) -> Measure:
+    from wina_calib.common.devices import pick_device
     from wina_calib.studies.evaluate import evaluate_model, load_on
 
     folder = choice.opened.folder

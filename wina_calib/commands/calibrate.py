@@ -7,13 +7,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from wina_calib.calibration.run import Result, calibrate
+from wina_calib.calibration.options import make_options
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import calibrate_options, folder_option, json_option
 from wina_calib.commands.output import Bars, emit, note
+
+if TYPE_CHECKING:
+    from wina_calib.calibration.run import Result
 
 
 @click.command("calibrate")
@@ -30,6 +34,10 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     Example:
       wina-calib calibrate demo -o demo-sparse --sparsity 0.5
     """
+    make_options(options)  # what is wrong with them is told before libraries are loaded
+    load_libraries()
+    from wina_calib.calibration.run import calibrate
+
     with Bars() as progress, stoppable():
         result = calibrate(model, output, progress=progress, **options)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import (
     Fractions,
     device_option,
@@ -20,8 +21,8 @@ from wina_calib.commands.options import (
 from wina_calib.commands.output import Bars, emit, note
 from wina_calib.common.text import table
 from wina_calib.corpus.sources import DEFAULT_DATA
-from wina_calib.studies.compare.methods import GROUPS, METHODS
-from wina_calib.studies.compare.run import DEFAULT_METHODS, SPARSITIES, compare
+from wina_calib.studies.compare.methods import GROUPS, METHODS, find_methods
+from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 
 
 @click.command("compare")
@@ -29,14 +30,14 @@ from wina_calib.studies.compare.run import DEFAULT_METHODS, SPARSITIES, compare
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for cells and results.")
 @click.option(
     "--methods",
-    default=",".join(DEFAULT_METHODS),
+    default=",".join(COMPARE_METHODS),
     show_default=True,
     metavar="NAME,...",
     help="Methods or groups of them; -NAME takes one out of those before it.",
 )
 @click.option("--list", "as_list", is_flag=True, help="Show the methods and their groups, and do nothing else.")
 @click.option(
-    "--sparsity", "-s", "sparsities", type=Fractions(), default=",".join(map(str, SPARSITIES)),
+    "--sparsity", "-s", "sparsities", type=Fractions(), default=",".join(map(str, COMPARE_SPARSITIES)),
     show_default=True, metavar="S,S,...", help="Model sparsities.",
 )  # fmt: skip
 @click.option(
@@ -84,6 +85,10 @@ def command(
     if model is None or output is None:
         raise click.UsageError("give MODEL and -o DIR, or --list.")
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    find_methods(names)  # an unknown one is told before libraries are loaded
+    load_libraries()
+    from wina_calib.studies.compare.run import compare
+
     try:
         with Bars() as progress:
             found = compare(model, output, methods=names, progress=progress, **options)

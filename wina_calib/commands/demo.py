@@ -6,16 +6,12 @@ from pathlib import Path
 
 import click
 
-from wina_calib.calibration.run import Result, calibrate
-from wina_calib.checkpoint.card import write_card
-from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.commands.calibrate import stoppable, summary
 from wina_calib.commands.evaluate import render
-from wina_calib.commands.generate import generate
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option
 from wina_calib.commands.output import Bars, emit, note
 from wina_calib.errors import StateError
-from wina_calib.studies.evaluate import evaluate
 
 PROMPTS = ("The history of the city", "def read_file(path):")
 
@@ -36,6 +32,12 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     Example:
       wina-calib demo -o demo-sparse
     """
+    load_libraries()
+    from wina_calib.calibration.run import Result, calibrate
+    from wina_calib.checkpoint.card import write_card
+    from wina_calib.checkpoint.evaluation_file import save_evaluation
+    from wina_calib.runtime.generate import generate
+    from wina_calib.studies.evaluate import evaluate
 
     def calibrated(*, restart: bool) -> Result:
         return calibrate(
@@ -51,7 +53,7 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     quality = evaluate(output, tokens=16_384)
     save_evaluation(output, quality)
     write_card(output)
-    texts = [generate(str(output), prompt, new=40, sample=True) for prompt in PROMPTS]
+    texts = [generate(output, prompt, new=40, sample=True).text for prompt in PROMPTS]
     shown = "\n\n".join(
         [
             render(quality),

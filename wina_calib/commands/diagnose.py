@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import (
     Counts,
     Fractions,
@@ -20,31 +21,37 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.commands.output import emit, steps
-from wina_calib.studies.diagnose import AMOUNTS, EXTREMES, INPUTS, TOKENS, WHAT, diagnose
+from wina_calib.studies.defaults import (
+    DIAGNOSE_AMOUNTS,
+    DIAGNOSE_EXTREMES,
+    DIAGNOSE_INPUTS,
+    DIAGNOSE_PARTS,
+    DIAGNOSE_TOKENS,
+)
 
 
 @click.command("diagnose")
 @click.argument("checkpoint", metavar="DIR")
-@click.option("--what", default=",".join(WHAT), show_default=True, metavar="NAME,...", help="Parts to do.")
+@click.option("--what", default=",".join(DIAGNOSE_PARTS), show_default=True, metavar="NAME,...", help="Parts to do.")
 @click.option(
     "--sparsity", "-s", type=Share(), metavar="S",
     help="Model sparsity of propagation and texts; the calibrated one by default.",
 )  # fmt: skip
 @click.option(
-    "--extreme", type=Fractions(), default=",".join(map(str, EXTREMES)), show_default=True,
+    "--extreme", type=Fractions(), default=",".join(map(str, DIAGNOSE_EXTREMES)), show_default=True,
     metavar="S,S,...", help="Model sparsities of the extremes.",
 )  # fmt: skip
 @click.option(
-    "--inputs", default=INPUTS, show_default=True, metavar="N",
+    "--inputs", default=DIAGNOSE_INPUTS, show_default=True, metavar="N",
     help="Inputs of every site that importance drops one by one.",
 )  # fmt: skip
 @click.option(
-    "--amounts", type=Counts(), default=",".join(map(str, AMOUNTS)), show_default=True,
+    "--amounts", type=Counts(), default=",".join(map(str, DIAGNOSE_AMOUNTS)), show_default=True,
     metavar="N,N,...", help="Numbers of blocks that texts fits on.",
 )  # fmt: skip
 @click.option("--fit-seq-len", type=int, metavar="N", help="Tokens of such a block; the calibration's by default.")
 @heldout_option("--data")
-@tokens_option(TOKENS)
+@tokens_option(DIAGNOSE_TOKENS)
 @device_option
 @dtype_option
 @trust_option
@@ -64,6 +71,9 @@ def command(checkpoint: str, what: str, amounts: tuple[int, ...], as_json: bool,
       wina-calib diagnose demo-sparse
       wina-calib diagnose demo-sparse --what propagation -s 0.65 --json
     """
+    load_libraries()
+    from wina_calib.studies.diagnose import diagnose
+
     parts = [name.strip() for name in what.split(",") if name.strip()]
     bars: dict[str, Callable[[int, int], None]] = {}
     with ExitStack() as shown:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from wina_calib.checkpoint.card import write_card
-from wina_calib.checkpoint.evaluation_file import save_evaluation
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import (
     Share,
     device_option,
@@ -22,8 +22,9 @@ from wina_calib.commands.options import (
 from wina_calib.commands.output import emit, note, steps
 from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
-from wina_calib.model.locate import resolve
-from wina_calib.studies.evaluate import Evaluation, evaluate
+
+if TYPE_CHECKING:
+    from wina_calib.studies.evaluate import Evaluation
 
 
 @click.command("evaluate")
@@ -62,11 +63,12 @@ def command(
     Example:
       wina-calib evaluate demo-sparse --sparsity 0.4
     """
+    if tasks is not None and save:
+        raise UsageError("--save keeps perplexities; it does not go with --tasks.")
+    load_libraries()
     if tasks is not None:
         from wina_calib.studies.lm_eval_tasks import evaluate_tasks, render_tasks, task_placement
 
-        if save:
-            raise UsageError("--save keeps perplexities; it does not go with --tasks.")
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = evaluate_tasks(
             checkpoint,
@@ -79,6 +81,11 @@ def command(
         )
         emit({"tasks": [asdict(score) for score in scores]}, render_tasks(scores), as_json=as_json)
         return
+    from wina_calib.checkpoint.card import write_card
+    from wina_calib.checkpoint.evaluation_file import save_evaluation
+    from wina_calib.model.locate import resolve
+    from wina_calib.studies.evaluate import evaluate
+
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")

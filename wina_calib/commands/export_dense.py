@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from wina_calib.checkpoint.export_dense import export_dense
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import folder_option, json_option, overwrite_option, revision_option, trust_option
 from wina_calib.commands.output import emit
-from wina_calib.model.locate import resolve
 
 
 @click.command("export-dense")
@@ -26,6 +25,10 @@ def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None
     Example:
       wina-calib export-dense demo-sparse -o demo-dense
     """
+    load_libraries()
+    from wina_calib.checkpoint.export_dense import export_dense
+    from wina_calib.model.locate import resolve
+
     folder, _ = resolve(checkpoint, revision=revision)
     export_dense(folder, output, overwrite=overwrite)
     emit({"folder": str(output)}, f"{output}: dense model written.", as_json=as_json)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from wina_calib.choices import TRANSFORMS
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Fractions, json_option, revision_option
 from wina_calib.commands.output import emit
-from wina_calib.studies.flops import CONTEXT, SPARSITIES, flops, render
-from wina_calib.transforms import NAMES
+from wina_calib.studies.defaults import FLOPS_CONTEXT, FLOPS_SPARSITIES
 
 
 @click.command("flops")
@@ -16,17 +17,19 @@ from wina_calib.transforms import NAMES
     "--sparsity",
     "-s",
     type=Fractions(),
-    default=",".join(map(str, SPARSITIES)),
+    default=",".join(map(str, FLOPS_SPARSITIES)),
     show_default=True,
     metavar="S,S,...",
     help="Model sparsities.",
 )
 @click.option(
     "--transform",
-    type=click.Choice((*NAMES, "residual")),
+    type=click.Choice((*TRANSFORMS, "residual")),
     help="Transform whose run-time matrices are counted; a calibrated checkpoint's own by default, else none.",
 )
-@click.option("--context", default=CONTEXT, show_default=True, metavar="N", help="Tokens that attention looks at.")
+@click.option(
+    "--context", default=FLOPS_CONTEXT, show_default=True, metavar="N", help="Tokens that attention looks at."
+)
 @revision_option
 @json_option
 def command(
@@ -41,5 +44,8 @@ def command(
     Example:
       wina-calib flops llama-3-8b --sparsity 0.25,0.4,0.5,0.65 --transform paper
     """
+    load_libraries()
+    from wina_calib.studies.flops import flops, render
+
     result = flops(model, sparsities=sparsity, transform=transform, context=context, revision=revision)
     emit(result.to_dict(), render(result), as_json=as_json)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
+from wina_calib.choices import DTYPES
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Share, device_option, json_option, revision_option, trust_option
-from wina_calib.commands.output import emit
-from wina_calib.common.devices import pick_device
+from wina_calib.commands.output import emit, note
 from wina_calib.errors import UsageError
-from wina_calib.model.locate import load_tokenizer, resolve
-from wina_calib.runtime.load import load
+
+if TYPE_CHECKING:
+    from wina_calib.runtime.generate import Generated
 
 
 @click.command("generate")
 @click.argument("checkpoint", metavar="DIR")
 @click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
+@click.option("--system", metavar="TEXT", help="What the system says before PROMPT, by the chat template.")
 @click.option("--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one by default.")
 @click.option(
     "--new", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Tokens to generate at most."
@@ -25,52 +30,40 @@ from wina_calib.runtime.load import load
 @click.option("--sample/--greedy", default=False, help="Sample, or take the likeliest token.")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
 @device_option
+@click.option("--dtype", default="auto", type=click.Choice(DTYPES), help="Of the weights; auto is the stored one.")
 @revision_option
 @trust_option
 @json_option
 def command(
-    checkpoint: str,
-    prompt: str,
-    sparsity: float | None,
-    new: int,
-    sample: bool,
-    seed: int,
-    device: str,
-    revision: str | None,
-    as_json: bool,
+    checkpoint: str, prompt: str, raw: bool, system: str | None, new: int, as_json: bool, **options: Any
 ) -> None:
-    """Continue PROMPT with the calibrated model in DIR.
+    """Answer or continue PROMPT with the calibrated model in DIR.
+
+    Where the model has a chat template, PROMPT is a user's turn and what is printed is the answer; else, and with --raw, the
+    text goes on. In a terminal it appears as it is written.
 
     \b
-    Example:
+    Examples:
       wina-calib generate demo-sparse "The old lighthouse"
+      wina-calib generate chat-sparse "What is a lighthouse?" --system "Be brief." --new 200
     """
-    text = generate(
-        checkpoint, prompt, sparsity=sparsity, new=new, sample=sample, seed=seed, device=device, revision=revision
-    )
-    emit({"prompt": prompt, "text": text}, text, as_json=as_json)
+    if raw and system is not None:
+        raise UsageError("--raw uses no chat template, so that --system has no place. Leave one of them out.")
+    load_libraries()
+    from wina_calib.runtime.generate import generate
+
+    streams = sys.stdout.isatty() and not as_json
+    show = (lambda piece: click.echo(piece, nl=False)) if streams else None
+    done = generate(checkpoint, prompt, raw=raw, system=system, new=new, show=show, **options)
+    if streams:
+        click.echo()
+    else:
+        emit({"prompt": prompt, **asdict(done)}, done.text, as_json=as_json)
+    note(speed(done, new))
 
 
-def generate(
-    checkpoint: str,
-    prompt: str,
-    *,
-    sparsity: float | None = None,
-    new: int = 100,
-    sample: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    revision: str | None = None,
-) -> str:
-    """The prompt and what the model makes of it."""
-    folder, _ = resolve(checkpoint, revision=revision)
-    place = pick_device(device)
-    model = load(folder, sparsity, device_map=place if place.type != "cpu" else None)
-    tokenizer: Any = load_tokenizer(folder)
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if not inputs["input_ids"].shape[1]:
-        raise UsageError("the prompt is empty, and this model's tokenizer puts nothing before a text. Give some text.")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(**inputs, max_new_tokens=new, do_sample=sample, pad_token_id=pad)
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+def speed(done: Generated, most: int) -> str:
+    """How much was written how fast, and whether it was cut."""
+    rate = "" if done.tokens_per_second is None else f", {done.tokens_per_second:.1f} tokens/s"
+    cut = "" if done.ended else f"; cut at {most}, --new N lets it write more"
+    return f"[{done.prompt_tokens} tokens read, {done.tokens} written{rate}{cut}]"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from wina_calib.checkpoint.hub import RemoteFacts, remote_facts
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option, revision_option
 from wina_calib.commands.output import emit
 from wina_calib.common.progress import human_bytes
 from wina_calib.common.text import percent, table
 from wina_calib.errors import UsageError
+
+if TYPE_CHECKING:
+    from wina_calib.checkpoint.hub import RemoteFacts
 
 
 @click.command("info")
@@ -28,6 +31,9 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
     """
     if Path(repo).is_dir():
         raise UsageError(f"{repo} is a folder here; `wina-calib inspect {repo}` says what is in it.")
+    load_libraries()
+    from wina_calib.checkpoint.hub import remote_facts
+
     facts = remote_facts(repo, revision=revision)
     emit(to_dict(facts), render(facts), as_json=as_json)
 

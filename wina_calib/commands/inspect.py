@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from wina_calib.budgets.count import count_cells
-from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option, revision_option, trust_option
 from wina_calib.commands.output import emit
 from wina_calib.common.text import percent, table
-from wina_calib.masks.thresholds import site_sparsity
-from wina_calib.model.locate import resolve
+
+if TYPE_CHECKING:
+    from wina_calib.checkpoint.reader import Checkpoint
 
 
 @click.command("inspect")
@@ -29,6 +29,10 @@ def command(checkpoint: str, weights: bool, revision: str | None, as_json: bool)
     Example:
       wina-calib inspect demo-sparse --json
     """
+    load_libraries()
+    from wina_calib.checkpoint.reader import open_checkpoint
+    from wina_calib.model.locate import resolve
+
     folder, _ = resolve(checkpoint, revision=revision)
     opened = open_checkpoint(Path(folder))
     if weights:
@@ -39,6 +43,9 @@ def command(checkpoint: str, weights: bool, revision: str | None, as_json: bool)
 
 def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
     """The facts of a checkpoint."""
+    from wina_calib.budgets.count import count_cells
+    from wina_calib.masks.thresholds import site_sparsity
+
     settings, arch = opened.settings, opened.architecture
     cells = count_cells(arch, settings.transform)
     sites = []

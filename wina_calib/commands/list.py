@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from wina_calib.checkpoint.hub import Listed, list_checkpoints
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option
 from wina_calib.commands.output import emit
 from wina_calib.common.text import table
+
+if TYPE_CHECKING:
+    from wina_calib.checkpoint.hub import Listed
 
 
 @click.command("list")
@@ -23,6 +27,9 @@ def command(user: str | None, limit: int, as_json: bool) -> None:
     Example:
       wina-calib list USER
     """
+    load_libraries()
+    from wina_calib.checkpoint.hub import list_checkpoints
+
     found = list_checkpoints(user, limit=limit)
     emit({"checkpoints": [asdict(model) for model in found]}, render(found, user), as_json=as_json)
 

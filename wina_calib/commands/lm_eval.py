@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from wina_calib.studies.lm_eval_tasks import require_harness
+from wina_calib.commands.logs import load_libraries
 
 
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -20,6 +20,9 @@ def command(args: tuple[str, ...]) -> None:
     Example:
       wina-calib lm-eval run --model hf --model_args pretrained=demo-sparse --tasks arc_easy
     """
+    load_libraries()
+    from wina_calib.studies.lm_eval_tasks import require_harness
+
     require_harness()
     from lm_eval.__main__ import cli_evaluate
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from wina_calib.calibration.options import DTYPES, CalibrateOptions
+from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.choices import DTYPES
 from wina_calib.corpus.sources import HELDOUT_DATA
-from wina_calib.model.config import remote_code
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
@@ -26,6 +26,8 @@ dtype_option = click.option(
 def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
     """Trust code for as long as the command runs."""
     if value:
+        from wina_calib.model.config import remote_code
+
         context.with_resource(remote_code(True))
 
 

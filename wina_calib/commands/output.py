@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from wina_calib.common.progress import Estimate, human_bytes
 from wina_calib.common.text import finite
@@ -53,6 +52,8 @@ def quiet() -> bool:
 
 def bar(total: int, label: str) -> Any:
     """A progress bar on standard error: none where nobody looks."""
+    from tqdm import tqdm
+
     hidden = quiet() or not sys.stderr.isatty()
     return tqdm(total=total, desc=label, file=sys.stderr, disable=hidden, leave=False, ascii="NO_COLOR" in os.environ)
 

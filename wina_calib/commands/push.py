@@ -7,9 +7,7 @@ from pathlib import Path
 
 import click
 
-from wina_calib.checkpoint.evaluation_file import read_evaluation
-from wina_calib.checkpoint.hub import push
-from wina_calib.commands.logs import log_level
+from wina_calib.commands.logs import load_libraries, log_level
 from wina_calib.commands.options import json_option, trust_option
 from wina_calib.commands.output import emit, note
 
@@ -41,6 +39,10 @@ def command(
     Example:
       wina-calib push demo-sparse USER/demo-sparse --private
     """
+    load_libraries()
+    from wina_calib.checkpoint.evaluation_file import read_evaluation
+    from wina_calib.checkpoint.hub import push
+
     with log_level("huggingface_hub", logging.ERROR):  # what it says of unchanged files is said below
         done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import folder_option, json_option, overwrite_option, revision_option, trust_option
 from wina_calib.commands.output import emit
-from wina_calib.model.locate import resolve
-from wina_calib.studies.report import write_report
 
 
 @click.command("report")
@@ -28,6 +27,10 @@ def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None
     Example:
       wina-calib report demo-sparse -o report
     """
+    load_libraries()
+    from wina_calib.model.locate import resolve
+    from wina_calib.studies.report import write_report
+
     folder, _ = resolve(checkpoint, revision=revision)
     page = write_report(folder, output, overwrite=overwrite)
     emit({"page": str(page)}, f"{page}: report written.", as_json=as_json)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from wina_calib.budgets import write_budget
+from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import (
     Fractions,
     device_option,
@@ -19,7 +19,7 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.commands.output import check_files, emit, note, steps
-from wina_calib.studies.transfer import SAMPLES, budget_file, render, transfer
+from wina_calib.studies.defaults import TRANSFER_SAMPLES
 
 
 @click.command("transfer")
@@ -34,7 +34,7 @@ from wina_calib.studies.transfer import SAMPLES, budget_file, render, transfer
 @click.option(
     "--data", multiple=True, metavar="SPEC", help="Text of the dense pass; DST's calibration text by default."
 )
-@click.option("--samples", default=SAMPLES, show_default=True, metavar="N", help="Blocks of the dense pass.")
+@click.option("--samples", default=TRANSFER_SAMPLES, show_default=True, metavar="N", help="Blocks of the dense pass.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="Only write SRC's budget as a budget file for DST, which need not be calibrated.",
@@ -64,9 +64,13 @@ def command(
       wina-calib transfer small-sparse LARGE_MODEL -o budget.yaml
       wina-calib calibrate LARGE_MODEL -o large-sparse --budget budget.yaml
     """
+    if output is not None and len(sparsities) > 1:
+        raise click.UsageError("a budget file holds one sparsity: give one with -s.")
+    load_libraries()
+    from wina_calib.budgets import write_budget
+    from wina_calib.studies.transfer import budget_file, render, transfer
+
     if output is not None:
-        if len(sparsities) > 1:
-            raise click.UsageError("a budget file holds one sparsity: give one with -s.")
         check_files([output], overwrite=overwrite)
         budget = budget_file(source, target, sparsities[0] if sparsities else None)
         write_budget(output, budget)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from wina_calib.masks.score import scores
 
-SELECT = ("threshold", "topk")
 KEEP_ALL = -1.0
 Cut = Tensor | int  # a threshold, scalar float32, or how many inputs each row keeps
 _TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 24}  # on a GPU, starting the work on a million takes longer than the work
@@ -23,7 +22,7 @@ def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows
         x: (..., in).
         norm: (in,) float32.
         cut: scalar float32 tensor, the threshold; a negative one keeps everything. Or how many each row keeps.
-        score: one of `SCORES`.
+        score: one of `choices.SCORES`.
         dense_rows: boolean tensor of the leading shape of x; rows that are never masked.
     """
     found = scores(x, norm, score)

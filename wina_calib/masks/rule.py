@@ -19,7 +19,7 @@ class MaskRule:
     """How masks are made.
 
     Attributes:
-        score: one of `wina_calib.masks.score.SCORES`.
+        score: one of `choices.SCORES`.
         masks: `shared` (one a site, joint norm) or `per-projection`.
         exponent: power of the column norms.
         transform: resolved transform, as the paper's uses norms on some projections only.

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-SCORES = ("wina", "teal", "weight", "random")
 _ROWS, _ELEMENTS = 1024, 1 << 20  # squared at a time, at most
 
 
@@ -46,7 +45,7 @@ def scores(x: Tensor, norm: Tensor, score: str = "wina") -> Tensor:
     Args:
         x: (..., in) inputs of a site, any float dtype.
         norm: (in,) float32, from `stored_norm`.
-        score: one of `SCORES`.
+        score: one of `choices.SCORES`.
 
     Returns:
         float32 tensor of the shape of x, not negative.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.checkpoint.by_reference import complete_folder, keep_with
 from wina_calib.checkpoint.reader import read_settings
-from wina_calib.checkpoint.settings import PREFILL, is_sparsity
+from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
 from wina_calib.model.config import check_code, code_is_trusted, remote_code
 from wina_calib.model.locate import resolve

@@ -24,10 +24,9 @@ from wina_calib.model.architecture import Architecture
 from wina_calib.model.config import CONFIG_BYTES, calibration_of, describe_config, load_config
 from wina_calib.model.locate import DEMO, demo_folder
 from wina_calib.storage import read_json
+from wina_calib.studies.defaults import FLOPS_CONTEXT, FLOPS_SPARSITIES
 from wina_calib.transforms import plan
 
-SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-CONTEXT = 4096
 CONVENTION = "linear layers and a dense lm_head, a multiply-add counts 1; no embedding, attention or run-time matrices"
 _PRESETS = Path(__file__).parent.parent / "data" / "presets.json"
 _GIGA = 1e9
@@ -94,9 +93,9 @@ class FlopsTable:
 def flops(
     model_or_config: str,
     *,
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: Sequence[float] = FLOPS_SPARSITIES,
     transform: str | None = None,
-    context: int = CONTEXT,
+    context: int = FLOPS_CONTEXT,
     revision: str | None = None,
 ) -> FlopsTable:
     """Count what a token costs at several sparsities.

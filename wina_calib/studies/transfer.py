@@ -38,6 +38,7 @@ from wina_calib.model.architecture import SITES
 from wina_calib.model.locate import load_tokenizer, resolve, weights_folder
 from wina_calib.model.source import open_source
 from wina_calib.runtime.load import set_sparsity, sparse_sites
+from wina_calib.studies.defaults import TRANSFER_SAMPLES
 from wina_calib.studies.evaluate import Measured, dense_states, evaluation_blocks, load_on, measure, set_budget
 
 WAYS: Mapping[str, tuple[str, str]] = {
@@ -50,7 +51,6 @@ WAYS: Mapping[str, tuple[str, str]] = {
     ),
     "values": ("the source's thresholds as they are", "nothing"),
 }
-SAMPLES = 8
 Progress = Callable[[int, int], None]
 
 
@@ -125,7 +125,7 @@ def transfer(
     heldout: Data = HELDOUT_DATA,
     tokens: int = 32_768,
     data: Data = (),
-    samples: int = SAMPLES,
+    samples: int = TRANSFER_SAMPLES,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = lambda done, total: None,

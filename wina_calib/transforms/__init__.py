@@ -8,7 +8,6 @@ from wina_calib.transforms.apply import apply_layer, embedding_rows, fold_final_
 from wina_calib.transforms.fit import fit
 from wina_calib.transforms.plan import (
     INPUT_SITES,
-    NAMES,
     Plan,
     Rotations,
     plan,
@@ -20,7 +19,6 @@ from wina_calib.transforms.statistics import Statistics, needed_sites
 
 __all__ = [
     "INPUT_SITES",
-    "NAMES",
     "Plan",
     "Rotations",
     "Statistics",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wina_calib.choices import TRANSFORMS
 from wina_calib.errors import TransformError, UsageError
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Norm
 
-NAMES = ("auto", "none", "paper", "stacked", "global", "head", "global+head")
 _ALIASES = {"residual": "global", "residual+head": "global+head", "head+global": "global+head"}
 # The sites that read a norm's output (or the raw residual stream): the only ones a residual or site rotation reaches.
 INPUT_SITES = ("attn_in", "mlp_in")
@@ -135,8 +135,8 @@ def unit_weight(norm: Norm, weight: Tensor) -> Tensor:
 
 def _canonical(name: str) -> str:
     canonical = _ALIASES.get(name, name)
-    if canonical not in NAMES:
-        raise UsageError(f"unknown transform {name!r}: choose one of {', '.join(NAMES)} (residual means global).")
+    if canonical not in TRANSFORMS:
+        raise UsageError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)} (residual means global).")
     return canonical
 
 

@@ -19,28 +19,24 @@ from wina_calib.studies.bench.instruments import PeakMemory, copy_bandwidth, ver
 from wina_calib.studies.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.studies.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.studies.bench.site_products import products
+from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, BENCH_SPARSITIES
 from wina_calib.studies.flops import presets
 
 __all__ = ["Bench", "Dense", "Products", "Sparse", "Timing", "bench", "compare", "products"]
 
 logger = logging.getLogger(__name__)
 
-SPARSITIES = (0.5, 0.65)
-PROMPT = 64
-NEW = 32
-ROUNDS = 5
-
 
 def bench(
     model: str | None = None,
     *,
     random: str | None = None,
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: Sequence[float] = BENCH_SPARSITIES,
     device: str = "auto",
     dtype: str = "auto",
-    prompt: int = PROMPT,
-    new: int = NEW,
-    rounds: int = ROUNDS,
+    prompt: int = BENCH_PROMPT,
+    new: int = BENCH_NEW,
+    rounds: int = BENCH_ROUNDS,
     compiled: bool | None = None,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,

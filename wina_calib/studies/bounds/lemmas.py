@@ -19,6 +19,7 @@ from torch import Tensor
 from wina_calib.common.text import percent, table
 from wina_calib.errors import UsageError
 from wina_calib.masks.mask import keep_top
+from wina_calib.studies.defaults import SYNTHETIC_DEPTH, SYNTHETIC_SEEDS, SYNTHETIC_WIDTH
 from wina_calib.transforms.eigen import eigenvectors, gram
 
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
@@ -93,10 +94,10 @@ class Setting:
         sparsities: shares of inputs that every layer drops.
     """
 
-    width: int = 256
-    depth: int = 3
+    width: int = SYNTHETIC_WIDTH
+    depth: int = SYNTHETIC_DEPTH
     inputs: int = 16
-    seeds: int = 20
+    seeds: int = SYNTHETIC_SEEDS
     sparsities: tuple[float, ...] = SPARSITIES
 
     def __post_init__(self) -> None:

@@ -33,9 +33,8 @@ from wina_calib.model.locate import resolve
 from wina_calib.model.source import Source, fitting_length, open_source
 from wina_calib.studies.bounds.lemmas import accumulated_bound, column_lengths, theoretical_error
 from wina_calib.studies.bounds.transformed_source import see_through
+from wina_calib.studies.defaults import BOUNDS_TOKENS, BOUNDS_TRANSFORMS
 
-TRANSFORMS = ("none", "stacked")
-TOKENS = 4096
 _SEQ_LEN = 512
 _ROUNDING = 1e-5
 _NOTHING = 1e-12
@@ -127,7 +126,7 @@ def model_bounds(
     score: str | None = None,
     masks: str | None = None,
     data: Data = HELDOUT_DATA,
-    tokens: int = TOKENS,
+    tokens: int = BOUNDS_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -140,9 +139,9 @@ def model_bounds(
 
     Args:
         model: a model folder, a calibrated checkpoint, a Hub id or `demo`.
-        transforms: transforms to try on a model folder; `TRANSFORMS` by default.
+        transforms: transforms to try on a model folder; `BOUNDS_TRANSFORMS` by default.
         sparsity: model sparsity; the calibrated one, or 0.5 by default.
-        score: `wina` (default) or another of `wina_calib.masks.score.SCORES`; for a model folder.
+        score: `wina` (default) or another of `choices.SCORES`; for a model folder.
         masks: `shared` (default) or `per-projection`; for a model folder.
         data: text, as for `calibrate`.
         tokens: tokens of text to use.
@@ -165,7 +164,7 @@ def model_bounds(
         )
     source = open_source(model, revision=revision, calibrated=opened is not None)
     place = pick_device(device)
-    names = tuple(transforms or TRANSFORMS)
+    names = tuple(transforms or BOUNDS_TRANSFORMS)
     done, total = count(1), len(source.architecture.layers) * (len(names) if opened is None else 1)
     run = _Run(
         source=source,

@@ -44,11 +44,10 @@ from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
 from wina_calib.studies.compare.finished import FORMAT, finished_seconds, json_bytes, key_digest, read_cell
 from wina_calib.studies.compare.methods import Method, find_methods
 from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_comparison
+from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
 from wina_calib.transforms import needed_sites, plan
 
-SPARSITIES = (0.25, 0.4, 0.5, 0.65)
-DEFAULT_METHODS = ("papers",)
 _IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
 
 
@@ -56,8 +55,8 @@ def compare(
     model: str | Path,
     output: str | Path,
     *,
-    methods: str | Method | Sequence[str | Method] = DEFAULT_METHODS,
-    sparsities: float | Sequence[float] = SPARSITIES,
+    methods: str | Method | Sequence[str | Method] = COMPARE_METHODS,
+    sparsities: float | Sequence[float] = COMPARE_SPARSITIES,
     data: Data = DEFAULT_DATA,
     heldout: Data = HELDOUT_DATA,
     samples: int = 128,

@@ -15,18 +15,20 @@ from wina_calib.common.text import percent
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve
-from wina_calib.studies.diagnose.depth import EXTREMES, Extreme, Propagation, extremes, extremes_text, propagation
-from wina_calib.studies.diagnose.importance import INPUTS, Importance, importance, spearman
+from wina_calib.studies.defaults import (
+    DIAGNOSE_AMOUNTS,
+    DIAGNOSE_EXTREMES,
+    DIAGNOSE_INPUTS,
+    DIAGNOSE_PARTS,
+    DIAGNOSE_TOKENS,
+)
+from wina_calib.studies.diagnose.depth import Extreme, Propagation, extremes, extremes_text, propagation
+from wina_calib.studies.diagnose.importance import Importance, importance, spearman
 from wina_calib.studies.diagnose.subject import Subject
-from wina_calib.studies.diagnose.texts import AMOUNTS, Fitted, reason_without, texts, texts_text
+from wina_calib.studies.diagnose.texts import Fitted, reason_without, texts, texts_text
 from wina_calib.studies.evaluate import evaluation_blocks, load_on
 
 __all__ = [
-    "AMOUNTS",
-    "EXTREMES",
-    "INPUTS",
-    "TOKENS",
-    "WHAT",
     "Diagnosis",
     "Extreme",
     "Fitted",
@@ -36,8 +38,6 @@ __all__ = [
     "spearman",
 ]
 
-WHAT = ("importance", "propagation", "extremes", "texts")
-TOKENS = 4096
 Notice = Callable[[str, int, int], None]
 
 
@@ -94,14 +94,14 @@ class Diagnosis:
 def diagnose(
     checkpoint: str | Path,
     *,
-    what: Sequence[str] = WHAT,
+    what: Sequence[str] = DIAGNOSE_PARTS,
     sparsity: float | None = None,
-    extreme: Sequence[float] = EXTREMES,
-    inputs: int = INPUTS,
-    amounts: Sequence[int] = AMOUNTS,
+    extreme: Sequence[float] = DIAGNOSE_EXTREMES,
+    inputs: int = DIAGNOSE_INPUTS,
+    amounts: Sequence[int] = DIAGNOSE_AMOUNTS,
     fit_seq_len: int | None = None,
     data: Data = HELDOUT_DATA,
-    tokens: int = TOKENS,
+    tokens: int = DIAGNOSE_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
     progress: Notice = lambda name, done, total: None,
@@ -110,7 +110,7 @@ def diagnose(
 
     Args:
         checkpoint: checkpoint folder or Hub id.
-        what: any of `WHAT`.
+        what: any of `DIAGNOSE_PARTS`.
         sparsity: model sparsity of propagation and texts; the calibrated one by default.
         extreme: model sparsities of the extremes.
         inputs: inputs of every site that importance drops one by one.
@@ -126,9 +126,9 @@ def diagnose(
         UsageError: an option is out of range.
         WinaError: checkpoint or text cannot be used.
     """
-    unknown = [name for name in what if name not in WHAT]
+    unknown = [name for name in what if name not in DIAGNOSE_PARTS]
     if unknown or not what:
-        raise UsageError(f"what is {', '.join(what) or 'empty'}; expected some of {', '.join(WHAT)}.")
+        raise UsageError(f"what is {', '.join(what) or 'empty'}; expected some of {', '.join(DIAGNOSE_PARTS)}.")
     opened = open_checkpoint(resolve(checkpoint)[0])
     asked = opened.settings.sparsity if sparsity is None else sparsity
     wrong = [s for s in (asked, *extreme) if not 0.0 < s < 1.0]
@@ -143,7 +143,7 @@ def diagnose(
     wanted = set(what) - set(skipped)
     if not wanted:
         raise UsageError(
-            f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(WHAT[:-1])}."
+            f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(DIAGNOSE_PARTS[:-1])}."
         )
     specs = data_specs(data)
     place = pick_device(device)

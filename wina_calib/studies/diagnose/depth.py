@@ -9,9 +9,9 @@ import numpy as np
 
 from wina_calib.common.text import percent, rise, table
 from wina_calib.runtime.load import sparse_sites
+from wina_calib.studies.defaults import DIAGNOSE_EXTREMES
 from wina_calib.studies.diagnose.subject import Progress, Subject, only, thresholds_at, watch
 
-EXTREMES = (0.7, 0.8, 0.9)
 BROKEN = 0.5  # relative error from which a hidden state says little of the dense one
 
 
@@ -122,7 +122,7 @@ def propagation(subject: Subject, sparsity: float, progress: Progress = lambda d
 
 
 def extremes(
-    subject: Subject, sparsities: Sequence[float] = EXTREMES, progress: Progress = lambda done, total: None
+    subject: Subject, sparsities: Sequence[float] = DIAGNOSE_EXTREMES, progress: Progress = lambda done, total: None
 ) -> tuple[Extreme, ...]:
     """Measure a model at high sparsities: quality, achieved sparsity, and where hidden states lose the dense ones."""
     settings = {f"{s:g}": thresholds_at(subject.model, s) for s in sparsities}

@@ -26,9 +26,9 @@ from wina_calib.model.architecture import SITES, MaskGroup, Site
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import open_source
 from wina_calib.runtime.load import runtime_state
+from wina_calib.studies.defaults import DIAGNOSE_INPUTS
 from wina_calib.studies.diagnose.subject import Progress, Subject
 
-INPUTS = 4
 _KL_TOKENS = 256
 Floats = NDArray[np.float64]
 
@@ -143,7 +143,7 @@ def spearman(one: Sequence[float] | Floats, other: Sequence[float] | Floats) -> 
 
 
 def importance(
-    subject: Subject, *, inputs: int = INPUTS, seed: int = 0, progress: Progress = lambda done, total: None
+    subject: Subject, *, inputs: int = DIAGNOSE_INPUTS, seed: int = 0, progress: Progress = lambda done, total: None
 ) -> Importance:
     """Correlate column norms with the importance of inputs.
 

@@ -20,6 +20,7 @@ from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.model.source import open_source
+from wina_calib.studies.defaults import DIAGNOSE_AMOUNTS
 from wina_calib.studies.diagnose.subject import Progress, Subject, Thresholds, put
 from wina_calib.studies.evaluate import DRIFT, dense_states, evaluation_blocks, measure
 
@@ -28,7 +29,6 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "code": (("builtin:code",), ("builtin:heldout:code",)),
     "prose": (tuple(f"builtin:{k}" for k in PROSE), tuple(f"builtin:heldout:{k}" for k in PROSE)),
 }
-AMOUNTS = (1, 4, 16, 64, 256)
 KIND_BLOCKS = 64  # at most, where kinds of text are compared
 
 
@@ -77,7 +77,7 @@ def texts(
     subject: Subject,
     sparsity: float,
     *,
-    amounts: Sequence[int] = AMOUNTS,
+    amounts: Sequence[int] = DIAGNOSE_AMOUNTS,
     seq_len: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Fitted, ...]:
