@@ -3,11 +3,11 @@
 Importing it registers the checkpoint format with transformers: `AutoModelForCausalLM.from_pretrained` loads it too.
 """
 
-__version__ = "0.1.0"
-
 import os as _os
 import sys as _sys
 from itertools import pairwise as _pairwise
+
+from wina_calib.version import __version__
 
 # The program imports what a command needs once that is known: help, completion and mistakes do not wait for torch.
 _CALLED, *_ = getattr(_sys, "argv", None) or [""]

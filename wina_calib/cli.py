@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from wina_calib.commands.logs import INTERRUPTED, log_level
 from wina_calib.errors import WinaError
+from wina_calib.version import __version__
 
 # What each one does, as its own help begins: read from here, the list of commands needs no import of any.
 COMMANDS = {
@@ -100,9 +101,7 @@ def _say(error: BaseException, text: str) -> None:
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version
-
-        click.echo(f"wina-calib {version('wina-calib')}")
+        click.echo(f"wina-calib {__version__}")
         ctx.exit()
 
 

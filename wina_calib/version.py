@@ -1,19 +1,17 @@
-"""Versions of what computes."""
-
-from __future__ import annotations
+"""The version of this package, and those of what computes: the only place either is written."""
 
 import platform
 
-import torch
-import transformers
-
-import wina_calib
+__version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
+    import torch
+    import transformers
+
     return {
-        "wina_calib": wina_calib.__version__,
+        "wina_calib": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

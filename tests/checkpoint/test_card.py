@@ -187,7 +187,7 @@ def test_hostile_facts_are_no_markup(folder: Path) -> None:
 
 def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, text: Path) -> None:
     result = evaluate(folder, data=str(text), tokens=1024)
-    save_evaluation(folder, result)
+    save_evaluation(folder, result.to_dict())
     write_card(folder)
     card = (folder / "README.md").read_text()
     assert f"| perplexity dense | {result.dense_ppl:.3f} |" in card
@@ -208,7 +208,7 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
 def test_the_base_models_perplexity_stands_beside_figures_of_the_same_tokens_only(folder: Path) -> None:
     for tokens, same in ((1024, False), (16_384, True)):
         result = evaluate(folder, tokens=tokens)
-        save_evaluation(folder, result)
+        save_evaluation(folder, result.to_dict())
         write_card(folder)
         assert result.base_ppl_comparable is same
         assert ("original model's perplexity" in render(result)) is same

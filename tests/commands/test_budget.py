@@ -410,7 +410,7 @@ def test_a_crash_before_the_decision_leaves_the_old(folder: Path, monkeypatch: p
     before = snapshot(folder)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "wina_calib.calibration.rebudget.write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "wina_calib.calibration.apply_budget.write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         assert run(folder, "-s", 0.42, "--apply", folder).exit_code == 130
     assert snapshot(folder) == before

@@ -43,18 +43,13 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
         "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},
         "budget_file": _digest([Path(job.options.budget)]) if is_file(job.options.budget) else None,
         "compute": {
-            "device": device_name(job.device),
+            "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else platform.machine(),
             "dtype": str(job.dtype).removeprefix("torch."),
             "micro_batch": job.micro_batch,
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """What computes: the kind of processor or GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _digest(paths: Iterable[Path]) -> str:

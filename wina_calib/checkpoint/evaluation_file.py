@@ -6,18 +6,15 @@ It names the calibration that it belongs to, so that figures never outlive the t
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wina_calib.checkpoint.format import EVALUATION_FILE, WINA_FILE
 from wina_calib.common.atomic import write_file
 from wina_calib.common.text import finite
 from wina_calib.errors import CheckpointError
 from wina_calib.storage import Shards, read_json
-
-if TYPE_CHECKING:
-    from wina_calib.studies.evaluate import Evaluation
 
 FORMAT = "wina-evaluation/1"
 _NUMBERS = (
@@ -33,14 +30,17 @@ _NUMBERS = (
 )
 
 
-def save_evaluation(folder: Path, evaluation: Evaluation) -> Path:
+def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Path:
     """Keep an evaluation in a checkpoint's folder; the model card shows it.
+
+    Args:
+        folder: the checkpoint.
+        evaluation: its figures, as `Evaluation.to_dict` gives them.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    values = finite(asdict(evaluation))
-    record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **values}
+    record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **finite(evaluation)}
     path = folder / EVALUATION_FILE
     write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     return path

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-import wina_calib
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
 from wina_calib.checkpoint.settings import FORMAT_VERSION, Settings
 from wina_calib.model.config import RUNTIME_TYPE, read_config
 from wina_calib.model.source import Source
 from wina_calib.storage import Shards, ShardWriter
+from wina_calib.version import __version__
 
 
 def write_calibration(
@@ -46,7 +46,7 @@ def header_metadata() -> dict[str, str]:
     return {
         "format": "pt",
         "producer": "wina_calib",
-        "producer_version": wina_calib.__version__,
+        "producer_version": __version__,
         "wina_format": FORMAT_VERSION,
     }
 

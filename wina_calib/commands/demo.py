@@ -51,7 +51,7 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
             result = calibrated(restart=True)
     note("evaluate")
     quality = evaluate(output, tokens=16_384)
-    save_evaluation(output, quality)
+    save_evaluation(output, quality.to_dict())
     write_card(output)
     texts = [generate(output, prompt, new=40, sample=True).text for prompt in PROMPTS]
     shown = "\n\n".join(

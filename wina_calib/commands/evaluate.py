@@ -102,7 +102,7 @@ def command(
     for warning in result.warnings:
         note(f"warning: {warning}")
     if save:
-        note(f"kept in {save_evaluation(folder, result)}")
+        note(f"kept in {save_evaluation(folder, result.to_dict())}")
         write_card(folder)
     emit(result.to_dict(), render(result), as_json=as_json)
 

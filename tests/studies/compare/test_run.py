@@ -187,7 +187,7 @@ def test_stopped_between_cells_it_goes_on(
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patch:
-        patch.setitem(wina_calib.studies.compare.run.__globals__, "calibrate", refuse)
+        patch.setattr(wina_calib.studies.compare.run, "calibrate", refuse)
         found = wina_calib.compare(llama, tmp_path / "out", **options)
     for row in found.rows:
         whole = run[1].row("wina", row.sparsity)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import statistics
 import subprocess
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from wina_calib import version
 from wina_calib.runtime.kernels import native
 
 ROOF_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -111,16 +111,7 @@ def _resident(key: str) -> int:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions that a figure depends on."""
-    import transformers
-
-    from wina_calib import __version__
-
-    found = {
-        "wina_calib": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    found = version.versions()
     if device.type == "cpu":
         found["sparse product"] = "C" if native.available(torch.float32) else "torch operators"
     if device.type == "cuda":

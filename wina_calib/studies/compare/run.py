@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import wina_calib
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import choice_passes
@@ -47,6 +45,7 @@ from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_comp
 from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
 from wina_calib.transforms import needed_sites, plan
+from wina_calib.version import versions
 
 _IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
 
@@ -253,11 +252,7 @@ class _Bench:
             "seed": self.shared.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "versions": {
-                "wina_calib": wina_calib.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {name: version for name, version in versions().items() if name != "python"},
         }
 
     def _cell(self, method: Method, sparsity: float, key: Mapping[str, Any]) -> Path:
