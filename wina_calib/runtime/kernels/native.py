@@ -1,4 +1,5 @@
-"""The CPU's code in C: products of one row (`site.c`) and of many (`rows.c`), attention of one token (`attend.c`).
+"""The CPU's code in C: products of one row (`site.c`), of many (`rows.c`) and with quantized weights (`quantized.c`), attention of
+one token (`attend.c`).
 
 It is compiled once with the compiler that the system has.
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wina_calib.quantization.formats import Quantized
 from wina_calib.runtime.kernels.native_build import DTYPES, functions, library
 
 # Weights or inputs below which a second thread costs more than it saves.
@@ -26,6 +28,19 @@ def available(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and library() is not None
 
 
+class _Quantized(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("output_scales", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
 class _Site(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -34,6 +49,30 @@ class _Site(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("out", ctypes.c_int64),
+        ("quantized", ctypes.c_void_p),
+    )
+
+
+def quantized_struct(weight: Quantized) -> _Quantized:
+    """What C knows of quantized weights, which must outlive it.
+
+    Raises:
+        ValueError: a tensor is not contiguous on the CPU.
+    """
+    for name, tensor in weight.named().items():
+        if not tensor.is_cpu or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}; expected it contiguous on the CPU")
+    four = weight.format.bits == 4
+    scales = weight.scales.data_ptr()
+    return _Quantized(
+        weight.codes.data_ptr(),
+        scales if four else None,
+        None if weight.zeros is None else weight.zeros.data_ptr(),
+        None if four else scales,
+        weight.width,
+        weight.out_features,
+        weight.format.bits,
+        weight.format.group_size,
     )
 
 
@@ -42,20 +81,35 @@ class Row:
     time for each call.
 
     Args:
-        weight_t: (in, out) contiguous, float32 or bfloat16.
+        weight: (in, out) contiguous, float32 or bfloat16; or quantized.
         norm: (in,) float32, contiguous.
         threshold: () float32, read at every call; -1 keeps everything.
-        bias: (out,) of weight_t's dtype, contiguous, or None.
+        bias: (out,) of x's dtype, contiguous, or None.
+        dtype: of x, which quantized weights do not tell; float32 or bfloat16.
     """
 
-    def __init__(self, weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor | Quantized,
+        norm: Tensor,
+        threshold: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         # The code holds addresses: of these, whose memory stays whatever becomes of the tensors given.
-        self.operands = [None if t is None else t.detach() for t in (weight_t, norm, threshold, bias)]
-        self.dtype = weight_t.dtype
-        self.width, self.out = weight_t.shape
-        self.function = functions("site")[self.dtype]
+        self.operands = [None if t is None else t.detach() for t in (norm, threshold, bias)]
         at = [None if t is None else t.data_ptr() for t in self.operands]
-        self.site = _Site(*at, self.width, self.out)
+        self.weight = weight.detach() if isinstance(weight, Tensor) else weight
+        if isinstance(weight, Tensor):
+            self.dtype = weight.dtype
+            self.width, self.out = weight.shape
+            self.site = _Site(weight.data_ptr(), *at, self.width, self.out, None)
+        else:
+            self.dtype = dtype
+            self.width, self.out = weight.width, weight.out_features
+            self.quantized = quantized_struct(weight)
+            self.site = _Site(None, *at, self.width, self.out, ctypes.addressof(self.quantized))
+        self.function = functions("site")[self.dtype]
         self.address = ctypes.addressof(self.site)
 
     def __call__(self, x: Tensor, *, everything: bool = False) -> Tensor:
@@ -67,7 +121,7 @@ class Row:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.out), dtype=self.dtype, device="cpu")
-        threads = _threads(self.width * self.out)
+        threads = threads_for(self.width * self.out)
         if self.function(self.address, x.data_ptr(), y.data_ptr(), everything, threads):
             raise MemoryError(f"no memory to list {self.width} kept inputs for {threads} threads")
         return y
@@ -99,7 +153,7 @@ def turned(
     """
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], row.out), dtype=x.dtype, device="cpu")
-    threads = _threads(row.width * row.out)
+    threads = threads_for(row.width * row.out)
     places = (t if t is None else t.data_ptr() for t in (x, y, cosine, sine, *(norms or (None, None))))
     if functions("turned")[x.dtype](row.address, *places, epsilon, *heads, cosine.shape[-1], threads):
         raise MemoryError(f"no memory to list {row.width} kept inputs for {threads} threads")
@@ -121,7 +175,7 @@ def gated(first: Row, second: Row, x: Tensor, *, gelu: bool) -> Tensor:
     x = x.contiguous()
     both = torch.empty(first.out, dtype=x.dtype, device="cpu")
     y = torch.empty((*x.shape[:-1], second.out), dtype=x.dtype, device="cpu")
-    threads = _threads(second.width * second.out)
+    threads = threads_for(second.width * second.out)
     places = (t.data_ptr() for t in (x, both, y))
     if functions("gated")[x.dtype](first.address, second.address, *places, gelu, threads):
         raise MemoryError(f"no memory to list the kept inputs of {threads} threads")
@@ -146,7 +200,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
     y = torch.empty((1, 1, heads, size), dtype=query.dtype, device="cpu")
     strides = (ctypes.c_int64 * 4)(*key.stride()[1:3], *value.stride()[1:3])
     places = (t if t is None else t.data_ptr() for t in (query, key, value, seen, y))
-    threads = _threads(2 * heads * length * size)
+    threads = threads_for(2 * heads * length * size)
     counts = heads, key_heads, length, size
     if functions("attend")[query.dtype](*places, ctypes.addressof(strides), *counts, scale, threads):
         raise MemoryError(f"no memory for the scores of {length} places")
@@ -165,7 +219,7 @@ def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = 
     x = x.contiguous()
     y = torch.empty_like(x)
     rows = None if open_rows is None else open_rows.contiguous()
-    threads = _threads(x.numel())
+    threads = threads_for(x.numel())
     places = (t if t is None else t.data_ptr() for t in (x, norm, threshold, rows, y))
     functions("mask")[x.dtype](*places, x.numel() // x.shape[-1], x.shape[-1], threads)
     return y
@@ -182,7 +236,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
-    threads = _threads(x.numel())
+    threads = threads_for(x.numel())
     functions("norm")[x.dtype](
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon, x.numel() // width, width, threads
     )
@@ -206,7 +260,7 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     x = x.contiguous()
     (rows, width), out = x.shape, weight_t.shape[1]
     y = torch.empty(rows, out, dtype=x.dtype, device="cpu")
-    threads = _threads(width * out)
+    threads = threads_for(width * out)
     given = (x, weight_t, None if bias is None else bias.contiguous(), y)
     places = (t if t is None else t.data_ptr() for t in given)
     if functions("product")[x.dtype](*places, rows, width, out, threads):
@@ -214,6 +268,6 @@ def product(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def _threads(numbers: int) -> int:
+def threads_for(numbers: int) -> int:
     """Threads that share work on so many numbers."""
     return torch.get_num_threads() if numbers >= MIN_SHARED else 1

@@ -22,7 +22,9 @@ import torch
 from wina_calib.runtime.kernels.autotune import cache_file
 
 logger = logging.getLogger(__name__)
-HEADER, *SOURCES = (Path(__file__).parent / "sources" / name for name in ("numbers.h", "site.c", "rows.c", "attend.c"))
+FOLDER = Path(__file__).parent / "sources"
+HEADERS = [FOLDER / name for name in ("numbers.h", "site.h")]
+SOURCES = [FOLDER / name for name in ("site.c", "quantized.c", "rows.c", "attend.c")]
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
@@ -35,6 +37,9 @@ SIGNATURES = {
     "attend": ([*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int], ctypes.c_int),
     "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
     "norm": ([*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 2, ctypes.c_int], None),
+    "few": ([*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int], ctypes.c_int),
+    "dequantize": ([ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int], None),
+    "by_rows": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
     "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
 }
 COMPILE_SECONDS = 60
@@ -135,6 +140,6 @@ def _fingerprint(compiler: str) -> str:
         kinds = ("model name", "flags", "Features", "CPU part")
         processor += sorted({line for line in lines if line.startswith(kinds)})
     stat = Path(compiler).stat()
-    code = [file.read_text() for file in (HEADER, *SOURCES)]
+    code = [file.read_text() for file in (*HEADERS, *SOURCES)]
     given = (code, compiler, stat.st_size, stat.st_mtime_ns, FLAGS, TARGETS, processor)
     return hashlib.sha256(repr(given).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "numbers.h"
+#include "site.h"
 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
@@ -182,15 +182,6 @@ static inline __m512 vector_bfloat16(const bfloat16 *x) {
 KEPT(float32)
 KEPT(bfloat16)
 
-/* What stays the same from call to call: weight (in, out) contiguous, norm (in,), threshold (), bias (out,) or null. */
-struct site {
-    const void *weight;
-    const float *norm;
-    const float *threshold;
-    const void *bias;
-    int64_t in, out;
-};
-
 /* What a thread lists kept inputs in, for inputs of up to `in`. */
 struct list {
     int64_t *index;
@@ -204,11 +195,8 @@ static inline struct list list_of(void *memory, int64_t threads, int64_t in, int
 
 #define LIST_BYTES(threads, in) ((size_t)(threads) * (size_t)(in) * (sizeof(int64_t) + sizeof(float)))
 
-/* Where the share of thread `me` begins of `out` numbers in units, and the one's before it ends. */
-static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team) {
-    const int64_t start = (out + unit - 1) / unit * me / team * unit;
-    return start < out ? start : out;
-}
+/* Outputs that a thread's share of a site is a multiple of. */
+static inline int64_t unit_of(const struct site *site) { return site->quantized ? QUANTIZED_UNIT : UNIT; }
 
 /* Of y (out,) the numbers from `start` to `stop`, from `count` kept inputs. */
 #define OUTPUTS(TYPE)                                                                                                  \
@@ -218,8 +206,12 @@ static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team)
         float result[BLOCK];                                                                                           \
         for (int64_t j = start; j < stop; j += BLOCK) {                                                                \
             const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                                 \
-            memset(result, 0, (size_t)width * sizeof(float));                                                          \
-            add_##TYPE(weight + j, site->out, kept.index, kept.value, count, width, result);                           \
+            if (site->quantized)                                                                                       \
+                quantized_outputs(site->quantized, kept.index, kept.value, count, site->in, 1, j, j + width, result);  \
+            else {                                                                                                     \
+                memset(result, 0, (size_t)width * sizeof(float));                                                      \
+                add_##TYPE(weight + j, site->out, kept.index, kept.value, count, width, result);                       \
+            }                                                                                                          \
             for (int64_t i = 0; i < width; i++)                                                                        \
                 y[j + i] = narrow_##TYPE(bias ? result[i] + widen_##TYPE(bias[j + i]) : result[i]);                    \
         }                                                                                                              \
@@ -232,10 +224,10 @@ static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team)
         if (!memory) return 1;                                                                                         \
         const float threshold = everything ? -1.0f : *site->threshold;                                                 \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
-            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), out = site->out;                    \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), out = site->out, unit = unit_of(site); \
             const struct list own = list_of(memory, threads, site->in, me);                                            \
             const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);               \
-            outputs_##TYPE(site, own, count, share(out, UNIT, me, team), share(out, UNIT, me + 1, team), y);           \
+            outputs_##TYPE(site, own, count, share(out, unit, me, team), share(out, unit, me + 1, team), y);           \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -290,7 +282,7 @@ static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team)
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
             const struct list own = list_of(memory, threads, most, me);                                                \
-            const int64_t start = share(width, UNIT, me, team), stop = share(width, UNIT, me + 1, team);               \
+            const int64_t unit = unit_of(first), start = share(width, unit, me, team), stop = share(width, unit, me + 1, team); \
             int64_t count = kept_##TYPE(x, first->norm, *first->threshold, first->in, own.index, own.value);           \
             outputs_##TYPE(first, own, count, start, stop, both);                                                      \
             outputs_##TYPE(first, own, count, width + start, width + stop, both);                                      \
@@ -300,8 +292,8 @@ static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team)
                 both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                           \
             }                                                                                                          \
             _Pragma("omp barrier") count = kept_##TYPE(both, second->norm, *second->threshold, width, own.index, own.value); \
-            const int64_t end = share(second->out, UNIT, me + 1, team);                                                \
-            outputs_##TYPE(second, own, count, share(second->out, UNIT, me, team), end, y);                            \
+            const int64_t last = unit_of(second), end = share(second->out, last, me + 1, team);                        \
+            outputs_##TYPE(second, own, count, share(second->out, last, me, team), end, y);                            \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \

@@ -1,0 +1,673 @@
+/* Products of kept inputs with quantized weights, which lie by input: int4 with scales in groups of outputs inside a column,
+   int8 with a scale an output.
+
+   A block of kept inputs at a time is multiplied in whole numbers: what an input and a group's scale give is rounded to 16 bits
+   of the block's largest of that group, two inputs are interleaved, and one instruction adds both their products with the
+   codes. Sums of a block are exact, and added up in float32. The error is that rounding: 2^-16 of the largest, which is far
+   below what weights of 4 and 8 bits and inputs in bfloat16 have lost before.
+   While a block is multiplied from the second cache, the next one's columns are fetched into it. */
+
+#include <stdlib.h>
+
+#include "site.h"
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define COLUMNS 64 /* kept inputs that are multiplied at a time; at most 256, or sums would not fit */
+#define PAIRS (COLUMNS / 2)
+#define SUMS 16384 /* sums that a thread holds */
+#define TILE 6144  /* outputs at a time, at most */
+#define GROUPS (TILE / 32 + WORDS)
+#define AT_ONCE 4  /* rows that a code is unpacked for */
+#define LARGEST 32767.0f
+#define TINY 1e-30f /* scaled inputs below which all are zero */
+
+#define ALWAYS static inline __attribute__((always_inline))
+
+ALWAYS int32_t word_of(const void *from) {
+    int32_t word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+#if defined(__AVX512BW__)
+
+#define VECTOR 64 /* bytes */
+typedef __m512i ints;
+typedef __m512 floats;
+
+ALWAYS ints zero(void) { return _mm512_setzero_si512(); }
+ALWAYS ints load(const void *from) { return _mm512_loadu_si512(from); }
+ALWAYS ints low_pairs(ints a, ints b) { return _mm512_unpacklo_epi16(a, b); }
+ALWAYS ints high_pairs(ints a, ints b) { return _mm512_unpackhi_epi16(a, b); }
+ALWAYS ints only(ints a, int bits) { return _mm512_and_si512(a, _mm512_set1_epi16((short)bits)); }
+ALWAYS ints high_byte(ints a) { return _mm512_srli_epi16(a, 8); }
+ALWAYS ints signed_high_byte(ints a) { return _mm512_srai_epi16(a, 8); }
+ALWAYS ints signed_low_byte(ints a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+ALWAYS ints subtract(ints a, ints b) { return _mm512_sub_epi32(a, b); }
+ALWAYS ints sixteen_times(ints a) { return _mm512_slli_epi32(a, 4); }
+ALWAYS floats times(floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+
+ALWAYS ints add_products(ints sum, ints a, ints b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+/* Of each group in a vector its number, in every place of the group; of all places the first where there are no groups. */
+ALWAYS ints spread(const void *number, const int group) {
+    const __m512i two = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i four = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    if (group == 64)
+        return _mm512_permutexvar_epi32(two, _mm512_castsi128_si512(_mm_loadl_epi64(number)));
+    if (group == 32)
+        return _mm512_permutexvar_epi32(four, _mm512_castsi128_si512(_mm_loadu_si128(number)));
+    return _mm512_set1_epi32(word_of(number));
+}
+ALWAYS floats as_floats(ints a) { return _mm512_castsi512_ps(a); }
+
+ALWAYS floats halves_times(const uint16_t *from, float by) {
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)), _mm512_set1_ps(by));
+}
+ALWAYS ints widen_bytes(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
+ALWAYS void store(void *to, ints a) { _mm512_storeu_si512(to, a); }
+ALWAYS void store_floats(float *to, floats a) { _mm512_storeu_ps(to, a); }
+ALWAYS floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
+ALWAYS floats larger(floats largest, floats a) { return _mm512_max_ps(_mm512_abs_ps(a), largest); }
+ALWAYS floats over(float a, floats b) { /* zero where b is tiny */
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, _mm512_set1_ps(TINY), _CMP_GT_OQ), _mm512_set1_ps(a), b);
+}
+ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
+    const ints a = _mm512_cvtps_epi32(_mm512_mul_ps(low, by)), b = _mm512_cvtps_epi32(_mm512_mul_ps(high, by));
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
+}
+/* Zero points of two inputs in pairs, of as many groups as a vector has numbers. */
+ALWAYS ints zero_pairs(uint64_t low, uint64_t high) {
+    const __m128i mask = _mm_set1_epi16(0x0f0f);
+    const __m128i a = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)low)), b = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)high));
+    const __m128i x = _mm_and_si128(_mm_or_si128(a, _mm_slli_epi16(a, 4)), mask);
+    const __m128i y = _mm_and_si128(_mm_or_si128(b, _mm_slli_epi16(b, 4)), mask);
+    return _mm512_or_si512(_mm512_cvtepu8_epi32(x), _mm512_slli_epi32(_mm512_cvtepu8_epi32(y), 16));
+}
+ALWAYS ints all_pairs(int of) { return _mm512_set1_epi16((short)of); }
+
+ALWAYS void add_scaled(float *to, ints sum, floats scale) {
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(to)));
+}
+
+#elif defined(__AVX2__)
+
+#define VECTOR 32
+typedef __m256i ints;
+typedef __m256 floats;
+
+ALWAYS ints zero(void) { return _mm256_setzero_si256(); }
+ALWAYS ints load(const void *from) { return _mm256_loadu_si256(from); }
+ALWAYS ints low_pairs(ints a, ints b) { return _mm256_unpacklo_epi16(a, b); }
+ALWAYS ints high_pairs(ints a, ints b) { return _mm256_unpackhi_epi16(a, b); }
+ALWAYS ints only(ints a, int bits) { return _mm256_and_si256(a, _mm256_set1_epi16((short)bits)); }
+ALWAYS ints high_byte(ints a) { return _mm256_srli_epi16(a, 8); }
+ALWAYS ints signed_high_byte(ints a) { return _mm256_srai_epi16(a, 8); }
+ALWAYS ints signed_low_byte(ints a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+ALWAYS ints subtract(ints a, ints b) { return _mm256_sub_epi32(a, b); }
+ALWAYS ints sixteen_times(ints a) { return _mm256_slli_epi32(a, 4); }
+ALWAYS floats times(floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
+
+ALWAYS ints add_products(ints sum, ints a, ints b) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
+ALWAYS ints spread(const void *number, const int group) {
+    const __m256i two = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+    if (group == 32)
+        return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64(number)), two);
+    return _mm256_set1_epi32(word_of(number));
+}
+ALWAYS floats as_floats(ints a) { return _mm256_castsi256_ps(a); }
+
+ALWAYS floats halves_times(const uint16_t *from, float by) {
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)), _mm256_set1_ps(by));
+}
+ALWAYS ints widen_bytes(const int8_t *from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)); }
+ALWAYS void store(void *to, ints a) { _mm256_storeu_si256(to, a); }
+ALWAYS void store_floats(float *to, floats a) { _mm256_storeu_ps(to, a); }
+ALWAYS floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
+ALWAYS floats larger(floats largest, floats a) { return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a), largest); }
+ALWAYS floats over(float a, floats b) {
+    return _mm256_and_ps(_mm256_cmp_ps(b, _mm256_set1_ps(TINY), _CMP_GT_OQ), _mm256_div_ps(_mm256_set1_ps(a), b));
+}
+ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
+    const ints a = _mm256_cvtps_epi32(_mm256_mul_ps(low, by)), b = _mm256_cvtps_epi32(_mm256_mul_ps(high, by));
+    return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
+}
+ALWAYS ints zero_pairs(uint64_t low, uint64_t high) {
+    const __m128i mask = _mm_set1_epi16(0x0f0f);
+    const __m128i a = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)low)), b = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)high));
+    const __m128i x = _mm_and_si128(_mm_or_si128(a, _mm_slli_epi16(a, 4)), mask);
+    const __m128i y = _mm_and_si128(_mm_or_si128(b, _mm_slli_epi16(b, 4)), mask);
+    return _mm256_or_si256(_mm256_cvtepu8_epi32(x), _mm256_slli_epi32(_mm256_cvtepu8_epi32(y), 16));
+}
+ALWAYS ints all_pairs(int of) { return _mm256_set1_epi16((short)of); }
+
+ALWAYS void add_scaled(float *to, ints sum, floats scale) {
+    const floats wide = _mm256_cvtepi32_ps(sum);
+#ifdef __FMA__
+    _mm256_storeu_ps(to, _mm256_fmadd_ps(wide, scale, _mm256_loadu_ps(to)));
+#else
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_mul_ps(wide, scale), _mm256_loadu_ps(to)));
+#endif
+}
+
+#else
+#define VECTOR 32
+#endif
+
+#define WORDS (VECTOR / 4)
+
+/* What a block of kept inputs multiplies with, for some rows: numbers of 16 bits in pairs (rows, PAIRS, groups), what such a
+   number counts for (rows, groups), and the sums of what zero points stand for (rows, groups). */
+struct factors {
+    int64_t groups;
+    int32_t pair[AT_ONCE * PAIRS * GROUPS];
+    float scale[AT_ONCE * GROUPS];
+    int32_t shift[AT_ONCE * GROUPS];
+};
+
+struct block {
+    const uint8_t *column[COLUMNS], *next[COLUMNS];
+    int64_t pairs;
+};
+
+#ifdef __AVX2__
+
+/* Where the sum of output `o` of a vector of codes is. Interleaving puts the first words of each 16 bytes into one vector of
+   pairs and the others into another; each of these gives a sum for every place in a word. */
+static inline int64_t place_of(int64_t o, const int bits, const int group) {
+    const int64_t inside = bits == 4 ? o % group : 0;
+    const int64_t byte = bits == 4 ? o / group * (group / 2) + inside % (group / 2) : o;
+    const int64_t part = bits == 4 ? byte % 2 * 2 + inside / (group / 2) : byte % 2;
+    const int64_t word = byte / 2, vector = word % 8 / 4 * (bits == 4 ? 4 : 2) + part;
+    return vector * WORDS + word / 8 * 4 + word % 4;
+}
+
+/* sums (rows, stride) += the products of a block's codes in the vector at `offset`. */
+ALWAYS void add_vector(const int bits, const int group, const int rows, const struct block *block, int64_t offset,
+                       const struct factors *by, float *sums, int64_t stride) {
+    const int parts = bits == 4 ? 4 : 2, halves = rows == 1 ? 2 : 1;
+    const int64_t g = bits == 4 ? 2 * offset / group : 0, groups = by->groups;
+    for (int first = 0; first < 2; first += halves) {
+        ints sum[4][2][4];
+        for (int r = 0; r < rows; r++)
+            for (int h = 0; h < halves; h++)
+                for (int n = 0; n < parts; n++) sum[r][h][n] = zero();
+        for (int64_t p = 0; p < block->pairs; p++) {
+            const ints a = load(block->column[2 * p] + offset), b = load(block->column[2 * p + 1] + offset);
+            if (!first) {
+                __builtin_prefetch(block->next[2 * p] + offset, 0, 2);
+                __builtin_prefetch(block->next[2 * p + 1] + offset, 0, 2);
+            }
+            ints x[4];
+            for (int r = 0; r < rows; r++) x[r] = spread(by->pair + (r * PAIRS + p) * groups + g, bits == 4 ? group : 0);
+            for (int h = 0; h < halves; h++) {
+                const ints both = first + h ? high_pairs(a, b) : low_pairs(a, b);
+                ints part[4];
+                if (bits == 4) { /* each code, the third with sixteen times the fourth, two of them sixteen times */
+                    part[0] = only(both, 0x0f);
+                    part[1] = only(both, 0xf0);
+                    part[2] = high_byte(both);
+                    part[3] = only(part[2], 0xf0);
+                } else {
+                    part[0] = signed_low_byte(both);
+                    part[1] = signed_high_byte(both);
+                }
+                for (int r = 0; r < rows; r++)
+                    for (int n = 0; n < parts; n++) sum[r][h][n] = add_products(sum[r][h][n], part[n], x[r]);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            const floats scale = as_floats(spread(by->scale + r * groups + g, bits == 4 ? group : 0));
+            for (int h = 0; h < halves; h++) {
+                float *to = sums + r * stride + (first + h) * parts * WORDS;
+                if (bits == 4) {
+                    const ints shift = spread(by->shift + r * groups + g, group), more = sixteen_times(shift);
+                    const floats less = times(scale, 0.0625f);
+                    add_scaled(to, subtract(sum[r][h][0], shift), scale);
+                    add_scaled(to + WORDS, subtract(sum[r][h][1], more), less);
+                    add_scaled(to + 2 * WORDS, subtract(subtract(sum[r][h][2], sum[r][h][3]), shift), scale);
+                    add_scaled(to + 3 * WORDS, subtract(sum[r][h][3], more), less);
+                } else {
+                    add_scaled(to, sum[r][h][0], scale);
+                    add_scaled(to + WORDS, sum[r][h][1], scale);
+                }
+            }
+        }
+    }
+}
+
+#else
+
+static inline int64_t place_of(int64_t o, const int bits, const int group) {
+    (void)bits, (void)group;
+    return o;
+}
+
+ALWAYS void add_vector(const int bits, const int group, const int rows, const struct block *block, int64_t offset,
+                       const struct factors *by, float *sums, int64_t stride) {
+    const int64_t groups = by->groups;
+    for (int r = 0; r < rows; r++) {
+        int32_t sum[2 * VECTOR] = {0};
+        for (int64_t p = 0; p < block->pairs; p++) {
+            const int32_t *pair = by->pair + (r * PAIRS + p) * groups;
+            int16_t code[2][2 * VECTOR];
+            for (int k = 0; k < 2; k++) {
+                const uint8_t *from = block->column[2 * p + k] + offset;
+                if (bits == 8)
+                    for (int i = 0; i < VECTOR; i++) code[k][i] = (int8_t)from[i];
+                else
+                    for (int s = 0; s < VECTOR; s += group / 2)
+                        for (int i = s; i < s + group / 2; i++) {
+                            code[k][s + i] = from[i] & 15;
+                            code[k][s + i + group / 2] = from[i] >> 4;
+                        }
+            }
+            const int size = bits == 8 ? VECTOR : group;
+            for (int s = 0; s < VECTOR * 8 / bits; s += size) {
+                const int32_t both = bits == 8 ? *pair : pair[(2 * offset + s) / group];
+                const int16_t x = (int16_t)(both & 0xffff), y = (int16_t)(both >> 16);
+                for (int i = s; i < s + size; i++) sum[i] += (int32_t)x * code[0][i] + (int32_t)y * code[1][i];
+            }
+        }
+        for (int i = 0; i < VECTOR * 8 / bits; i++) {
+            const int64_t g = r * groups + (bits == 4 ? (2 * offset + i) / group : 0);
+            sums[r * stride + i] += (float)(sum[i] - (bits == 4 ? by->shift[g] : 0)) * by->scale[g];
+        }
+    }
+}
+
+#endif
+
+static inline float widen_float16(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    const float finite = float_of(rest << 13) * 0x1p112f; /* also of those that are not normal */
+    const uint32_t bits = rest < 0x7c00 ? bits_of(finite) : rest << 13 | 0x7f800000;
+    return float_of(sign | bits);
+}
+
+/* To the nearest whole number, for sizes below 2^22. */
+static inline int32_t nearest(float x) { return (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u); }
+
+static inline int32_t pair_of(int32_t low, int32_t high) { return (int32_t)(((uint32_t)low & 0xffff) | (uint32_t)high << 16); }
+
+/* The factors of row `r` for 8-bit codes and inputs with these values. */
+static void round_inputs(const float *value, int64_t count, int64_t r, struct factors *by) {
+    float largest = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const float size = value[k] < 0 ? -value[k] : value[k];
+        largest = size > largest ? size : largest;
+    }
+    const float inverse = largest > TINY ? LARGEST / largest : 0.0f;
+    for (int64_t k = 0; k < count; k += 2)
+        by->pair[r * PAIRS + k / 2] = pair_of(nearest(value[k] * inverse), k + 1 < count ? nearest(value[k + 1] * inverse) : 0);
+    by->scale[r] = largest * (1.0f / LARGEST);
+}
+
+#ifdef __AVX2__
+
+/* `count` bytes, of which only those before `end` are read. */
+ALWAYS const void *readable(const void *from, const void *end, size_t count, void *copy) {
+    if ((const char *)from + count <= (const char *)end) return from;
+    memset(copy, 0, count);
+    memcpy(copy, from, (size_t)((const char *)end - (const char *)from));
+    return copy;
+}
+
+/* The factors of row `r` for inputs with these values, in the groups from `g0` on, which is even. */
+static void scale_inputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t g0,
+                         int64_t groups, int64_t r, struct factors *by) {
+    const int64_t stride = by->groups, all = weight->out / weight->group, row = (all + 1) / 2;
+    int32_t *pair = by->pair + r * PAIRS * stride;
+    const uint16_t *scales_end = weight->scales + weight->in * all;
+    const uint8_t *zeros_end = weight->zeros + weight->in * row;
+    floats scaled[COLUMNS + 1];
+    for (int64_t g = 0; g < groups; g += WORDS) {
+        floats largest = as_floats(zero());
+        for (int64_t k = 0; k < count; k++) {
+            uint16_t copy[WORDS];
+            const uint16_t *from = weight->scales + index[k] * all + g0 + g;
+            scaled[k] = halves_times(readable(from, scales_end, sizeof copy, copy), value[k]);
+            largest = larger(largest, scaled[k]);
+        }
+        scaled[count] = as_floats(zero());
+        const floats inverse = over(LARGEST, largest);
+        ints shift = zero();
+        for (int64_t k = 0; k < count; k += 2) {
+            const ints both = nearest_pairs(scaled[k], scaled[k + 1], inverse);
+            store(pair + k / 2 * stride + g, both);
+            if (weight->zeros) {
+                uint64_t low = 0, high = 0, copy;
+                const int64_t second = k + 1 < count ? k + 1 : k;
+                const uint8_t *from = weight->zeros + (g0 + g) / 2;
+                memcpy(&low, readable(from + index[k] * row, zeros_end, sizeof low, &copy), sizeof low);
+                memcpy(&high, readable(from + index[second] * row, zeros_end, sizeof high, &copy), sizeof high);
+                shift = add_products(shift, both, zero_pairs(low, high));
+            } else
+                shift = add_products(shift, both, all_pairs(8));
+        }
+        store(by->shift + r * stride + g, shift);
+        store_floats(by->scale + r * stride + g, times(largest, 1.0f / LARGEST));
+    }
+}
+
+#else
+
+static void scale_inputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t g0,
+                         int64_t groups, int64_t r, struct factors *by) {
+    float scaled[COLUMNS + 1][GROUPS], inverse[GROUPS];
+    const int64_t stride = by->groups, all = weight->out / weight->group, row = (all + 1) / 2;
+    float *scale = by->scale + r * stride;
+    int32_t *shift = by->shift + r * stride;
+    memset(scale, 0, (size_t)stride * sizeof(float));
+    memset(shift, 0, (size_t)stride * sizeof(int32_t));
+    for (int64_t k = 0; k < count; k++) {
+        const uint16_t *from = weight->scales + index[k] * all + g0;
+        for (int64_t g = 0; g < groups; g++) {
+            scaled[k][g] = value[k] * widen_float16(from[g]);
+            const float size = scaled[k][g] < 0 ? -scaled[k][g] : scaled[k][g];
+            scale[g] = size > scale[g] ? size : scale[g];
+        }
+    }
+    memset(scaled[count], 0, sizeof scaled[count]);
+    for (int64_t g = 0; g < groups; g++) {
+        inverse[g] = scale[g] > TINY ? LARGEST / scale[g] : 0.0f;
+        scale[g] *= 1.0f / LARGEST;
+    }
+    for (int64_t k = 0; k < count; k += 2) {
+        const uint8_t *zeros = weight->zeros ? weight->zeros + g0 / 2 : 0;
+        const uint8_t *a = zeros + index[k] * row, *b = zeros + index[k + 1 < count ? k + 1 : k] * row;
+        for (int64_t g = 0; g < groups; g++) {
+            const int32_t low = nearest(scaled[k][g] * inverse[g]), high = nearest(scaled[k + 1][g] * inverse[g]);
+            by->pair[(r * PAIRS + k / 2) * stride + g] = pair_of(low, high);
+            shift[g] += zeros ? low * (a[g / 2] >> g % 2 * 4 & 15) + high * (b[g / 2] >> g % 2 * 4 & 15) : 8 * (low + high);
+        }
+    }
+}
+
+#endif
+
+/* The vectors of a tile from `offset` to `stop` (bytes), and their sums (rows, stride). */
+ALWAYS void add_tile(const int bits, const int group, const int rows, const struct block *block, int64_t stop,
+                     const struct factors *by, float *sums, int64_t stride) {
+    const int outputs = bits == 4 ? 2 * VECTOR : VECTOR;
+    int64_t offset = 0;
+    for (; offset + VECTOR <= stop; offset += VECTOR, sums += outputs)
+        add_vector(bits, group, rows, block, offset, by, sums, stride);
+    if (offset < stop) { /* the rest of each column, and zeros after it; what they give is not used */
+        uint8_t rest[COLUMNS * VECTOR] = {0};
+        struct block last = *block;
+        for (int64_t k = 0; k < 2 * block->pairs; k++) {
+            memcpy(rest + k * VECTOR, block->column[k] + offset, (size_t)(stop - offset));
+            last.column[k] = rest + k * VECTOR - offset;
+        }
+        add_vector(bits, group, rows, &last, offset, by, sums, stride);
+    }
+}
+
+/* Of the sums of a tile's outputs those from `first` to `stop` in their order. */
+ALWAYS void put_in_order(const int bits, const int group, const float *sums, int64_t first, int64_t stop, float *result) {
+    const int64_t outputs = VECTOR * 8 / bits;
+    for (int64_t j = 0; j < stop; j += outputs)
+        for (int64_t o = 0; o < outputs; o++)
+            if (j + o >= first && j + o < stop) result[j + o] = sums[j + place_of(o, bits, group)];
+}
+
+/* Code for each format. */
+#define FORMATS(weight, CALL) \
+    if ((weight)->bits == 8) CALL(8, 64) else if ((weight)->group == 64) CALL(4, 64) else CALL(4, 32)
+#define TILES(rows)                                                                                                    \
+    static void add_tile_##rows(const struct quantized *weight, const struct block *block, int64_t stop,               \
+                                const struct factors *by, float *sums, int64_t stride) {                               \
+        FORMATS(weight, TILE_OF_##rows)                                                                                \
+    }
+#define TILE_OF(bits, group, rows) { add_tile(bits, group, rows, block, stop, by, sums, stride); }
+#define TILE_OF_1(bits, group) TILE_OF(bits, group, 1)
+#define TILE_OF_2(bits, group) TILE_OF(bits, group, 2)
+#define TILE_OF_4(bits, group) TILE_OF(bits, group, 4)
+TILES(1)
+TILES(2)
+TILES(4)
+
+/* Results (rows, stop - start) of outputs from `start` to `stop` for kept inputs at `index` with values (rows, spacing). A value
+   that is not finite makes NaN of its row. */
+void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
+                       int64_t rows, int64_t start, int64_t stop, float *result) {
+    const int bits = weight->bits, group = weight->group;
+    const int64_t vector = VECTOR * 8 / bits, column = weight->out * bits / 8, all = bits == 4 ? weight->out / group : 0;
+    const int64_t unit = bits == 4 ? 2 * group : 1, room = SUMS / rows / 128 * 128, most = room < TILE ? room : TILE;
+    float sums[SUMS];
+    struct factors by;
+    for (int64_t from = start / unit * unit; from < stop; from += most) {
+        const int64_t left = (bits == 4 ? (stop + group - 1) / group * group : stop) - from, here = left < most ? left : most;
+        const int64_t stride = (here + vector - 1) / vector * vector, bytes = here * bits / 8;
+        const int64_t groups = bits == 4 ? here / group : 1;
+        const uint8_t *codes = weight->codes + from * bits / 8;
+        by.groups = bits == 4 ? (groups + WORDS - 1) / WORDS * WORDS : 1;
+        memset(sums, 0, (size_t)(rows * stride) * sizeof(float));
+        for (int64_t k = 0; k < count; k += COLUMNS) {
+            const int64_t size = count - k < COLUMNS ? count - k : COLUMNS;
+            struct block block = {.pairs = (size + 1) / 2};
+            for (int64_t i = 0; i < 2 * block.pairs; i++) {
+                const int64_t after = k + COLUMNS + i;
+                block.column[i] = codes + index[k + (i < size ? i : size - 1)] * column;
+                block.next[i] = after < count ? codes + index[after] * column : block.column[i];
+                for (int64_t g = 0; g < groups && after < count && bits == 4; g += 32)
+                    __builtin_prefetch(weight->scales + index[after] * all + from / group + g, 0, 2);
+            }
+            for (int64_t r = 0, taken; r < rows; r += taken) {
+                taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+                for (int64_t i = 0; i < taken; i++) {
+                    const float *given = value + (r + i) * spacing + k;
+                    if (bits == 4)
+                        scale_inputs(weight, index + k, given, size, from / group, groups, i, &by);
+                    else
+                        round_inputs(given, size, i, &by);
+                }
+                (taken == 4 ? add_tile_4 : taken == 2 ? add_tile_2 : add_tile_1)(weight, &block, bytes, &by, sums + r * stride, stride);
+            }
+        }
+        const int64_t first = from < start ? start - from : 0, end = from + here < stop ? here : stop - from;
+        for (int64_t r = 0; r < rows; r++) {
+            float *to = result + r * (stop - start) + from - start;
+#define IN_ORDER(bits, group) { put_in_order(bits, group, sums + r * stride, first, end, to); }
+            FORMATS(weight, IN_ORDER)
+            for (int64_t o = first; o < end && bits == 8; o++) to[o] *= weight->output_scales[from + o];
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float any = 0;
+        for (int64_t k = 0; k < count; k++) any += 0.0f * value[r * spacing + k];
+        for (int64_t o = 0; o < stop - start && any != any; o++) result[r * (stop - start) + o] = any;
+    }
+}
+
+/* A share of outputs of y (rows, out) for kept inputs, in TYPE. */
+#define NARROWED(TYPE)                                                                                                 \
+    static void outputs_##TYPE(const struct site *site, const int64_t *index, const float *value, int64_t count,       \
+                               int64_t rows, int64_t start, int64_t stop, TYPE *y) {                                   \
+        const TYPE *bias = site->bias;                                                                                 \
+        float result[SUMS];                                                                                            \
+        const int64_t most = SUMS / rows / QUANTIZED_UNIT * QUANTIZED_UNIT;                                                                \
+        for (int64_t from = start; from < stop; from += most) {                                                        \
+            const int64_t width = stop - from < most ? stop - from : most;                                             \
+            quantized_outputs(site->quantized, index, value, count, site->in, rows, from, from + width, result);       \
+            for (int64_t r = 0; r < rows; r++)                                                                         \
+                for (int64_t o = 0; o < width; o++) {                                                                  \
+                    const float found = result[r * width + o];                                                         \
+                    y[r * site->out + from + o] = narrow_##TYPE(bias ? found + widen_##TYPE(bias[from + o]) : found);  \
+                }                                                                                                      \
+        }                                                                                                              \
+    }
+
+/* The inputs that one of the rows of x (rows, in) keeps, and their values (rows, in), zero where a row drops them. */
+#define UNION(TYPE)                                                                                                    \
+    static int64_t union_##TYPE(const TYPE *x, const float *norm, float threshold, const uint8_t *open, int64_t rows,  \
+                                int64_t in, int64_t *index, float *value) {                                            \
+        uint8_t *kept = (uint8_t *)value;                                                                              \
+        int64_t count = 0;                                                                                             \
+        memset(kept, 0, (size_t)in);                                                                                   \
+        for (int64_t r = 0; r < rows; r++) {                                                                           \
+            const float cut = open && open[r] ? -1.0f : threshold;                                                     \
+            for (int64_t i = 0; i < in; i++) {                                                                         \
+                const float v = widen_##TYPE(x[r * in + i]), size = v < 0 ? -v : v;                                    \
+                kept[i] |= !(size * norm[i] <= cut);                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t i = 0; i < in; i++) {                                                                             \
+            index[count] = i;                                                                                          \
+            count += kept[i];                                                                                          \
+        }                                                                                                              \
+        for (int64_t r = 0; r < rows; r++) {                                                                           \
+            const float cut = open && open[r] ? -1.0f : threshold;                                                     \
+            for (int64_t k = 0; k < count; k++) {                                                                      \
+                const float v = widen_##TYPE(x[r * in + index[k]]), size = v < 0 ? -v : v;                             \
+                value[r * in + k] = size * norm[index[k]] <= cut ? 0 : v;                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        return count;                                                                                                  \
+    }
+
+/* From x (rows, in) to y (rows, out), at most MOST_ROWS; `open` (rows,) or null says which rows are kept whole. Inputs that one of
+   the rows keeps are read for all. Threads share the outputs. Returns 1 without memory. */
+#define FEW(TYPE)                                                                                                      \
+    int few_##TYPE(const struct site *site, const TYPE *x, const uint8_t *open, TYPE *y, int64_t rows, int threads) {  \
+        const int64_t in = site->in, out = site->out;                                                                  \
+        void *memory = malloc((size_t)threads * (size_t)in * (sizeof(int64_t) + (size_t)rows * sizeof(float)));        \
+        if (!memory) return 1;                                                                                         \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
+            int64_t *index = (int64_t *)memory + me * in;                                                              \
+            float *value = (float *)((int64_t *)memory + threads * in) + me * rows * in;                               \
+            const int64_t count = union_##TYPE(x, site->norm, *site->threshold, open, rows, in, index, value);         \
+            outputs_##TYPE(site, index, value, count, rows, share(out, QUANTIZED_UNIT, me, team), share(out, QUANTIZED_UNIT, me + 1, team), y); \
+        }                                                                                                              \
+        free(memory);                                                                                                  \
+        return 0;                                                                                                      \
+    }
+
+/* Weights (in, stop - start) of outputs from `start`, an even group's first, to `stop`. */
+#define DEQUANTIZED(TYPE)                                                                                              \
+    void dequantize_##TYPE(const struct quantized *weight, int64_t start, int64_t stop, TYPE *to, int threads) {       \
+        const int64_t width = stop - start, size = weight->bits == 4 ? weight->group : 1, half = size / 2;             \
+        const int64_t groups = weight->out / size, row = (groups + 1) / 2;                                             \
+        _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t k = 0; k < weight->in; k++) {   \
+            TYPE *restrict own = to + k * width;                                                                       \
+            if (weight->bits == 8) {                                                                                   \
+                const int8_t *codes = (const int8_t *)weight->codes + k * weight->out + start;                         \
+                for (int64_t o = 0; o < width; o++)                                                                    \
+                    own[o] = narrow_##TYPE((float)codes[o] * weight->output_scales[start + o]);                        \
+                continue;                                                                                              \
+            }                                                                                                          \
+            for (int64_t o = 0; o < width; o += size) {                                                                \
+                const int64_t g = (start + o) / size;                                                                  \
+                const uint8_t *codes = weight->codes + (k * weight->out + start + o) / 2;                              \
+                const float scale = widen_float16(weight->scales[k * groups + g]);                                     \
+                const int zero = weight->zeros ? weight->zeros[k * row + g / 2] >> g % 2 * 4 & 15 : 8;                 \
+                for (int64_t i = 0; i < half; i++) {                                                                   \
+                    own[o + i] = narrow_##TYPE((float)((codes[i] & 15) - zero) * scale);                               \
+                    own[o + i + half] = narrow_##TYPE((float)((codes[i] >> 4) - zero) * scale);                        \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+NARROWED(float32)
+NARROWED(bfloat16)
+UNION(float32)
+UNION(bfloat16)
+FEW(float32)
+FEW(bfloat16)
+DEQUANTIZED(float32)
+DEQUANTIZED(bfloat16)
+
+#define RUN 256 /* numbers of a row of inputs that share a scale */
+#define PART 32 /* numbers that rows are filled up to a multiple of */
+
+/* The product of two rows of `count` numbers, a multiple of PART, of which the second is in runs with a scale each. */
+static inline float row_product(const int8_t *weight, const int16_t *x, const float *scale, int64_t count) {
+    float total[WORDS] = {0}, found = 0;
+    for (int64_t run = 0; run < count; run += RUN) {
+        const int64_t stop = count - run < RUN ? count : run + RUN;
+#ifdef __AVX2__
+        ints sum = zero();
+        for (int64_t i = run; i < stop; i += VECTOR / 2) sum = add_products(sum, widen_bytes(weight + i), load(x + i));
+        add_scaled(total, sum, as_floats(spread(scale + run / RUN, 0)));
+#else
+        int32_t sum = 0;
+        for (int64_t i = run; i < stop; i++) sum += weight[i] * x[i];
+        total[0] += (float)sum * scale[run / RUN];
+#endif
+    }
+    for (int64_t i = 0; i < WORDS; i++) found += total[i];
+    return found;
+}
+
+/* x (in,) in runs as numbers of 16 bits, filled up with zeros, and their scales; NaN for what is not finite. */
+static void round_runs(const float *x, int64_t in, int16_t *rounded, float *scale) {
+    for (int64_t run = 0; run < in; run += RUN) {
+        const int64_t stop = in - run < RUN ? in : run + RUN;
+        float largest = 0, any = 0;
+        for (int64_t i = run; i < stop; i++) {
+            const float size = x[i] < 0 ? -x[i] : x[i];
+            largest = size > largest ? size : largest;
+            any += 0.0f * x[i];
+        }
+        const float inverse = largest > TINY && any == any ? LARGEST / largest : 0.0f;
+        for (int64_t i = run; i < stop; i++) rounded[i] = any == any ? (int16_t)nearest(x[i] * inverse) : 0;
+        scale[run / RUN] = any == any ? largest * (1.0f / LARGEST) : any;
+    }
+    for (int64_t i = in; i < (in + PART - 1) / PART * PART; i++) rounded[i] = 0;
+}
+
+/* y (rows, out) = x (rows, in) @ weight (out, in) transposed, by rows in 8 bits with a scale each. Threads share the outputs.
+   Returns 1 without memory. */
+#define BY_ROWS(TYPE)                                                                                                  \
+    int by_rows_##TYPE(const int8_t *weight, const float *scales, const TYPE *x, TYPE *y, int64_t rows, int64_t in,    \
+                       int64_t out, int threads) {                                                                     \
+        const int64_t filled = (in + PART - 1) / PART * PART, runs = (in + RUN - 1) / RUN;                             \
+        const size_t sizes = (size_t)in * sizeof(float) + (size_t)(rows * runs) * sizeof(float);                       \
+        float *wide = malloc(sizes + (size_t)(rows * filled) * sizeof(int16_t) + (size_t)filled);                      \
+        if (!wide) return 1;                                                                                           \
+        float *scale = wide + in;                                                                                      \
+        int16_t *rounded = (int16_t *)(scale + rows * runs);                                                           \
+        int8_t *last = (int8_t *)(rounded + rows * filled); /* the last row may not be read past its end */            \
+        for (int64_t r = 0; r < rows; r++) {                                                                           \
+            for (int64_t i = 0; i < in; i++) wide[i] = widen_##TYPE(x[r * in + i]);                                    \
+            round_runs(wide, in, rounded + r * filled, scale + r * runs);                                              \
+        }                                                                                                              \
+        memset(last, 0, (size_t)filled);                                                                               \
+        memcpy(last, weight + (out - 1) * in, (size_t)in);                                                             \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
+            for (int64_t o = share(out, QUANTIZED_UNIT, me, team); o < share(out, QUANTIZED_UNIT, me + 1, team); o++) {                    \
+                const int8_t *row = o + 1 < out ? weight + o * in : last;                                              \
+                for (int64_t r = 0; r < rows; r++)                                                                     \
+                    y[r * out + o] =                                                                                   \
+                        narrow_##TYPE(scales[o] * row_product(row, rounded + r * filled, scale + r * runs, filled));   \
+            }                                                                                                          \
+        }                                                                                                              \
+        free(wide);                                                                                                    \
+        return 0;                                                                                                      \
+    }
+
+BY_ROWS(float32)
+BY_ROWS(bfloat16)
