@@ -304,8 +304,8 @@ static inline float widen_float16(uint16_t half) {
     return float_of(sign | bits);
 }
 
-/* To the nearest whole number, for sizes below 2^22. */
-static inline int32_t nearest(float x) { return (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u); }
+/* To the nearest whole number, for sizes below 2^22; a NaN to zero. */
+static inline int32_t nearest(float x) { return x != x ? 0 : (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u); }
 
 static inline int32_t pair_of(int32_t low, int32_t high) { return (int32_t)(((uint32_t)low & 0xffff) | (uint32_t)high << 16); }
 
