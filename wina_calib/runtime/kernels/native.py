@@ -1,5 +1,5 @@
-"""The CPU's code in C: products of one row (`site.c`), of many (`rows.c`) and with quantized weights (`quantized.c`), attention of
-one token (`attend.c`).
+"""The CPU's code in C: products of one row (`site.c`), of many (`rows.c`) and with quantized weights (`quantized.c`),
+attention of one token (`attend.c`).
 
 It is compiled once with the compiler that the system has.
 

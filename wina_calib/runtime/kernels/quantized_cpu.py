@@ -1,4 +1,4 @@
-"""Products with quantized weights on a CPU: one row and a few in C (`quantized.c`), many on weights that are dequantized by tiles.
+"""Products with quantized weights on a CPU: one row and a few in C (`quantized.c`), many on tiles of floats.
 
 Inputs are float32, bfloat16 or float16; the last goes through C as float32. One row reads the columns of the inputs that it
 keeps, a few rows those that one of them keeps. What an input and a group's scale give is rounded to 16 bits of the largest of 64
@@ -40,7 +40,7 @@ def sparse_site(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The masked product (rows, out) of x (rows, in) with a quantized weight; the other arguments as for `kernels.sparse_site`."""
+    """The masked product (rows, out) of x (rows, in) with a quantized weight; the rest as for `dispatch.sparse_site`."""
     if x.shape[0] > MAX_FEW_ROWS:
         return dense_site(reference.mask_input(x, norm, threshold, dense_rows), weight, bias)
     if x.shape[0] == 0:
@@ -135,7 +135,8 @@ def rows_product(x: Tensor, weight: QuantizedRows) -> Tensor:
         return rows_product(x.float(), weight).to(x.dtype)
     if not weight.codes.is_contiguous() or not weight.codes.is_cpu or rows.shape[1] != width:
         raise ValueError(
-            f"codes are {tuple(weight.codes.shape)} on {weight.codes.device}; expected {rows.shape[1]} contiguous columns on the CPU"
+            f"codes are {tuple(weight.codes.shape)} on {weight.codes.device}; "
+            f"expected {rows.shape[1]} contiguous columns on the CPU"
         )
     rows = rows.contiguous()
     y = torch.empty(rows.shape[0], out, dtype=x.dtype, device="cpu")

@@ -156,7 +156,9 @@ def test_a_few_rows_of_every_format(target, form, rows):
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_dequantized_tiles_are_the_definition(target, form):
     weight = random_weight(form, 33, 256 + form.group_size)
-    for dtype, (start, stop) in itertools.product(LIMITS, ((0, weight.out_features), (128, 256), (256, 256 + form.group_size))):
+    for dtype, (start, stop) in itertools.product(
+        LIMITS, ((0, weight.out_features), (128, 256), (256, 256 + form.group_size))
+    ):
         expected = weight.dequantize(dtype)[:, start:stop]
         assert torch.equal(quantized_cpu.dequantized(weight, start, stop, dtype), expected)
 
@@ -176,7 +178,9 @@ def test_many_rows_are_multiplied_by_tiles(form, monkeypatch):
         assert error(quantized_cpu.dense_site(x[:2], weight), expected[:2]) <= LIMITS[dtype]
 
 
-@pytest.mark.parametrize(("rows", "width", "out"), [(1, 1, 1), (1, 33, 300), (3, 255, 129), (2, 256, 127), (16, 576, 257), (17, 40, 50)])
+@pytest.mark.parametrize(
+    ("rows", "width", "out"), [(1, 1, 1), (1, 33, 300), (3, 255, 129), (2, 256, 127), (16, 576, 257), (17, 40, 50)]
+)
 def test_products_with_a_matrix_by_rows(target, rows, width, out):
     weight = quantize_rows(torch.randn(out, width))
     for dtype, outlier in itertools.product(LIMITS, (False, True)):
@@ -216,8 +220,12 @@ def test_blocks_in_one_call_take_quantized_weights():
     """Queries and keys turned, and the gated MLP, as the same products and steps apart, to the bit."""
     form, size = WeightFormat(4, 64), 64
     x, norm, threshold = inputs("plain", 1, 96, torch.bfloat16)
-    rows = [native.Row(random_weight(form, 96, out), norm, threshold, None, torch.bfloat16) for out in (4 * size, 2 * 704)]
-    second = native.Row(random_weight(WeightFormat(4, 32), 704, 96), torch.ones(704), torch.tensor(0.01), None, torch.bfloat16)
+    rows = [
+        native.Row(random_weight(form, 96, out), norm, threshold, None, torch.bfloat16) for out in (4 * size, 2 * 704)
+    ]
+    second = native.Row(
+        random_weight(WeightFormat(4, 32), 704, 96), torch.ones(704), torch.tensor(0.01), None, torch.bfloat16
+    )
     turn = torch.randn(2, size).bfloat16()
     apart = rows[0](x)
     heads = apart.view(4, size)[:3]
@@ -277,7 +285,7 @@ import sys, tempfile
 from pathlib import Path
 import torch
 sys.path[:0] = [{here!r}]
-import test_quantized_kernels as cases
+import test_quantized_cpu as cases
 flags = (*cases.FLAGS[sys.argv[1]], "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 with cases.compiled(flags, Path(tempfile.mkdtemp())):
     for form in cases.FORMATS:
@@ -302,8 +310,10 @@ def test_no_byte_outside_is_read_or_written(name, tmp_path):
     libraries = []
     for library in ("libasan.so", "libubsan.so"):
         command = ["gcc", f"-print-file-name={library}"]
-        found = shutil.which("gcc") and subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not found or not os.path.isabs(found):
+        found = (
+            shutil.which("gcc") and subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        )
+        if not found or not Path(found).is_absolute():
             pytest.skip("needs gcc with its sanitizers")
         libraries.append(found)
     given = os.environ | {
