@@ -13,11 +13,11 @@ import torch
 from kernel_cases import error
 
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat, quantize_rows
-from wina_calib.runtime.kernels import native, quantized_cpu
+from wina_calib.runtime.kernels import native, native_build, quantized_cpu
 
 needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 X86 = {"avx512": ("avx512bw", "avx512vl", "avx512_vnni"), "avx2": ("avx2", "fma", "f16c"), "plain": ()}
-FLAGS = {"avx512": native.TARGETS[0], "avx2": ("-mavx2", "-mfma", "-mf16c"), "plain": ()}
+FLAGS = {"avx512": native_build.TARGETS[0], "avx2": ("-mavx2", "-mfma", "-mf16c"), "plain": ()}
 FORMATS = [
     WeightFormat(4, 64, zero_point=True),
     WeightFormat(4, 64, zero_point=False),
@@ -80,12 +80,12 @@ def exact(x, weight, norm, threshold, dense_rows=None, bias=None):
 @contextlib.contextmanager
 def compiled(flags, folder):
     """The code in C as compiled with these flags instead of this processor's."""
-    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
+    compiler = next(filter(None, map(shutil.which, native_build.COMPILERS)))
     patch = pytest.MonkeyPatch()
-    patch.setattr(native, "TARGETS", (flags,))
-    library = native._open(native._compile(compiler, folder))
-    assert library is not None
-    patch.setattr(native, "_library", lambda: library)
+    patch.setattr(native_build, "TARGETS", (flags,))
+    opened = native_build._open(native_build._compile(compiler, folder))
+    assert opened is not None
+    patch.setattr(native_build, "library", lambda: opened)
     patch.setattr(native, "MIN_SHARED", 1)
     native.functions.cache_clear()
     try:
@@ -239,7 +239,7 @@ def test_blocks_in_one_call_take_quantized_weights():
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_without_a_compiler(form, monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     weight, bias = random_weight(form, 70, 128), torch.randn(128)
     for rows in (1, 3, 40):
         x, norm, threshold = inputs("plain", rows, 70, torch.float32)
