@@ -231,7 +231,8 @@ def test_a_checkpoint_without_weights(llama: Path, text: Path, tmp_path: Path) -
         opened = open_checkpoint(folder)
         assert opened.settings.sparsity == 0.42
         np.testing.assert_allclose(opened.sparsities(0.42).reshape(-1), list(found["cells"].values()), atol=1e-6)
-    assert wina_calib.load(folder) is not None
+    asked = [site.asked for site in sparse_sites(wina_calib.load(folder))]
+    np.testing.assert_allclose(asked, list(found["cells"].values()), atol=1e-6)
 
 
 def test_refit_refuses_changed_text(folder: Path, tmp_path: Path) -> None:

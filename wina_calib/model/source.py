@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from wina_calib.common.memory import return_freed_memory
 from wina_calib.errors import ModelFolderError, NumericError, UnsupportedModel
-from wina_calib.model.architecture import Architecture, Layer, describe
+from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.config import (
     METHOD,
     is_reference,
@@ -196,11 +196,6 @@ def _check_tied(folder: Path, architecture: Architecture, shards: Shards) -> Non
                 f"{folder}: config.json ties lm_head to the embedding, but {head} differs from {embed}. Set "
                 '"tie_word_embeddings": false in config.json to keep both, or remove the tensor.'
             )
-
-
-def layer_weights(layer: Layer, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Weights of a layer's sites: site name to its projections' weights in order."""
-    return {site.name: [tensors[f"{p.module}.weight"] for p in site.projections] for site in layer.sites}
 
 
 def fitting_length(source: Source, seq_len: int) -> int:

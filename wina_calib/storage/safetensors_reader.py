@@ -84,14 +84,11 @@ class Shards(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    def load(
-        self, name: str, *, dtype: torch.dtype | None = None, rows: slice | torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def load(self, name: str, *, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """Read one tensor, or some of its rows, into memory of its own.
 
         Args:
             name: the tensor.
-            dtype: convert to this dtype (default: as stored).
             rows: read only these entries of the first dimension: a slice of step 1, otherwise like any Python slice, or
                 their numbers (n,) int64, best in ascending order.
 
@@ -126,8 +123,7 @@ class Shards(Mapping[str, TensorInfo]):
         self._read(info, raw, runs, math.prod(shape[1:]) * info.dtype.itemsize)
         # A byte other than 0 and 1 in a bool tensor is undefined behaviour.
         tensor = raw.ne(0) if info.dtype == torch.bool else raw.view(info.dtype)
-        tensor = tensor.view(shape)
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor.view(shape)
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """SHA-256 (hex) over that of each tensor's name, dtype, shape and bytes, in the order of the names.

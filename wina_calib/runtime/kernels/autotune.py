@@ -86,16 +86,6 @@ def candidates(width: int, out: int, itemsize: int) -> list[Config]:
     return list(dict.fromkeys(fitting)) or [SMALLEST]
 
 
-def rows_config(rows: int, itemsize: int) -> Config:
-    """The launch shape for 2 to 8 rows: fewer columns at a time the more rows hold results in registers."""
-    return _scaled(Config(256, {2: 8, 4: 4, 8: 2}[padded_rows(rows)], 128, 1), itemsize)
-
-
-def padded_rows(rows: int) -> int:
-    """Rows rounded up to a power of two, as the device code holds them."""
-    return 1 << (rows - 1).bit_length()
-
-
 # A frozen dataclass of whole numbers.
 AnyShape = TypeVar("AnyShape")
 

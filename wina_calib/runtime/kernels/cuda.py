@@ -25,9 +25,7 @@ from wina_calib.runtime.patches.triton_launch import ALIGNMENT, start_again, sta
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What the kernels take. Which calls they are chosen for is MAX_CHOSEN_ROWS: each row has a mask of its own, so at half
-# sparsity two rows read 75 % of the columns and four 94 %, and the dense product wins.
-MAX_ROWS = 8
+# Each row has a mask of its own, so at half sparsity two rows read 75 % of the columns and four 94 %: dense products win.
 MAX_CHOSEN_ROWS = 1
 COMBINE_STEP = 32
 MASK_BLOCK = 1024
@@ -67,7 +65,7 @@ def sparse_site(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The site product on a contiguous (in, out) weight; arguments as for `kernels.sparse_site`, at most 8 rows."""
+    """The site product on a contiguous (in, out) weight; arguments as for `dispatch.sparse_site`, of one row."""
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
@@ -91,10 +89,9 @@ def launch(
     *,
     overlap: bool | None = None,
 ) -> Tensor:
-    """Enqueue the product with a given launch shape on the current device and stream."""
+    """Enqueue the product of one row with a given launch shape on the current device and stream."""
     code = _device_code()
-    rows, width = x.shape
-    out = weight_t.shape[1]
+    width, out = weight_t.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     if overlap is None:
@@ -102,25 +99,20 @@ def launch(
     options = {"launch_pdl": True} if overlap else {}
     slices = -(-width // config.slice)
     grid = (-(-out // config.block_n), slices, 1)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    partial = torch.empty(slices, rows, out, dtype=torch.float32, device=x.device)
+    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
+    partial = torch.empty(slices, out, dtype=torch.float32, device=x.device)
     index = torch.empty(grid[0] * slices * config.slice, dtype=torch.int32, device=x.device)
     arguments = (x, norm, threshold, threshold if dense_rows is None else dense_rows, weight_t, partial, index)
     shape = {"SLICE": config.slice, "BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "PDL": overlap}
     shape |= {"HAS_DENSE": dense_rows is not None, "num_warps": config.warps}
-    if rows == 1:
-        even = {"EVEN_K": width % config.slice == 0, "EVEN_N": out % config.block_n == 0}
-        start_kernel(code.gather_row, grid, (*arguments, width, out), **even, **shape, **options)
-    else:
-        padded = autotune.padded_rows(rows)
-        given = (*arguments, width, out, x.stride(0))
-        start_kernel(code.gather_rows, grid, given, ROWS=rows, PADDED=padded, **shape, **options)
+    even = {"EVEN_K": width % config.slice == 0, "EVEN_N": out % config.block_n == 0}
+    start_kernel(code.gather_row, grid, (*arguments, width, out), **even, **shape, **options)
     # Small blocks spread a short sum over the whole card; a long one prefers fewer programs.
-    block, warps = (32, 1) if rows * out < autotune.WIDE_OUTPUTS else (128, 4)
+    block, warps = (32, 1) if out < autotune.WIDE_OUTPUTS else (128, 4)
     start_kernel(
         code.combine,
-        (-(-rows * out // block), 1, 1),
-        (partial, y if bias is None else bias, y, out, rows * out),
+        (-(-out // block), 1, 1),
+        (partial, y if bias is None else bias, y, out, out),
         SLICES=slices,
         STEP=COMBINE_STEP,
         BLOCK=block,
@@ -235,10 +227,7 @@ def config_for(x: Tensor, weight_t: Tensor) -> Config | None:
 
     None where no candidate runs, for want of a compiler, say; said once.
     """
-    rows, width = x.shape
-    out = weight_t.shape[1]
-    if rows > 1:
-        return autotune.rows_config(rows, x.element_size())
+    width, out = weight_t.shape
     shapes = autotune.candidates(width, out, x.element_size())
     key = _key(x.device.index, width, out, x.dtype)
     best = autotune.chosen(key, shapes, lambda: _fastest(weight_t, shapes, launch))

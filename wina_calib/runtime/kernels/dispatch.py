@@ -123,7 +123,7 @@ def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_fe
 
 
 # From more rows on the product is dense everywhere.
-MAX_GATHERED_ROWS = max(cpu.MAX_SPARSE_ROWS, cuda.MAX_ROWS)
+MAX_GATHERED_ROWS = max(cpu.MAX_SPARSE_ROWS, cuda.MAX_CHOSEN_ROWS)
 CPU_MIN_SAVED = 1_500_000
 CPU_MIN_SPARSITY = {torch.float32: 0.35, torch.bfloat16: 0.15, torch.float16: 0.4}
 
