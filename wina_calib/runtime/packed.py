@@ -34,7 +34,7 @@ class PackedGroup:
         norm: (in,) float32, the group's.
         threshold: () float32, the group's.
         rotation: run-time matrix (in, in) or None.
-        number: by which a compiled step finds it, see `step`; only of a column-contiguous one.
+        number: by which a compiled step finds it, see `group_operator`; only of a column-contiguous one.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
@@ -170,7 +170,7 @@ class PackedGroup:
         return kernel(x, rows_for(self.state.dense_rows, x))
 
     def mask(self, x: Tensor) -> Tensor:
-        """`score.mask_input` of x (..., in), bit for bit, in fewer passes."""
+        """`mask.mask_input` of x (..., in), bit for bit, in fewer passes."""
         if not torch.compiler.is_compiling():
             if self._version != _version(self.threshold):
                 self._limit_now()

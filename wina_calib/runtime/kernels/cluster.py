@@ -133,7 +133,7 @@ def launch(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Enqueue the product with a given launch shape on the current device and stream; as `kernels.sparse_site`."""
+    """Enqueue the product with a given launch shape on the current device and stream; as `dispatch.sparse_site`."""
     width, out = weight_t.shape
     y = torch.empty(1, out, dtype=x.dtype, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()

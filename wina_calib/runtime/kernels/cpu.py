@@ -45,7 +45,7 @@ def sparse_site(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The site product on a contiguous (in, out) weight; arguments as for `kernels.sparse_site`."""
+    """The site product on a contiguous (in, out) weight; arguments as for `dispatch.sparse_site`."""
     if x.shape[0] > max_sparse_rows(x.dtype):
         return dense_columns(reference.mask_input(x, norm, threshold, dense_rows), weight_t, bias)
     if native.available(x.dtype) and x.shape[0] > 0:

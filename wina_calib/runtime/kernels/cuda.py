@@ -1,4 +1,4 @@
-"""CUDA: the product in CUDA (`cluster`) where the card has it, else in Triton (`_triton`); masks and attention in Triton.
+"""CUDA: the product in CUDA (`cluster`) where the card has it, else in Triton; masks and attention in Triton.
 
 Nothing here waits for the device or depends on data, so all may be captured in a CUDA graph. Which launch shape is
 best depends on the weight's shape and the card; a short list is measured once, outside of any capture, and `autotune`

@@ -14,7 +14,7 @@
 Few: up to 4 rows of 16 bits on a processor without arithmetic for them. More rows on a CPU: in C in bfloat16 where the
 processor multiplies pairs of it, in float32 blocks where it has no 16-bit arithmetic, else by torch. One row on CUDA: in
 CUDA (`cluster`, `site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton
-(`_triton`, which takes up to 8). A call that needs gradients takes the reference path, which is differentiable. To
+(`triton_kernels`). A call that needs gradients takes the reference path, which is differentiable. To
 `torch.compile` the kernels are one opaque operator, `wina_calib::sparse_site`: no graph break, no recompile when the
 threshold changes, and on CUDA nothing that a CUDA graph cannot capture. Eager calls skip the dispatcher, whose way
 through Python costs tens of microseconds.
@@ -175,7 +175,7 @@ def row_of(weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | Non
 
 
 def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`score.mask_input` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
+    """`mask.mask_input` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
 
     Args:
         x: (..., in).

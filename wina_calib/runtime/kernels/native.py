@@ -208,7 +208,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
 
 
 def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = None) -> Tensor:
-    """`score.mask_input` of x, bit for bit, in one pass.
+    """`mask.mask_input` of x, bit for bit, in one pass.
 
     Args:
         x: (..., in), float32 or bfloat16.

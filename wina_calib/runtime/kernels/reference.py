@@ -40,5 +40,5 @@ def sparse_site(
     dense_rows: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Masked dense product, differentiable, on either layout of `weight_t`. Arguments as for `kernels.sparse_site`."""
+    """Masked dense product, differentiable, on either layout of `weight_t`. Arguments as for `dispatch.sparse_site`."""
     return torch.nn.functional.linear(mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from wina_calib.runtime.load import choose_sparsity, runtime_state
 from wina_calib.runtime.patches import compile_guards
 from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.studies.bench.models import Pair
-
-logger = logging.getLogger(__name__)
 
 WARM_STEPS = 4
 COUNTED_STEPS = 16

@@ -31,7 +31,7 @@ class SiteWeights:
 
     Attributes:
         dense: a row-major (out, in) weight a projection.
-        sparse: (in, sum of outs), column-contiguous where `kernels.column_layout_pays`, else a row-major view.
+        sparse: (in, sum of outs), column-contiguous where `dispatch.column_layout_pays`, else a row-major view.
         norm: (in,) float32.
         x: (1, in).
         threshold: () float32.
