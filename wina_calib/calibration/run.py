@@ -33,7 +33,7 @@ from wina_calib.errors import HubError, OutputError, RankError, StateError, Usag
 from wina_calib.model.config import has_own_code, remote_code
 from wina_calib.model.source import fitting_length, open_source
 from wina_calib.storage.resume import RunState, open_run_state
-from wina_calib.storage.resume_files import drop
+from wina_calib.storage.resume_files import drop, state_folder
 from wina_calib.transforms import plan
 
 BASE_TOKENS = 16_384
@@ -129,7 +129,7 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
     """Do the work under a lock on the output, with its state beside it."""
     ranks = job.ranks
     target = output.expanduser().resolve()
-    state = target.with_name(f".{target.name}.state")
+    state = state_folder(target)
     work, spill = state / "output", state / "spill"
     with ExitStack() as held:
 

@@ -127,7 +127,7 @@ def made_metadata(folder: Path, settings: Settings, base: Base) -> dict[str, Any
     language = base.metadata.get("language")
     if isinstance(language, str | list):
         found["language"] = language
-    datasets = hub_datasets(settings.provenance.get("data", ()))
+    datasets = hub_datasets(settings.data)
     if datasets:
         found["datasets"] = datasets
     return found | {"tags": list(TAGS)}

@@ -19,7 +19,7 @@ from wina_calib.model.architecture import SITES
 from wina_calib.model.config import REFERENCE_FILE, is_reference
 from wina_calib.model.locate import given_name
 from wina_calib.model.tensor_names import is_added, is_rotation
-from wina_calib.storage.hub_client import CONFLICT, readable_errors, status_of
+from wina_calib.storage.hub_client import CONFLICT, check_reachable, readable_errors, status_of
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
@@ -171,6 +171,7 @@ def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | 
         HubError: the Hub cannot be reached or refuses.
     """
     with readable_errors(user or "the Hub"):
+        check_reachable()
         found = HfApi(token=token).list_models(
             author=user, filter=TAGS[0], sort="last_modified", limit=limit, cardData=True, full=True
         )

@@ -58,6 +58,18 @@ class Settings:
         return MaskRule(self.score, self.masks, self.exponent, self.transform, self.select, self.first_token)
 
     @property
+    def base_model(self) -> str:
+        """What the base model was called; `unknown` where the provenance does not say."""
+        name = self.provenance.get("base_model")
+        return name if isinstance(name, str) else "unknown"
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Data specs of the calibration text; empty where the provenance does not say."""
+        specs = self.provenance.get("data")
+        return tuple(spec for spec in specs if isinstance(spec, str)) if isinstance(specs, list | tuple) else ()
+
+    @property
     def seq_len(self) -> int:
         """Tokens of a calibration block; 2048 where the provenance does not say."""
         return int(self.provenance.get("seq_len", 2048))

@@ -53,18 +53,18 @@ def to_dict(facts: RemoteFacts) -> dict[str, Any]:
 
 def render(facts: RemoteFacts) -> str:
     """The facts as text."""
-    settings, provenance = facts.settings, facts.settings.provenance
+    settings = facts.settings
     weights = ", ".join(f"{count:,} {dtype}" for dtype, count in facts.parameters.items())
     rows = [
         ["checkpoint", f"{facts.repo} at {facts.commit[:12]}"],
-        ["base model", str(provenance.get("base_model"))],
+        ["base model", settings.base_model],
         ["weights", "the base model's, by reference" if facts.by_reference else weights],
         ["size", human_bytes(facts.total_bytes)],
         ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.fitted_anchors))})"],
         ["score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"],
         ["transform", f"{settings.transform} ({facts.runtime_elements:,} run-time weights)"],
         ["budget", settings.budget],
-        ["data", ", ".join(map(str, provenance.get("data", ())))],
+        ["data", ", ".join(settings.data) or "unknown"],
         ["format", settings.format_version],
     ]
     return table(["", ""], rows)

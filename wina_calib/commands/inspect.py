@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("checkpoint", metavar="DIR")
+@click.option("--full", is_flag=True, help="List every site of every layer.")
 @click.option("--weights/--no-weights", default=True, show_default=True, help="Read all weights to verify them.")
 @revision_option
 @trust_option
 @json_option
-def command(checkpoint: str, weights: bool, revision: str | None, as_json: bool) -> None:
+def command(checkpoint: str, full: bool, weights: bool, revision: str | None, as_json: bool) -> None:
     """Say what is in a calibrated checkpoint, verified.
 
     \b
-    Example:
-      wina-calib inspect demo-sparse --json
+    Examples:
+      wina-calib inspect demo-sparse
+      wina-calib inspect demo-sparse --full
     """
     load_libraries()
     from wina_calib.checkpoint.reader import open_checkpoint
@@ -38,7 +40,7 @@ def command(checkpoint: str, weights: bool, revision: str | None, as_json: bool)
     if weights:
         opened.verify_weights()
     facts = describe(opened, verified=weights)
-    emit(facts, render(facts), as_json=as_json)
+    emit(facts, render(facts, full=full), as_json=as_json)
 
 
 def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
@@ -62,6 +64,9 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         )
     return {
         "folder": str(opened.folder),
+        "base_model": settings.base_model,
+        "data": list(settings.data),
+        "anchors": list(settings.anchors),
         "model_type": arch.model_type,
         "layers": len(arch.layers),
         "weights_verified": verified,
@@ -75,25 +80,50 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
     }
 
 
-def render(facts: dict[str, Any]) -> str:
-    """The facts as text."""
+def render(facts: dict[str, Any], *, full: bool = False) -> str:
+    """The facts as text: what fits a screen, or every site too."""
     settings = facts["settings"]
     rows = [
-        ["base model", str(settings["provenance"].get("base_model"))],
+        ["base model", facts["base_model"]],
         ["structure", f"{facts['model_type']}, {facts['layers']} layers"],
         ["sparsity", f"{percent(settings['sparsity'])} (fitted at {', '.join(map(percent, facts['fitted_anchors']))})"],
         ["score, masks, selection", ", ".join(settings[key] for key in ("score", "masks", "select"))],
         ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
         ["budget", settings["budget"]],
         ["read fraction", f"{percent(facts['read_fraction'])}, decoder {percent(facts['read_fraction_decoder'])}"],
-        [
-            "data",
-            f"{', '.join(settings['provenance'].get('data', []))} ({settings['provenance'].get('blocks')} blocks)",
-        ],
+        ["data", f"{', '.join(facts['data']) or 'unknown'} ({settings['provenance'].get('blocks', '?')} blocks)"],
         ["weights", "verified" if facts["weights_verified"] else "not read"],
     ]
+    return "\n\n".join([table(["", ""], rows), _every_site(facts) if full else _by_site(facts)])
+
+
+def _by_site(facts: dict[str, Any]) -> str:
+    """A line a site: what is dropped there on average, in which layers least and most, and what that does to its output."""
+    at = min(range(len(facts["anchors"])), key=lambda i: abs(facts["anchors"][i] - facts["settings"]["sparsity"]))
+    rows = []
+    for name in dict.fromkeys(site["site"] for site in facts["sites"]):
+        own = [site for site in facts["sites"] if site["site"] == name]
+        least, most = (choice(own, key=lambda site: site["sparsity"]) for choice in (min, max))
+        error = sum(site["error"][at] for site in own) / len(own)
+        rows.append(
+            [
+                name,
+                percent(sum(site["sparsity"] for site in own) / len(own)),
+                f"{percent(least['sparsity'])} in layer {least['layer']}",
+                f"{percent(most['sparsity'])} in layer {most['layer']}",
+                percent(error),
+            ]
+        )
+    return (
+        table(["site", "dropped", "least", "most", "output error"], rows)
+        + f"\n\noutput error: of that site's output alone at sparsity {percent(facts['anchors'][at])}, not of the model. "
+        "--full lists every site."
+    )
+
+
+def _every_site(facts: dict[str, Any]) -> str:
     sites = [
         [f"{s['layer']}", s["site"], f"{s['sparsity']:.3f}", " ".join(f"{t:.4g}" for t in s["thresholds"].values())]
         for s in facts["sites"]
     ]
-    return table(["", ""], rows) + "\n\n" + table(["layer", "site", "sparsity", "threshold"], sites)
+    return table(["layer", "site", "sparsity", "threshold"], sites)

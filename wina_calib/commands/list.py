@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from wina_calib.commands.logs import load_libraries
+from wina_calib.commands.logs import load_libraries, log_level
 from wina_calib.commands.options import json_option
 from wina_calib.commands.output import emit
 from wina_calib.common.text import table
@@ -30,7 +31,8 @@ def command(user: str | None, limit: int, as_json: bool) -> None:
     load_libraries()
     from wina_calib.checkpoint.hub import list_checkpoints
 
-    found = list_checkpoints(user, limit=limit)
+    with log_level("huggingface_hub", logging.ERROR):  # one line says that nobody answers
+        found = list_checkpoints(user, limit=limit)
     emit({"checkpoints": [asdict(model) for model in found]}, render(found, user), as_json=as_json)
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError, ModelFolderError, UsageError
+from wina_calib.model import no_folder
 from wina_calib.model.config import CONFIG_BYTES, REFERENCE_FILE, code_is_trusted, is_reference
 from wina_calib.storage import read_json
 from wina_calib.storage.hub_client import fetch
@@ -86,12 +87,20 @@ def _root(
     if model == DEMO and not (path / "config.json").is_file():
         return demo_folder(), None
     if path.is_dir():
+        refused = no_folder.refused_folder(model, path)
+        if refused is not None:
+            raise ModelFolderError(refused)
         return path, None
+    instead = no_folder.reason(model)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelFolderError(f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`.")
+        raise ModelFolderError(
+            instead or f"{model} is not a folder. Give a model folder, a Hub id such as USER/NAME, or `demo`."
+        )
     try:
         return fetch(model, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only)
     except HubError as error:
+        if instead is not None:
+            raise ModelFolderError(instead) from None
         if "/" in model:
             raise HubError(f"{error} There is no folder of that name here either.") from None
         raise HubError(f"there is no folder {model} here. As a Hub id, {error}") from None

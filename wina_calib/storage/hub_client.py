@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub.utils import get_session
 
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 CONFLICT = 412
+_PATIENCE = 10.0  # seconds for an answer
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
 
 
@@ -46,6 +48,15 @@ def fetch(
         )
     folder = Path(found)
     return folder, folder.name if folder.parent.name == "snapshots" else None
+
+
+def check_reachable() -> None:
+    """Ask the Hub for nothing, once: where nobody answers, its client would try again for half a minute.
+
+    Raises:
+        what `readable_errors` turns into one line.
+    """
+    get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
 
 
 @contextmanager

@@ -18,6 +18,11 @@ JOB, STATE = "job.json", "state.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def state_folder(target: Path) -> Path:
+    """Where the state of an output lies while it is made: `.NAME.state` beside it."""
+    return target.with_name(f".{target.name}.state")
+
+
 def is_useful(folder: Path) -> bool:
     """Whether a folder holds finished work."""
     return (folder / JOB).exists() and any(folder.glob(f"*/{STATE}"))

@@ -279,7 +279,7 @@ def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real:
             "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
         )
         found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
-    overlap = _overlap(tuple(settings.provenance.get("data", ())), data)
+    overlap = _overlap(settings.data, data)
     if overlap > 0.01:
         found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
     return tuple(found)
