@@ -39,6 +39,25 @@ def fixed(value: float) -> str:
     return f"{value:.3f}" if abs(value) < _LONG else f"{value:.3g}"
 
 
+def human_bytes(count: float) -> str:
+    """`1234567` -> `1.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """`95` -> `1.6 min`."""
+    if seconds < 59.5:
+        return f"{max(seconds, 0.0):.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.1f} min" if minutes < 9.95 else f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h"
+
+
 def _is_number(cell: str) -> bool:
     return bool(cell) and cell.strip().rstrip("%x").replace(",", "").strip().lstrip("+-").replace(".", "", 1).isdigit()
 
