@@ -23,7 +23,7 @@ from wina_calib.checkpoint.reader import read_settings
 from wina_calib.cli import COMMANDS, main
 from wina_calib.commands.demo import PROMPTS
 from wina_calib.commands.options import Counts, Share
-from wina_calib.commands.output import bar
+from wina_calib.commands.output import bars
 from wina_calib.common.text import fixed, rise, table
 from wina_calib.errors import StateError
 from wina_calib.studies.evaluate import find_warnings
@@ -108,10 +108,10 @@ def test_no_color_draws_plain_bars(monkeypatch: pytest.MonkeyPatch, value: str |
     monkeypatch.delenv("NO_COLOR", raising=False)
     if value is not None:
         monkeypatch.setenv("NO_COLOR", value)
-    with bar(4, "work") as shown:
-        shown.update(2)
-        shown.refresh()
-    assert "work: " in terminal.getvalue()
+    with bars() as progress:
+        progress.phase("work", 4)
+        progress.step("")
+    assert "work" in terminal.getvalue()
     assert terminal.getvalue().isascii() is plain
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.greedy import HIGHEST, LAST_FRACTION, STEP, greedy
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
@@ -21,7 +22,7 @@ ANCHORS = (0.1, 0.2)
 
 
 def open_stream(folder: str, ids: torch.Tensor) -> LayerStream:
-    return LayerStream(open_source(folder), ids, micro_batch=2, dtype=torch.float32, device=torch.device("cpu"))
+    return LayerStream(open_source(folder), ids, Compute(torch.device("cpu"), torch.float32, 2))
 
 
 def some_ids() -> torch.Tensor:

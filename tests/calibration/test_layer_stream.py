@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll
@@ -46,7 +47,7 @@ def test_streaming_is_bit_equal(variant: str, tmp_path: Path) -> None:
     model = tiny.save(variant.partition("-")[0], tmp_path / "m", **VARIANTS[variant])
     source = open_source(str(tmp_path / "m"))
     ids = torch.randint(4, 300, (5, 24), generator=torch.Generator().manual_seed(0))
-    stream = LayerStream(source, ids, micro_batch=2, dtype=torch.float32, device=torch.device("cpu"))
+    stream = LayerStream(source, ids, Compute(torch.device("cpu"), torch.float32, 2))
     with torch.no_grad():
         expected = [model(b, output_hidden_states=True, use_cache=False) for b in ids.split(2)]
         hidden = stream.embed()
@@ -71,20 +72,15 @@ def test_a_decoder_that_gives_more_than_hidden_states(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     ids = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     source = open_source(str(tmp_path / "m"))
-    stream = LayerStream(source, ids, micro_batch=1, dtype=torch.float32, device=torch.device("cpu"))
+    stream = LayerStream(source, ids, Compute(torch.device("cpu"), torch.float32))
     hidden = dense_pass(stream)
     for _, head in stream.heads():
         assert torch.equal(head(hidden[1]), model(ids[1:]).logits)
 
 
 def test_only_two_layers_are_ever_loaded(llama: Path) -> None:
-    stream = LayerStream(
-        open_source(str(llama)),
-        torch.ones(1, 8, dtype=torch.long),
-        micro_batch=1,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    ids = torch.ones(1, 8, dtype=torch.long)
+    stream = LayerStream(open_source(str(llama)), ids, Compute(torch.device("cpu"), torch.float32))
     for index, _ in stream.layers():
         loaded = [i for i, m in enumerate(stream.modules) if not next(m.parameters()).is_meta]
         assert loaded == [index]

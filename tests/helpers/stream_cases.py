@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.model.source import open_source
 
@@ -11,9 +12,7 @@ CPU = torch.device("cpu")
 
 
 def open_stream(folder: Path, ids: torch.Tensor, *, micro_batch: int = 2, spill: Path | None = None) -> LayerStream:
-    return LayerStream(
-        open_source(str(folder)), ids, micro_batch=micro_batch, dtype=torch.float32, device=CPU, spill=spill
-    )
+    return LayerStream(open_source(str(folder)), ids, Compute(CPU, torch.float32, micro_batch, spill=spill))
 
 
 def some_ids(blocks: int = 3, seq: int = 20) -> torch.Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
+from heard import Heard
 
 import wina_calib
 from wina_calib.budgets import read_budget
@@ -72,13 +73,12 @@ def test_onto_itself_nothing_is_lost(small: Path, text: Path) -> None:
 
 def test_onto_a_deeper_model(small: Path, large: Path, text: Path) -> None:
     before = {p.name: p.read_bytes() for p in large.iterdir()}
-    done: list[tuple[int, int]] = []
-    found = transfer(
-        small, large, sparsities=(0.3, 0.5), heldout=str(text), progress=lambda *seen: done.append(seen), **OPTIONS
-    )
+    heard = Heard()
+    found = transfer(small, large, sparsities=(0.3, 0.5), heldout=str(text), progress=heard, **OPTIONS)
     assert {p.name: p.read_bytes() for p in large.iterdir()} == before
     assert [(r.sparsity, r.way) for r in found.rows] == [(s, way) for s in (0.3, 0.5) for way in WAYS]
-    assert done == [(i, 80) for i in range(1, 81)]
+    heard.check()
+    assert heard.phases[-1] == ("transfer", 80)
     alone = wina_calib.evaluate(large, data=str(text), sparsity=0.3, tokens=1024)
     native = found.rows[0]
     assert (native.ppl, native.kl, native.model_sparsity) == (alone.sparse_ppl, alone.kl, alone.model_sparsity)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from heard import Heard
 from tiny import CACHE, make
 from transform_cases import EXACT, IDS, layer_weights, orthogonal, relative_difference, transformed
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,8 +156,8 @@ def test_fitted_global_and_head_are_exact_and_repeatable(family):
     model = make(family, dtype=torch.float64)
     arch = describe(model)
     statistics = collect(model, arch)
-    lines = []
-    rotations = fit("global+head", arch, loader(model, arch), statistics, steps=8, progress=lines.append)
+    heard = Heard()
+    rotations = fit("global+head", arch, loader(model, arch), statistics, steps=8, progress=heard)
     assert relative_difference(transformed(model, arch, rotations)(IDS).logits, model(IDS).logits) < EXACT
     identity = torch.eye(64, dtype=torch.float64)
     torch.testing.assert_close(rotations.residual @ rotations.residual.T, identity, rtol=0, atol=1e-12)
@@ -164,7 +165,7 @@ def test_fitted_global_and_head_are_exact_and_repeatable(family):
     again = fit("global+head", arch, loader(model, arch), collect(model, arch), steps=8)
     assert torch.equal(again.residual, rotations.residual)
     assert all(torch.equal(a, b) for a, b in zip(again.heads, rotations.heads, strict=True))
-    assert any("held-out cost" in line for line in lines)
+    assert any("held-out cost" in line for line in heard.lines)
 
 
 def test_a_head_transform_fits_where_the_residual_stream_cannot_turn():
@@ -317,9 +318,9 @@ def test_the_demo_model_in_bfloat16_and_what_learning_gains_on_it():
     test = load_blocks(("builtin:heldout",), tokenizer, samples=32, seq_len=256, seed=0, min_tokens=0).ids
     statistics = Statistics(arch, "global+head", tokens=len(ids) * 255, per_site=1024)
     feed(model, arch, statistics, ids, (8, 8, 8), width=255)
-    lines = []
-    rotations = fit("global+head", arch, loader(model, arch), statistics, steps=40, progress=lines.append)
-    last = [float(line.rsplit(" ", 1)[1]) for line in lines if "held-out" in line][-1]
+    heard = Heard()
+    rotations = fit("global+head", arch, loader(model, arch), statistics, steps=40, progress=heard)
+    last = [float(line.rsplit(" ", 1)[1]) for line in heard.lines if "held-out" in line][-1]
     assert last < 0.97
     out = transformed(model, arch, rotations)
     for parameter in out.parameters():

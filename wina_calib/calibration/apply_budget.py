@@ -13,6 +13,7 @@ from torch import Tensor
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
@@ -151,9 +152,11 @@ def _refitted(
         options=options,
         transform=plan(settings.transform, source.architecture),
         blocks=text,
-        device=device,
-        dtype=pick_dtype(refit.dtype, source.dtype, device),
-        micro_batch=default_micro_batch(device, seq_len, source.architecture.width),
+        compute=Compute(
+            device,
+            pick_dtype(refit.dtype, source.dtype, device),
+            default_micro_batch(device, seq_len, source.architecture.width),
+        ),
         report=report,
     )
     tensors, _ = job.fit(source, ChosenBudget(rows))

@@ -16,8 +16,9 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
 from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.loss_curves import PASSES, LossCurves, measure_curves, usable_tokens
+from wina_calib.calibration.loss_curves import LossCurves, measure_curves, usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
@@ -26,7 +27,6 @@ from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")
 GREEDY_TOKENS = 8192
-GREEDY_PASSES = 95.0  # of the tokens it uses, to a sparsity of 0.65; each takes a part of a layer
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def allocate(
     stream: Callable[[int], LayerStream],
     *,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> ChosenBudget:
     """Choose the site sparsities of every anchor.
 
@@ -99,7 +99,7 @@ def allocate(
         tokens: calibration tokens that there are.
         stream: opens the transformed dense model on at most so many of them.
         phase: where the choice is saved on the way.
-        progress: called for every layer and pass.
+        progress: hears of phases, and of every layer in them.
 
     Raises:
         BudgetError: a bound or a budget file cannot be used.
@@ -124,15 +124,6 @@ def allocate(
 def is_file(budget: str) -> bool:
     """Whether a `--budget` value is a file rather than a method."""
     return budget not in METHODS
-
-
-def choice_passes(options: CalibrateOptions, tokens: int) -> float:
-    """Forward passes over `tokens` calibration tokens that choosing the budget is worth."""
-    if options.budget == "uniform":
-        return 0.0
-    if options.budget == "greedy":
-        return GREEDY_PASSES * min(1.0, GREEDY_TOKENS / tokens)
-    return PASSES * usable_tokens(tokens) / tokens
 
 
 def stored_name(options: CalibrateOptions) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.rule import MaskRule
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
@@ -22,7 +22,7 @@ def dense_pass(
     statistics: Statistics | None = None,
     *,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> HiddenStates:
     """Run the dense model and return its last hidden states.
 
@@ -30,7 +30,7 @@ def dense_pass(
         stream: the model and the tokens.
         statistics: sees each site's inputs without first tokens.
         phase: where every layer's outputs are saved.
-        progress: called for every layer.
+        progress: hears of every layer.
     """
     arch = stream.source.architecture
     blocks, seq_len = stream.batches[0].shape
@@ -53,7 +53,7 @@ def dense_pass(
             tensors=None if statistics is None else statistics.state_dict(index),
             stores={"hidden": hidden},
         )
-        progress(f"layer {index + 1}")
+        progress.step(f"layer {index + 1}")
     return hidden
 
 

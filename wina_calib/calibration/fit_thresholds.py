@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.checkpoint.format import SiteTensors
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.architecture import SITES
@@ -28,7 +29,7 @@ def fit_thresholds(
     rows: np.ndarray[Any, Any],
     *,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> tuple[dict[str, Tensor], list[HiddenStates]]:
     """Fit thresholds at every anchor.
 
@@ -38,7 +39,7 @@ def fit_thresholds(
         options: anchors, the asked sparsity and the kind of loop.
         rows: (anchors, layers, sites) site sparsities.
         phase: where every layer's outputs and tensors are saved.
-        progress: called for every layer.
+        progress: hears of every layer.
 
     Returns:
         The tensors to store, and the last hidden states of the sparse model at each anchor.
@@ -75,7 +76,7 @@ def fit_thresholds(
         tensors |= new
         worst = max(fits[-1].items(), key=lambda item: item[1].error)
         phase.save(index + 1, tensors=new, stores=stores)
-        progress(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
+        progress.step(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
     if dense is not None:
         dense.clear()
     return tensors, states

@@ -11,7 +11,7 @@ the error is the smallest (lazy evaluation: rises grow with sparsity, nearly).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import LEVELS
@@ -105,7 +106,7 @@ def greedy(
     *,
     lazy: bool = True,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> GreedyBudget:
     """Search every layer's site sparsities on the dense model's inputs.
 
@@ -115,7 +116,7 @@ def greedy(
         anchors: ascending model sparsities, which here are those of every layer.
         lazy: try a candidate again only when it may be the best; without it every step tries all.
         phase: where every layer's outputs and sparsities are saved.
-        progress: called for every layer.
+        progress: hears of every layer.
     """
     arch = stream.source.architecture
     hidden, cost = stream.embed(), Cost(**phase.values)
@@ -138,7 +139,7 @@ def greedy(
         rows[:, index] = _along(path, anchors)
         new = {str(index): torch.from_numpy(rows[:, index].copy())}
         phase.save(index + 1, tensors=new, values=asdict(cost), stores={"hidden": hidden})
-        progress(f"greedy search of layer {index + 1}")
+        progress.step(f"greedy search of layer {index + 1}")
     hidden.clear()
     return GreedyBudget(rows, cost)
 

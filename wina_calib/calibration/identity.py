@@ -29,7 +29,7 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
         job: the calibration.
         base: the text of the original model's perplexity.
     """
-    source, options = job.source, asdict(job.options)
+    source, options, device = job.source, asdict(job.options), job.compute.device
     return {
         "format": 1,
         "model": {
@@ -43,9 +43,9 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
         "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},
         "budget_file": _digest([Path(job.options.budget)]) if is_file(job.options.budget) else None,
         "compute": {
-            "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else platform.machine(),
-            "dtype": str(job.dtype).removeprefix("torch."),
-            "micro_batch": job.micro_batch,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "dtype": str(job.compute.dtype).removeprefix("torch."),
+            "micro_batch": job.compute.micro_batch,
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),

@@ -5,20 +5,30 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import ChosenBudget, allocate, choice_passes, stored_name
-from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, estimate, hidden_bytes
+from wina_calib.calibration.choose_budget import GREEDY_TOKENS, ChosenBudget, allocate, stored_name
+from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.cost import (
+    DENSE,
+    FIT,
+    GREEDY,
+    MEASURE,
+    STATISTICS,
+    WRITE,
+    Workload,
+    estimate,
+    hidden_bytes,
+)
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
 from wina_calib.calibration.fit_thresholds import fit_thresholds
-from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
@@ -28,10 +38,10 @@ from wina_calib.checkpoint.dense_weights import write_weights
 from wina_calib.checkpoint.format import model_names
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import write_calibration
-from wina_calib.common.devices import backward_batch, keep_in_memory
-from wina_calib.common.distributed import ALONE, Ranks
+from wina_calib.common.devices import backward_batch
+from wina_calib.common.distributed import ALONE
 from wina_calib.common.memory import resident_bytes
-from wina_calib.common.progress import Estimate, Progress
+from wina_calib.common.progress import Estimate, Progress, Ticking
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
@@ -50,45 +60,36 @@ class Job:
     options: CalibrateOptions
     transform: Plan
     blocks: Blocks
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch: int
+    compute: Compute
     report: Progress
     run_state: RunState = field(default_factory=RunState)
-    ranks: Ranks = ALONE
-    spill: Path | None = None
 
     def estimate(self, base: Blocks) -> Estimate:
         """What the work will take; `base` is the text of the original model's perplexity."""
-        felt = usable_tokens(self._threshold_ids.numel()) if self._goes_backward else 0
-        layers = len(self.source.architecture.layers)
-        state = hidden_bytes(self.source.architecture, felt, self.dtype)
-        return estimate(
-            self.source,
-            tokens=self.blocks.tokens,
+        tokens, options = self._threshold_ids.numel(), self.options
+        work = Workload(
+            compute=self.compute,
             seq_len=self.blocks.ids.shape[1],
-            micro_batch=self.micro_batch,
-            passes=self._passes(base),
-            states=self._fit_states,
-            in_memory=self._in_memory(self._threshold_ids, self._fit_states),
-            transform=self.transform,
-            transform_tokens=self._transform_ids.numel(),
-            dtype=self.dtype,
             requested=self.blocks.requested,
+            tokens=self.blocks.tokens,
+            heldout=base.tokens,
+            transform=self._transform_ids.numel() if self._looks_at_text else 0,
+            thresholds=tokens,
+            curves=usable_tokens(tokens) if self._goes_backward else 0,
+            greedy=min(GREEDY_TOKENS, tokens) if options.budget == "greedy" else 0,
+            anchors=len(options.anchors),
+            closed=options.loop == "closed",
+            states=self._fit_states,
+            backward=self._backward_batch,
+            by_reference=options.weights == "reference",
             resident=resident_bytes(),
-            backward_tokens=min(felt, self._backward_batch * self.blocks.ids.shape[1]),
-            backward_states=(layers + 3) * state if keep_in_memory(self.device, layers + 1, state) else 0,
-            felt_bytes=(layers + 3) * state,
         )
+        return estimate(self.source, self.transform, work)
 
-    def _passes(self, base: Blocks) -> float:
-        """Forward passes over all calibration tokens that the work is worth."""
-        anchors, tokens = len(self.options.anchors), self._threshold_ids.numel()
-        thresholds = CLOSED_LOOP_PASSES * anchors if self.options.loop == "closed" else anchors + 1
-        work = base.tokens + tokens * (thresholds + choice_passes(self.options, tokens))
-        if needed_sites(self.transform.name, self.source.architecture):
-            work += self._transform_ids.numel()
-        return work / self.blocks.tokens
+    @property
+    def _looks_at_text(self) -> bool:
+        """Whether the transform is fitted on text."""
+        return bool(needed_sites(self.transform.name, self.source.architecture))
 
     @property
     def _transform_ids(self) -> Tensor:
@@ -102,7 +103,7 @@ class Job:
 
     @property
     def _split(self) -> int:
-        if len(self.blocks.ids) < 2 or not needed_sites(self.transform.name, self.source.architecture):
+        if len(self.blocks.ids) < 2 or not self._looks_at_text:
             return 0
         return max(1, len(self.blocks.ids) // TRANSFORM_SHARE)
 
@@ -115,7 +116,7 @@ class Job:
         dense, untied = self._transformed(folder)
         chosen = self._budget(dense)
         tensors, curve_facts = self.fit(dense, chosen)
-        return self.ranks.first(
+        return self.compute.ranks.first(
             lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
         )
 
@@ -133,11 +134,13 @@ class Job:
         if phase.finished:
             return phase.tensors(), phase.values
         stream = self._stream(source, self._threshold_ids, states=self._fit_states)
-        self._phase("fit thresholds", len(source.architecture.layers), phase)
+        self._phase(FIT, len(source.architecture.layers), phase)
         tensors, states = fit_thresholds(
-            stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report.step
+            stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report
         )
-        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states)
+        if chosen.felt is not None:
+            self.report.phase(MEASURE, head_parts(source.architecture, self.compute.dtype))
+        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states, self.report)
         added = curve_tensors(source.architecture, curves)
         phase.finish(tensors=added, values=facts)
         for state in states:
@@ -179,48 +182,40 @@ class Job:
 
     def _phase(self, name: str, steps: int, saved: Phase) -> None:
         """Report a phase that begins, or goes on after what is saved of it."""
-        self.report.phase(
-            name if not saved.step else f"{name}, going on after {saved.step} of {steps}", steps - saved.step
-        )
+        if saved.step:
+            self.report.note(f"{name}: going on after {saved.step} of {steps}")
+        self.report.phase(name, steps - saved.step)
 
     def _transformed(self, folder: Path) -> tuple[Source, bool]:
         """The dense model to fit on, and whether its embeddings were untied: written here, or the source as it is."""
         if self.options.weights == "reference":
             return self.source, False
         # Only the first process fits and writes: what it saves, it saves alone.
-        run_state = self.run_state if self.ranks.is_first else RunState()
+        run_state = self.run_state if self.compute.ranks.is_first else RunState()
         transform, weights = (run_state.phase(name, ranks=ALONE) for name in ("transform", "weights"))
-        statistics = None if self.ranks.from_first(transform.finished) else self._statistics()
-        untied = self.ranks.first(lambda tick: self._write_weights(folder, statistics, transform, weights, tick))
+        statistics = None if self.compute.ranks.from_first(transform.finished) else self._statistics()
+        untied = self.compute.ranks.first(
+            lambda tick: self._write_weights(folder, statistics, transform, weights, tick)
+        )
         return open_source(folder, calibrated=True), untied
 
     def _write_weights(
         self, folder: Path, statistics: Statistics | None, transform: Phase, weights: Phase, tick: Callable[[], None]
     ) -> bool:
-        def step(line: str) -> None:
-            self.report.step(line)
-            tick()
-
-        rotations = self._rotations(statistics, transform, step)
-        self._phase("write weights", len(self.source.architecture.layers), weights)
+        report = Ticking(self.report, tick)
+        rotations = self._rotations(statistics, transform, report)
+        self._phase(WRITE, len(self.source.architecture.layers), weights)
         return write_weights(
-            self.source, self.transform, rotations, folder, device=self.device, phase=weights, progress=step
+            self.source, self.transform, rotations, folder, device=self.compute.device, phase=weights, progress=report
         )
 
     def _stream(self, source: Source, ids: Tensor, *, states: int = 1, spill: bool = True) -> LayerStream:
         """A stream of which `states` hidden states are held at a time."""
-        return LayerStream(
-            source,
-            ids,
-            micro_batch=self.micro_batch,
-            dtype=self.dtype,
-            device=self.device,
-            spill=self.spill if spill and not self._in_memory(ids, states) else None,
-            ranks=self.ranks,
-        )
+        return LayerStream(source, ids, self._holding(ids, states) if spill else replace(self.compute, spill=None))
 
-    def _in_memory(self, ids: Tensor, states: int) -> bool:
-        return keep_in_memory(self.device, states, hidden_bytes(self.source.architecture, ids.numel(), self.dtype))
+    def _holding(self, ids: Tensor, states: int) -> Compute:
+        nbytes = hidden_bytes(self.source.architecture, ids.numel(), self.compute.dtype)
+        return self.compute.holding(states, nbytes)
 
     @property
     def _fit_states(self) -> int:
@@ -232,39 +227,38 @@ class Job:
         if phase.finished:
             return float(phase.values["perplexity"])
         stream = self._stream(self.source, blocks.ids, spill=False)
-        self._phase("dense perplexity", len(self.source.architecture.layers), phase)
-        hidden = dense_pass(stream, phase=phase, progress=self.report.step)
-        found = perplexity(float(next_token_nll(stream, hidden).double().mean()))
+        arch = self.source.architecture
+        self._phase(DENSE, len(arch.layers) + head_parts(arch, self.compute.dtype), phase)
+        hidden = dense_pass(stream, phase=phase, progress=self.report)
+        found = perplexity(float(next_token_nll(stream, hidden, self.report).double().mean()))
         phase.finish(values={"perplexity": found})
         return found
 
     def _statistics(self) -> Statistics | None:
         """What the fit of the transform needs to know of activations; None where it looks at weights alone."""
         arch, ids = self.source.architecture, self._transform_ids
-        if not needed_sites(self.transform.name, arch):
+        if not self._looks_at_text:
             return None
         phase = self.run_state.phase("statistics")
         statistics = Statistics(arch, self.transform.name, tokens=len(ids) * (ids.shape[1] - 1), seed=self.options.seed)
         if phase.finished:
             statistics.load_state_dict(phase.tensors())
             return statistics
-        self._phase("statistics", len(arch.layers), phase)
-        dense_pass(self._stream(self.source, ids), statistics, phase=phase, progress=self.report.step).clear()
+        self._phase(STATISTICS, len(arch.layers), phase)
+        dense_pass(self._stream(self.source, ids), statistics, phase=phase, progress=self.report).clear()
         phase.finish()
         return statistics
 
-    def _rotations(self, statistics: Statistics | None, phase: Phase, step: Callable[[str], None]) -> Rotations:
-        if not phase.finished:
-            self.report.phase(f"fit transform {self.transform.name}", 0)
+    def _rotations(self, statistics: Statistics | None, phase: Phase, report: Progress) -> Rotations:
         found = fit(
             self.transform.name,
             self.source.architecture,
             self.source.load_layer,
             statistics,
             seed=self.options.seed,
-            device=self.device,
+            device=self.compute.device,
             phase=phase,
-            progress=step,
+            progress=report,
         )
         if not phase.finished:
             phase.finish()
@@ -276,22 +270,14 @@ class Job:
         phase = self.run_state.phase("budget")
 
         def stream(tokens: int) -> LayerStream:
-            if not phase.finished:
-                self._phase("choose budget", 2 * len(arch.layers), phase)
+            if not phase.finished and self.options.budget == "greedy":
+                self._phase(GREEDY, len(arch.layers), phase)
             some = ids[: max(1, tokens // seq_len)]
-            return LayerStream(
-                source,
-                some,
-                micro_batch=self._backward_batch,
-                dtype=self.dtype,
-                device=self.device,
-                spill=None if self._in_memory(some, len(arch.layers) + 1) else self.spill,
-                ranks=self.ranks,
-            )
+            compute = self._holding(some, len(arch.layers) + 1)
+            return LayerStream(source, some, replace(compute, micro_batch=self._backward_batch))
 
         cells = count_cells(arch, self.transform.name)
-        report = self.report.step
-        return allocate(self.options, arch, cells, self._rule, ids.numel(), stream, phase=phase, progress=report)
+        return allocate(self.options, arch, cells, self._rule, ids.numel(), stream, phase=phase, progress=self.report)
 
     @property
     def _goes_backward(self) -> bool:
@@ -301,7 +287,7 @@ class Job:
     @property
     def _backward_batch(self) -> int:
         """Blocks that go backward together."""
-        return backward_batch(self.device, self.blocks.ids.shape[1], self.source.architecture.width)
+        return backward_batch(self.compute.device, self.blocks.ids.shape[1], self.source.architecture.width)
 
     @property
     def _rule(self) -> MaskRule:
@@ -325,7 +311,7 @@ class Job:
             "seq_len": self.blocks.ids.shape[1],
             "seed": self.options.seed,
             "loop": self.options.loop,
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "compute_dtype": str(self.compute.dtype).removeprefix("torch."),
             "untied": untied,
             "command": _command(),
             "versions": versions(),

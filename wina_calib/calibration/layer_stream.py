@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from wina_calib.common.distributed import ALONE, Ranks
+from wina_calib.calibration.compute import Compute
 from wina_calib.common.threads import read_ahead
 from wina_calib.errors import ModelFolderError
 from wina_calib.model.architecture import Architecture
@@ -37,11 +36,7 @@ class LayerStream:
     Args:
         source: the opened model.
         ids: (blocks, seq_len) int64 tokens without padding.
-        micro_batch: blocks computed together.
-        dtype: compute dtype.
-        device: compute device.
-        spill: folder for hidden states that do not fit in memory, or None to keep them in memory.
-        ranks: the processes that share the micro-batches.
+        compute: where and how; its spill folder is used for every hidden state.
 
     Attributes:
         batches: the tokens of all micro-batches.
@@ -55,12 +50,7 @@ class LayerStream:
         self,
         source: Source,
         ids: Tensor,
-        *,
-        micro_batch: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        spill: Path | None = None,
-        ranks: Ranks = ALONE,
+        compute: Compute,
     ) -> None:
         if int(ids.max()) >= source.architecture.vocab_size:
             raise ModelFolderError(
@@ -68,13 +58,13 @@ class LayerStream:
                 "Put the tokenizer that belongs to the model into its folder."
             )
         self.source = source
-        self.device = device
-        self.dtype = dtype
-        self.spill = spill
-        self.ranks = ranks
+        self.device = device = compute.device
+        self.dtype = dtype = compute.dtype
+        self.ranks = compute.ranks
+        self.spill = compute.spill
         self.tokens = ids.numel()
-        self.batches: tuple[Tensor, ...] = ids.split(micro_batch)
-        self.mine = ranks.share(len(self.batches))
+        self.batches: tuple[Tensor, ...] = ids.split(compute.micro_batch)
+        self.mine = self.ranks.share(len(self.batches))
         self.model: PreTrainedModel = meta_model(source.config, dtype)
         self.modules: nn.ModuleList = self.model.get_submodule(source.architecture.layers_path)
         base_path = source.architecture.layers_path.rpartition(".")[0]
@@ -212,6 +202,11 @@ def head_rows(arch: Architecture, dtype: torch.dtype) -> int:
     """Rows of lm_head that are in memory at a time: as much as the largest layer, or a little."""
     row = arch.hidden_size * dtype.itemsize
     return min(_PART_ROWS, arch.vocab_size, max(1, max(_PART_BYTES, arch.layer_weights * dtype.itemsize) // row))
+
+
+def head_parts(arch: Architecture, dtype: torch.dtype) -> int:
+    """In how many parts lm_head is read."""
+    return -(-arch.vocab_size // head_rows(arch, dtype))
 
 
 def logit_rows(arch: Architecture, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.calibration.layer_stream import Head, LayerStream, logit_rows
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import NumericError
 from wina_calib.storage.hidden_states import HiddenStates
 
@@ -62,7 +63,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
+def next_token_nll(stream: LayerStream, hidden: HiddenStates, progress: Progress = SILENT) -> Tensor:
     """Negative log-likelihood in nats of every predicted token, from the last layer's hidden states: (blocks, seq_len - 1)."""
     ids = _own_ids(stream)
     found = _Softmax(ids[:, 1:], stream.device)
@@ -70,10 +71,13 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates) -> Tensor:
         for row, states in enumerate(_own_blocks(stream, hidden)):
             for rows in _chunks(stream, states[:-1]):
                 found.add((row, rows), _logits(head, states[rows]), first)
+        progress.step("lm_head")
     return torch.stack(stream.ranks.gather(list(found.nll.cpu())))
 
 
-def loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, HiddenStates]:
+def loss_gradients(
+    stream: LayerStream, last: HiddenStates, seed: int, progress: Progress = SILENT
+) -> tuple[HiddenStates, HiddenStates]:
     """Gradients of the summed loss at the last hidden states: with labels sampled from the model, with the text's own.
 
     Both are the mean gradient of a logit under the model's own predictions, less the gradient of the label's logit.
@@ -81,7 +85,7 @@ def loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[
     Raises:
         NumericError: logits are NaN or infinite.
     """
-    gradients, sampled = _expected(stream, last, seed)
+    gradients, sampled = _expected(stream, last, seed, progress)
     text = stream.store()
     for batch, drawn in zip(stream.mine, sampled.split(len(stream.batches[0])), strict=False):
         hidden, following = last[batch], stream.batches[batch].to(stream.device).roll(-1, 1)
@@ -93,12 +97,17 @@ def loss_gradients(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[
                     gradient[block, rows] -= own
         both[1][:, -1] = 0  # nothing follows the last token
         gradients[batch], text[batch] = (gradient.to(hidden.dtype) for gradient in both)
+        progress.step("labels")
     return gradients, text
 
 
 @torch.no_grad()
 def measured_rises(
-    dense_stream: LayerStream, dense: HiddenStates, sparse_stream: LayerStream, sparse: Sequence[HiddenStates]
+    dense_stream: LayerStream,
+    dense: HiddenStates,
+    sparse_stream: LayerStream,
+    sparse: Sequence[HiddenStates],
+    progress: Progress = SILENT,
 ) -> list[Rise]:
     """Compare last hidden states of sparse models with the dense one's, on the blocks that both streams begin with."""
     ids, device = torch.cat(dense_stream.batches), dense_stream.device
@@ -127,6 +136,7 @@ def measured_rises(
                     other = _logits(head, state[rows])
                     model.add(here, other, first)
                     sums[(number, *here)] += ((logits - other).mul_(weight)).sum(-1).double()
+        progress.step("lm_head")
     mine = [block for block in range(count) if masked[0].has(block)]
     totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
     for part in dense_stream.ranks.gather([_rise(models, sums, block).cpu() for block in mine]):
@@ -139,7 +149,7 @@ def label_generator(seed: int, block: int, device: torch.device, part: int = 0) 
     return torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + block + part * _PART_SEED)
 
 
-def _expected(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[HiddenStates, Tensor]:
+def _expected(stream: LayerStream, last: HiddenStates, seed: int, progress: Progress) -> tuple[HiddenStates, Tensor]:
     """Of this process's tokens: mean gradient of a logit at the last hidden state; labels from the model, (blocks, seq).
 
     The mean is float32, over all parts of the vocabulary so far, and so is the softmax. The label is the one whose
@@ -174,6 +184,7 @@ def _expected(stream: LayerStream, last: HiddenStates, seed: int) -> tuple[Hidde
                     mean[block, rows] += found[0]
                     total[here] = now
             means[batch] = mean
+        progress.step("lm_head")
     if not bool(torch.isfinite(extremes).all()):
         raise NumericError(f"the dense model's logits are NaN or infinite in {stream.dtype}. Try --dtype float32.")
     return means, labels

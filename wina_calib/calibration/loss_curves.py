@@ -23,26 +23,30 @@ from torch import Tensor, nn
 from wina_calib.budgets import Curves
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_ranks, dropped_sums, first_dropped, ranks
-from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import loss_gradients
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.common.devices import fixed_order
+from wina_calib.common.progress import SILENT, Part, Progress
 from wina_calib.errors import NumericError
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.mask import rows_together
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.score import scores
-from wina_calib.model.architecture import Layer, MaskGroup
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 MAX_TOKENS = 32_768
 SHARE = 0.6  # of all calibration tokens, at most: three forward passes over all of them
-PASSES = 5.0  # forward passes that the work on these tokens is worth
 REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
 _RATIOS = (-0.75, 3.0)
 
+# Phases, and what each costs in dense passes through the layers, or through lm_head.
+_DENSE, _GRADIENTS_PHASE, _CURVES = "budget: dense pass", "budget: gradients of the loss", "budget: loss curves"
+_COUNTED, _HEAD, _BACKWARD = 1.3, 3.0, 5.0
+CURVE_PASSES = _COUNTED + _BACKWARD
 _GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 
 Observe = Callable[[int, MaskGroup, Tensor, Tensor], None]
@@ -94,13 +98,31 @@ def usable_tokens(tokens: int) -> int:
     return min(MAX_TOKENS, int(tokens * SHARE))
 
 
+def curve_parts(arch: Architecture, dtype: torch.dtype, batches: int, forward: float, head: float) -> tuple[Part, ...]:
+    """The phases of `measure_curves`.
+
+    Args:
+        arch: the model.
+        dtype: compute dtype.
+        batches: micro-batches.
+        forward: cost of one dense pass through the layers.
+        head: cost of the logits of all tokens.
+    """
+    layers = len(arch.layers)
+    return (
+        Part(_DENSE, layers, _COUNTED * forward),
+        Part(_GRADIENTS_PHASE, batches + head_parts(arch, dtype), _HEAD * head),
+        Part(_CURVES, layers, _BACKWARD * forward),
+    )
+
+
 def measure_curves(
     stream: LayerStream,
     rule: MaskRule,
     *,
     seed: int,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
     observe: Observe = lambda layer, group, x, g: None,
 ) -> tuple[LossCurves, HiddenStates]:
     """Predict the loss rise of every site alone at `CURVE_LEVELS`.
@@ -110,7 +132,7 @@ def measure_curves(
         rule: how masks are made.
         seed: of the sampled labels.
         phase: where every layer's inputs, and on the way back the gradients, are saved; after that the result.
-        progress: called twice a layer.
+        progress: hears of three phases, and of every layer in them.
         observe: sees what each mask group reads and the gradient there for sampled labels, (blocks, seq, in) each,
             as `observe(layer, group, x, g)`; rows that are never masked are left out.
 
@@ -138,7 +160,7 @@ def measure_curves(
 
 
 def _forward(
-    stream: LayerStream, rule: MaskRule, phase: Phase, progress: Callable[[str], None]
+    stream: LayerStream, rule: MaskRule, phase: Phase, progress: Progress
 ) -> tuple[dict[int, dict[str, Tensor]], dict[int, HiddenStates]]:
     """Thresholds (levels - 1,) at the levels above 0 of every layer's mask groups; every layer's inputs, and outputs."""
     levels = torch.tensor(CURVE_LEVELS[1:], dtype=torch.float64)
@@ -154,7 +176,10 @@ def _forward(
             kind, where, key = name.split(":")
             if kind == "threshold":
                 thresholds.setdefault(int(where), {})[key] = value.to(stream.device)
-    for index, module in stream.layers(min(phase.step, len(arch.layers))):
+    begun = min(phase.step, len(arch.layers))
+    if begun < len(arch.layers):
+        progress.phase(_DENSE, len(arch.layers) - begun)
+    for index, module in stream.layers(begun):
         outputs = stream.store()
         histograms: dict[str, ScoreHistogram] = {}
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, stream.rotations(index)) as layer:
@@ -179,7 +204,7 @@ def _forward(
             tensors={f"threshold:{index}:{key}": value for key, value in thresholds[index].items()},
             stores=_named(inputs),
         )
-        progress(f"dense pass of layer {index + 1}")
+        progress.step(f"layer {index + 1}")
     return thresholds, inputs
 
 
@@ -191,7 +216,7 @@ def _backward(
     inputs: dict[int, HiddenStates],
     last: HiddenStates,
     phase: Phase,
-    progress: Callable[[str], None],
+    progress: Progress,
     observe: Observe,
 ) -> Floats:
     """First order and divergence, (layers, sites, 1 + levels); the inputs are cleared on the way."""
@@ -208,7 +233,9 @@ def _backward(
             if kind == "loss":
                 found[int(where)] = value.numpy()
     else:
-        gradients = loss_gradients(stream, last, seed)
+        progress.phase(_GRADIENTS_PHASE, len(stream.mine) + head_parts(arch, stream.dtype))
+        gradients = loss_gradients(stream, last, seed, progress)
+    progress.phase(_CURVES, count - done)
     for index, module in stream.layers(0, count - done, backward=True):
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
         found[index] = layer
@@ -218,7 +245,7 @@ def _backward(
             tensors={f"loss:{index}:": torch.from_numpy(layer)},
             stores=_named(inputs) | {f"input{count}": last} | dict(zip(_GRADIENTS, gradients, strict=True)),
         )
-        progress(f"sensitivity of layer {index + 1}")
+        progress.step(f"layer {index + 1}")
     for store in gradients:
         store.clear()
     return found

@@ -12,6 +12,7 @@ import torch
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import settle
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
@@ -22,10 +23,11 @@ from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import checked_side_files
 from wina_calib.common.atomic import check_output, claimed, publish
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.distributed import Ranks, shared_ranks
 from wina_calib.common.memory import advice, ran_out
-from wina_calib.common.progress import Progress, Silent
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA
@@ -48,13 +50,13 @@ class Result:
     settings: Settings
 
 
-def calibrate(model: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any) -> Result:
+def calibrate(model: str | Path, output: str | Path, *, progress: Hearing = None, **options: Any) -> Result:
     """Calibrate a causal language model and write a sparse-ready checkpoint.
 
     Args:
         model: a Hugging Face model folder, a Hub repository id, or `demo`.
         output: folder to write; it appears whole or not at all.
-        progress: hears the estimate, phases and steps.
+        progress: as `wina_calib.common.bars.hearing` takes it: True for a bar, or a `Progress`.
         **options: the fields of `CalibrateOptions`: sparsity, transform, data, samples, seq_len ...
 
     Raises:
@@ -66,9 +68,9 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
         ```
     """
     chosen = make_options(options)
-    with remote_code(chosen.trust_remote_code), shared_ranks() as ranks:
+    with remote_code(chosen.trust_remote_code), shared_ranks() as ranks, hearing(progress) as report:
         try:
-            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, progress, ranks))
+            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, report, ranks))
             if ranks.is_first:
                 job.report.planned(job.estimate(base))
                 if chosen.weights == "reference" and job.source.commit is None:
@@ -77,7 +79,11 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
                         "Calibrate by a Hub id, or without --weights reference, to push it"
                     )
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
-            with advice(job.micro_batch, job.blocks.ids.shape), torch.inference_mode(False), torch.enable_grad():
+            with (
+                advice(job.compute.micro_batch, job.blocks.ids.shape),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 return Result(Path(output), _run(job, base, Path(output)))
         except BaseException as error:
             error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened
@@ -85,7 +91,7 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Progress | Non
 
 
 def prepare(
-    model: str | Path, target: Path, chosen: CalibrateOptions, progress: Progress | None, ranks: Ranks
+    model: str | Path, target: Path, chosen: CalibrateOptions, progress: Progress, ranks: Ranks
 ) -> tuple[Job, Blocks]:
     """Check everything that can be checked before the work, and read the text.
 
@@ -116,18 +122,20 @@ def prepare(
         options=chosen,
         transform=transform,
         blocks=load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed),
-        device=device,
-        dtype=pick_dtype(chosen.dtype, source.dtype, device),
-        micro_batch=chosen.micro_batch or default_micro_batch(device, seq_len, source.architecture.width),
-        report=progress if progress is not None and ranks.is_first else Silent(),
-        ranks=ranks,
+        compute=Compute(
+            device,
+            pick_dtype(chosen.dtype, source.dtype, device),
+            chosen.micro_batch or default_micro_batch(device, seq_len, source.architecture.width),
+            ranks,
+        ),
+        report=progress if ranks.is_first else SILENT,
     )
     return job, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN))
 
 
 def _run(job: Job, base: Blocks, output: Path) -> Settings:
     """Do the work under a lock on the output, with its state beside it."""
-    ranks = job.ranks
+    ranks = job.compute.ranks
     target = output.expanduser().resolve()
     state = state_folder(target)
     work, spill = state / "output", state / "spill"
@@ -152,7 +160,7 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
 
         run_state = ranks.agree(lambda: begin() if ranks.is_first else RunState(state, ranks=ranks))
         try:
-            settings = replace(job, run_state=run_state, spill=spill).run(work, base)
+            settings = replace(job, run_state=run_state, compute=replace(job.compute, spill=spill)).run(work, base)
             return ranks.first(lambda _: end(settings))
         except BaseException as error:
             if ranks.is_first:

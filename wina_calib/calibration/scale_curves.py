@@ -14,8 +14,9 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import measured_rises
-from wina_calib.calibration.loss_curves import PASSES
+from wina_calib.calibration.loss_curves import CURVE_PASSES
 from wina_calib.checkpoint.reader import Checkpoint
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError, CheckpointError
 from wina_calib.model.architecture import Architecture
 from wina_calib.storage.hidden_states import HiddenStates
@@ -26,7 +27,11 @@ SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to th
 
 
 def scaled_curves(
-    chosen: ChosenBudget, anchors: Sequence[float], stream: LayerStream, states: Sequence[HiddenStates]
+    chosen: ChosenBudget,
+    anchors: Sequence[float],
+    stream: LayerStream,
+    states: Sequence[HiddenStates],
+    progress: Progress = SILENT,
 ) -> tuple[Curves | None, dict[str, Any]]:
     """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 
@@ -35,13 +40,14 @@ def scaled_curves(
         anchors: model sparsities.
         stream: the calibration tokens; its first blocks are those of the curves.
         states: last hidden states of the sparse model at each anchor.
+        progress: hears of every part of lm_head.
 
     Returns:
         The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
     """
     if chosen.felt is None or chosen.stream is None or chosen.dense is None:
         return None, chosen.facts
-    rises = measured_rises(chosen.stream, chosen.dense, stream, states)
+    rises = measured_rises(chosen.stream, chosen.dense, stream, states, progress)
     chosen.dense.clear()
     curves = chosen.felt.loss
     predicted, divergence = (
@@ -53,7 +59,7 @@ def scaled_curves(
     facts = {
         "anchors": list(anchors),
         "tokens": tokens,
-        "passes": PASSES * tokens / stream.tokens,
+        "passes": CURVE_PASSES * tokens / stream.tokens,
         "factor": factor,
         "factor_at": [anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],

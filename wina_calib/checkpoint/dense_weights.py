@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import header_metadata, write_config, write_index
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import Source
 from wina_calib.model.tensor_names import rotation_name
@@ -30,7 +30,7 @@ def write_weights(
     *,
     device: torch.device,
     phase: Phase = NOT_SAVED,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> bool:
     """Write the transformed weights, config and side files as a dense model folder; one layer is in memory at a time.
 
@@ -44,7 +44,7 @@ def write_weights(
         folder: an empty folder, or one with as much as `phase` says.
         device: where the weights are transformed.
         phase: where it is saved which tensors are written.
-        progress: called for every layer.
+        progress: hears of every layer.
 
     Returns:
         Whether embedding and lm_head had to be untied.
@@ -92,7 +92,7 @@ def write_weights(
                 writers[files[name]].write(name, tensor.to(specs[name][0]))
                 written.append(name)
             phase.save(index + 1, values={"written": written}, prepare=sync)
-            progress(f"weights: layer {index + 1} of {len(arch.layers)}")
+            progress.step(f"weights: layer {index + 1} of {len(arch.layers)}")
         for name in () if phase.finished else source.end_names():
             if name == norm_name:
                 writers[files[name]].write(name, norm)

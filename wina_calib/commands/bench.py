@@ -7,7 +7,7 @@ import click
 from wina_calib.choices import DTYPES
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Fractions, device_option, json_option, trust_option
-from wina_calib.commands.output import bar, emit
+from wina_calib.commands.output import bars, emit
 from wina_calib.errors import UsageError
 from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, BENCH_SPARSITIES
 
@@ -81,7 +81,7 @@ def command(
         alone = products(name, sparsities=sparsity, device=place, dtype=weights, seed=seed)
         emit(alone.to_dict(), alone.render(), as_json=as_json)
         return
-    with bar(0, "bench") as shown:
+    with bars() as progress:
         result = bench(
             model,
             random=random,
@@ -93,6 +93,6 @@ def command(
             rounds=rounds,
             compiled=compiled,
             seed=seed,
-            progress=shown.update,
+            progress=progress,
         )
     emit(result.to_dict(), result.render(), as_json=as_json)

@@ -9,7 +9,7 @@ import click
 from wina_calib.choices import MASKS, SCORES, TRANSFORMS
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Share, device_option, dtype_option, json_option, revision_option, trust_option
-from wina_calib.commands.output import emit, steps
+from wina_calib.commands.output import bars, emit
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.studies.defaults import (
@@ -92,6 +92,6 @@ def command(
     load_libraries()
     from wina_calib.studies.bounds.measure import model_bounds, render
 
-    with steps("bounds") as progress:
+    with bars() as progress:
         results = model_bounds(model, device=device, dtype=dtype, progress=progress, **options)
     emit({"model": model, "results": [r.to_dict() for r in results]}, render(results), as_json=as_json)

@@ -21,7 +21,8 @@ from wina_calib.commands.options import (
     revision_option,
     trust_option,
 )
-from wina_calib.commands.output import Bars, bar, check_files, emit, note
+from wina_calib.commands.output import bars, check_files, emit, note
+from wina_calib.common.progress import Progress
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
@@ -143,13 +144,15 @@ def command(
     shown = to_json(choice.cells, choice.budget, choice.curves, fixed=choice.fixed) | {"budget": choice.name}
     text = [_table(choice)]
     if curve is not None:
-        points = frontier(
-            choice, 0.1 if measure else 0.05, _measure(choice, data, tokens, device, dtype) if measure else None
-        )
+        with bars() as progress:
+            if measure:
+                progress.phase("measure", 10)
+            each = _measure(choice, data, tokens, device, dtype, progress) if measure else None
+            points = frontier(choice, 0.1 if measure else 0.05, each)
         shown["curve"] = points
         text.append(_points(points))
     if destination is not None:
-        with Bars() as progress:
+        with bars() as progress:
             how = Refit(data, device, dtype) if refit else None
             applied = apply(choice, destination, refit=how, progress=progress)
         shown["applied"] = str(destination.folder)
@@ -249,7 +252,9 @@ def _page(choice: Choice) -> str:
     )
 
 
-def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str) -> Measure:
+def _measure(
+    choice: Choice, data: tuple[str, ...], tokens: int, device: str, dtype: str, progress: Progress
+) -> Measure:
     from wina_calib.common.devices import pick_device
     from wina_calib.studies.evaluate import evaluate_model, load_on
 
@@ -257,10 +262,10 @@ def _measure(choice: Choice, data: tuple[str, ...], tokens: int, device: str, dt
     model = load_on(folder, pick_device(device), dtype)
 
     def measure(sparsity: float, budget: Budget) -> tuple[float, float, float]:
-        with bar(0, f"measure at {percent(sparsity, 0)}"):
-            found = evaluate_model(
-                model, folder, data or HELDOUT_DATA, sparsity=sparsity, tokens=tokens, budget=budget.sparsities
-            )
+        found = evaluate_model(
+            model, folder, data or HELDOUT_DATA, sparsity=sparsity, tokens=tokens, budget=budget.sparsities
+        )
+        progress.step(f"at {percent(sparsity, 0)}")
         return found.sparse_ppl, found.dense_ppl, found.model_sparsity
 
     return measure

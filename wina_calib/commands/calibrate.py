@@ -14,7 +14,7 @@ import click
 from wina_calib.calibration.options import make_options
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import calibrate_options, folder_option, json_option
-from wina_calib.commands.output import Bars, emit, note
+from wina_calib.commands.output import bars, emit, note
 
 if TYPE_CHECKING:
     from wina_calib.calibration.run import Result
@@ -38,7 +38,7 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     load_libraries()
     from wina_calib.calibration.run import calibrate
 
-    with Bars() as progress, stoppable():
+    with bars() as progress, stoppable():
         result = calibrate(model, output, progress=progress, **options)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
         return

@@ -18,7 +18,7 @@ from wina_calib.commands.options import (
     tokens_option,
     trust_option,
 )
-from wina_calib.commands.output import Bars, emit, note
+from wina_calib.commands.output import bars, emit, note
 from wina_calib.common.text import table
 from wina_calib.corpus.sources import DEFAULT_DATA
 from wina_calib.studies.compare.methods import GROUPS, METHODS, find_methods
@@ -90,7 +90,7 @@ def command(
     from wina_calib.studies.compare.run import compare
 
     try:
-        with Bars() as progress:
+        with bars() as progress:
             found = compare(model, output, methods=names, progress=progress, **options)
     except KeyboardInterrupt:
         note(f"Interrupted; finished cells are kept in {output}. The same command goes on from there.")

@@ -10,7 +10,7 @@ from wina_calib.commands.calibrate import stoppable, summary
 from wina_calib.commands.evaluate import render
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option
-from wina_calib.commands.output import Bars, emit, note
+from wina_calib.commands.output import bars, emit, note
 from wina_calib.errors import StateError
 
 PROMPTS = ("The history of the city", "def read_file(path):")
@@ -44,7 +44,7 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
             "demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True, restart=restart
         )
 
-    with Bars() as progress, stoppable():
+    with bars() as progress, stoppable():
         try:
             result = calibrated(restart=False)
         except StateError:  # what was stopped here was another run

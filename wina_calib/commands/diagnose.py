@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -20,7 +18,7 @@ from wina_calib.commands.options import (
     tokens_option,
     trust_option,
 )
-from wina_calib.commands.output import emit, steps
+from wina_calib.commands.output import bars, emit
 from wina_calib.studies.defaults import (
     DIAGNOSE_AMOUNTS,
     DIAGNOSE_EXTREMES,
@@ -75,14 +73,6 @@ def command(checkpoint: str, what: str, amounts: tuple[int, ...], as_json: bool,
     from wina_calib.studies.diagnose import diagnose
 
     parts = [name.strip() for name in what.split(",") if name.strip()]
-    bars: dict[str, Callable[[int, int], None]] = {}
-    with ExitStack() as shown:
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                shown.close()
-                bars[name] = shown.enter_context(steps(name))
-            bars[name](done, total)
-
+    with bars() as progress:
         found = diagnose(checkpoint, what=parts, amounts=amounts, progress=progress, **options)
     emit(found.to_dict(), found.text(), as_json=as_json)

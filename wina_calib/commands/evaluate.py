@@ -19,7 +19,7 @@ from wina_calib.commands.options import (
     tokens_option,
     trust_option,
 )
-from wina_calib.commands.output import emit, note, steps
+from wina_calib.commands.output import bars, emit, note
 from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
 
@@ -89,7 +89,7 @@ def command(
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
-    with steps("evaluate") as progress:
+    with bars() as progress:
         result = evaluate(
             folder,
             data=data,

@@ -10,8 +10,7 @@ import click
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option, revision_option
 from wina_calib.commands.output import emit
-from wina_calib.common.progress import human_bytes
-from wina_calib.common.text import percent, table
+from wina_calib.common.text import human_bytes, percent, table
 from wina_calib.errors import UsageError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from wina_calib.commands.options import (
     tokens_option,
     trust_option,
 )
-from wina_calib.commands.output import check_files, emit, note, steps
+from wina_calib.commands.output import bars, check_files, emit, note
 from wina_calib.studies.defaults import TRANSFER_SAMPLES
 
 
@@ -77,7 +77,7 @@ def command(
         text = f"{output}: the budget of {source} at sparsity {budget.sparsity:g} for {target}"
         emit({"file": str(output), "sparsity": budget.sparsity}, text, as_json=as_json)
         return
-    with steps("transfer") as progress:
+    with bars() as progress:
         found = transfer(source, target, sparsities=sparsities, progress=progress, **options)
     for way, reason in found.skipped.items():
         note(f"note: {way} is left out. {reason}")

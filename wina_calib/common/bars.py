@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from wina_calib.common.progress import SILENT, Counted, Estimate, Forecast, Progress
 from wina_calib.common.text import human_bytes, human_time
 
+Hearing = Progress | Callable[[int, int], object] | bool | None  # what a public function takes as `progress`
 EVERY = 30.0  # seconds between two lines, where nobody looks on
 _FORM = "{percentage:3.0f}%|{bar:24}| {desc}"
 
@@ -62,6 +61,8 @@ class Bars:
         self._name, self._step = name, ""
         self._forecast.phase(name, steps, self._clock())
         if self._bar is None and self._stream.isatty():
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=1000, file=self._stream, leave=True, ascii="NO_COLOR" in os.environ, bar_format=_FORM, miniters=0
             )
@@ -109,7 +110,7 @@ class Bars:
 
 
 @contextmanager
-def hearing(progress: Progress | Callable[[int, int], object] | bool | None) -> Iterator[Progress]:
+def hearing(progress: Hearing) -> Iterator[Progress]:
     """What the `progress` of a public function stands for, for as long as the function works.
 
     Args:
@@ -124,4 +125,4 @@ def hearing(progress: Progress | Callable[[int, int], object] | bool | None) -> 
     elif hasattr(progress, "planned"):
         yield progress  # type: ignore[misc]
     else:
-        yield Counted(progress)  # type: ignore[arg-type]
+        yield Counted(progress)

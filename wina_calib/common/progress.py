@@ -98,6 +98,26 @@ class Counted(Silent):
         self._tell(self._done, self._steps)
 
 
+class Ticking(Silent):
+    """Passes everything on, and does something more after each step."""
+
+    def __init__(self, report: Progress, tick: Callable[[], object]) -> None:
+        self._report, self._tick = report, tick
+
+    def phase(self, name: str, steps: int) -> None:
+        """Pass it on."""
+        self._report.phase(name, steps)
+
+    def step(self, note: str) -> None:
+        """Pass it on, and tick."""
+        self._report.step(note)
+        self._tick()
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._report.note(text)
+
+
 class Within(Silent):
     """Some work with phases of its own as one phase of other work: of `STEPS` steps, however many it has itself.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.layer_stream import Head
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
+from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.corpus.blocks import Blocks, load_blocks, text_hashes
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs, is_local
 from wina_calib.errors import NumericError, UsageError
@@ -127,7 +129,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Hearing = None,
 ) -> Evaluation:
     """Measure a calibrated checkpoint against itself at sparsity 0.
 
@@ -139,16 +141,18 @@ def evaluate(
         device: compute device.
         dtype: compute dtype; `auto` is the stored one on a GPU and float32 on a CPU.
         revision: branch, tag or commit on the Hub.
-        progress: called with blocks done and blocks in all.
+        progress: as `wina_calib.common.bars.hearing` takes it: True for a bar, or a function that is told the blocks done and
+            the blocks in all.
 
     Raises:
         WinaError: the checkpoint or the text cannot be used.
     """
     folder, _ = resolve(path_or_repo, revision=revision)
     place = pick_device(device)
-    return evaluate_model(
-        load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=progress
-    )
+    with hearing(progress) as report:
+        return evaluate_model(
+            load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=report
+        )
 
 
 def evaluate_model(
@@ -158,7 +162,7 @@ def evaluate_model(
     *,
     sparsity: float | None = None,
     tokens: int = 32_768,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
     budget: NDArray[np.float64] | None = None,
 ) -> Evaluation:
     """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities."""
@@ -171,6 +175,8 @@ def evaluate_model(
     if budget is not None:
         set_budget(model, asked, budget)
     blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, settings.seq_len)
+    progress.planned(Estimate((Part("evaluate", len(blocks.ids)),)))
+    progress.phase("evaluate", len(blocks.ids))
     found = measure(model, blocks, progress)
     cells = count_cells(describe(model), settings.transform)
     provenance = settings.provenance
@@ -196,7 +202,7 @@ def evaluate_model(
 def measure(
     model: PreTrainedModel,
     blocks: Blocks,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
     dense: Sequence[Tensor] | None = None,
 ) -> Measured:
     """Measure a loaded sparse model, as its thresholds are set now, against itself at sparsity 0.
@@ -204,7 +210,7 @@ def measure(
     Args:
         model: the model.
         blocks: text.
-        progress: called with blocks done and blocks in all.
+        progress: hears of every block.
         dense: what `dense_states` gave for the same blocks, so that they are not computed again.
     """
     sites, totals = sparse_sites(model), torch.zeros(4, dtype=torch.float64)
@@ -212,7 +218,7 @@ def measure(
         for index, ids in enumerate(blocks.ids.to(model.device)):
             whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
             totals += quality_sums(model, whole, _states(model, ids), ids)
-            progress(index + 1, len(blocks.ids))
+            progress.step(f"block {index + 1}")
     return Measured.from_sums(totals, counts, sites, blocks)
 
 

@@ -8,9 +8,8 @@ little elsewhere, and its quantile much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,14 @@ from wina_calib.budgets import Budget, BudgetFile, Cells, explicit
 from wina_calib.budgets.anchors import spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.model import Floats
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
+from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
@@ -51,7 +53,7 @@ WAYS: Mapping[str, tuple[str, str]] = {
     ),
     "values": ("the source's thresholds as they are", "nothing"),
 }
-Progress = Callable[[int, int], None]
+_SCORES, _MEASURE = "dense pass", "transfer"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def transfer(
     samples: int = TRANSFER_SAMPLES,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = lambda done, total: None,
+    progress: Hearing = None,
 ) -> Transfer:
     """Measure a calibrated model with the budget and thresholds of another one. No folder is changed.
 
@@ -142,7 +144,7 @@ def transfer(
         samples: blocks of the dense pass.
         device: compute device.
         dtype: compute dtype.
-        progress: called with blocks done and blocks in all.
+        progress: as `wina_calib.common.bars.hearing` takes it.
 
     Raises:
         UsageError: an option is out of range.
@@ -160,48 +162,48 @@ def transfer(
     text = _dense_text(taker, data_specs(data), samples)
     blocks = evaluation_blocks(held, load_tokenizer(taker.folder), tokens, taker.settings.seq_len)
     skipped = _impossible(giver, taker)
-    dense_scores = _dense_scores(taker, text, place, dtype) if "quantile" not in skipped else []
-    cells = count_cells(taker.architecture, taker.settings.transform)
-    model = load_on(taker.folder, place, dtype)
-    states = dense_states(model, blocks.ids)
     ways = [way for way in WAYS if way not in skipped]
-    rows: list[Row] = []
-    budgets: list[Likeness] = []
-    for sparsity in asked:
-        matched = matched_budget(giver, cells, sparsity)
-        budgets.append(_likeness(sparsity, cells, matched, taker.sparsities(sparsity)))
-        set_sparsity(model, sparsity)
-        found: dict[str, Measured] = {}
-        for way in ways:
-            if way == "uniform":
-                set_budget(model, sparsity, np.full_like(matched, sparsity))
-            elif way == "budget":
-                set_budget(model, sparsity, matched)
-            elif way == "quantile":
-                _set_quantiles(model, matched, dense_scores)
-            elif way == "values":
-                _set_values(model, giver, sparsity, matched)
-            found[way] = measure(
-                model,
-                blocks,
-                partial(_count, progress, len(rows) + len(found), len(ways) * len(asked)),
-                states,
-            )
-        rows += [
-            Row(way, sparsity, f.model_sparsity, f.ppl, found["native"].ppl, f.kl, f.top1_agreement)
-            for way, f in found.items()
-        ]
-    return Transfer(
-        source=str(source),
-        target=str(target),
-        dense_ppl=found["native"].dense_ppl,
-        tokens=found["native"].tokens,
-        data=held,
-        samples=len(text.ids),
-        rows=tuple(rows),
-        budgets=tuple(budgets),
-        skipped=skipped,
-    )
+    layers, count = len(taker.architecture.layers), len(blocks.ids) * len(ways) * len(asked)
+    fits = [Part(_SCORES, layers, text.tokens)] if "quantile" in ways else []
+    with hearing(progress) as report:
+        report.planned(Estimate((*fits, Part(_MEASURE, count, blocks.tokens * len(ways) * len(asked)))))
+        dense_scores = _dense_scores(taker, text, place, dtype, report) if fits else []
+        report.phase(_MEASURE, count)
+        cells = count_cells(taker.architecture, taker.settings.transform)
+        model = load_on(taker.folder, place, dtype)
+        states = dense_states(model, blocks.ids)
+        rows: list[Row] = []
+        budgets: list[Likeness] = []
+        for sparsity in asked:
+            matched = matched_budget(giver, cells, sparsity)
+            budgets.append(_likeness(sparsity, cells, matched, taker.sparsities(sparsity)))
+            set_sparsity(model, sparsity)
+            found: dict[str, Measured] = {}
+            for way in ways:
+                if way == "uniform":
+                    set_budget(model, sparsity, np.full_like(matched, sparsity))
+                elif way == "budget":
+                    set_budget(model, sparsity, matched)
+                elif way == "quantile":
+                    _set_quantiles(model, matched, dense_scores)
+                elif way == "values":
+                    _set_values(model, giver, sparsity, matched)
+                found[way] = measure(model, blocks, report, states)
+            rows += [
+                Row(way, sparsity, f.model_sparsity, f.ppl, found["native"].ppl, f.kl, f.top1_agreement)
+                for way, f in found.items()
+            ]
+        return Transfer(
+            source=str(source),
+            target=str(target),
+            dense_ppl=found["native"].dense_ppl,
+            tokens=found["native"].tokens,
+            data=held,
+            samples=len(text.ids),
+            rows=tuple(rows),
+            budgets=tuple(budgets),
+            skipped=skipped,
+        )
 
 
 def by_depth(values: Floats, layers: int) -> Floats:
@@ -313,34 +315,28 @@ def _dense_text(taker: Checkpoint, data: tuple[str, ...], samples: int) -> Block
     )
 
 
-def _dense_scores(taker: Checkpoint, text: Blocks, place: torch.device, dtype: str) -> list[dict[str, Tensor]]:
+def _dense_scores(
+    taker: Checkpoint, text: Blocks, place: torch.device, dtype: str, progress: Progress
+) -> list[dict[str, Tensor]]:
     """Score quantiles of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
     source = open_source(str(weights_folder(taker.folder)), calibrated=True)
-    stream = LayerStream(
-        source,
-        text.ids,
-        micro_batch=default_micro_batch(place, text.ids.shape[1], source.architecture.width),
-        dtype=pick_dtype(dtype, source.dtype, place),
-        device=place,
-    )
-    return dense_scores(stream, taker.settings.rule)
+    progress.phase(_SCORES, len(source.architecture.layers))
+    micro_batch = default_micro_batch(place, text.ids.shape[1], source.architecture.width)
+    compute = Compute(place, pick_dtype(dtype, source.dtype, place), micro_batch)
+    return dense_scores(LayerStream(source, text.ids, compute), taker.settings.rule, progress)
 
 
 @torch.no_grad()
-def dense_scores(stream: LayerStream, rule: MaskRule) -> list[dict[str, Tensor]]:
+def dense_scores(stream: LayerStream, rule: MaskRule, progress: Progress = SILENT) -> list[dict[str, Tensor]]:
     """Score quantiles at `LEVELS` of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
     hidden, found = stream.embed(), []
     for index, module in stream.layers():
         with MaskedLayer(stream.source.architecture.layers[index], module, rule, stream.rotations(index)) as masked:
             sites = dense_tables(stream, masked, hidden)
         found.append({key: table for tables in sites.values() for key, table in tables.items()})
+        progress.step(f"layer {index + 1}")
     hidden.clear()
     return found
-
-
-def _count(progress: Progress, before: int, parts: int, done: int, total: int) -> None:
-    """Report `done` of `total` of a part, `before` parts of `parts` being done."""
-    progress(before * total + done, parts * total)
 
 
 def _set_quantiles(model: PreTrainedModel, budget: Floats, tables: Sequence[Mapping[str, Tensor]]) -> None:

@@ -5,7 +5,7 @@
 """
 
 from wina_calib.transforms.apply import apply_layer, embedding_rows, fold_final_norm, head_rows
-from wina_calib.transforms.fit import fit
+from wina_calib.transforms.fit import fit, fit_work
 from wina_calib.transforms.plan import (
     INPUT_SITES,
     Plan,
@@ -25,6 +25,7 @@ __all__ = [
     "apply_layer",
     "embedding_rows",
     "fit",
+    "fit_work",
     "fold_final_norm",
     "head_rows",
     "needed_sites",

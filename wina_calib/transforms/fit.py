@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import read_ahead
 from wina_calib.errors import TransformError
 from wina_calib.model.architecture import Architecture, Layer
 from wina_calib.storage.resume import NOT_SAVED, Phase
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors, gram
-from wina_calib.transforms.heads import fit_heads
+from wina_calib.transforms.heads import fit_heads, heads_flops
 from wina_calib.transforms.plan import Rotations, plan
-from wina_calib.transforms.residual import fit_residual
+from wina_calib.transforms.residual import fit_residual, residual_work
 from wina_calib.transforms.statistics import Statistics
 
 LoadLayer = Callable[[int], Mapping[str, Tensor]]
-Progress = Callable[[str], None]
+_SITES, _HEADS = "transform: sites", "transform: heads"
 _DESCENT = "descent."  # what a descent under way is saved under
 # The paper takes the singular vectors of one projection of each site.
 _PAPER_PROJECTION = {"attn_in": ("k_proj", "qkv_proj"), "mlp_in": ("gate_proj", "gate_up_proj")}
@@ -35,7 +36,7 @@ def fit(
     steps: int | None = None,
     device: torch.device | str = "cpu",
     phase: Phase = NOT_SAVED,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Rotations:
     """Fit the rotations of a transform.
 
@@ -49,21 +50,22 @@ def fit(
         steps: descent steps for the learned rotations, None for each one's default, 0 for covariance eigenvectors.
         device: where decompositions and products run.
         phase: where every matrix is saved.
-        progress: called with a short line after each step.
+        progress: hears of phases (`fit_phases`), and of every step.
 
     Raises:
         TransformError: the transform is not exact here, or the sample is too small for it.
     """
     wanted = plan(name, arch)
-    report = progress or (lambda _: None)
     found = phase.tensors()
 
     def keep(new: Mapping[str, Tensor], line: str | None = None) -> None:
         found.update(new)
         phase.save(phase.step + 1, tensors=new)
         if line is not None:
-            report(line)
+            progress.step(line)
 
+    if wanted.sites and not phase.finished:
+        progress.phase(_SITES, sum(f"{i}.{wanted.sites[-1]}" not in found for i in range(len(arch.layers))))
     for layer in arch.layers if wanted.sites else ():
         if f"{layer.index}.{wanted.sites[-1]}" not in found:
             weights = load_layer(layer.index)
@@ -79,7 +81,7 @@ def fit(
             steps=steps,
             seed=seed,
             device=device,
-            report=report,
+            progress=progress,
             saved={name.removeprefix(_DESCENT): value for name, value in found.items() if name.startswith(_DESCENT)},
             save=lambda state: phase.save(
                 phase.step + 1, passing={_DESCENT + name: value for name, value in state.items()}
@@ -89,6 +91,8 @@ def fit(
     found = {name: value for name, value in found.items() if not name.startswith(_DESCENT)}
     if wanted.heads and statistics is not None:
         left = [layer.index for layer in arch.layers if f"{layer.index}.heads" not in found]
+        if left:
+            progress.phase(_HEADS, len(left))
         for index, weights in read_ahead(load_layer, left):
             turned = fit_heads(arch.layers[index], weights, statistics, steps=steps, seed=seed, device=device)
             del weights
@@ -98,6 +102,20 @@ def fit(
         heads=tuple(found[f"{layer.index}.heads"] for layer in arch.layers) if wanted.heads else None,
         sites={(layer.index, site): found[f"{layer.index}.{site}"] for layer in arch.layers for site in wanted.sites},
     )
+
+
+def fit_work(name: str, arch: Architecture) -> list[tuple[str, int, float]]:
+    """The phases of a fit: name, steps, and the floating-point operations of a model's products that take as long."""
+    wanted, layers = plan(name, arch), len(arch.layers)
+    found: list[tuple[str, int, float]] = []
+    if wanted.sites:
+        widths = [arch.layers[0].site(site).width for site in wanted.sites]
+        found.append((_SITES, layers, layers * sum(400.0 * width**3 for width in widths)))
+    if wanted.residual:
+        found += residual_work(arch)
+    if wanted.heads:
+        found.append((_HEADS, layers, layers * heads_flops(arch.layers[0])))
+    return found
 
 
 def _site_rotation(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.common.devices import has_16_bit_products
+from wina_calib.common.progress import SILENT, Progress
 
 # Masked harder than usual sparsities: better there too than training at the sparsity itself.
 SPARSITY = 0.75
@@ -134,7 +135,7 @@ def learn(
     seed: int,
     saved: Mapping[str, Tensor] | None = None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Descend from `start`, turning all planes alike at each step; keep what does best on held-out rows.
 
@@ -149,7 +150,7 @@ def learn(
         seed: of the draws.
         saved: the state of the same descent at one of its checks, to go on from.
         save: called with that state at each check.
-        progress: called with a line at each held-out check.
+        progress: hears of every held-out check.
 
     Returns:
         rotations (groups, d, d) float64, orthogonal to rounding; their held-out cost (groups,); that of `start`.
@@ -177,7 +178,7 @@ def learn(
         turn = _evened(moment.lerp(plane, 1 - _MOMENTUM).to(dtype)) * (_RATE * (1 - (step - 1) / steps))
         # Orthogonal to the fourth order of the rate and to rounding: made exact at every check.
         rotation = rotation + _product(rotation.to(dtype), turn @ turn / 2 - turn)
-        if step % max(1, steps // _CHECKS) == 0 or step == steps:
+        if step in _checked(steps):
             rotation = orthogonalised(rotation)
             cost = held_out_cost(problems, rotation)
             better = cost < best_cost
@@ -187,11 +188,19 @@ def learn(
                 state = {"rotation": rotation, "moment": moment, "best": best, "best_cost": best_cost}
                 state |= {"first_cost": first_cost, "order": torch.tensor(order, dtype=torch.int64)}
                 save(state | {"generator": generator.get_state(), "step": torch.tensor(step)})
-            if progress is not None:
-                progress(f"step {step} of {steps}: held-out cost {float(cost.mean() / first_cost.mean()):.3f}")
+            progress.step(f"step {step} of {steps}: held-out cost {float(cost.mean() / first_cost.mean()):.3f}")
     improved = (best_cost < first_cost)[:, None, None]
     found = torch.where(improved, orthogonalised(best.double()), start)
     return found, held_out_cost(problems, found), first_cost
+
+
+def checks(steps: int, done: int = 0) -> int:
+    """How often a descent of `steps` steps looks at held-out rows after the first `done` of them."""
+    return sum(step > done for step in _checked(steps))
+
+
+def _checked(steps: int) -> set[int]:
+    return {*range(0, steps + 1, max(1, steps // _CHECKS)), steps} - {0}
 
 
 def _planes(problems: Sequence[Problem], rotation: Tensor, rows: Sequence[Tensor]) -> Tensor:

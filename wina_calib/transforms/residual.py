@@ -7,21 +7,33 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import read_ahead
 from wina_calib.model.architecture import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors
-from wina_calib.transforms.learn import Problem, learn, low_rank
+from wina_calib.transforms.learn import Problem, checks, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
 from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
 SITES_PER_STEP = 8
 STEPS = 200
+_PREPARE, _TURN = "transform: read layers", "transform: rotation"
 
 
 def default_steps(width: int) -> int:
     """Descent steps: fewer for narrow models, which need fewer."""
     return min(STEPS, 2 * width)
+
+
+def residual_work(arch: Architecture) -> list[tuple[str, int, float]]:
+    """The phases of the fit, as `fit_work` gives them."""
+    layers, width = len(sampled_layers(arch)), arch.hidden_size
+    steps, rows = default_steps(width), SITES_PER_STEP * max(512, width)
+    return [
+        (_PREPARE, layers, layers * 2e9),
+        (_TURN, checks(steps), steps * (8.0 * rows * width**2 + 16.0 * width**3)),
+    ]
 
 
 def rank_for(width: int) -> int:
@@ -37,7 +49,7 @@ def fit_residual(
     steps: int | None,
     seed: int,
     device: torch.device | str,
-    report: Callable[[str], None],
+    progress: Progress = SILENT,
     saved: Mapping[str, Tensor] | None = None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
@@ -52,6 +64,8 @@ def fit_residual(
     pooled = torch.zeros(width, width, dtype=torch.float64, device=device)
     problems: list[Problem] = []
     generator = torch.Generator().manual_seed(seed)
+    steps = default_steps(width) if steps is None else steps
+    progress.phase(_PREPARE, len(sampled_layers(arch)))
     for index, weights in read_ahead(load_layer, sampled_layers(arch)):
         for site in INPUT_SITES:
             problem, energy = _problem(arch.layers[index], site, weights, statistics, generator, device)
@@ -60,17 +74,18 @@ def fit_residual(
             for rows in problem.inputs[0].split(1024):
                 pooled.addmm_(rows.double().T, rows.double(), alpha=energy / problem.inputs.shape[1])
         del weights  # the layer after the next is read from now on
-        report(f"global: layer {index + 1} of {len(arch.layers)} read")
+        progress.step(f"layer {index + 1}")
     start = eigenvectors(pooled).to(device).unsqueeze(0)
+    progress.phase(_TURN, checks(steps, int(saved["step"]) if saved else 0))
     found, _, _ = learn(
         problems,
         start,
-        steps=default_steps(width) if steps is None else steps,
+        steps=steps,
         sites_per_step=min(SITES_PER_STEP, len(problems)),
         seed=seed,
         saved=saved,
         save=save,
-        progress=lambda line: report(f"global: {line}"),
+        progress=progress,
     )
     return found[0].cpu()
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.corpus.blocks import load_blocks
@@ -34,7 +35,7 @@ def test_a_model_seen_through_a_transform_is_the_same_model(
 
 @torch.no_grad()
 def last_states(source: Source, ids: torch.Tensor) -> torch.Tensor:
-    stream = LayerStream(source, ids, micro_batch=4, dtype=torch.float32, device=CPU)
+    stream = LayerStream(source, ids, Compute(CPU, torch.float32, 4))
     hidden = stream.embed()[0]
     for index, module in stream.layers():
         rotations = {site: q.float() for site, q in source.rotations(index).items()}

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch.nn.functional import linear, silu
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.model.architecture import describe
@@ -72,7 +73,7 @@ def test_hooks_are_gone_and_zero_threshold_keeps_all() -> None:
 def test_fitted_thresholds_meet_their_sparsity_in_the_whole_model(llama: Path, text: Path) -> None:
     source = open_source(str(llama))
     ids = load_blocks([str(text)], source.tokenizer(), samples=32, seq_len=128, seed=0, min_tokens=2).ids
-    stream = LayerStream(source, ids, micro_batch=16, dtype=torch.float32, device=torch.device("cpu"))
+    stream = LayerStream(source, ids, Compute(torch.device("cpu"), torch.float32, 16))
     fitted = fit_gates(stream, (0.3, 0.8))
     model = tiny.make("llama")
     for thresholds, sparsity in zip(fitted, (0.3, 0.8), strict=True):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from heard import Heard
 
 import wina_calib
 import wina_calib.studies.compare.run
@@ -24,16 +25,6 @@ from wina_calib.studies.compare.table import draw_comparison
 FAST = ("wina", "cats")
 SPARSITIES = (0.25, 0.5)
 ROOT = Path(__file__).parents[3]
-
-
-class Listening(Silent):
-    """Keeps the names of phases."""
-
-    def __init__(self) -> None:
-        self.phases: list[str] = []
-
-    def phase(self, name: str, steps: int) -> None:
-        self.phases.append(name)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +128,10 @@ def test_run_again_nothing_is_computed(
     run: tuple[Path, wina_calib.Comparison], llama: Path, protocol: dict[str, object]
 ) -> None:
     folder, found = run
-    before, heard = cells(folder), Listening()
+    before, heard = cells(folder), Heard()
     again = wina_calib.compare(llama, folder, methods=FAST, sparsities=SPARSITIES, progress=heard, **protocol)
     assert again == found and cells(folder) == before
-    assert heard.phases == ["plan: 0 cells of 0 methods to compute, 3 there already"]
+    assert heard.notes == ["0 cells of 0 methods to compute, 3 there already"] and not heard.phases
     fewer = wina_calib.compare(llama, folder, methods="wina", sparsities=0.5, **protocol)
     assert fewer.rows == (found.row("wina", 0.5),)
 
@@ -150,10 +141,10 @@ def test_another_protocol_computes_anew(
     change: dict[str, object], run: tuple[Path, wina_calib.Comparison], llama: Path, protocol: dict[str, object]
 ) -> None:
     folder, found = run
-    before, heard = cells(folder), Listening()
+    before, heard = cells(folder), Heard()
     other = wina_calib.compare(llama, folder, methods="wina", sparsities=0.25, progress=heard, **(protocol | change))
-    assert "1 cells of 1 methods to compute, 0 there already" in heard.phases[0]
-    assert "of another protocol, method or sparsity left aside" in heard.phases[0]
+    assert "1 cells of 1 methods to compute, 0 there already" in heard.notes[0]
+    assert "of another protocol, method or sparsity left aside" in heard.notes[0]
     assert other.rows[0] != found.row("wina", 0.25)
     assert before.items() <= cells(folder).items() and len(cells(folder)) == len(before) + 1
 
@@ -162,9 +153,9 @@ def test_another_model_in_the_same_folder(
     run: tuple[Path, wina_calib.Comparison], protocol: dict[str, object], tmp_path: Path
 ) -> None:
     tiny.save("llama", tmp_path / "m", seed=5)
-    heard = Listening()
+    heard = Heard()
     wina_calib.compare(tmp_path / "m", run[0], methods="wina", sparsities=0.25, progress=heard, **protocol)
-    assert "0 there already" in heard.phases[0]
+    assert "0 there already" in heard.notes[0]
 
 
 def test_stopped_between_cells_it_goes_on(

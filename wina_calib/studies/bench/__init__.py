@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import device_name, pick_device, pick_dtype
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError, WinaError
@@ -39,7 +41,7 @@ def bench(
     rounds: int = BENCH_ROUNDS,
     compiled: bool | None = None,
     seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
+    progress: Hearing = None,
 ) -> Bench:
     """Time decoding with a static cache through the model's own forward, dense and sparse in turn.
 
@@ -54,7 +56,7 @@ def bench(
         rounds: rounds; every variant runs in each of them.
         compiled: decode through torch.compile with CUDA graphs, dense and sparse; None does so on CUDA.
         seed: of random weights and tokens.
-        progress: called after every step of the work.
+        progress: as `wina_calib.common.bars.hearing` takes it.
 
     Returns:
         Medians and quartiles; ratios are of neighbouring measurements.
@@ -76,9 +78,9 @@ def bench(
     asked = tuple(float(s) for s in sparsities)
     if not pair.calibrated:
         fit(pair, asked, ids, prompt)
-    progress()
     use_compile = place.type == "cuda" if compiled is None else compiled
-    return compare(pair, asked, ids, prompt, rounds=rounds, compiled=use_compile, progress=progress)
+    with hearing(progress) as report:
+        return compare(pair, asked, ids, prompt, rounds=rounds, compiled=use_compile, progress=report)
 
 
 def compare(
@@ -90,7 +92,7 @@ def compare(
     rounds: int,
     compiled: bool,
     groups: Sequence[Sequence[Variant]] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> Bench:
     """Time a pair whose thresholds are set.
 
@@ -102,7 +104,7 @@ def compare(
         rounds: rounds; every variant runs in each of them.
         compiled: decode through torch.compile with CUDA graphs.
         groups: variants made before by `make_variants`, to be used further.
-        progress: called after every step of the work.
+        progress: hears of every variant warmed up and every round of a group.
     """
     place, new = ids.device, ids.shape[1] - prompt
     real = [achieved(pair, s, ids, prompt) for s in sparsities]

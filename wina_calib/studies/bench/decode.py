@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.load import choose_sparsity, runtime_state
 from wina_calib.runtime.patches import compile_guards
@@ -154,21 +155,25 @@ def _onednn_pays(dense: Session) -> bool:
     return onednn_pays(run, dense.ids.device, weight.dtype)
 
 
-def measure(
-    groups: Sequence[Sequence[Variant]], *, new: int, rounds: int, progress: Callable[[], None] = lambda: None
-) -> None:
+def measure(groups: Sequence[Sequence[Variant]], *, new: int, rounds: int, progress: Progress = SILENT) -> None:
     """Run all variants in turn, `rounds` times, after a warm-up that is not counted."""
+    variants = [variant for group in groups for variant in group]
+    warm = Part("warm up", len(variants), len(variants) * min(WARM_STEPS, new))
+    rest = Part("time rounds", rounds * len(groups), len(variants) * rounds * new)
+    progress.planned(Estimate((warm, rest)))
+    progress.phase(warm.name, warm.steps)
     with torch.no_grad():
-        for variant in (v for group in groups for v in group):
+        for variant in variants:
             variant.select()
             variant.session.prefill()
             with variant.memory.watching():
                 variant.session.steps(min(WARM_STEPS, new))
-            progress()
+            progress.step("warm")
+        progress.phase(rest.name, rest.steps)
         for turn in range(rounds):
             for group in groups:
                 _round(group, new, turn)
-                progress()
+                progress.step(f"round {turn + 1} of {rounds}")
 
 
 def _round(group: Sequence[Variant], new: int, turn: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
+from wina_calib.common.progress import Estimate, Part
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
@@ -40,7 +42,6 @@ _ROUNDING = 1e-5
 _NOTHING = 1e-12
 
 Cuts = Callable[[Layer], Mapping[str, Cut]]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def model_bounds(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Hearing = None,
 ) -> list[ModelBounds]:
     """Compare bounds and measured errors at every site.
 
@@ -148,7 +149,7 @@ def model_bounds(
         device: compute device.
         dtype: compute dtype; cross terms of 16-bit products hold rounding errors too.
         revision: branch, tag or commit on the Hub.
-        progress: called with layers done and layers in all, of all transforms.
+        progress: as `wina_calib.common.bars.hearing` takes it; hears of the layers of all transforms.
 
     Raises:
         UsageError: an option is out of range or does not go with a calibrated checkpoint.
@@ -165,19 +166,22 @@ def model_bounds(
     source = open_source(model, revision=revision, calibrated=opened is not None)
     place = pick_device(device)
     names = tuple(transforms or BOUNDS_TRANSFORMS)
-    done, total = count(1), len(source.architecture.layers) * (len(names) if opened is None else 1)
-    run = _Run(
-        source=source,
-        name=str(model),
-        ids=_ids(source, data_specs(data), tokens),
-        device=place,
-        dtype=pick_dtype(dtype, source.dtype, place),
-        step=lambda: progress(next(done), total),
-    )
-    if opened is not None:
-        return [run.calibrated(opened, sparsity)]
-    share = 0.5 if sparsity is None else sparsity
-    return [run.under(name, share, score or "wina", masks or "shared") for name in names]
+    total = len(source.architecture.layers) * (len(names) if opened is None else 1)
+    with hearing(progress) as report:
+        run = _Run(
+            source=source,
+            name=str(model),
+            ids=_ids(source, data_specs(data), tokens),
+            device=place,
+            dtype=pick_dtype(dtype, source.dtype, place),
+            step=lambda: report.step("layer"),
+        )
+        report.planned(Estimate((Part("bounds", total),)))
+        report.phase("bounds", total)
+        if opened is not None:
+            return [run.calibrated(opened, sparsity)]
+        share = 0.5 if sparsity is None else sparsity
+        return [run.under(name, share, score or "wina", masks or "shared") for name in names]
 
 
 def render(results: Sequence[ModelBounds]) -> str:
@@ -269,7 +273,7 @@ class _Run:
     @torch.no_grad()
     def _measure(self, source: Source, rule: MaskRule, cuts: Cuts) -> tuple[SiteBound, ...]:
         arch = source.architecture
-        stream = LayerStream(source, self.ids, micro_batch=1, dtype=self.dtype, device=self.device)
+        stream = LayerStream(source, self.ids, Compute(self.device, self.dtype))
         dense, sparse = stream.embed(), stream.store()
         sparse.copy_from(dense)
         found: list[SiteBound] = []

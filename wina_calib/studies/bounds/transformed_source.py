@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.model.source import Source
@@ -60,6 +61,6 @@ def see_through(
     statistics = None
     if needed_sites(name, source.architecture):
         statistics = Statistics(source.architecture, name, tokens=len(ids) * (ids.shape[1] - 1))
-        dense_pass(LayerStream(source, ids, micro_batch=1, dtype=dtype, device=device), statistics)
+        dense_pass(LayerStream(source, ids, Compute(device, dtype)), statistics)
     rotations = fit(name, source.architecture, source.load_layer, statistics, device=device)
     return TransformedSource(**vars(source), transform=name, turned=rotations)

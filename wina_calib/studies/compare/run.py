@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import choice_passes
-from wina_calib.calibration.cost import CLOSED_LOOP_PASSES
+from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
@@ -28,8 +28,9 @@ from wina_calib.calibration.run import calibrate
 from wina_calib.checkpoint.format import model_names
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
-from wina_calib.common.progress import Estimate, Progress, Silent
+from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.common.text import finite
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
@@ -67,7 +68,7 @@ def compare(
     revision: str | None = None,
     trust_remote_code: bool = False,
     draw: bool = False,
-    progress: Progress | None = None,
+    progress: Hearing = None,
 ) -> Comparison:
     """Calibrate a model with several methods and measure each at several sparsities.
 
@@ -87,7 +88,7 @@ def compare(
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that the model folder brings.
         draw: also draw the plot.
-        progress: hears the plan, phases and steps.
+        progress: as `wina_calib.common.bars.hearing` takes it.
 
     Returns:
         All rows asked for; `compare.json`, `compare.md` and, drawn, `compare.png` in the folder say the same.
@@ -112,7 +113,7 @@ def compare(
     if not grid or tokens < 2:
         raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
     held = data_specs(heldout)
-    with remote_code(trust_remote_code):
+    with remote_code(trust_remote_code), hearing(progress) as report:
         source = open_source(model, revision=revision)
         place = pick_device(device)
         bench = _Bench(
@@ -124,7 +125,7 @@ def compare(
             weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
             device=place,
             dtype=pick_dtype(dtype, source.dtype, place),
-            report=progress or Silent(),
+            report=report,
         )
         bench.text(shared)  # too short a text is refused at once
         with readable_errors(bench.folder):
@@ -183,7 +184,8 @@ class _Bench:
             left = tuple(s for s in task.todo if not any((k.method, k.sparsity) == (method.name, s) for k in skipped))
             if left:
                 tasks.append(_Task(method, task.options, task.key, task.text, left))
-        self.report.phase(self._plan(tasks, len(rows)), 0)
+        self.report.note(self._plan(tasks, len(rows)))
+        self.report.planned(Estimate(tuple(part for task in tasks for part in self._parts(task))))
         for task in tasks:
             try:
                 for row in self._measure_gates(task) if task.method.gated else self._measure_sites(task):
@@ -267,12 +269,19 @@ class _Bench:
         """What there is and what will be computed, in words."""
         cells = sum(len(task.todo) for task in tasks)
         others = len(list((self.folder / "cells").glob("*.json"))) - present
-        parts = [f"plan: {cells} cells of {len(tasks)} methods to compute, {present} there already"]
+        parts = [f"{cells} cells of {len(tasks)} methods to compute, {present} there already"]
         if others:
             parts.append(f"{others} of another protocol, method or sparsity left aside")
         weights = 2.0 * sum(site.weights for _, site in self.source.architecture.sites)
         flops = sum(weights * (self._passes(t) * t.text.tokens + 2 * len(t.todo) * self.blocks.tokens) for t in tasks)
         return "; ".join([*parts, f"about {flops / 1e12:,.1f} TFLOP"]) if tasks else "; ".join(parts)
+
+    def _parts(self, task: _Task) -> list[Part]:
+        """The phases of a method, in tokens that go through the model."""
+        name, blocks = task.method.name, len(self.blocks.ids)
+        fit = Part(f"{name}: fit gates", 1) if task.method.gated else Part(f"{name}: calibrate", Within.STEPS)
+        fit = replace(fit, cost=self._passes(task) * task.text.tokens)
+        return [fit, *(Part(f"{name}: measure at {s:g}", blocks, 2.0 * self.blocks.tokens) for s in task.todo)]
 
     def _passes(self, task: _Task) -> float:
         """Forward passes over the calibration text that a method's calibration is worth."""
@@ -300,7 +309,7 @@ class _Bench:
             weights = "reference" if untouched and not has_own_code(self.source.folder) else "full"
             values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}
             start = time.monotonic()
-            calibrate(self.source.name, checkpoint, progress=_Named(self.report, name), **values)
+            calibrate(self.source.name, checkpoint, progress=Within(self.report, f"{name}: calibrate"), **values)
             took = time.monotonic() - start
             write_file(place / "seconds.json", json_bytes(took))
         model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
@@ -309,7 +318,7 @@ class _Bench:
             self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
             set_sparsity(model, sparsity)
-            found = measure(model, self.blocks, self._measured)
+            found = measure(model, self.blocks, self.report)
             yield _row(name, sparsity, found, cells, seconds=time.monotonic() - start, calibration_seconds=took)
         shutil.rmtree(place, ignore_errors=True)
 
@@ -317,17 +326,13 @@ class _Bench:
     def _measure_gates(self, task: _Task) -> Iterator[Row]:
         """Rows of a method that masks the MLP's gate."""
         arch, share = self.source.architecture, gated_share(self.source.architecture)
-        self.report.phase(f"{task.method.name}: fit gates", 0)
+        self.report.phase(f"{task.method.name}: fit gates", 1)
         start = time.monotonic()
-        stream = LayerStream(
-            self.source,
-            task.text.ids,
-            micro_batch=default_micro_batch(self.device, task.text.ids.shape[1], arch.width),
-            dtype=self.dtype,
-            device=self.device,
-        )
+        micro_batch = default_micro_batch(self.device, task.text.ids.shape[1], arch.width)
+        stream = LayerStream(self.source, task.text.ids, Compute(self.device, self.dtype, micro_batch))
         fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
         took = time.monotonic() - start
+        self.report.step("gates")
         model = AutoModelForCausalLM.from_pretrained(
             self.source.folder, dtype=self.dtype, trust_remote_code=code_is_trusted()
         ).to(self.device)
@@ -349,34 +354,11 @@ class _Bench:
                 sparse = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
             totals += quality_sums(model, dense, sparse, ids)
             seen, dropped = seen + count.seen, dropped + count.dropped
-            self._measured(index + 1, len(self.blocks.ids))
+            self.report.step(f"block {index + 1}")
         tokens = self.blocks.tokens - len(self.blocks.ids)
         base, ppl, kl, agreement = (totals / tokens).tolist()
         real = dropped / seen * gated_share(self.source.architecture)
         return Measured(perplexity(base), perplexity(ppl), kl, agreement, real, {}, tokens)
-
-    def _measured(self, done: int, total: int) -> None:
-        self.report.step(f"block {done} of {total}")
-
-
-@dataclass(frozen=True)
-class _Named:
-    """Passes a calibration's progress on under the method's name."""
-
-    report: Progress
-    name: str
-
-    def planned(self, estimate: Estimate) -> None:
-        self.report.planned(estimate)
-
-    def phase(self, name: str, steps: int) -> None:
-        self.report.phase(f"{self.name}: {name}", steps)
-
-    def step(self, note: str) -> None:
-        self.report.step(note)
-
-    def note(self, text: str) -> None:
-        self.report.note(text)
 
 
 def _row(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wina_calib.calibration.loss_curves import curve_parts
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
+from wina_calib.common.progress import Estimate, Part
 from wina_calib.common.text import percent
 from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError
@@ -23,9 +26,9 @@ from wina_calib.studies.defaults import (
     DIAGNOSE_TOKENS,
 )
 from wina_calib.studies.diagnose.depth import Extreme, Propagation, extremes, extremes_text, propagation
-from wina_calib.studies.diagnose.importance import Importance, importance, spearman
+from wina_calib.studies.diagnose.importance import DROPPED, Importance, importance, spearman
 from wina_calib.studies.diagnose.subject import Subject
-from wina_calib.studies.diagnose.texts import Fitted, reason_without, texts, texts_text
+from wina_calib.studies.diagnose.texts import KINDS, Fitted, reason_without, texts, texts_text
 from wina_calib.studies.evaluate import evaluation_blocks, load_on
 
 __all__ = [
@@ -37,8 +40,6 @@ __all__ = [
     "diagnose",
     "spearman",
 ]
-
-Notice = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def diagnose(
     tokens: int = DIAGNOSE_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Notice = lambda name, done, total: None,
+    progress: Hearing = None,
 ) -> Diagnosis:
     """Examine a calibrated checkpoint; its folder is not changed.
 
@@ -120,7 +121,7 @@ def diagnose(
         tokens: tokens to measure on.
         device: compute device.
         dtype: compute dtype.
-        progress: called with the part's name, steps done and steps in all.
+        progress: as `wina_calib.common.bars.hearing` takes it.
 
     Raises:
         UsageError: an option is out of range.
@@ -150,24 +151,40 @@ def diagnose(
     blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
     model = load_on(opened.folder, place, dtype)
     subject = Subject(opened, model, blocks, place, pick_dtype(dtype, model.dtype, place))
-
-    def told(name: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(name, done, total)
-
     # A caller's no_grad or inference_mode would take away the gradients that importance is told by.
-    with torch.inference_mode(False), torch.enable_grad():
+    with hearing(progress) as report, torch.inference_mode(False), torch.enable_grad():
+        report.planned(Estimate(_parts(subject, wanted, inputs, extreme, amounts)))
         return Diagnosis(
             model=str(checkpoint),
             sparsity=asked,
             tokens=blocks.tokens,
             data=specs,
-            importance=importance(subject, inputs=inputs, progress=told("importance"))
-            if "importance" in wanted
-            else None,
-            propagation=propagation(subject, asked, told("propagation")) if "propagation" in wanted else None,
-            extremes=extremes(subject, extreme, told("extremes")) if "extremes" in wanted and extreme else None,
-            texts=texts(subject, asked, amounts=amounts, seq_len=fit_seq_len, progress=told("texts"))
+            importance=importance(subject, inputs=inputs, progress=report) if "importance" in wanted else None,
+            propagation=propagation(subject, asked, report) if "propagation" in wanted else None,
+            extremes=extremes(subject, extreme, report) if "extremes" in wanted and extreme else None,
+            texts=texts(subject, asked, amounts=amounts, seq_len=fit_seq_len, progress=report)
             if "texts" in wanted
             else None,
             skipped=skipped,
         )
+
+
+def _parts(
+    subject: Subject, wanted: Collection[str], inputs: int, extreme: Sequence[float], amounts: Sequence[int]
+) -> tuple[Part, ...]:
+    """The phases to come, in forward passes over the text."""
+    arch, blocks = subject.opened.architecture, len(subject.blocks.ids)
+    layers = len(arch.layers)
+    parts: list[Part] = []
+    if "importance" in wanted:
+        parts += curve_parts(arch, subject.dtype, blocks, 1.0, 0.2)
+        if inputs:
+            parts.append(Part(DROPPED, layers, layers * len(arch.layers[0].sites) * inputs / blocks))
+    if "propagation" in wanted:
+        parts.append(Part("propagation", blocks, 2.0 + layers))
+    if "extremes" in wanted and extreme:
+        parts.append(Part("extremes", blocks, 1.0 + len(extreme)))
+    if "texts" in wanted:
+        fits = len(KINDS) + len(amounts)
+        parts.append(Part("texts", fits, 4.0 * fits))
+    return tuple(parts)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.runtime.load import sparse_sites
 from wina_calib.studies.defaults import DIAGNOSE_EXTREMES
-from wina_calib.studies.diagnose.subject import Progress, Subject, only, thresholds_at, watch
+from wina_calib.studies.diagnose.subject import Subject, only, thresholds_at, watch
 
 BROKEN = 0.5  # relative error from which a hidden state says little of the dense one
 
@@ -106,12 +107,13 @@ class Extreme:
     worst_drift: float
 
 
-def propagation(subject: Subject, sparsity: float, progress: Progress = lambda done, total: None) -> Propagation:
+def propagation(subject: Subject, sparsity: float, progress: Progress = SILENT) -> Propagation:
     """Measure each layer sparse alone, and all together."""
     sites = sparse_sites(subject.model)
     every = thresholds_at(subject.model, sparsity)
     count = len(subject.opened.architecture.layers)
     variants = {"all": every} | {str(layer): only(sites, every, layer) for layer in range(count)}
+    progress.phase("propagation", len(subject.blocks.ids))
     found = watch(subject, variants, progress)
     together = found["all"]
     layers = tuple(
@@ -122,10 +124,11 @@ def propagation(subject: Subject, sparsity: float, progress: Progress = lambda d
 
 
 def extremes(
-    subject: Subject, sparsities: Sequence[float] = DIAGNOSE_EXTREMES, progress: Progress = lambda done, total: None
+    subject: Subject, sparsities: Sequence[float] = DIAGNOSE_EXTREMES, progress: Progress = SILENT
 ) -> tuple[Extreme, ...]:
     """Measure a model at high sparsities: quality, achieved sparsity, and where hidden states lose the dense ones."""
     settings = {f"{s:g}": thresholds_at(subject.model, s) for s in sparsities}
+    progress.phase("extremes", len(subject.blocks.ids))
     found = watch(subject, settings, progress)
     sites = sparse_sites(subject.model)
     highest = subject.opened.settings.fitted_anchors[-1]

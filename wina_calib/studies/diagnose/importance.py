@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import Head, LayerStream
 from wina_calib.calibration.loss_curves import measure_curves
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import table
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import SITES, MaskGroup, Site
@@ -27,8 +29,9 @@ from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import open_source
 from wina_calib.runtime.load import runtime_state
 from wina_calib.studies.defaults import DIAGNOSE_INPUTS
-from wina_calib.studies.diagnose.subject import Progress, Subject
+from wina_calib.studies.diagnose.subject import Subject
 
+DROPPED = "inputs dropped one by one"
 _KL_TOKENS = 256
 Floats = NDArray[np.float64]
 
@@ -143,7 +146,7 @@ def spearman(one: Sequence[float] | Floats, other: Sequence[float] | Floats) -> 
 
 
 def importance(
-    subject: Subject, *, inputs: int = DIAGNOSE_INPUTS, seed: int = 0, progress: Progress = lambda done, total: None
+    subject: Subject, *, inputs: int = DIAGNOSE_INPUTS, seed: int = 0, progress: Progress = SILENT
 ) -> Importance:
     """Correlate column norms with the importance of inputs.
 
@@ -151,7 +154,7 @@ def importance(
         subject: the checkpoint; its dense model is looked at, transformed as it is.
         inputs: inputs of every site that are dropped one by one, spread evenly over their predicted ranks; 0 for none.
         seed: of the sampled labels that gradients are taken with.
-        progress: called with layers done and layers in all.
+        progress: hears of phases, and of every layer in them.
     """
     arch, rule = subject.opened.architecture, subject.opened.settings.rule
     source = open_source(str(weights_folder(subject.opened.folder)), calibrated=True)
@@ -161,11 +164,10 @@ def importance(
     def observe(layer: int, group: MaskGroup, x: Tensor, g: Tensor) -> None:
         sums.setdefault((layer, group), _Sums()).add(x.flatten(0, 1), g.flatten(0, 1))
 
-    stream = LayerStream(source, ids, micro_batch=1, dtype=subject.dtype, device=subject.device)
-    layers = len(arch.layers)
-    total = 2 * layers + (layers if inputs else 0)
-    done = iter(range(1, total + 1))
-    measure_curves(stream, rule, seed=seed, progress=lambda _: progress(next(done), total), observe=observe)
+    stream = LayerStream(source, ids, Compute(subject.device, subject.dtype))
+    measure_curves(stream, rule, seed=seed, progress=progress, observe=observe)
+    if inputs:
+        progress.phase(DROPPED, len(arch.layers))
     groups: list[GroupImportance] = []
     dropped: list[DroppedInput] = []
     free = not any(source.rotations(layer.index) for layer in arch.layers)
@@ -180,7 +182,7 @@ def importance(
             if inputs and free:
                 dropped += _drop_some(subject, layer.index, site, figures, inputs)
         if inputs:
-            progress(next(done), total)
+            progress.step(f"layer {layer.index + 1}")
     return Importance(ids.numel() - len(ids), tuple(groups), tuple(dropped), _kl_ids(subject).numel() - 1)
 
 

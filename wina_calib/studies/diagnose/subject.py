@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina_calib.checkpoint.reader import Checkpoint
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.mask import KEEP_ALL
 from wina_calib.runtime.load import runtime_state, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState
 from wina_calib.runtime.state import SiteCount
 from wina_calib.studies.evaluate import Measured, quality_sums
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,14 @@ def only(sites: Sequence[SiteState], thresholds: Sequence[Thresholds], layer: in
 
 @torch.no_grad()
 def watch(
-    subject: Subject, variants: Mapping[str, Sequence[Thresholds]], progress: Progress = lambda done, total: None
+    subject: Subject, variants: Mapping[str, Sequence[Thresholds]], progress: Progress = SILENT
 ) -> dict[str, Watched]:
     """Run the text densely and with each variant's thresholds, and compare hidden states after every layer.
 
     Args:
         subject: the model, whose thresholds are the last variant's afterwards.
         variants: thresholds by a name.
-        progress: called with blocks done and blocks in all.
+        progress: hears of every block.
     """
     model, blocks = subject.model, subject.blocks
     sites, state = sparse_sites(model), runtime_state(model)
@@ -100,7 +99,7 @@ def watch(
                 with state.counting() as counts:
                     sparse, last = run(ids)
                 sums[name].add(counts, quality_sums(model, end, last, ids), dense, sparse)
-            progress(index + 1, len(blocks.ids))
+            progress.step(f"block {index + 1}")
     return {name: own.result(sites, blocks) for name, own in sums.items()}
 
 

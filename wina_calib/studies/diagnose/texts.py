@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.options import make_options
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.model.source import open_source
 from wina_calib.studies.defaults import DIAGNOSE_AMOUNTS
-from wina_calib.studies.diagnose.subject import Progress, Subject, Thresholds, put
+from wina_calib.studies.diagnose.subject import Subject, Thresholds, put
 from wina_calib.studies.evaluate import DRIFT, dense_states, evaluation_blocks, measure
 
 PROSE = ("fiction", "encyclopaedic", "essay", "news")
@@ -79,7 +81,7 @@ def texts(
     *,
     amounts: Sequence[int] = DIAGNOSE_AMOUNTS,
     seq_len: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> tuple[Fitted, ...]:
     """Fit thresholds on code and on prose and test on both; fit on few and on many blocks of the calibration's text.
 
@@ -88,14 +90,13 @@ def texts(
         sparsity: model sparsity.
         amounts: numbers of blocks to fit on.
         seq_len: tokens of a block to fit on; the calibration's by default.
-        progress: called with fits done and fits in all.
+        progress: hears of every fit.
     """
     facts = subject.opened.settings.provenance
     tokenizer = load_tokenizer(subject.opened.folder)
     length, seed = seq_len or subject.opened.settings.seq_len, int(facts.get("seed", 0))
     most = max(amounts, default=KIND_BLOCKS)
-    done = iter(range(1, len(KINDS) + len(amounts) + 1))
-    total = len(KINDS) + len(amounts)
+    progress.phase("texts", len(KINDS) + len(amounts))
 
     def text(specs: Sequence[str], samples: int) -> Blocks:
         return load_blocks(specs, tokenizer, samples=samples, seq_len=length, seed=seed, min_tokens=1)
@@ -110,14 +111,14 @@ def texts(
         fitted = text(specs, max(len(specs), min(most, KIND_BLOCKS)))
         thresholds = refitted(subject, fitted, sparsity)
         rows += [_row(subject, kind, fitted, name, test, thresholds, sparsity) for name, test in tests.items()]
-        progress(next(done), total)
+        progress.step(kind)
     specs = tuple(map(str, facts.get("data", ()))) or ("builtin",)
     for amount in amounts:
         fitted = text(specs, amount)
         assert own is not None
         thresholds = refitted(subject, fitted, sparsity)
         rows.append(_row(subject, "calibration text", fitted, "held-out text", own, thresholds, sparsity))
-        progress(next(done), total)
+        progress.step(f"{amount} blocks")
     return tuple(rows)
 
 
@@ -127,13 +128,8 @@ def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds
     source = open_source(str(weights_folder(opened.folder)), calibrated=True)
     loop = str(opened.settings.provenance.get("loop", "closed"))
     options = make_options({"sparsity": sparsity, "grid": (sparsity,), "loop": loop})
-    stream = LayerStream(
-        source,
-        text.ids,
-        micro_batch=default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width),
-        dtype=subject.dtype,
-        device=subject.device,
-    )
+    micro_batch = default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width)
+    stream = LayerStream(source, text.ids, Compute(subject.device, subject.dtype, micro_batch))
     budget = opened.sparsities(sparsity)
     tensors, states = fit_thresholds(stream, opened.settings.rule, options, budget[None])
     for state in states:

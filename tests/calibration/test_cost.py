@@ -1,0 +1,36 @@
+"""What is announced before the work is what happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from heard import Heard
+
+import wina_calib
+
+OPTIONS = {"samples": 64, "seq_len": 128, "grid": (0.3, 0.6), "sparsity": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"transform": "none", "budget": "uniform"},
+        {"transform": "paper", "budget": "uniform", "loop": "open"},
+        {"transform": "none", "budget": "greedy", "weights": "reference"},
+    ],
+)
+def test_the_phases_are_those_of_the_plan(options: dict[str, object], tmp_path: Path, llama: Path, text: Path) -> None:
+    heard = Heard()
+    wina_calib.calibrate(llama, tmp_path / "s", data=str(text), progress=heard, **(OPTIONS | options))
+    heard.check()
+
+
+def test_a_function_hears_how_far_each_phase_is(tmp_path: Path, llama: Path, text: Path) -> None:
+    told: list[tuple[int, int]] = []
+    options = OPTIONS | {"transform": "none", "budget": "uniform"}
+    wina_calib.calibrate(llama, tmp_path / "s", data=str(text), progress=lambda *seen: told.append(seen), **options)
+    layers = tiny.make("llama").config.num_hidden_layers
+    assert (layers, layers) in told
