@@ -87,6 +87,12 @@ def test_modes_are_seen(calibrated: Path) -> None:
     state.dense, state.kernels = False, "reference"
     assert close(compiled.logits(), sparse)
     assert compiled.operators() == 0
+    state.kernels = "auto"
+    with state.densely():
+        assert close(compiled.logits(), dense)
+    with state.counting() as counts:
+        assert close(compiled.logits(1), sparse[:1])
+    assert {count.seen for count in counts.values()} >= {9 * 64 * 128}  # eight tokens of the prompt and one
 
 
 def test_replaced_weights_are_compiled_again(calibrated: Path) -> None:

@@ -14,10 +14,10 @@ from wina_calib.checkpoint.reader import read_settings
 from wina_calib.errors import UsageError
 from wina_calib.masks.mask import mask_input
 from wina_calib.runtime.fast_path import attention
+from wina_calib.runtime.first_tokens import Rows
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.load import runtime_state, sparse_sites
 from wina_calib.runtime.modules import SparseLinear
-from wina_calib.runtime.state import RuntimeState
 
 IDS = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -134,7 +134,7 @@ def test_first_token_is_dense_and_padding_is_skipped(calibrated: Path) -> None:
     model = wina_calib.load(calibrated)
     seen: list[torch.Tensor] = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-        lambda m, args: seen.append(runtime_state(model).dense_rows)
+        lambda m, args: seen.append(runtime_state(model).now().dense_rows)
     )
     mask = torch.ones_like(IDS)
     mask[1, :6] = 0
@@ -245,9 +245,9 @@ def test_first_token_with_prepared_masks(dtype: torch.dtype, wrap: bool) -> None
     allowed = torch.ones(2, 1, 5, 9).tril().bool()
     allowed[1, :, :, :2] = False
     mask = allowed if dtype == torch.bool else torch.where(allowed, 0.0, float("-inf"))
-    state = RuntimeState()
-    state.begin((torch.ones(2, 5, dtype=torch.long),), {"attention_mask": {"full_attention": mask} if wrap else mask})
-    assert state.dense_rows.nonzero().tolist() == [[0, 0], [1, 2]]
+    kwargs = {"attention_mask": {"full_attention": mask} if wrap else mask}
+    rows = Rows((torch.ones(2, 5, dtype=torch.long),), kwargs)
+    assert rows.first().nonzero().tolist() == [[0, 0], [1, 2]]
 
 
 @pytest.mark.usefixtures("packing")

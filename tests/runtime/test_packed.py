@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from wina_calib.masks.mask import mask_input
+from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import PackedGroup, magnitude_limit
 from wina_calib.runtime.state import RuntimeState
@@ -43,12 +44,19 @@ def test_the_limit_of_odd_norms(threshold: float, dropped: list[bool]) -> None:
     assert (x * norm <= threshold).tolist() == dropped
 
 
-def packed(*, columns: bool, state: RuntimeState | None = None) -> tuple[PackedGroup, list[nn.Parameter], torch.Tensor]:
+NOW = Pass(RuntimeState(), kernels="auto", dense=False, masks=True)
+
+
+def with_rows(rows: torch.Tensor | None) -> Pass:
+    return Pass(RuntimeState(), kernels="auto", dense=False, masks=True, dense_rows=rows)
+
+
+def packed(*, columns: bool) -> tuple[PackedGroup, list[nn.Parameter], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = [nn.Parameter(torch.randn(out, 48, generator=generator)) for out in (32, 16, 16)]
     threshold = torch.tensor(0.6)
     made = PackedGroup(weights, [None, nn.Parameter(torch.ones(16)), None], columns=columns)
-    made.attach(state or RuntimeState(), torch.rand(48, generator=generator) + 0.5, threshold, None)
+    made.attach(1, torch.rand(48, generator=generator) + 0.5, threshold, None)
     return made, weights, threshold
 
 
@@ -61,10 +69,9 @@ def test_parts_are_the_masked_products(columns: bool, rows: int) -> None:
     masked = mask_input(x, made.norm, threshold)
     for position, weight in enumerate(weights):
         expected = linear(masked, weight) + (1.0 if position == 1 else 0.0)
-        assert torch.allclose(made.part(position, x), expected, atol=1e-5)
-    assert made._seen is None
-    assert made._parts == ()
-    last = made.part(2, x.clone())
+        assert torch.allclose(made.part(position, x, NOW), expected, atol=1e-5)
+    assert NOW.x is NOW.out is None
+    last = made.part(2, x.clone(), NOW)
     assert torch.allclose(last, linear(masked, weights[2]), atol=1e-5)
 
 
@@ -72,13 +79,13 @@ def test_parts_are_the_masked_products(columns: bool, rows: int) -> None:
 def test_a_threshold_written_directly_counts_at_the_next_call() -> None:
     made, _, threshold = packed(columns=False)
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
-    assert 0.2 < float((made.mask(x) == 0).float().mean()) < 0.8
+    assert 0.2 < float((made.mask_inputs(x, NOW) == 0).float().mean()) < 0.8
     threshold.fill_(-1.0)
-    assert torch.equal(made.mask(x), x)
+    assert torch.equal(made.mask_inputs(x, NOW), x)
     x[0, 0] = float("nan")
     threshold.fill_(1e9)
-    assert made.mask(x).isnan().sum() == 1
-    assert made.mask(x).nansum() == 0
+    assert made.mask_inputs(x, NOW).isnan().sum() == 1
+    assert made.mask_inputs(x, NOW).nansum() == 0
 
 
 @torch.no_grad()
@@ -87,26 +94,26 @@ def test_an_input_at_the_threshold_is_dropped() -> None:
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
     for position in range(48):
         threshold.copy_(x[1, position].abs() * made.norm[position])
-        found = made.mask(x)
+        found = made.mask_inputs(x, NOW)
         assert found[1, position] == 0
         assert torch.equal(found, mask_input(x, made.norm, threshold))
 
 
 @torch.no_grad()
 def test_dense_rows_are_kept() -> None:
-    state = RuntimeState(dense_rows=torch.tensor([[True, False], [False, True]]))
-    made, _, threshold = packed(columns=False, state=state)
+    now = with_rows(torch.tensor([[True, False], [False, True]]))
+    made, _, threshold = packed(columns=False)
     x = torch.randn(2, 2, 48, generator=torch.Generator().manual_seed(2))
-    found = made.mask(x)
-    assert torch.equal(found, mask_input(x, made.norm, threshold, "wina", state.dense_rows))
+    found = made.mask_inputs(x, now)
+    assert torch.equal(found, mask_input(x, made.norm, threshold, "wina", now.dense_rows))
     assert torch.equal(found[0, 0], x[0, 0])
-    assert torch.equal(made.mask(x.view(4, 48)), found.view(4, 48))
+    assert torch.equal(made.mask_inputs(x.view(4, 48), now), found.view(4, 48))
 
 
 def test_masking_is_differentiable() -> None:
     made, _, threshold = packed(columns=False)
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    made.product(x).sum().backward()
+    made.product(x, NOW).sum().backward()
     assert x.grad is not None
     kept = mask_input(x.detach(), made.norm, threshold) != 0
     assert torch.equal(x.grad != 0, kept)
@@ -130,17 +137,18 @@ def test_weights_are_stored_once() -> None:
 @torch.no_grad()
 def test_many_rows_on_a_cpu_are_masked_as_the_score_says(dtype: torch.dtype, dense: bool) -> None:
     """Against the reference, with ties, and a NaN and an infinity at every place of a vector."""
-    state = RuntimeState()
-    made, _, threshold = packed(columns=True, state=state)
+    made, _, threshold = packed(columns=True)
     x = torch.randn(2, 70, 48, generator=torch.Generator().manual_seed(4)).to(dtype)
     x[0, range(48), range(48)] = torch.nan
     x[1, range(1, 49), range(48)] = torch.inf
     made.norm[:8], threshold[...] = 1.0, 0.5
     x[:, 60:, :8] = 0.5
     rows = (torch.arange(70) == 65).expand(2, 70) if dense else None
-    state.dense_rows = rows
     flat = None if rows is None else rows.reshape(-1)
-    found, expected = made.mask(x), dispatch.mask_input(x.view(-1, 48), made.norm, threshold, flat).view(x.shape)
+    found, expected = (
+        made.mask_inputs(x, with_rows(rows)),
+        dispatch.mask_input(x.view(-1, 48), made.norm, threshold, flat).view(x.shape),
+    )
     assert found.dtype == dtype
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())

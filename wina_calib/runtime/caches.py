@@ -6,9 +6,11 @@ Up to 5.23 it is `past_key_values`, from 5.24 on `cache`.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from wina_calib.errors import UsageError
@@ -16,14 +18,14 @@ from wina_calib.errors import UsageError
 NAMES = ("cache", "past_key_values")
 
 
-def cache_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache that a forward pass was given; None where it was given none.
+def cache_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The cache that a forward pass was given, transformers' or the paged one of its `generate_batch`; None without one.
 
     Raises:
         UsageError: something of another kind stands where a cache belongs, so that nothing tells what the pass is.
     """
     for value in (*kwargs.values(), *args):
-        if isinstance(value, Cache):
+        if isinstance(value, Cache) or is_paged(value):
             return value
     for name in NAMES:
         value = kwargs.get(name)
@@ -33,6 +35,14 @@ def cache_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
                 "tell a prompt from what is decoded after it."
             )
     return None
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether it holds keys and values of several requests at once, as `generate_batch` does."""
+    if cache is None or isinstance(cache, Cache | Tensor):
+        return False
+    made_in = sys.modules.get("transformers.generation.continuous_batching.cache")  # where one can have been made
+    return made_in is not None and isinstance(cache, made_in.PagedAttentionCache)
 
 
 def cache_name(forward: Callable[..., Any]) -> str:

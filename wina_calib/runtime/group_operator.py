@@ -8,11 +8,13 @@ than the products. A group whose tensors are replaced gets another number, so th
 from __future__ import annotations
 
 import itertools
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+from wina_calib.runtime.forward_pass import here
 
 # A group's number holds that of its model's state above these bits.
 GROUP_BITS = 20
@@ -32,26 +34,6 @@ class Group(Protocol):
         """Sum of outs."""
 
 
-class Current:
-    """The forward pass that is being traced. One object, so that a compiled step checks it once and not at every layer.
-
-    Attributes:
-        owner: number of the state of the model that it belongs to.
-        mode: `sparse`, `dense`, or empty where a group's operator cannot serve.
-        x: input whose products are in `out`.
-        number: group that they belong to.
-        out: outputs of all projections of the group.
-    """
-
-    def __init__(self) -> None:
-        self.owner = 0
-        self.mode = ""
-        self.x: Tensor | None = None
-        self.number = UNNUMBERED
-        self.out: Any = None
-
-
-current = Current()
 _groups: WeakValueDictionary[int, Group] = WeakValueDictionary()
 _owners = itertools.count(1)
 _members = itertools.count()
@@ -71,19 +53,21 @@ def new_number(group: Group, owner: int) -> int:
 
 def serves(number: int, x: Tensor) -> bool:
     """Whether the operator may compute the products of x (..., in) in the pass that is being traced."""
-    if number >> GROUP_BITS != current.owner or current.mode == "" or torch.is_grad_enabled():
+    now = getattr(here, "current", None)
+    if now is None or number >> GROUP_BITS != now.owner or now.operator == "" or torch.is_grad_enabled():
         return False
     return x.shape[:-1].numel() == 1
 
 
 def part(number: int, start: int, stop: int, x: Tensor) -> Tensor:
     """Outputs start:stop of a group for x (..., in). The first projection computes all; the last one clears up."""
-    if start == 0 or current.x is not x or current.number != number:
-        current.x, current.number = x, number
-        current.out = torch.ops.wina_calib.group_product(x, number, current.mode == "dense")
-    out: Tensor = current.out
+    now = here.current
+    if start == 0 or now.x is not x or now.group != number:
+        now.x, now.group = x, number
+        now.out = torch.ops.wina_calib.group_product(x, number, now.operator == "dense")
+    out: Tensor = now.out
     if stop == out.shape[-1]:
-        current.x = current.out = None
+        now.x = now.out = None
     return out[..., start:stop]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +16,12 @@ from wina_calib.errors import RuntimeLoadError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.architecture import Architecture
+from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.patches import compile_guards, late_stop
 from wina_calib.runtime.state import RuntimeState
+from wina_calib.runtime.watch import Watch
 from wina_calib.transforms import plan
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     if rotated:
         norm = model.get_submodule(arch.final_norm.module)
         norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
-    base = model.get_submodule(arch.layers_path.rpartition(".")[0])
-    base.register_forward_pre_hook(_BeginPass(state), with_kwargs=True)
+    path, _, name = arch.layers_path.rpartition(".")
+    decoder.install(model.get_submodule(path), state, name)
     model.__dict__["wina_state"] = state
     compile_guards.prefer(model)
     attention.prefer(model)
@@ -62,16 +62,6 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
         blocks.shorten(layers.get_submodule(str(described.index)), described)
     lm_head.prefer(model)
     late_stop.install()
-
-
-@dataclass
-class _BeginPass:
-    """Tells the state of a forward pass to come. An object, because copied and pickled models keep their own state."""
-
-    state: RuntimeState
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.state.begin(args, kwargs)
 
 
 def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
@@ -88,6 +78,7 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
     check_values(model.name_or_path, here)
     for site in site_states(model):
         site.asked = site_sparsity(settings.anchors, site.budget.cpu().numpy(), settings.sparsity)
+        site.state.watch = Watch()
     if not settings.has_kernels:
         _say_once(f"select {settings.select}, score {settings.score}")
     if settings.score != "wina":

@@ -112,8 +112,8 @@ def choose_sparsity(model: torch.nn.Module, sparsity: float) -> float:
         raise UsageError(f"sparsity is {sparsity!r:.80}; expected a number in [0, 1).")
     sparsity = float(sparsity)
     sites = sparse_sites(model)
-    achieved = model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
-    sites[0].state.refresh()
+    with sites[0].state.changing():
+        achieved = model_weighted(sites, [site.set_sparsity(sparsity) for site in sites])
     _update_config(model, sparsity=sparsity)
     return achieved
 

@@ -19,6 +19,7 @@ from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_input
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
 from wina_calib.runtime import group_operator
+from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import PackedGroup, rows_for
 from wina_calib.runtime.state import RuntimeState, SiteCount, copied
@@ -99,15 +100,26 @@ class SiteState(Float32Buffers):
             self.group(group.name).threshold.fill_(thresholds[group.name])
         self.asked = sparsity
         self.state.stale = True
+        self.state.revision += 1
 
-    def product(self, linear_: SparseLinear, x: Tensor) -> Tensor:
+    def product(self, linear_: SparseLinear, x: Tensor, now: Pass) -> Tensor:
         """Output (..., out) of one projection for the site's input x (..., in), by itself: masked, then dense."""
-        rotation = self._buffers.get("rotation")
-        turned = x if rotation is None else x @ rotation.to(x.dtype)
-        if self.state.counts is not None:
-            self._count(linear_, turned)
-        inputs = turned if self.state.all_dense else self._mask(linear_.group, turned)
+        turned = self._turned(x)
+        if now.counts is not None:
+            self._count(linear_, turned, now)
+        inputs = turned if now.dense else self._mask(linear_.group, turned, now)
         return linear(inputs, linear_.weight, linear_.bias)
+
+    def note_row(self, linear_: SparseLinear, x: Tensor, now: Pass) -> None:
+        """Let the watch of a pass know what of an input (..., in) is dropped, once for each mask."""
+        if linear_.position == 0:
+            dropped = None if now.dense else self._dropped(linear_.group, self._turned(x), now)
+            outs = self.site.out_features if linear_.group == "shared" else linear_.out_features
+            now.watch.note(self.asked, x.numel(), dropped, outs)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        rotation = self._buffers.get("rotation")
+        return x if rotation is None else x @ rotation.to(x.dtype)
 
     def pack(self) -> None:
         """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
@@ -123,7 +135,7 @@ class SiteState(Float32Buffers):
                 packed = _pack(members, columns=self._pays(members))
                 self._packed[group.name] = packed
             state = self.group(group.name)
-            packed.attach(self.state, state.norm, state.threshold, self._buffers.get("rotation"))
+            packed.attach(self.state.number, state.norm, state.threshold, self._buffers.get("rotation"))
             starts = [0, *accumulate(packed.sizes)]
             for member, start in zip(members, starts, strict=False):
                 member.number, member.start, member.packed_dtype = packed.number, start, packed.dtype
@@ -142,8 +154,8 @@ class SiteState(Float32Buffers):
         out = sum(m.out_features for m in members)
         return dispatch.column_layout_pays(weight.device.type, weight.dtype, self.site.width, out, self.asked)
 
-    def _mask(self, name: str, x: Tensor) -> Tensor:
-        rows = rows_for(self.state.dense_rows, x)
+    def _mask(self, name: str, x: Tensor, now: Pass) -> Tensor:
+        rows = rows_for(now.dense_rows, x)
         return mask_input(x, self.group(name).norm, self._cut(name), self.settings.score, rows)
 
     def _cut(self, name: str) -> Cut:
@@ -152,18 +164,21 @@ class SiteState(Float32Buffers):
             return kept_inputs(self.site.width, self.asked)
         return self.group(name).threshold
 
-    def _count(self, linear_: SparseLinear, x: Tensor) -> None:
+    def _count(self, linear_: SparseLinear, x: Tensor, now: Pass) -> None:
         """Count inputs seen and dropped, weighted by the outputs that they reach."""
         shared = linear_.group == "shared"
-        if self.state.dense or self.state.counts is None or (shared and not linear_.leads):
+        if now.counts is None or (shared and not linear_.leads):
             return
         outs = self.site.out_features if shared else linear_.out_features
-        count = self.state.counts.setdefault((self.layer, self.site.name), SiteCount())
+        count = now.counts.setdefault((self.layer, self.site.name), SiteCount())
         count.seen += x.numel() * outs
-        if not self.state.all_dense:
-            rows, norm = rows_for(self.state.dense_rows, x), self.group(linear_.group).norm
-            keep = keep_mask(x, norm, self._cut(linear_.group), self.settings.score, rows)
-            count.dropped += (keep.numel() - int(keep.sum())) * outs
+        if not now.dense:
+            count.dropped += int(self._dropped(linear_.group, x, now)) * outs
+
+    def _dropped(self, name: str, x: Tensor, now: Pass) -> Tensor:
+        """How many of the turned inputs x (..., in) of a group are dropped, () int64."""
+        rows, norm = rows_for(now.dense_rows, x), self.group(name).norm
+        return keep_mask(x, norm, self._cut(name), self.settings.score, rows).logical_not_().sum()
 
 
 class SparseLinear(nn.Linear):
@@ -193,10 +208,12 @@ class SparseLinear(nn.Linear):
             and group_operator.serves(self.number, input)
         ):
             return group_operator.part(self.number, self.start, self.start + self.out_features, input)
-        packed = self.packed
-        if packed is None or not packed.serves(input) or (torch.is_grad_enabled() and self._is_trained()):
-            return self.site.product(self, input)
-        return packed.part(self.position, input)
+        packed, now = self.packed, self.site.state.now()
+        if now.watch is not None:
+            self.site.note_row(self, input, now)
+        if packed is None or not packed.serves(input, now) or (torch.is_grad_enabled() and self._is_trained()):
+            return self.site.product(self, input, now)
+        return packed.part(self.position, input, now)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of it alone belongs to the same site and multiplies by itself."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wina_calib.runtime import group_operator
+from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch, native
-from wina_calib.runtime.state import RuntimeState
 
 # On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
 # one product for all saves.
@@ -26,7 +26,6 @@ class PackedGroup:
     """Weights of one mask group in one storage; the modules hold views of it.
 
     Attributes:
-        state: of the model.
         sizes: outputs of each projection.
         columns: whether `weight_t` (in, sum of outs) is contiguous, for the sparse kernels; else `weight` is, its
             transpose, for dense products of masked inputs.
@@ -50,8 +49,6 @@ class PackedGroup:
         self.number = group_operator.UNNUMBERED
         self.row: dispatch.Row | None = None
         self._given: tuple[object, ...] = ()
-        self._seen: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds addresses; `attach` makes it again."""
@@ -66,12 +63,13 @@ class PackedGroup:
         """Outputs of all projections."""
         return int(self.weight_t.shape[1])
 
-    def attach(self, state: RuntimeState, norm: Tensor, threshold: Tensor, rotation: Tensor | None) -> None:
-        """Take what else the product needs, and look at the threshold."""
-        given = (state, norm, threshold, rotation)
-        if self.columns and (not self._given or any(a is not b for a, b in zip(given, self._given, strict=True))):
-            self.number, self._given = group_operator.new_number(self, state.number), given
-        self.state, self.norm, self.threshold = state, norm, threshold
+    def attach(self, owner: int, norm: Tensor, threshold: Tensor, rotation: Tensor | None) -> None:
+        """Take what else the product needs, and look at the threshold; `owner` is the number of the model's state."""
+        given = (norm, threshold, rotation)
+        same = self._given[:1] == (owner,) and all(a is b for a, b in zip(given, self._given[1:], strict=True))
+        if self.columns and not same:
+            self.number, self._given = group_operator.new_number(self, owner), (owner, *given)
+        self.norm, self.threshold = norm, threshold
         self.rotation = None if rotation is None else rotation.to(self.dtype)
         self.kernel = dispatch.mask_of(norm, threshold, self.dtype)
         self.row = dispatch.row_of(self.weight_t, norm, threshold, self.bias)
@@ -83,62 +81,59 @@ class PackedGroup:
         parts: tuple[Tensor, ...] = storage.split(self.sizes)
         return parts
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether the model's state lets this compute the product of x."""
-        state = self.state
-        return state.kernels == "auto" and state.counts is None and x.dtype == self.dtype
+    def serves(self, x: Tensor, now: Pass) -> bool:
+        """Whether in this pass this computes the product of x."""
+        return now.served and x.dtype == self.dtype
 
     def masks_row(self, x: Tensor) -> bool:
-        """Whether x (..., in) is one row on a CPU, of which nothing but the masked product is wanted."""
-        state = self.state
-        if not state.drops or state.counts is not None or state.dense_rows is not None or self.rotation is not None:
-            return False
-        return type(x) is Tensor and x.is_cpu and x.dtype is self.dtype and x.numel() == self.weight_t.shape[0]
+        """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
+        plain = self.rotation is None and type(x) is Tensor and x.is_cpu
+        return plain and x.dtype is self.dtype and x.numel() == self.weight_t.shape[0]
 
-    def part(self, position: int, x: Tensor) -> Tensor:
+    def part(self, position: int, x: Tensor, now: Pass) -> Tensor:
         """Output (..., out) of one projection for x (..., in).
 
         The first that is asked for x computes all; the others take theirs, the last one clears up.
         """
         if len(self.sizes) == 1:
-            return self.product(x)
-        if position == 0 or self._seen is not x:
-            self._seen, self._parts = x, self.parts(x)
-        out = self._parts[position]
+            return self.product(x, now)
+        if position == 0 or now.x is not x or now.group is not self:
+            now.x, now.group, now.out = x, self, self.parts(x, now)
+        out: Tensor = now.out[position]
         if position == len(self.sizes) - 1:
-            self._seen, self._parts = None, ()
+            now.x = now.group = now.out = None
         return out
 
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, x: Tensor, now: Pass) -> tuple[Tensor, ...]:
         """Outputs (..., out) of each projection for x (..., in)."""
         if self.kernel is None or x.numel() < SEPARATE_ROWS * x.shape[-1] or torch.compiler.is_compiling():
-            shares: tuple[Tensor, ...] = self.product(x).split_with_sizes(self.sizes, dim=-1)
+            shares: tuple[Tensor, ...] = self.product(x, now).split_with_sizes(self.sizes, dim=-1)
             return shares
-        x = self.masked(x if self.rotation is None else x @ self.rotation)
+        x = self.product_input(x if self.rotation is None else x @ self.rotation, now)
         biases = (None,) * len(self.sizes) if self.bias is None else self.parts_of(self.bias)
         return tuple(linear(x, w, b) for w, b in zip(self.parts_of(self.weight), biases, strict=True))
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, now: Pass) -> Tensor:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""
         if self.rotation is not None:
             x = x @ self.rotation
-        if self.row is not None and x.numel() == self.row.width and self._is_plain(x):
-            return self.row(x, everything=self.state.all_dense)
+        if self.row is not None and x.numel() == self.row.width and _is_plain(x, now):
+            return self.row(x, everything=now.dense)
         if not self.columns or (self.kernel is not None and x.numel() != x.shape[-1]):
-            return linear(self.masked(x), self.weight, self.bias)
+            return linear(self.product_input(x, now), self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        if self.state.all_dense:
+        if now.dense:
             out = dispatch.dense_site(rows, self.weight_t, self.bias)
         elif rows.shape[0] > dispatch.MAX_GATHERED_ROWS:
-            out = dispatch.dense_site(self.mask(x).view(rows.shape), self.weight_t, self.bias)
+            out = dispatch.dense_site(self.mask_inputs(x, now).view(rows.shape), self.weight_t, self.bias)
         else:
-            dense = rows_for(self.state.dense_rows, x)
+            dense = rows_for(now.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
             out = dispatch.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
-        """Outputs (..., sum of outs) for one row x (..., in), masked or dense, whatever the state says."""
+        """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
         if self.row is not None and self.rotation is None:
             return self.row(x, everything=dense)
         row = x.reshape(1, -1)
@@ -152,41 +147,34 @@ class PackedGroup:
             out = dispatch.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether nothing but the product of x's one row is wanted: no gradient, no graph, no row that is never masked."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
-            return False
-        return self.state.all_dense or self.state.dense_rows is None
-
-    def masked(self, x: Tensor) -> Tensor:
+    def product_input(self, x: Tensor, now: Pass) -> Tensor:
         """The input x (..., in) of a dense product: as it is, or with its dropped values at zero."""
-        if self.state.all_dense:
+        if now.dense:
             return x
         kernel = self.kernel
         if kernel is None or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            return self.mask(x)
+            return self.mask_inputs(x, now)
         if x.numel() == 0 or x.device.index != torch.cuda.current_device():
-            return self.mask(x)
-        return kernel(x, rows_for(self.state.dense_rows, x))
+            return self.mask_inputs(x, now)
+        return kernel(x, rows_for(now.dense_rows, x))
 
-    def mask(self, x: Tensor) -> Tensor:
-        """`mask.mask_input` of x (..., in), bit for bit, in fewer passes."""
+    def mask_inputs(self, x: Tensor, now: Pass) -> Tensor:
+        """`mask.mask_inputs` of x (..., in), bit for bit, in fewer passes over it."""
+        dense = rows_for(now.dense_rows, x)
         if not torch.compiler.is_compiling():
             if self._version != _version(self.threshold):
                 self._limit_now()
             if self.open:
                 return x
             if x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):
-                return self._mask_vectorised(x)
+                return self._mask_vectorised(x, dense)
         dropped = x.abs() <= self.limit
-        dense = rows_for(self.state.dense_rows, x)
         if dense is not None:
             dropped &= dense.logical_not().unsqueeze(-1)
         return torch.where(dropped, self.zero, x)
 
-    def _mask_vectorised(self, x: Tensor) -> Tensor:
-        """`mask` in C, or by operators that torch has vector code for on a CPU; the last keeps a NaN."""
-        dense = rows_for(self.state.dense_rows, x)
+    def _mask_vectorised(self, x: Tensor, dense: Tensor | None) -> Tensor:
+        """`mask_inputs` in C, or by operators that torch has vector code for on a CPU; the last keeps a NaN."""
         if self.row is not None and type(x) is Tensor and x.dtype == self.dtype and x.numel():
             return native.mask(x, self.norm, self.threshold, dense)
         score = (x * self.norm).abs_()
@@ -214,6 +202,13 @@ def _rows(weights: Sequence[Tensor]) -> Tensor:
     if len(weights) == 1:
         return weights[0].detach().contiguous()
     return torch.cat([w.detach() for w in weights])
+
+
+def _is_plain(x: Tensor, now: Pass) -> bool:
+    """Whether nothing but the product of x's one row is wanted: no gradient, no graph, no row that is never masked."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return now.dense or now.dense_rows is None
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,19 +1,24 @@
-"""What all sites of one loaded model share: the policy, and what is known of the current forward pass."""
+"""What all sites of one loaded model share: the policy, by which each forward pass is made."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from wina_calib.errors import UsageError
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.caches import cache_of
+from wina_calib.runtime.first_tokens import Rows, tokens_of
+from wina_calib.runtime.forward_pass import Gate, Pass, here, in_backward
 from wina_calib.runtime.patches import late_stop
+from wina_calib.runtime.watch import Watch
 
 
 @dataclass
@@ -31,18 +36,20 @@ class SiteCount:
 
 @dataclass
 class RuntimeState:
-    """State of one sparse model.
+    """State of one sparse model: what is the same for all of its passes until somebody changes it.
 
     Attributes:
         prefill: whether rows that fill an empty cache are masked (`sparse`) or computed densely (`dense`).
         first_token: whether the first row of each sequence is computed densely (`dense`) or masked (`sparse`).
         kernels: `auto` lets a fast kernel serve a site, `reference` always uses the masked dense product.
         dense: compute everything densely.
-        dense_rows: (batch, seq) bool, rows of this forward pass that are never masked; None when there are none.
-        counts: kept and dropped inputs by (layer, site), where counting is on.
         masks: whether the sparsity that is set drops anything.
         stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
+        revision: counts how often thresholds were set.
         sites: all sites, in order.
+        watch: samples what decode steps drop, until it has seen enough.
+        gate: keeps passes and changes of the model apart.
+        local: what a thread asked for by `counting` and `densely`.
         number: of this state among all in the process.
     """
 
@@ -50,80 +57,128 @@ class RuntimeState:
     first_token: str = "dense"
     kernels: str = "auto"
     dense: bool = False
-    dense_rows: Tensor | None = None
-    all_dense: bool = False
-    counts: dict[tuple[int, str], SiteCount] | None = field(default=None, repr=False)
     masks: bool = False
     stale: bool = True
+    revision: int = 0
     sites: list[Any] = field(default_factory=list, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
+    gate: Gate = field(default_factory=Gate, repr=False)
+    local: threading.local = field(default_factory=threading.local, repr=False)
     number: int = field(default_factory=group_operator.new_owner, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to threads."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("gate", "local")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy is a state of its own, whose weights get numbers of their own."""
-        self.__dict__.update(values, number=group_operator.new_owner(), stale=True)
+        own = {"gate": Gate(), "local": threading.local(), "number": group_operator.new_owner(), "stale": True}
+        self.__dict__.update(values | own)
 
-    @property
-    def drops(self) -> bool:
-        """Whether this forward pass drops inputs, by the fast kernels: what it computes may then differ in last bits."""
-        return self.masks and self.kernels == "auto" and not self.all_dense
-
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note at the start of the decoder's forward pass which of its rows are never masked."""
-        if not torch.compiler.is_compiling():  # first, so that a compiled step has no guard on what follows
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
+        """Begin a pass of the decoder with these arguments in this thread; the pass before, for `end`."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # first, so that a compiled step has no guard on what follows
             self._look(args, kwargs)
             self.refresh()
-        self._note(args, kwargs)
-        served = self.kernels == "auto" and self.counts is None and self.dense_rows is None
-        group_operator.current.owner = self.number
-        group_operator.current.mode = "" if not served else "dense" if self.all_dense else "sparse"
+        before: Pass | None = getattr(here, "current", None)
+        here.current = made = self._pass(Rows(args, kwargs), compiling=compiling)
+        if not compiling:
+            self.gate.enter()
+            made.gated, made.revision = True, self.revision
+        return before
+
+    def end(self, before: Pass | None) -> None:
+        """End this thread's pass."""
+        ended, here.current = here.current, before
+        if ended.gated:
+            self.gate.leave()
+        if ended.watch is not None and ended.watch.has_seen_enough():
+            self.watch = None
+
+    def now(self) -> Pass:
+        """The pass that this thread computes; for a module that is called alone, one like a decode step.
+
+        Raises:
+            UsageError: a layer is computed again in a backward pass, and nothing tells which pass it belongs to.
+        """
+        found: Pass | None = getattr(here, "current", None)
+        if found is not None and found.state is self:
+            return found
+        if not torch.compiler.is_compiling() and in_backward():
+            raise UsageError(
+                "A layer of a sparse model is computed again in a backward pass, and nothing tells which forward pass it "
+                "belongs to. Use model.gradient_checkpointing_enable(), which hands that on."
+            )
+        dense, counts = self._asked()
+        return Pass(self, kernels=self.kernels, dense=dense, masks=self.masks, counts=counts, revision=self.revision)
+
+    def _pass(self, rows: Rows, *, compiling: bool) -> Pass:
+        dense, counts = self._asked()
+        first = None
+        if not dense and self.prefill == "dense":
+            dense = rows.fill_prompt()
+        if not dense and self.first_token == "dense":
+            first = rows.first()
+        # What a compiled step does not use is not asked for, so that it has no guard on it.
+        masks, watch = (False, None) if compiling else (self.masks, self.watch)
+        if watch is not None and (rows.count != 1 or not self.masks or counts is not None or torch.is_grad_enabled()):
+            watch = None
+        return Pass(self, kernels=self.kernels, dense=dense, masks=masks, dense_rows=first, counts=counts, watch=watch)
+
+    def _asked(self) -> tuple[bool, dict[tuple[int, str], SiteCount] | None]:
+        """Whether everything is to be computed densely in this thread, and where its inputs are counted."""
+        dense = bool(self.dense or getattr(self.local, "dense", False))
+        return dense, None if dense else getattr(self.local, "counts", None)
 
     def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a prompt, look whether weights were replaced without notice, as merging an adapter may do."""
-        tokens = _tokens(args, kwargs)
+        tokens = tokens_of(args, kwargs)
         late_stop.mark(cache_of(args, kwargs), tokens)
         if not self.stale and (tokens is None or tokens.shape[1] > 1):
             self.stale = any(site.is_replaced() for site in self.sites)
 
-    def _note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.all_dense, self.dense_rows = self.dense, None
-        if self.dense:
-            return
-        tokens = _tokens(args, kwargs)
-        if tokens is None or not _cache_is_empty(cache_of(args, kwargs), tokens.shape[1]):
-            return
-        if self.prefill == "dense":
-            self.all_dense = True
-            return
-        if self.first_token == "dense":
-            self.dense_rows = _first_tokens(tokens, kwargs.get("attention_mask"))
-
     def refresh(self) -> None:
         """Look at the weights' storage again where something changed."""
-        if self.stale:
-            self.stale = False
-            # Weights that are made in inference mode could not be trained or loaded later.
-            with torch.inference_mode(False), torch.no_grad():
-                for site in self.sites:
-                    site.pack()
-            self.masks = any(site.asked != 0 for site in self.sites)  # nan: thresholds without a sparsity
+        if not self.stale:
+            return
+        with self.gate.alone():
+            if self.stale:  # no other thread was first
+                # Weights that are made in inference mode could not be trained or loaded later.
+                with torch.inference_mode(False), torch.no_grad():
+                    for site in self.sites:
+                        site.pack()
+                self.masks = any(site.asked != 0 for site in self.sites)  # nan: thresholds without a sparsity
+                self.stale = False
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """For the length of the context no pass runs, as thresholds are set; then the storage is looked at again."""
+        with self.gate.alone():
+            yield
+            self.refresh()
 
     @contextmanager
     def counting(self) -> Iterator[dict[tuple[int, str], SiteCount]]:
-        """Count kept and dropped inputs at every site for the length of the context."""
-        self.counts = {}
-        try:
-            yield self.counts
-        finally:
-            self.counts = None
+        """Count kept and dropped inputs at every site of this thread's passes for the length of the context."""
+        counts: dict[tuple[int, str], SiteCount] = {}
+        with self._asking("counts", counts):
+            yield counts
 
     @contextmanager
     def densely(self) -> Iterator[None]:
-        """Compute everything densely for the length of the context."""
-        before, self.dense = self.dense, True
+        """Compute everything densely in this thread for the length of the context."""
+        with self._asking("dense", True):
+            yield
+
+    @contextmanager
+    def _asking(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self.local, name, None)
+        setattr(self.local, name, value)
         try:
             yield
         finally:
-            self.dense = before
+            setattr(self.local, name, before)
 
 
 def copied(module: nn.Module, memo: dict[int, Any], neighbour: object, **alone: Any) -> Any:
@@ -138,53 +193,3 @@ def copied(module: nn.Module, memo: dict[int, Any], neighbour: object, **alone: 
     made = memo[id(module)] = type(module).__new__(type(module))
     made.__dict__.update(copy.deepcopy(kept, memo))
     return made
-
-
-def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Token ids (batch, seq) or their embeddings (batch, seq, hidden) of a forward pass."""
-    tokens = args[0] if args else kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if tokens is None else tokens
-
-
-def _cache_is_empty(cache: Any, rows: int) -> bool:
-    """Whether the cache holds no token yet.
-
-    A static cache keeps its length on the device. Inside a compiled step with one row it is taken to hold tokens:
-    generation compiles decode steps only.
-    """
-    if cache is None:
-        return True
-    length = cache.get_seq_length()
-    if not isinstance(length, Tensor):
-        return bool(length == 0)
-    if torch.compiler.is_compiling():
-        return rows > 1
-    return int(length) == 0
-
-
-def _first_tokens(tokens: Tensor, attention_mask: Any) -> Tensor:
-    """The first row of each sequence that is not padding: (batch, seq) bool."""
-    batch, seq = tokens.shape[:2]
-    position = torch.arange(seq, device=tokens.device)
-    real = _real_rows(attention_mask, seq)
-    if real is None:
-        return (position == 0).expand(batch, seq)
-    return position == real.to(tokens.device).int().argmax(dim=1, keepdim=True)
-
-
-def _real_rows(attention_mask: Any, seq: int) -> Tensor | None:
-    """Rows that are not padding, (batch or 1, seq) bool; None where the mask does not say.
-
-    A row of a prepared mask (batch, heads, seq, keys) is real where it may attend to itself: its key stands at its own
-    position, as the cache is empty. A mask for each attention type says the same in each.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = next((m for m in attention_mask.values() if isinstance(m, Tensor)), None)
-    if not isinstance(attention_mask, Tensor):
-        return None
-    if attention_mask.dim() == 2 and attention_mask.shape[1] == seq:
-        return attention_mask.ne(0)
-    if attention_mask.dim() == 4 and attention_mask.shape[2] == seq <= attention_mask.shape[3]:
-        own = attention_mask[:, 0, :, :seq].diagonal(dim1=1, dim2=2)
-        return own if own.dtype == torch.bool else own.eq(0)
-    return None

@@ -140,11 +140,10 @@ def test_every_cache(kind: str, calls: Counter[str]) -> None:
 def test_blocks_in_bfloat16(family: str, calls: Counter[str]) -> None:
     """One by one: in a model a rounding turns a mask, and more with every layer."""
     model = sparse(family, torch.bfloat16)
-    state, layer = runtime_state(model), model.model.layers[1]
+    layer = model.model.layers[1]
     cache = filled(model, IDS[:, :PROMPT])
     x, size = torch.randn(1, 1, 64).bfloat16(), layer.self_attn.head_dim
     turns = tuple(torch.randn(2, 1, 1, size).bfloat16())
-    state.dense_rows = None  # of the prompt
     with torch.no_grad():
         found, expected = [], []
         for results, way in ((found, Short._rows), (expected, lambda self, x: None)):

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_modules
 
 from wina_calib.model.architecture import Layer, Site
 from wina_calib.runtime.caches import cache_name
+from wina_calib.runtime.derived import Derived, derive
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.kernels import native, native_build
@@ -60,16 +61,10 @@ class Parts:
     gelu: bool = False
 
 
-class Short(nn.Module):
-    """Stands before a stock block's class in one that is made of both; `known` is the stock class's forward then."""
+class Short(Derived):
+    """Stands before a stock block's class in one that is made of both."""
 
     parts: Parts
-    known: tuple[Any, ...]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copied and pickled by name of the two classes."""
-        state: Any = super().__getstate__  # torch has no types for it
-        return _empty, type(self).__bases__, state()
 
     def _rows(self, x: Tensor) -> tuple[Row, Row] | None:
         """The products of input and output, where all that is wanted is their masked result for one row x (..., in)."""
@@ -80,7 +75,10 @@ class Short(nn.Module):
             return None
         first: PackedGroup | None = inputs[0].packed
         second: PackedGroup | None = output.packed
-        if first is None or second is None or first.row is None or second.row is None or not first.masks_row(x):
+        if first is None or second is None or first.row is None or second.row is None:
+            return None
+        now = inputs[0].site.state.now()
+        if not now.short or not first.masks_row(x):
             return None
         if any(module.packed is not first for module in inputs) or second.dtype is not first.dtype:
             return None
@@ -90,6 +88,8 @@ class Short(nn.Module):
             return None
         if torch_modules._has_any_global_hook() or any(map(_is_watched, children.values())):
             return None
+        if now.watch is not None:
+            inputs[0].site.note_row(inputs[0], x, now)
         return first.row, second.row
 
 
@@ -192,24 +192,8 @@ def _is_watched(module: nn.Module | None) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-_derived: dict[tuple[Any, Any], type[nn.Module]] = {}
-
-
-def _both(mixin: type[Short], stock: type[nn.Module]) -> type[nn.Module]:
-    """A class of both, which to all who look at names is the stock one."""
-    if (mixin, stock) not in _derived:
-        names = {"__module__": stock.__module__, "__doc__": stock.__doc__, "known": (stock.forward,)}
-        _derived[mixin, stock] = type(stock.__name__, (mixin, stock), names)
-    return _derived[mixin, stock]
-
-
-def _empty(mixin: type[Short], stock: type[nn.Module]) -> nn.Module:
-    made = _both(mixin, stock)
-    return made.__new__(made)
-
-
 def _derive(block: nn.Module, mixin: type[Short], parts: Parts) -> None:
-    block.__class__ = _both(mixin, type(block))
+    derive(block, mixin)
     block.__dict__["parts"] = parts
 
 

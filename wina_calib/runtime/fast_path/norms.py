@@ -55,15 +55,15 @@ class Norm(nn.Module):
 
     def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the norm of x (..., width) may differ in last bits, and has a faster way."""
-        state = self.state
-        if not state.drops:
+        now = self.state.now()
+        if not now.drops:
             return False
         if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False
         if x.is_cpu:
-            one = x.shape[:2].numel() == 1 and state.dense_rows is None
+            one = x.shape[:2].numel() == 1 and now.dense_rows is None
             return one and weight.is_cpu and native.available(x.dtype)
         return x.is_cuda and x.device == weight.device
 

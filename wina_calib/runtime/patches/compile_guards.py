@@ -33,6 +33,8 @@ UNCHECKED = frozenset(
 CHECKED_ATTRIBUTES = (".number", ".start", ".training")
 # Libraries whose modules keep their attributes. An adapter's are checked all: it is turned off, changed and merged by them.
 KNOWN = ("torch", "transformers", "wina_calib")
+# What a thread asked of the model, and the pass that it computes, if any.
+OURS = re.compile(r"wina_state\.local|wina_calib_dot_runtime\w*'\]\.here")
 IN_A_LIST = re.compile(r"_modules\['\d+'\]")
 
 
@@ -41,7 +43,9 @@ def needed(guard: Any) -> bool:
 
     Outside of the layers also of a weight's shape, since a vocabulary may be resized.
     """
-    if "_modules" not in guard.name or "_forward_pre_hooks" in guard.name:  # through a hook: the model's state
+    if guard.guard_type == "HASATTR" and OURS.search(guard.name) is not None:
+        return True
+    if "_modules" not in guard.name or "wina_state" in guard.name:
         return guard.guard_type not in UNCHECKED
     if guard.guard_type == "TYPE_MATCH":
         return isinstance(guard.value, nn.Module)

@@ -1,0 +1,81 @@
+"""A look at the first decode steps of a loaded model: do they drop what its thresholds are set for?
+
+What is wrong with decoding shows in nothing but its speed: a step that drops too little is right, and slow. So a few steps
+are sampled, and one line says if what they drop is far from what was asked for. After that nothing is looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Decode steps that are looked at. One of them may be a prompt of one token, which drops nothing.
+STEPS = 8
+# How far off is far: so much of what was asked for, and at least so much.
+SHARE, LEAST = 0.25, 0.1
+
+
+class Watch:
+    """Sums what is dropped in the passes that it is part of."""
+
+    def __init__(self) -> None:
+        self._left, self._lock = STEPS, threading.Lock()
+        self._seen = 0.0
+        self._asked = 0.0
+        self._dropped: float | Tensor = 0.0
+
+    def __deepcopy__(self, memo: object) -> Watch:
+        """A copy looks for itself."""
+        return Watch()
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+    def note(self, asked: float, inputs: int, dropped: Tensor | None, outputs: int) -> None:
+        """What one mask did.
+
+        Args:
+            asked: sparsity that its threshold is set for; NaN where that is not known.
+            inputs: how many it was made for.
+            dropped: () how many of them it dropped; None is none.
+            outputs: how many outputs each of them reaches.
+        """
+        if asked != asked:
+            return
+        with self._lock:
+            self._seen += inputs * outputs
+            self._asked += asked * inputs * outputs
+            if dropped is not None:  # added where it is, so that a device need not wait
+                share = dropped.double() * outputs
+                earlier = self._dropped
+                same = not isinstance(earlier, Tensor) or earlier.device == share.device
+                self._dropped = share + earlier if same else share + earlier.to(share.device)
+
+    def has_seen_enough(self) -> bool:
+        """Whether the pass that has ended was the last one; if it was, says so where what was dropped is far off."""
+        with self._lock:
+            self._left -= 1
+            if self._left > 0 or not self._seen:
+                return self._left <= 0
+            found, asked = float(self._dropped) / self._seen, self._asked / self._seen
+            last, self._seen = self._left == 0, 0.0
+        if last and is_far(found, asked):
+            logger.warning("%s", warning(found, asked))
+        return True
+
+
+def is_far(found: float, asked: float) -> bool:
+    """Whether a sparsity is far from the one that was asked for."""
+    return abs(found - asked) > max(LEAST, SHARE * asked)
+
+
+def warning(found: float, asked: float) -> str:
+    """One line about a sparsity that is far off."""
+    return (
+        f"decoding drops {found:.0%} of the inputs where {asked:.0%} were asked for: the text is unlike that of the "
+        "calibration, or this transformers is not one that wina_calib was tested with (`wina-calib info`)."
+    )
