@@ -15,7 +15,7 @@ from torch import Tensor
 from wina_calib.errors import UsageError
 from wina_calib.runtime.caches import cache_of, is_paged
 
-# Attributes of a cache: that each of its sequences has had its first token; where the prompt in it ends so far.
+# Attributes of a cache: how long it was when each of its sequences had had its first token; where the prompt ends so far.
 BEGUN, PROMPT_END = "_wina_begun", "_wina_prompt_end"
 
 
@@ -72,12 +72,12 @@ class Rows:
             return self._at(past) if self.count > 1 else None
         if torch.compiler.is_compiling():
             return self._at(past) if past == 0 or self.count > 1 else None
-        if past and (self.mask is None or getattr(self.cache, BEGUN, False)):
+        if past and (self.mask is None or past >= getattr(self.cache, BEGUN, past + 1)):
             return None
         rows = self._at(past)
         begun = self._all_begun(past)
-        setattr(self.cache, BEGUN, begun)
-        return rows if past == 0 or self.count > 1 or not (begun or rows is None) else self._if_any(rows)
+        setattr(self.cache, BEGUN, past + (self.count if begun else self.count + 1))
+        return rows if past == 0 or self.count > 1 else self._if_any(rows)
 
     def _past(self) -> int | Tensor:
         """Tokens in the cache. A static cache keeps its length on the device; a compiled step does not wait for it."""

@@ -108,20 +108,20 @@ class RuntimeState:
         if not torch.compiler.is_compiling() and in_backward():
             raise UsageError(
                 "A layer of a sparse model is computed again in a backward pass, and nothing tells which forward pass it "
-                "belongs to. Use model.gradient_checkpointing_enable(), which hands that on."
+                "belongs to. Use the checkpointing of transformers (gradient_checkpointing), which hands that on."
             )
         dense, counts = self._asked()
         return Pass(self, kernels=self.kernels, dense=dense, masks=self.masks, counts=counts, revision=self.revision)
 
     def _pass(self, rows: Rows, *, compiling: bool) -> Pass:
         dense, counts = self._asked()
-        first = None
+        first, watch = None, None if dense or compiling else self.watch
         if not dense and self.prefill == "dense":
             dense = rows.fill_prompt()
         if not dense and self.first_token == "dense":
             first = rows.first()
         # What a compiled step does not use is not asked for, so that it has no guard on it.
-        masks, watch = (False, None) if compiling else (self.masks, self.watch)
+        masks = not compiling and self.masks
         if watch is not None and (rows.count != 1 or not self.masks or counts is not None or torch.is_grad_enabled()):
             watch = None
         return Pass(self, kernels=self.kernels, dense=dense, masks=masks, dense_rows=first, counts=counts, watch=watch)

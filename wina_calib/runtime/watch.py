@@ -52,8 +52,7 @@ class Watch:
             if dropped is not None:  # added where it is, so that a device need not wait
                 share = dropped.double() * outputs
                 earlier = self._dropped
-                same = not isinstance(earlier, Tensor) or earlier.device == share.device
-                self._dropped = share + earlier if same else share + earlier.to(share.device)
+                self._dropped = share + (earlier.to(share.device) if isinstance(earlier, Tensor) else earlier)
 
     def has_seen_enough(self) -> bool:
         """Whether the pass that has ended was the last one; if it was, says so where what was dropped is far off."""

@@ -16,7 +16,7 @@ from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.runtime.fast_path import attention, lm_head
-from wina_calib.studies.bench.decode import Variant, achieved, make_variants, measure, session
+from wina_calib.studies.bench.decode import Variant, achieved, make_variants, measure, session, warn_of_far
 from wina_calib.studies.bench.instruments import PeakMemory, copy_bandwidth, versions
 from wina_calib.studies.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.studies.bench.results import Bench, Dense, Products, Sparse, Timing
@@ -108,6 +108,7 @@ def compare(
     """
     place, new = ids.device, ids.shape[1] - prompt
     real = [achieved(pair, s, ids, prompt) for s in sparsities]
+    warn_of_far(sparsities, real)
     roof = copy_bandwidth(place)
     groups = groups or make_variants(pair, sparsities, ids, prompt, compiled=compiled)
     with_onednn = groups[0][0].session.onednn

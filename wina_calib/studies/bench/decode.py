@@ -15,6 +15,7 @@ from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.load import choose_sparsity, runtime_state
 from wina_calib.runtime.patches import compile_guards
+from wina_calib.runtime.watch import is_far, warning
 from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.studies.bench.models import Pair
 
@@ -192,6 +193,7 @@ def _round(group: Sequence[Variant], new: int, turn: int) -> None:
 
 def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
     """Model sparsity of decoded tokens at the thresholds for `sparsity`."""
+    pair.state.watch = None  # this looks at more
     choose_sparsity(pair.sparse, sparsity)
     run = session(pair.sparse, ids, prompt, compiled=False)
     with torch.no_grad():
@@ -199,3 +201,10 @@ def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
         with pair.state.counting() as counts:
             run.steps(min(COUNTED_STEPS, ids.shape[1] - prompt))
     return sum(c.dropped for c in counts.values()) / max(1, sum(c.seen for c in counts.values()))
+
+
+def warn_of_far(asked: Sequence[float], found: Sequence[float]) -> None:
+    """One line where decoded tokens drop far from what was asked for, about the first sparsity of which that holds."""
+    far = next(((f, a) for f, a in zip(found, asked, strict=True) if is_far(f, a)), None)
+    if far is not None:
+        logger.warning("%s", warning(*far))
