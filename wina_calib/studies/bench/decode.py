@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from wina_calib.runtime.patches import compile_guards
 from wina_calib.runtime.watch import is_far, warning
 from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.studies.bench.models import Pair
+
+logger = logging.getLogger(__name__)
 
 WARM_STEPS = 4
 COUNTED_STEPS = 16
