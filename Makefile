@@ -49,6 +49,7 @@ results: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_code_map.py
 
 # Asks the package index and its vulnerability database about every pinned version; one that it cannot ask about is an error.
 audit: $(VENV)-audit

@@ -174,10 +174,13 @@ def page(stored: dict[str, Any]) -> str:
     """The whole page from stored results."""
     parts = [
         "# Results",
+        "What sparsity does to two small models, the demo model (5.5 M parameters) and a Llama of 14 M. Small models and "
+        "little text: the figures show how methods differ, not what a large model loses. Words are explained in "
+        "[glossary.md](glossary.md).",
+        *_findings(stored),
         "Made by `make results` on a CPU, in float32, with the built-in text: calibrated on `builtin`, measured on "
         "`builtin:heldout`. Every table has its command above it; `docs/results.json` holds the figures. A run goes on "
-        "where it was stopped. Small models and little text: the figures show how methods differ, not what a large model "
-        "loses. Perplexities of one table are of the same text; those of different tables may not be. "
+        "where it was stopped. Perplexities of one table are of the same text; those of different tables may not be. "
         "`tests/docs/test_results.py` makes a part of it again: numbers are equal within 1 %, or 0.005 where that is more.",
     ]
     sections: list[tuple[str, str, Callable[[dict[str, Any], str], list[str]], Sequence[str]]] = [
@@ -265,6 +268,43 @@ _WAYS = {
     "quantile": "the other's budget, thresholds at these quantiles of own dense scores",
     "values": "the other's thresholds as they are",
 }
+
+
+def _findings(stored: dict[str, Any]) -> list[str]:
+    """What the figures say in a few lines, read from them; nothing where a step of them is missing."""
+    used = ("demo-ablation", "demo-mild", "demo-diagnose", "demo-compare", "flops-llama-3-8b", "transfer-demo-to-ref")
+    if any(name not in stored for name in used):
+        return []
+    parts, mild, papers = (_rises(stored[name]["result"]) for name in ("demo-ablation", "demo-mild", "demo-compare"))
+    ours = parts["ours", 0.5]
+    depth = stored["demo-diagnose"]["result"]["propagation"]
+    extreme = stored["demo-diagnose"]["result"]["extremes"][-1]
+    given = stored["transfer-demo-to-ref"]["result"]
+    moved = {row["way"]: row["ppl"] / given["dense_ppl"] - 1 for row in given["rows"] if row["sparsity"] == 0.5}
+    half = next(row for row in stored["flops-llama-3-8b"]["result"]["rows"] if row["sparsity"] == 0.5)
+    lines = [
+        f"**How much can be dropped?** A quarter for {pct(mild['ours', 0.25])}, 40 % for {pct(mild['ours', 0.4])}, half for "
+        f"{pct(ours)} of perplexity on the demo model; at {extreme['sparsity']:.0%} it is broken "
+        f"({pct(extreme['ppl'] / extreme['dense_ppl'] - 1)}).",
+        f"**What do the defaults gain?** At half, magnitudes alone with the same sparsity everywhere (TEAL without its search) "
+        f"cost {pct(papers['teal-uniform', 0.5])}, norms without a transform (WINA without its own) {pct(papers['wina', 0.5])}.",
+        f"**What gains it?** The rotation most: without it {pct(parts['transform-none', 0.5])} instead of {pct(ours)}. Then "
+        f"budgets: the same sparsity everywhere gives {pct(parts['budget-uniform', 0.5])}. Norms gain little once inputs are "
+        f"rotated: magnitudes alone {pct(parts['score-activation', 0.5])}.",
+        f"**Do errors pile up?** No: {depth['layers'][-1]['accumulated']:.2f} at the end with all layers sparse, "
+        f"{depth['error_sum']:.2f} if each layer's error were independent of the others'.",
+        f"**Does one model's calibration serve another?** Little. On the 14 M model at half: {pct(moved['native'])} with its "
+        f"own calibration, {pct(moved['budget'])} with the demo model's budget, {pct(moved['uniform'])} with the same "
+        "sparsity everywhere.",
+        f"**What do the paper's run-time matrices cost?** {half['runtime_matrix_gflops']:.2f} GFLOPs a token beside "
+        f"the {half['gflops']:.2f} that its table counts for Llama-3-8B at half.",
+    ]
+    return ["## What they say", "\n".join(f"- {line}" for line in lines), "## How they were made"]
+
+
+def _rises(result: dict[str, Any]) -> dict[tuple[str, float], float]:
+    """Rises of perplexity of a comparison, by method and sparsity."""
+    return {(row["method"], row["sparsity"]): row["rise"] for row in result["rows"]}
 
 
 def _flops(result: dict[str, Any], name: str) -> list[str]:

@@ -20,9 +20,52 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
-def test_cli_reference_is_current() -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs" / "make_cli.py", "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["make_cli.py", "make_code_map.py"])
+def test_pages_made_from_the_code_are_current(name: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / name, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_shows_the_rooms_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_code_map
+
+    folders = {p.parent.name for p in (ROOT / "wina_calib").glob("*/__init__.py")}
+    assert set(make_code_map.rooms()) == folders
+    assert f"wina_calib/\n{make_code_map.tree()}\n" in README
+
+
+def test_examples_of_the_python_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text("utf-8")
+    names: dict = {}
+    for example in blocks(page, "python"):
+        if "push_to_hub" not in example:  # tests/docs/test_hub.py runs it
+            exec(example.replace("samples=48", "samples=17, grid=(0.5,)"), names)
+    assert names["set_to"] == pytest.approx(0.6, abs=1e-6)
+    assert names["quality"].sparsity == 0.4
+    assert [row.method for row in names["found"].rows] == ["teal-uniform", "wina"]
+    public = set(names["wina_calib"].__all__) - {"__version__", "Comparison", "Evaluation", "Result"}
+    assert [name for name in sorted(public) if f"wina_calib.{name}" not in page] == []
+
+
+def test_performance_is_a_page_and_its_notes_are_another() -> None:
+    assert len((ROOT / "docs" / "performance.md").read_text("utf-8").splitlines()) < 120
+
+
+def test_the_glossary_has_the_words_of_the_command_line() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    terms = {term.strip() for row in re.findall(r"^\| ([^|]+) \|", glossary, flags=re.M) for term in row.split(",")}
+    words = ["site", "cell", "anchor", "budget", "score", "threshold", "model sparsity", "read fraction", "transform"]
+    assert not set(words) - terms
+
+
+def test_files_named_in_the_pages_for_contributors_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8") + (ROOT / "docs" / "code-map.md").read_text("utf-8")
+    paths = set(re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|c|h|cu|js|css|html))`", text))
+    assert len(paths) > 150
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "wina_calib" / path).exists(), path
 
 
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +126,10 @@ def test_examples_parse() -> None:
             assert f"`wina-calib {line}`" in "".join(p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md")), line
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_make_targets_of_the_readme_exist() -> None:

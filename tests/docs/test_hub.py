@@ -14,6 +14,7 @@ from wina_calib.choices import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hub.md").read_text("utf-8")
+PYTHON = (ROOT / "docs" / "python.md").read_text("utf-8")
 SECRET = "hf_aSecretThatNobodyMaySee"
 CLI = "import sys; from wina_calib.cli import main; main(sys.argv[1:])"
 UPLOAD = """
@@ -58,7 +59,9 @@ def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[scrip
 def test_examples_run_in_order(hub: Hub, client: script.Worker, llama: Path, text: Path, tmp_path: Path) -> None:
     assert client.run(UPLOAD, llama).returncode == 0
     done = []
-    for example, kind in examples(PAGE.replace("USER", "me")):
+    (push,) = [code for code, _ in examples(PYTHON) if "push_to_hub" in code]  # of the page of the Python interface
+    shown = [*examples(PAGE), (f"import wina_calib\n{push}", "python")]
+    for example, kind in ((example.replace("USER", "me"), kind) for example, kind in shown):
         if kind == "python":
             result = client.run(example, folder=tmp_path)
         else:
@@ -69,13 +72,13 @@ def test_examples_run_in_order(hub: Hub, client: script.Worker, llama: Path, tex
             result = client.run(CLI, *words, *SMALL.get(words[0], []), *data, folder=tmp_path)
         assert result.returncode == 0, f"{example}: {result.stderr[-2000:]}"
         done.append(result)
-    assert len(done) == 12
+    assert len(done) == 13
     assert {"me/demo-sparse", "me/demo-small"} <= set(hub.repos)
     assert hub.repos["me/demo-sparse"].private
     assert sum(map(len, hub.files("me/demo-small").values())) < 200_000
     assert (tmp_path / "demo-dense" / "config.json").is_file()
     assert ["no measured quality" in done[push].stderr for push in (2, 7)] == [False, True]
-    listed, facts = (result.stdout for result in done[-3:-1])
+    listed, facts = (result.stdout for result in done[-4:-2])
     assert "me/demo-sparse" in listed and "me/demo-small" in listed
     assert "me/demo-sparse at" in facts
     card = hub.files("me/demo-sparse")["README.md"].decode()

@@ -2,7 +2,7 @@
 
 `generate` asks for the logits of a prompt's last token alone. That token is a slice whose leading strides are the whole
 prompt's, which torch takes for a batch of products: in bfloat16 on a CPU it copies all of lm_head first, for 0.4 s of a
-vocabulary of 32,000 by 2048 (docs/performance.md).
+vocabulary of 32,000 by 2048 (docs/performance-notes.md).
 """
 
 from __future__ import annotations

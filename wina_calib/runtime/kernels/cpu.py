@@ -3,7 +3,7 @@
 One row is computed in C where that can be compiled (`native`), in float32 and bfloat16. Elsewhere two operators that ship
 with torch read only the kept rows of the weight and accumulate in float32: `embedding_bag`, with
 the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` of a sparse row. Which is faster depends on
-the processor (`bags_pay`, docs/performance.md). Both work in parallel over bags or sparse rows, so the kept inputs are
+the processor (`bags_pay`, docs/performance-notes.md). Both work in parallel over bags or sparse rows, so the kept inputs are
 dealt out to several of them.
 
 Dense products of many rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it

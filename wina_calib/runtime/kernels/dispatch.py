@@ -113,7 +113,7 @@ def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_fe
     On CUDA dense products take either layout equally well, so it pays wherever the kernel does; so does the CPU's in C.
     Without that, the gather has a fixed cost and must save at least `CPU_MIN_SAVED` weights, and at low sparsity a dense
     product reads faster than the gather skips (`CPU_MIN_SPARSITY`). Measured on 1 and 2 threads, see
-    docs/performance.md.
+    docs/performance-notes.md.
     """
     if choose(device, dtype, 1, column_contiguous=True) == "reference":
         return False
