@@ -137,7 +137,7 @@ class TestHub:
             {"messages": [{"from": "human", "value": "Call it."}, {"from": "gpt", "value": None}]},
         ]
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(rows))
-        assert list(documents("ultrachat")) == ["user: Hi.\nassistant: Hello.", "human: Call it.\ngpt:"]
+        assert list(documents("ultrachat")) == ["user: Hi.\nassistant: Hello.", "user: Call it.\nassistant:"]
 
     def test_missing_column(self, asked):
         with pytest.raises(CorpusError, match=r"row 0: there is no field 'story'; found text, body, content\."):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wina_calib.corpus import sources, text_files
+from wina_calib.corpus import rows, sources
 from wina_calib.corpus.blocks import text_hashes
 from wina_calib.corpus.sources import catalogue, check_spec, documents
 from wina_calib.errors import CorpusError, UsageError
@@ -124,11 +124,11 @@ class TestCatalogue:
                 fields = [field for _, field, _, _ in string.Formatter().parse(entry["template"]) if field is not None]
                 assert fields
                 row = {field: f"[{field}]" for field in fields}
-                assert text_files.row_text(row, entry, "row 1") == "\n\n".join(row.values())
+                assert rows.row_text(row, entry, "row 1") == "\n\n".join(row.values())
 
     def test_an_empty_field_leaves_no_gap(self):
         entry = {"template": "{a}\n\n{b}\n\n{c}"}
-        assert text_files.row_text({"a": "x", "b": "", "c": "y"}, entry, "row 1") == "x\n\ny"
+        assert rows.row_text({"a": "x", "b": "", "c": "y"}, entry, "row 1") == "x\n\ny"
 
     def test_wikitext_lines_become_documents(self):
         pattern = catalogue()["wikitext2"]["document_start"]

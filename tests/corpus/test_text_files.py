@@ -131,7 +131,7 @@ class TestBadInput:
             (b'{"text": "\xff"}', r"line 1: not JSON in UTF-8 \('utf-8' codec"),
             ('{"text": "a"}'.encode("utf-16"), "line 1: not JSON in UTF-8"),
             (b"[1, 2]\n", "line 1: found a value of type list; expected a JSON object"),
-            (b"null\n", r"found nothing \(null\)"),
+            (b"null\n", r"line 1: null; expected text"),
             (
                 b'{"body": "a", "n": 1}\n',
                 r"line 1: there is no field 'text'; found body, n\. Name the field.*file.jsonl:FIELD",
@@ -140,7 +140,7 @@ class TestBadInput:
             (b'{"text": null}\n', r"line 1: field 'text' holds nothing \(null\); expected text"),
             (b'{"text": 5}\n', "holds a value of type int"),
             (b'{"text": ["a"]}\n', "holds a value of type list"),
-            (b'{"text": [{"role": "user", "content": 7}]}\n', "a message of field 'text' holds a value of type int"),
+            (b'{"text": [{"role": "user", "content": 7}]}\n', "field 'text': a message holds a value of type int"),
             (b'{"text": ' + b"9" * 5000 + b"}\n", "line 1: not JSON in UTF-8"),
             (b'{"text": ' + b"[" * 1_000_000 + b"\n", "line 1: nested too deeply"),
             (b'{"a":' * 200_000 + b"\n", "line 1: nested too deeply"),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from wina_calib.budgets.count import count_cells
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError, UsageError
-from wina_calib.model.config import describe_config
+from wina_calib.model.loading import describe_config
 from wina_calib.studies.flops import find_config, flops, presets
 
 # arXiv 2505.19427v1, Table 5: GFLOPs dense and at 25, 40, 50 and 65 % sparsity, reductions in percent.

@@ -27,7 +27,7 @@ from wina_calib.common.progress import Progress, Silent
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import BudgetError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
-from wina_calib.model.config import config_file, read_config
+from wina_calib.model.config import config_file
 from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.model.source import open_source
 from wina_calib.transforms import plan
@@ -170,10 +170,11 @@ def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -
     names = set(expected_tensors(opened.architecture, opened.settings))
     sizes = {name: info.nbytes for name, info in opened.shards.items() if name not in names}
     files = {name: info.file.name for name, info in opened.shards.items() if name not in names}
-    raw = read_config(folder)
     with staged_files(folder) as staged:
         write_wina_file(staged / WINA_FILE, tensors)
         added = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
-        write_json(staged / config_file(folder).name, raw | {"quantization_config": settings.to_dict()})
+        write_json(
+            staged / config_file(folder).name, opened.opened.stored | {"quantization_config": settings.to_dict()}
+        )
     open_checkpoint(folder)

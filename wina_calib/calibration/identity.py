@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -36,8 +37,8 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
             "name": source.name,
             "commit": source.commit,
             "weights": source.shards.fingerprint(model_names(source.shards, source.architecture)),
-            "config": _digest([source.folder / "config.json"]),
-            "files": _digest(side_files(source.folder)),
+            "config": hashlib.sha256(json.dumps(source.raw_config, sort_keys=True).encode()).hexdigest(),
+            "files": _digest(side_files(source.opened)),
         },
         "text": {"calibration": job.blocks.fingerprint, "perplexity": base.fingerprint},
         "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},

@@ -20,7 +20,7 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.common.threads import read_ahead
 from wina_calib.errors import ModelFolderError
 from wina_calib.model.architecture import Architecture
-from wina_calib.model.config import meta_model
+from wina_calib.model.loading import meta_model
 from wina_calib.model.source import Source, load_into
 from wina_calib.storage.hidden_states import HiddenStates
 

@@ -16,7 +16,7 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
-from wina_calib.checkpoint.by_reference import check_possible
+from wina_calib.checkpoint.by_reference import check_plain, check_possible
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import open_checkpoint
@@ -30,9 +30,10 @@ from wina_calib.common.memory import advice, ran_out
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
 from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.corpus.chat import has_template
+from wina_calib.corpus.sources import CHAT_DATA, DEFAULT_DATA, HELDOUT_DATA
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
-from wina_calib.model.config import has_own_code, remote_code
+from wina_calib.model.config import remote_code
 from wina_calib.model.source import fitting_length, open_source
 from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import drop, state_folder
@@ -73,6 +74,8 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Hearing = None
             job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, report, ranks))
             if ranks.is_first:
                 job.report.planned(job.estimate(base))
+                for note in (*job.source.notes, *job.blocks.notes):
+                    job.report.note(note)
                 if chosen.weights == "reference" and job.source.commit is None:
                     job.report.note(
                         "the base model is a local folder: this checkpoint needs it where it is, and cannot be pushed. "
@@ -105,9 +108,10 @@ def prepare(
     transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
     if by_reference:
         check_possible(transform)
+        check_plain(source)
     else:
-        checked_side_files(source.folder)
-    if has_own_code(source.folder) and (by_reference or not transform.is_free):
+        checked_side_files(source.opened)
+    if source.opened.runs_code and (by_reference or not transform.is_free):
         what = "weights by reference" if by_reference else f"the run-time matrices of transform {transform.name}"
         raise UsageError(
             f"{model} runs Python code of its own, which does not go with {what}. Leave --weights reference out, and take "
@@ -116,6 +120,8 @@ def prepare(
     chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
+    if chosen.data == DEFAULT_DATA and has_template(tokenizer):
+        chosen = replace(chosen, data=CHAT_DATA)
     seq_len = fitting_length(source, chosen.seq_len)
     job = Job(
         source=source,

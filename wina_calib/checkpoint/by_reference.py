@@ -20,10 +20,11 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import side_files
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
-from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
+from wina_calib.model.config import REFERENCE_FILE, ModelFolder, open_folder
+from wina_calib.model.loading import ask, stored_weights
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import Source
-from wina_calib.storage import Shards, read_json
+from wina_calib.storage import Shards
 from wina_calib.transforms import Plan
 
 FORMAT = "wina-reference/1"
@@ -38,6 +39,15 @@ def check_possible(transform: Plan) -> None:
         )
 
 
+def check_plain(source: Source) -> None:
+    """Raise UsageError where the weights to calibrate are not those that lie in the model's folder."""
+    if not source.is_plain:
+        raise UsageError(
+            f"weights by reference need a model that is calibrated as it lies in its folder, but {source.notes[0]}. Leave "
+            "--weights reference out."
+        )
+
+
 def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Settings, source: Source) -> None:
     """Write a checkpoint that refers to the weights of `source`; `wina_config.json` last."""
     write_wina_file(folder / WINA_FILE, tensors)
@@ -47,19 +57,19 @@ def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Setti
         "format": FORMAT,
         "base_model": source.name if source.commit else str(source.folder.absolute()),
         "base_commit": source.commit,
-        "config": read_config(source.folder),
+        "config": source.raw_config,
         "quantization_config": settings.to_dict(),
     }
     write_json(folder / REFERENCE_FILE, reference)
 
 
 def complete_folder(
-    folder: Path, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+    opened: ModelFolder, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
 ) -> tuple[Path, Any]:
     """A folder that transformers can load: the checkpoint's own, or one of links to the base model's weights.
 
     Args:
-        folder: a checkpoint of either kind.
+        opened: the folder of a checkpoint of either kind.
         base: where the base model is, if not where the checkpoint says.
         token: as huggingface_hub takes it, for the base model.
         local_files_only: do not ask the network for the base model.
@@ -71,14 +81,14 @@ def complete_folder(
         CheckpointError: the base model's weights are not those of the calibration.
         ModelFolderError, HubError: the base model cannot be had.
     """
-    if not is_reference(folder):
-        Shards.open(folder)  # refuses missing, cut and hostile files with one message
-        return folder, None
-    opened = open_checkpoint(folder)
-    weights = weights_folder(folder, base=base, token=token, local_files_only=local_files_only)
-    opened.verify_weights(weights)
+    if not opened.is_reference:
+        Shards.open(opened.path)  # refuses missing, cut and hostile files with one message
+        return opened.path, None
+    checkpoint = open_checkpoint(opened)
+    weights = weights_folder(opened.path, base=base, token=token, local_files_only=local_files_only)
+    checkpoint.verify_weights(weights)
     kept = tempfile.TemporaryDirectory(prefix="wina-")
-    _link(opened, weights, Path(kept.name))
+    _link(checkpoint, weights, Path(kept.name))
     return Path(kept.name), kept
 
 
@@ -90,16 +100,15 @@ def keep_with(model: object, kept: Any) -> None:
 
 def _link(opened: Checkpoint, weights: Path, target: Path) -> None:
     """Fill `target` with links, and with the config and index that a whole checkpoint would have."""
-    shards = Shards.open(weights)
+    base = open_folder(weights)
+    shards = stored_weights(base, ask(base))
     # transformers prefers a file called model.safetensors to an index.
     names = {"model.safetensors": "model-00001-of-00001.safetensors"}
-    for path in [*side_files(weights), *{info.file for info in shards.values()}]:
+    for path in [*side_files(base), *{info.file for info in shards.values()}]:
         (target / names.get(path.name, path.name)).symlink_to(path.resolve())
     (target / WINA_FILE).symlink_to((opened.folder / WINA_FILE).resolve())
     files = {name: names.get(info.file.name, info.file.name) for name, info in shards.items()}
     files |= dict.fromkeys(opened.shards, WINA_FILE)
     sizes = {name: info.nbytes for name, info in [*shards.items(), *opened.shards.items()]}
     write_index(target, files, sizes)
-    reference = read_json(opened.folder / REFERENCE_FILE)
-    assert isinstance(reference, dict)
-    write_json(target / "config.json", reference["config"] | {"quantization_config": opened.settings.to_dict()})
+    write_json(target / "config.json", opened.opened.raw | {"quantization_config": opened.settings.to_dict()})

@@ -25,7 +25,7 @@ from wina_calib.common.text import percent, rise
 from wina_calib.corpus.sources import catalogue
 from wina_calib.errors import CheckpointError, HubError
 from wina_calib.model.architecture import SITES
-from wina_calib.model.config import has_own_code, is_reference
+from wina_calib.model.config import is_reference, open_folder
 from wina_calib.model.locate import DEMO, demo_folder
 from wina_calib.storage.hub_client import fetch
 
@@ -204,7 +204,7 @@ def _base_link(base: Base) -> str:
 
 
 def _loading(folder: Path, settings: Settings, name: str) -> str:
-    own_code = has_own_code(folder)
+    own_code = open_folder(folder).names_code
     lines = [
         "import wina_calib",
         f'model = wina_calib.load("{name}"{", trust_remote_code=True" if own_code else ""})',

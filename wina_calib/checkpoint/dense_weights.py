@@ -119,7 +119,7 @@ def write_weights(
         raise
     write_index(folder, files, {name: nbytes(*spec) for name, spec in specs.items()})
     write_config(source, folder, untied=untied, settings=None, runtime=False)
-    copy_side_files(source.folder, folder)
+    copy_side_files(source.opened, folder)
     return untied
 
 

@@ -9,7 +9,7 @@ from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import header_metadata, write_index, write_json
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.errors import UnsupportedModel
-from wina_calib.model.config import is_reference, read_config
+from wina_calib.model.config import is_reference
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage import ShardWriter
@@ -44,7 +44,7 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
                 for name in names:
                     writer.write(name, opened.shards.load(name))
         write_index(target, files, {name: opened.shards[name].nbytes for name in files})
-        config = read_config(folder)
+        config = opened.opened.raw
         config.pop("quantization_config", None)
-        copy_side_files(folder, target)
+        copy_side_files(opened.opened, target)
         write_json(target / "config.json", config)

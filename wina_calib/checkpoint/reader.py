@@ -21,21 +21,27 @@ from wina_calib.common.atomic import finish_staged
 from wina_calib.errors import CheckpointError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
-from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
-from wina_calib.model.config import CONFIG_BYTES, METHOD, config_file, describe_config, load_config
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site, describe
+from wina_calib.model.config import METHOD, ModelFolder, config_file, open_folder
+from wina_calib.model.loading import ask, describe_config, open_weights
 from wina_calib.model.locate import DEMO, demo_folder, weights_folder
-from wina_calib.storage import Shards, read_json
+from wina_calib.storage import Shards
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A calibrated checkpoint, opened and checked."""
 
-    folder: Path
+    opened: ModelFolder
     settings: Settings
     architecture: Architecture
     shards: Shards
     tensors: dict[str, Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.opened.path
 
     def site(self, layer: Layer, site: Site) -> SiteTensors:
         """Everything stored for one site."""
@@ -83,7 +89,8 @@ class Checkpoint:
         if folder == self.folder:
             shards, names = self.shards, self.weight_names()
         else:
-            shards = Shards.open(folder)
+            base = open_folder(folder)
+            shards = open_weights(base, ask(base))
             names = model_names(shards, self.architecture)
         found = shards.fingerprint(names)
         if found != self.settings.weights and not self._is_cast_of_the_weights(shards):
@@ -116,33 +123,55 @@ class Checkpoint:
         return True
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path | ModelFolder) -> Checkpoint:
     """Open a calibrated checkpoint; every site's tensors must be there, finite and of the right shape.
+
+    Args:
+        folder: where it is, or the folder as it was opened.
 
     Raises:
         CheckpointError: it is damaged, incomplete, not calibrated, or of a newer format.
     """
-    settings = read_settings(folder)
-    config = load_config(folder)
-    arch = describe_config(config)
-    shards = Shards.open(folder)
+    opened = folder if isinstance(folder, ModelFolder) else open_calibrated(folder)
+    folder, settings = opened.path, settings_of(opened)
+    if opened.is_reference:
+        arch, shards = describe_config(opened.config), Shards.open(folder)
+    else:
+        loading = ask(opened)
+        arch, shards = describe(loading.model), open_weights(opened, loading)
     expected = expected_tensors(arch, settings)
     check_complete(folder, expected, {name: info.shape for name, info in shards.items()})
     tensors = {name: shards.load(name) for name in expected}
     check_values(folder, tensors)
-    return Checkpoint(folder, settings, arch, shards, tensors)
+    return Checkpoint(opened, settings, arch, shards, tensors)
 
 
 def read_settings(folder: Path) -> Settings:
     """Read the calibration's settings from config.json."""
+    return settings_of(open_calibrated(folder))
+
+
+def open_calibrated(folder: Path) -> ModelFolder:
+    """Read the config of a checkpoint's folder, after what was interrupted in it is finished.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     finish_staged(folder)
-    path = config_file(folder)
-    if not path.is_file():
+    if not config_file(folder).is_file():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")
-    raw = read_json(path, max_bytes=CONFIG_BYTES)
-    section = raw.get("quantization_config") if isinstance(raw, dict) else None
-    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
-        name = DEMO if folder == demo_folder() else folder
+    return open_folder(folder)
+
+
+def settings_of(opened: ModelFolder) -> Settings:
+    """The calibration's settings in a config.
+
+    Raises:
+        CheckpointError: it is not one of a checkpoint, or damaged.
+    """
+    section = opened.section
+    if section is None or section.get("quant_method") != METHOD:
+        name = DEMO if opened.path == demo_folder() else opened.path
         raise CheckpointError(f"{name} is not calibrated. Run `wina-calib calibrate {name} -o NEW_FOLDER` first.")
     return Settings.from_dict(section)
 

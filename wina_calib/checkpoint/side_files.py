@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP, INDEX_FILE
-from wina_calib.model.config import has_own_code
-from wina_calib.storage import safe_path
+from wina_calib.model.config import ADAPTER_FILE, CONFIG_BYTES, ModelFolder
+from wina_calib.storage import read_json, safe_path
 
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")
 # Written anew, or true of this one folder only.
 _REWRITTEN = ("config.json", INDEX_FILE, "README.md", ".gitattributes", ".gitignore", HEAT_MAP, EVALUATION_FILE)
-# Beside it transformers takes a folder for an adapter and loads another model's weights.
-_ADAPTER = "adapter_config.json"
+# Beside config.json, the files that may name Python classes.
+_CODE_CONFIGS = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
+def copy_side_files(source: ModelFolder, folder: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and other small files as they are.
 
     Raises:
@@ -26,7 +35,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def checked_side_files(folder: Path) -> list[Path]:
+def checked_side_files(folder: ModelFolder) -> list[Path]:
     """The same as `side_files`, but refuses a link that leaves the folder.
 
     Raises:
@@ -34,21 +43,55 @@ def checked_side_files(folder: Path) -> list[Path]:
     """
     files = side_files(folder)
     for path in files:
-        safe_path(folder, path.name)
+        safe_path(folder.path, path.name)
     return files
 
 
-def side_files(folder: Path) -> list[Path]:
+def side_files(folder: ModelFolder) -> list[Path]:
     """The small files of a model folder that a checkpoint takes over as they are.
 
-    Python files are among them where the model needs them; nothing runs them.
+    Python files are among them where model or tokenizer are made of them; nothing runs them.
     """
-    skipped = _SKIPPED if has_own_code(folder) else (*_SKIPPED, ".py")
+    code = code_files(folder)
+    other_configs = folder.stored.get("configuration_files")
+    left_out = {*_REWRITTEN, ADAPTER_FILE, *(other_configs if isinstance(other_configs, list) else ())}
     return [
         path
-        for path in sorted(folder.iterdir())
+        for path in sorted(folder.path.iterdir())
         if path.is_file()
-        and path.suffix not in skipped
-        and path.name not in (*_REWRITTEN, _ADAPTER)
+        and (path.name in code if path.suffix == ".py" else path.suffix not in _SKIPPED)
+        and path.name not in left_out
         and not path.name.endswith(".index.json")
     ]
+
+
+def code_files(folder: ModelFolder) -> set[str]:
+    """Names of the Python files that a folder's model, tokenizer and processors are made of, with all that these import."""
+    maps = [folder.auto_map, *(_auto_map(folder.path / name) for name in _CODE_CONFIGS)]
+    places = [place for named in maps for value in named.values() for place in _listed(value)]
+    # REPOSITORY--MODULE.CLASS is the code of another repository.
+    modules = {str(place).partition(".")[0] for place in places if place and "--" not in str(place)}
+    found: set[str] = set()
+    for module in modules:
+        path = folder.path / f"{module}.py"
+        if path.name == f"{module}.py" and path.is_file():
+            found |= {path.name, *_imported(path)}
+    return found
+
+
+def _auto_map(path: Path) -> dict[str, Any]:
+    raw = read_json(path, max_bytes=CONFIG_BYTES) if path.is_file() else None
+    named = raw.get("auto_map") if isinstance(raw, dict) else None
+    return named if isinstance(named, dict) else {"AutoTokenizer": named} if isinstance(named, list) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _imported(path: Path) -> list[str]:
+    """Names of the files that a Python file imports, as transformers finds them; it copies no others either."""
+    try:
+        return [Path(file).name for file in get_relative_import_files(path)]
+    except (OSError, ValueError):  # it imports what is not there, and cannot be loaded from this folder either
+        return []

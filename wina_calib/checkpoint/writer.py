@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
 from wina_calib.checkpoint.settings import FORMAT_VERSION, Settings
-from wina_calib.model.config import RUNTIME_TYPE, read_config
+from wina_calib.model.config import RUNTIME_TYPE
 from wina_calib.model.source import Source
 from wina_calib.storage import Shards, ShardWriter
 from wina_calib.version import __version__
@@ -62,13 +62,13 @@ def write_config(source: Source, folder: Path, *, untied: bool, settings: Settin
 
     A checkpoint that needs run-time matrices gets a `model_type` of its own, so that nothing loads it as if it were dense.
     """
-    raw = read_config(source.folder)
+    raw = source.raw_config
     if untied:
         raw["tie_word_embeddings"] = False
     if settings is not None:
         raw["quantization_config"] = settings.to_dict()
         if runtime:
-            raw["model_type"] = RUNTIME_TYPE + str(raw["model_type"])
+            raw["model_type"] = RUNTIME_TYPE + source.config.model_type
             raw["architectures"] = [f"Wina{name}" for name in raw.get("architectures") or ()]
     write_json(folder / "config.json", raw)
 

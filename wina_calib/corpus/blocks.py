@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wina_calib.corpus.chat import Conversation, has_template, render
+from wina_calib.corpus.rows import Tally, shown
 from wina_calib.corpus.sources import documents, reader
-from wina_calib.corpus.text_files import pieces, shown
+from wina_calib.corpus.text_files import pieces
 from wina_calib.errors import CorpusError, UsageError
 
 MIN_TOKENS = 8_000
@@ -36,12 +38,21 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed text: `ids` is (blocks, seq_len) int64, `fingerprint` the SHA-256 of ids and shape."""
+    """Packed text.
+
+    Attributes:
+        ids: (blocks, seq_len) int64.
+        data: the specs.
+        requested: number of blocks asked for.
+        fingerprint: SHA-256 of ids and shape.
+        notes: what to tell the user about the text.
+    """
 
     ids: Tensor
     data: tuple[str, ...]
     requested: int
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -74,8 +85,11 @@ def load_blocks(
     """
     _check_request(data, samples, seq_len, min_tokens)
     shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
-    readers = [reader(spec) for spec in data]
-    packed = [_choose(read(), tokenizer, count, seq_len, seed) for read, count in zip(readers, shares, strict=True)]
+    readers, tallies, chats = [reader(spec) for spec in data], [Tally() for _ in data], Tally()
+    packed = [
+        _choose(_rendered(read(tally), tokenizer, chats), tokenizer, count, seq_len, seed)
+        for read, tally, count in zip(readers, tallies, shares, strict=True)
+    ]
     for spec, (blocks, left) in zip(data, packed, strict=True):
         if not blocks:
             found = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
@@ -91,7 +105,21 @@ def load_blocks(
             f"{min_tokens:,} are needed. Give more text with --data, or a smaller --seq-len."
         )
     ids = torch.stack(rows).long()
-    return Blocks(ids, tuple(data), samples, fingerprint(ids))
+    notes = [tally.note(spec) for spec, tally in zip(data, tallies, strict=True)]
+    if has_template(tokenizer) and chats.empty == chats.rows:
+        notes.append(
+            "the model has a chat template, and none of the text is a conversation: masks are fitted to plain text alone. "
+            "--data builtin:chat adds conversations, as does a file with rows of messages"
+        )
+    return Blocks(ids, tuple(data), samples, fingerprint(ids), tuple(note for note in notes if note))
+
+
+def _rendered(documents: Iterator[str], tokenizer: Any, chats: Tally) -> Iterator[str]:
+    """Documents as the model reads them; those that are no conversation are counted as empty."""
+    for document in documents:
+        chats.rows += 1
+        chats.empty += not isinstance(document, Conversation)
+        yield render(document, tokenizer)
 
 
 def fingerprint(ids: Tensor) -> str:

@@ -2,10 +2,11 @@
 
 A data spec is one of
 - `builtin`, the built-in text for calibration, or `builtin:heldout`, its held-out part; `builtin:code` or
-  `builtin:heldout:fiction` are its documents of one kind;
+  `builtin:heldout:fiction` are its documents of one kind, and `builtin:chat` conversations made of them;
 - a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
 - `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
-- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text.
+- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text
+  or the chat messages, which the model's chat template renders.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from wina_calib.common.text import first_line
-from wina_calib.corpus.text_files import path_documents, path_exists, row_text, shown, split_path
+from wina_calib.corpus.conversations import conversations
+from wina_calib.corpus.rows import Tally, shown, texts
+from wina_calib.corpus.text_files import path_documents, path_exists, split_path
 from wina_calib.errors import CorpusError, UsageError
 
 DEFAULT_DATA = ("builtin",)
 HELDOUT_DATA = ("builtin:heldout",)
+CHAT = "chat"
+CHAT_DATA = ("builtin:chat", "builtin")  # the default for a model with a chat template
 _JOINED = 1 << 18
 Data = str | Path | Sequence[str | Path]
 
@@ -40,7 +45,7 @@ def documents(spec: str) -> Iterator[str]:
         CorpusError: while reading: the source cannot be read or lacks the field.
         UsageError: the spec does not parse.
     """
-    return reader(spec)()
+    return reader(spec)(Tally())
 
 
 def check_spec(spec: str) -> None:
@@ -67,7 +72,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def reader(spec: str) -> Callable[[], Iterator[str]]:
+def reader(spec: str) -> Callable[[Tally], Iterator[str]]:
     """What a spec means, as a function that reads it.
 
     Raises:
@@ -78,10 +83,10 @@ def reader(spec: str) -> Callable[[], Iterator[str]]:
         return _builtin_reader(spec, rest.split(":") if colon else [])
     if name == "hub" and colon:
         entry = _hub_entry(rest, spec)
-        return lambda: _hub_documents(entry, spec)
+        return lambda tally: _hub_documents(entry, spec, tally)
     if name in catalogue():
         entry = catalogue()[name] | ({"split": rest} if rest else {})
-        return lambda: _hub_documents(entry, spec)
+        return lambda tally: _hub_documents(entry, spec, tally)
     try:
         path, field = split_path(spec)
     except UsageError as error:
@@ -89,25 +94,31 @@ def reader(spec: str) -> Callable[[], Iterator[str]]:
             f"{error} Data is `builtin`, a path (.txt, .jsonl, .parquet or a folder of them), hub:NAME, or one of "
             f"{', '.join(catalogue())}."
         ) from None
-    return lambda: path_documents(path, field)
+    return lambda tally: path_documents(path, field, tally)
 
 
-def _builtin_reader(spec: str, parts: list[str]) -> Callable[[], Iterator[str]]:
+def _builtin_reader(spec: str, parts: list[str]) -> Callable[[Tally], Iterator[str]]:
     split = parts[0] if parts and parts[0] in ("calibration", "heldout") else "calibration"
     kinds = parts[1:] if parts and parts[0] == split else parts
-    known = {document["kind"] for document in _builtin()}
+    known = {document["kind"] for document in _builtin()} | {CHAT}
     if len(kinds) > 1 or not known.issuperset(kinds):
         raise UsageError(
             f"data {shown(spec)}: the built-in text is builtin, or builtin:heldout for its held-out part; of one kind, it is "
             f"builtin:KIND or builtin:heldout:KIND with {', '.join(sorted(known))}."
         )
+    if kinds == [CHAT]:
+        return lambda tally: conversations(*(_of(split, name) for name in ("corpus.jsonl", "conversations.jsonl")))
     wanted = set(kinds) or known
-    return lambda: (d["text"] for d in _builtin() if d["split"] == split and d["kind"] in wanted)
+    return lambda tally: (d["text"] for d in _builtin() if d["split"] == split and d["kind"] in wanted)
 
 
 @cache
-def _builtin() -> tuple[dict[str, str], ...]:
-    return tuple(json.loads(line) for line in _data_file("corpus.jsonl").split("\n") if line)
+def _builtin(name: str = "corpus.jsonl") -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(line) for line in _data_file(name).split("\n") if line)
+
+
+def _of(split: str, name: str) -> list[dict[str, Any]]:
+    return [document for document in _builtin(name) if document["split"] == split]
 
 
 def _data_file(name: str) -> str:
@@ -130,13 +141,14 @@ def _hub_entry(rest: str, spec: str) -> dict[str, Any]:
     return {"path": name, "config": config or None, "split": split or "train", "column": column or "text"}
 
 
-def _hub_documents(entry: dict[str, Any], spec: str) -> Iterator[str]:
+def _hub_documents(entry: dict[str, Any], spec: str, tally: Tally) -> Iterator[str]:
     import datasets
 
     try:
         rows = datasets.load_dataset(entry["path"], entry.get("config"), split=entry["split"], streaming=True)
-        texts = (row_text(row, entry, f"data {shown(spec)}, row {number}") for number, row in enumerate(rows))
-        yield from _joined(texts, entry["document_start"]) if "document_start" in entry else texts
+        placed = ((f"data {shown(spec)}, row {number}", row) for number, row in enumerate(rows))
+        found = texts(placed, entry, tally)
+        yield from _joined(found, entry["document_start"]) if "document_start" in entry else found
     except CorpusError:
         raise
     except Exception as error:  # the library, its file systems and its decoders raise dozens of types

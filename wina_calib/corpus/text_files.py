@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from wina_calib.common.text import first_line
+from wina_calib.corpus.rows import Tally, shown, texts, type_name
 from wina_calib.errors import CorpusError, UsageError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -18,7 +18,6 @@ PIECE = 1 << 18
 MAX_LINE = 16 << 20
 """Bytes: a longer line of a .jsonl file is refused before it is parsed."""
 _PARQUET_ROWS = 64
-_SHOWN = 200
 
 
 def split_path(spec: str) -> tuple[Path, str]:
@@ -50,7 +49,7 @@ def split_path(spec: str) -> tuple[Path, str]:
     return path, field
 
 
-def path_documents(path: Path, field: str) -> Iterator[str]:
+def path_documents(path: Path, field: str, tally: Tally) -> Iterator[str]:
     """Yield the documents of a file, or of all text files below a folder in the order of their names.
 
     Files and folders below it whose name begins with a dot are left out.
@@ -63,7 +62,7 @@ def path_documents(path: Path, field: str) -> Iterator[str]:
         if not files:
             raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file.")
         for file in files:
-            yield from _READERS[file.suffix.lower()](file, field)
+            yield from _READERS[file.suffix.lower()](file, field, tally)
     except OSError as error:
         raise CorpusError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
 
@@ -79,48 +78,12 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def row_text(row: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> str:
-    """Text of one row: a template filled in, a column of text, or a column of chat messages as `role: content` lines.
-
-    Args:
-        row: field names and values.
-        entry: `template`, or else `column`.
-        where: the row's place, for messages.
-
-    Raises:
-        CorpusError: the field is missing or holds no text.
-    """
-    try:
-        if "template" in entry:
-            filled = str(entry["template"]).format(**row)
-            return _valid(re.sub(r"\n{3,}", "\n\n", filled))  # an empty field leaves no gap
-        value = row[entry["column"]]
-    except KeyError as error:
-        names = ", ".join(str(name) for name in list(row)[:20])[:_SHOWN] or "none"
-        raise CorpusError(
-            f"{where}: there is no field {error}; found {names}. Name the field that holds the text, as in "
-            "file.jsonl:FIELD or hub:NAME:config:split:COLUMN."
-        ) from error
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return _valid("\n".join(_turn(turn, entry["column"], where) for turn in value))
-    if not isinstance(value, str):
-        raise CorpusError(
-            f"{where}: field {entry['column']!r} holds {_type_name(value)}; expected text, or a list of chat messages."
-        )
-    return _valid(value)
-
-
 def path_exists(path: Path) -> bool:
     """Whether a path exists; False also where the system cannot tell, as for a name that is too long."""
     try:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def shown(text: str) -> str:
-    """A quoted text for messages, not longer than a line or two."""
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -133,7 +96,7 @@ def _files_below(folder: Path) -> list[Path]:
     )
 
 
-def _txt_documents(file: Path, field: str) -> Iterator[str]:
+def _txt_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as stream:
         rest = ""
         try:
@@ -148,7 +111,11 @@ def _txt_documents(file: Path, field: str) -> Iterator[str]:
             yield rest
 
 
-def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
+def _jsonl_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
+    return texts(_json_rows(file), {"column": field}, tally)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_LINE + 1):
@@ -159,56 +126,40 @@ def _jsonl_documents(file: Path, field: str) -> Iterator[str]:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield row_text(_json_object(line, where), {"column": field}, where)
+                yield where, _json_object(line, where)
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def _json_object(line: bytes, where: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line.decode("utf-8"))
     except RecursionError as error:
         raise CorpusError(f"{where}: nested too deeply; expected an object with a text field.") from error
     except ValueError as error:  # bad UTF-8, bad JSON, a number of thousands of digits
         raise CorpusError(f"{where}: not JSON in UTF-8 ({error}); expected one JSON object a line.") from error
-    if not isinstance(row, dict):
-        raise CorpusError(f"{where}: found {_type_name(row)}; expected a JSON object.")
+    if row is not None and not isinstance(row, dict):
+        raise CorpusError(f"{where}: found {type_name(row)}; expected a JSON object.")
     return row
 
 
-def _parquet_documents(file: Path, field: str) -> Iterator[str]:
+def _parquet_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
+    return texts(_parquet_rows(file, field), {"column": field}, tally)
+
+
+def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             columns = [field] if field in names else names[:20]
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 for row in batch.to_pylist():
-                    yield row_text(row, {"column": field}, str(file))
+                    number += 1
+                    yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
 
 
 _READERS = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
-
-
-def _turn(turn: Mapping[str, Any], column: str, where: str) -> str:
-    role, content = turn.get("role", turn.get("from", "")), turn.get("content", turn.get("value"))
-    if content is None:  # a turn that only calls a tool
-        return f"{role}:"
-    if not isinstance(content, str):
-        raise CorpusError(f"{where}: a message of field {column!r} holds {_type_name(content)}; expected text.")
-    return f"{role}: {content}"
-
-
-def _valid(text: str) -> str:
-    """Replace lone surrogates, which JSON can spell and no tokenizer takes, by U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def _type_name(value: object) -> str:
-    return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"

@@ -1,27 +1,48 @@
-"""What a model folder's config.json says: read within bounds, and the folder's own Python code run only where it is trusted."""
+"""What a model folder's config.json says: read once, within bounds, given to transformers to parse, and handed on.
+
+Own Python code of a folder runs only where it is trusted.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from wina_calib.common.text import first_line
-from wina_calib.errors import ModelFolderError, UnsupportedModel
-from wina_calib.model.architecture import SUPPORTED, Architecture, describe, refuse_encoder_decoder
-from wina_calib.storage import read_json
+from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
+from wina_calib.storage import read_json, safe_path
 
 METHOD = "wina"  # the `quant_method` of a calibrated model's config
 RUNTIME_TYPE = "wina_calib-"  # begins the model_type of checkpoints that need run-time matrices
+_CONFIG = "config.json"
 REFERENCE_FILE = "wina_config.json"  # in place of config.json in a checkpoint that refers to its base model's weights
-_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 CONFIG_BYTES = 4 << 20
+# Keys that say how a model is to be run, and where: neither its weights nor what it computes depend on them.
+ELSEWHERE = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_return_dict",
+    "torchscript",
+    "fusion_config",
+    "distributed_config",
+)
+ADAPTER_FILE = "adapter_config.json"
+_OF_FILES = ("configuration_files", "transformers_weights")  # keys that name files of one folder
+_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+_READ: ContextVar[tuple[ModelFolder, bool] | None] = ContextVar("read", default=None)
 _MAX_SIZE, _MAX_COUNT = 1 << 24, 1024  # of numbers in config.json that sizes are made of, and of repeated modules
 _SIZES = re.compile(
     r"(hidden|intermediate|embedding|inner|ffn|head|d|model|kv|q|lora).*(size|dim|rank|heads)|n_(embd|head|inner)"
@@ -48,18 +69,152 @@ def code_is_trusted() -> bool:
     return _TRUSTED.get()
 
 
-def has_own_code(folder: Path) -> bool:
-    """Whether a model folder has a model type that only Python code in the folder knows."""
-    return config_file(folder).is_file() and _needs_code(read_config(folder))
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder whose config file has been read, once. transformers parses what was read when it is asked for.
+
+    Attributes:
+        file: the config file.
+        stored: what it holds.
+    """
+
+    file: Path
+    stored: dict[str, Any]
+    _files: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.file.parent
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the folder holds a calibration only, and names the base model that has the weights."""
+        return self.file.name == REFERENCE_FILE
+
+    @property
+    def section(self) -> dict[str, Any] | None:
+        """The `quantization_config` of the folder; None where there is none."""
+        found = self.stored.get("quantization_config")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether calibration wrote the folder."""
+        return self.is_reference or (self.section or {}).get("quant_method") == METHOD
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether only Python code in the folder knows the model type."""
+        known = str(self._own.get("model_type", "")).removeprefix(RUNTIME_TYPE) in _known_types()
+        return bool(self._own.get("auto_map")) and not known
+
+    @property
+    def names_code(self) -> bool:
+        """Whether the config names Python code for the model's class or config, needed or not."""
+        names = self._own.get("auto_map")
+        return isinstance(names, dict) and not {"AutoConfig", "AutoModelForCausalLM"}.isdisjoint(names)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether transformers takes the model's class or config from Python code in the folder."""
+        return self.needs_code or (self.names_code and code_is_trusted())
+
+    @property
+    def auto_map(self) -> dict[str, Any]:
+        """What is made of Python classes here, by Auto class. Classes of a model that is made without them are left out."""
+        named = self._own.get("auto_map")
+        named = named if isinstance(named, dict) else {}
+        if self.runs_code or self.is_calibrated:
+            return dict(named)
+        return {auto: place for auto, place in named.items() if not auto.startswith(("AutoConfig", "AutoModel"))}
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config that transformers makes of the folder, asked once.
+
+        Raises:
+            ModelFolderError: it cannot make one.
+            UnsupportedModel: that needs Python code of the folder, which is not trusted.
+        """
+        self.check_code()
+        where = self.path if self.file.name == _CONFIG else self.file
+        try:
+            with self.handed_on():
+                return AutoConfig.from_pretrained(str(where), trust_remote_code=code_is_trusted())
+        except WinaError:
+            raise
+        except Exception as error:
+            raise ModelFolderError(f"{self.file} cannot be read as a model config: {first_line(error)}") from error
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """A copy of the JSON object that transformers made the config of: that of config.json, or of a file it names.
+
+        Without what is true of this folder's files only, and what only concerns how the model is run elsewhere.
+        """
+        assert self.config is not None
+        chosen = self.read(self.file) if not self._files else copy.deepcopy(next(reversed(self._files.values())))
+        raw = {key: value for key, value in chosen.items() if key not in _OF_FILES}
+        if "auto_map" in raw:
+            raw["auto_map"] = self.auto_map
+        return raw if raw.get("auto_map", True) else {key: value for key, value in raw.items() if key != "auto_map"}
+
+    def check_code(self) -> None:
+        """Raise UnsupportedModel where the model needs Python code of the folder and may not run it."""
+        if not code_is_trusted() and self.needs_code:
+            raise UnsupportedModel(
+                f"{self.path} needs Python code of its own, of which nothing has run. Read it, then give "
+                "--trust-remote-code, or trust_remote_code=True in Python."
+            )
+
+    @contextmanager
+    def handed_on(self, *, as_stored: bool = False) -> Iterator[None]:
+        """Inside, transformers reads the folder's config files through this object, each once and within bounds.
+
+        Args:
+            as_stored: as they are, for a load; otherwise as those of a base model that is run here.
+        """
+        before = _READ.set((self, as_stored))
+        try:
+            yield
+        finally:
+            _READ.reset(before)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The model's config as stored, without parsing it."""
+        raw = self.stored.get("config") if self.is_reference else self.stored
+        if not isinstance(raw, dict):
+            raise ModelFolderError(f"{self.file} holds no config. Download or calibrate it again.")
+        return raw
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A copy of what transformers is to parse of a config file in the folder: the one that was read, or one it names."""
+        if path.name not in self._files:
+            raw = copy.deepcopy(self._own) if path == self.file else _read_object(safe_path(self.path, path.name))
+            _check_sizes(path, raw)
+            _check_quantization(path, raw.get("quantization_config"))
+            self._files[path.name] = _as_anywhere(raw)
+        return copy.deepcopy(self._files[path.name])
 
 
-def check_code(folder: Path) -> None:
-    """Raise UnsupportedModel where a model folder needs Python code of its own and may not run it."""
-    if not code_is_trusted() and has_own_code(folder):
-        raise UnsupportedModel(
-            f"{folder} needs Python code of its own, of which nothing has run. Read it, then give --trust-remote-code, or "
-            "trust_remote_code=True in Python."
-        )
+def open_folder(path: Path) -> ModelFolder:
+    """Read a model folder's config file.
+
+    Raises:
+        ModelFolderError: there is none, or it holds no JSON object.
+        CheckpointError: it is damaged or too large.
+    """
+    file = config_file(path)
+    if not file.is_file():
+        raise ModelFolderError(_without_config(path))
+    return open_config(file)
+
+
+def open_config(file: Path) -> ModelFolder:
+    """Read a config file of any name; its folder need hold nothing else."""
+    return ModelFolder(file, _read_object(file))
 
 
 def is_reference(folder: Path) -> bool:
@@ -69,18 +224,22 @@ def is_reference(folder: Path) -> bool:
 
 def config_file(folder: Path) -> Path:
     """The file that holds a folder's config."""
-    return folder / (REFERENCE_FILE if is_reference(folder) else "config.json")
+    return folder / (REFERENCE_FILE if is_reference(folder) else _CONFIG)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder's config file holds, bounded in size."""
-    path = config_file(folder)
-    if not path.is_file():
-        raise ModelFolderError(f"{folder} has no config.json: not a Hugging Face model folder.")
-    raw = read_json(path, max_bytes=CONFIG_BYTES)
-    if not isinstance(raw, dict):
-        raise ModelFolderError(f"{path} holds no JSON object.")
-    return raw
+    """What a folder's config file holds."""
+    return open_folder(folder).stored
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether a model folder has a model type that only Python code in the folder knows."""
+    return config_file(folder).is_file() and open_folder(folder).needs_code
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config that transformers makes of a folder."""
+    return open_folder(folder).config
 
 
 def calibration_of(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -89,51 +248,26 @@ def calibration_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return section if isinstance(section, dict) and section.get("quant_method") == METHOD else None
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """Read config.json of a folder, bounded in size, and let transformers parse it."""
-    path, whole = config_file(folder), read_config(folder)
-    raw = whole.get("config") if is_reference(folder) else whole
+def _without_config(path: Path) -> str:
+    adapter = path / ADAPTER_FILE
+    if not adapter.is_file():
+        return f"{path} has no config.json: not a Hugging Face model folder."
+    try:
+        base = _read_object(adapter).get("base_model_name_or_path")
+    except WinaError:
+        base = None
+    named = base if isinstance(base, str) and base not in ("", ".") else None
+    return (
+        f"{path} is an adapter{f' of {named}' if named else ''}, without the model that it changes. Merge the two with peft "
+        f"(merge_and_unload, then save_pretrained) and give that folder, or calibrate {named or 'its base model'}."
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    raw = read_json(path, max_bytes=CONFIG_BYTES)
     if not isinstance(raw, dict):
-        raise ModelFolderError(f"{path} holds no config. Download or calibrate it again.")
-    check_code(folder)
-    _check_sizes(path, raw)
-    base = str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE)
-    try:
-        if base in _known_types():
-            return AutoConfig.for_model(**(raw | {"model_type": base}))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=code_is_trusted())
-    except Exception as error:
-        raise ModelFolderError(f"{path} cannot be read as a model config: {first_line(error)}") from error
-
-
-def describe_config(config: PreTrainedConfig) -> Architecture:
-    """Describe the model of a config, without weights."""
-    return describe(skeleton(config))
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules with everything, buffers too, on the meta device: whatever the config says, no memory."""
-    with torch.device("meta"):
-        return _build(config, torch.float32)
-
-
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights on the meta device and real buffers."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return _build(config, dtype)
-
-
-def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    refuse_encoder_decoder(config)
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
-    except Exception as error:
-        raise UnsupportedModel(
-            f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {first_line(error)} "
-            f"Supported: {SUPPORTED}."
-        ) from error
+        raise ModelFolderError(f"{path} holds no JSON object.")
+    return raw
 
 
 def _known_types() -> set[str]:
@@ -142,15 +276,54 @@ def _known_types() -> set[str]:
     return set(CONFIG_MAPPING.keys())
 
 
-def _needs_code(raw: dict[str, Any]) -> bool:
-    return bool(raw.get("auto_map")) and str(raw.get("model_type", "")).removeprefix(RUNTIME_TYPE) not in _known_types()
+def _as_anywhere(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config without what only concerns how the model is run elsewhere, of the base model's type."""
+    kept = {key: value for key, value in raw.items() if key not in ELSEWHERE}
+    nested = {key: _as_anywhere(v) for key, v in kept.items() if key.endswith("_config") and isinstance(v, dict)}
+    if isinstance(kept.get("model_type"), str):
+        kept["model_type"] = kept["model_type"].removeprefix(RUNTIME_TYPE)
+    return kept | nested
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
     """Refuse a config whose model could not be built in reasonable time and memory, before it is parsed."""
     for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_sizes(path, value)
         limit = _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None
         if limit is not None and isinstance(value, int | float) and not abs(value) <= limit:
             raise ModelFolderError(
                 f"{path}: {name} is {value!s:.40}; at most {limit} is supported. Download the model again."
             )
+
+
+def _check_quantization(path: Path, section: Any) -> None:
+    if section is not None and not isinstance(section, dict):
+        raise ModelFolderError(
+            f"{path}: quantization_config is {section!r:.80}, expected an object. Remove the key if the weights are not "
+            "quantized, or download the model again."
+        )
+
+
+def _hand_on() -> None:
+    """Let transformers take from `ModelFolder.read` what it would read of config files inside `handed_on`.
+
+    The Auto classes take a folder and never the JSON object, so without this every file is read and parsed once more, after
+    its check, without bounds. Where transformers no longer has the function, that is what happens.
+    """
+    stock = PreTrainedConfig.__dict__.get("_dict_from_json_file")
+    if not isinstance(stock, classmethod) or hasattr(stock.__func__, "hands_on"):
+        return
+
+    def read(cls: type[PreTrainedConfig], json_file: Any) -> Any:
+        handed, path = _READ.get(), Path(json_file)
+        folder, as_stored = handed or (None, False)
+        if folder is None or path.parent != folder.path or (as_stored and path != folder.file):
+            return stock.__func__(cls, json_file)
+        return cls._decode_special_floats(copy.deepcopy(folder.stored) if as_stored else folder.read(path))
+
+    read.hands_on = True  # type: ignore[attr-defined]
+    PreTrainedConfig._dict_from_json_file = classmethod(read)
+
+
+_hand_on()

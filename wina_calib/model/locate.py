@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError, ModelFolderError, UsageError
 from wina_calib.model import no_folder
-from wina_calib.model.config import CONFIG_BYTES, REFERENCE_FILE, code_is_trusted, is_reference
+from wina_calib.model.config import CONFIG_BYTES, REFERENCE_FILE, code_is_trusted, config_file, is_reference
 from wina_calib.storage import read_json
 from wina_calib.storage.hub_client import fetch
 
 DEMO = "demo"
+_GGUF = ".gguf"
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -104,6 +105,23 @@ def _root(
         if "/" in model:
             raise HubError(f"{error} There is no folder of that name here either.") from None
         raise HubError(f"there is no folder {model} here. As a Hub id, {error}") from None
+
+
+def gguf_file(model: str | Path) -> Path | None:
+    """The GGUF file that a user gave, or the only one of a folder that holds no other model.
+
+    Raises:
+        UsageError: it is neither text nor a path, or the folder holds several.
+    """
+    path = Path(given_name(model)).expanduser()
+    if path.is_file() and path.suffix.lower() == _GGUF:
+        return path
+    if not path.is_dir() or config_file(path).is_file():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == _GGUF)
+    if len(files) > 1:
+        raise UsageError(f"{path} holds {len(files)} GGUF files. Give one of them, such as {files[0]}.")
+    return files[0] if files else None
 
 
 def weights_folder(

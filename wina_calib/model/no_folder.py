@@ -11,7 +11,10 @@ from wina_calib.errors import StateError
 from wina_calib.storage.resume_files import STATE, is_useful, read_record, state_folder
 
 _EXPECTED = "Give a model folder, a Hub id such as USER/NAME, or `demo`."
-_GGUF = "GGUF, llama.cpp's format of quantized weights. Give the model that it was made of: a folder or Hub id with safetensors."
+_GGUF = (
+    "GGUF, llama.cpp's format of quantized weights: only `calibrate` takes it. Give the model that it was made of, a folder or "
+    "Hub id with safetensors."
+)
 _CLOSE = 0.75  # how alike names are that one may be meant for the other
 
 

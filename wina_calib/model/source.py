@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from wina_calib.common.memory import return_freed_memory
-from wina_calib.errors import ModelFolderError, NumericError, UnsupportedModel
+from wina_calib.errors import ModelFolderError, NumericError
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import (
-    METHOD,
-    is_reference,
-    load_config,
-    skeleton,
+from wina_calib.model.config import ModelFolder, open_folder
+from wina_calib.model.dense_copy import (
+    DenseCopy,
+    KeptFolder,
+    copy_of,
+    has_adapter,
+    load_gguf,
+    quantization_of,
+    write_copy,
 )
-from wina_calib.model.locate import load_tokenizer, resolve
+from wina_calib.model.loading import Converted, ask, open_weights
+from wina_calib.model.locate import gguf_file, load_tokenizer, resolve
 from wina_calib.model.tensor_names import is_added, is_derived, is_rotation, rotation_name
 from wina_calib.storage import Shards
 
@@ -31,14 +36,49 @@ _READERS = 4  # tensors of a layer that are read side by side
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model folder. `name` is what the user gave, `commit` the Hub commit where there is one."""
+    """An opened model.
+
+    Attributes:
+        name: what the user gave.
+        opened: its folder, with config and side files.
+        commit: the Hub commit where there is one.
+        config: of the model that is calibrated, which may be a part of what the folder holds.
+        architecture: its structure.
+        shards: its tensors, by the model's names for them.
+        notes: what to tell the user about how the folder was read.
+        kept: a temporary folder that the weights lie in, kept as long as this.
+    """
 
     name: str
-    folder: Path
+    opened: ModelFolder
     commit: str | None
     config: PreTrainedConfig
     architecture: Architecture
     shards: Shards
+    notes: tuple[str, ...] = ()
+    kept: Any = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder with config, tokenizer and side files."""
+        return self.opened.path
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are those in the folder, and all of them."""
+        return self.kept is None and type(self.config) is type(self.opened.config)
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """The JSON object of a config.json for this model's weights, not quantized."""
+        raw = self.opened.raw
+        if type(self.config) is not type(self.opened.config):  # a part of it
+            raw = self.config.to_diff_dict() | {
+                "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].__name__]
+            }
+            raw = {key: value for key, value in raw.items() if not key.startswith("_")}
+        raw.pop("quantization_config", None)
+        return raw
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,18 +158,42 @@ def open_source(
         ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.
         UnsupportedModel: the structure has no sparse sites.
     """
+    if (file := gguf_file(model)) is not None:
+        return _from_gguf(str(model), file)
     folder, commit = resolve(model, revision=revision, token=token)
-    config = load_config(folder)
+    opened = open_folder(folder)
     if not calibrated:
-        if is_reference(folder):
-            raise ModelFolderError(f"{folder} is calibrated already. Calibrate its base model.")
-        _refuse_quantized(folder, config)
-    meta = skeleton(config)
-    architecture = describe(meta)
-    shards = Shards.open(folder)
-    _check_tensors(folder, meta, architecture, shards)
-    _check_tied(folder, architecture, shards)
-    return Source(str(model), folder, commit, config, architecture, shards)
+        _refuse_calibrated(opened)
+    method = None if calibrated else quantization_of(opened)
+    if method is not None or (not calibrated and has_adapter(folder)):
+        return _from_copy(str(model), opened, commit, copy_of(opened, method))
+    loading = ask(opened)
+    try:
+        shards = open_weights(opened, loading)
+    except Converted:
+        return _from_copy(str(model), opened, commit, copy_of(opened, None))
+    notes = (loading.left_out,) if loading.left_out else ()
+    return _checked(
+        Source(str(model), opened, commit, loading.config, describe(loading.model), shards, notes), loading.model
+    )
+
+
+def _from_copy(name: str, opened: ModelFolder, commit: str | None, copy: DenseCopy) -> Source:
+    model, shards = copy.model, copy.shards
+    return _checked(Source(name, opened, commit, model.config, describe(model), shards, (copy.note,), copy.kept), model)
+
+
+def _from_gguf(name: str, file: Path) -> Source:
+    """A GGUF file's model: its config and tokenizer lie in a temporary folder, as its weights do."""
+    kept = KeptFolder()
+    copy = write_copy(load_gguf(file, kept.path), f"{file}: dequantized from GGUF by transformers")
+    return _from_copy(name, open_folder(kept.path), None, replace(copy, kept=(kept, copy.kept)))
+
+
+def _checked(source: Source, model: PreTrainedModel) -> Source:
+    _check_tensors(source.folder, model, source.architecture, source.shards)
+    _check_tied(source.folder, source.architecture, source.shards)
+    return source
 
 
 def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
@@ -139,17 +203,14 @@ def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.d
     layer.requires_grad_(False)
 
 
-def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method == METHOD:
+def _refuse_calibrated(opened: ModelFolder) -> None:
+    if opened.is_reference:
+        raise ModelFolderError(f"{opened.path} is calibrated already. Calibrate its base model.")
+    if opened.is_calibrated:
         raise ModelFolderError(
-            f"{folder} is calibrated already. Re-choose its sparsity with `wina-calib budget {folder} --apply {folder}` or "
-            "calibrate the base model."
+            f"{opened.path} is calibrated already. Re-choose its sparsity with `wina-calib budget {opened.path} --apply "
+            f"{opened.path}` or calibrate the base model."
         )
-    raise UnsupportedModel(f"{folder} is quantized ({method}). Calibrate the unquantized model.")
 
 
 def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architecture, shards: Shards) -> None:

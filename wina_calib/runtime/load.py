@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.checkpoint.by_reference import complete_folder, keep_with
-from wina_calib.checkpoint.reader import read_settings
+from wina_calib.checkpoint.reader import open_calibrated, settings_of
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
-from wina_calib.model.config import check_code, code_is_trusted, remote_code
+from wina_calib.model.config import code_is_trusted, remote_code
 from wina_calib.model.locate import resolve
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.quantization_config import WinaConfig
@@ -68,12 +68,14 @@ def load(
     folder, commit = resolve(
         path_or_repo, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
-    read_settings(folder)
+    opened = open_calibrated(folder)
+    settings_of(opened)
     with remote_code(trust_remote_code):
-        check_code(folder)
-        whole, kept = complete_folder(folder, base=base, token=token, local_files_only=local_files_only)
+        opened.check_code()
+        whole, kept = complete_folder(opened, base=base, token=token, local_files_only=local_files_only)
         kwargs["trust_remote_code"] = code_is_trusted()
-        model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
+        with opened.handed_on(as_stored=True):
+            model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
     keep_with(model, kept)
     if commit is not None or kept is not None:
         # What is derived from the model, such as an adapter's base, is to name what was asked for and not its cache.

@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,19 +39,26 @@ class Shards(Mapping[str, TensorInfo]):
         self._infos = dict(infos)
 
     @classmethod
-    def open(cls, folder: Path) -> "Shards":
-        """Open `model.safetensors.index.json` with the files it names, or else `model.safetensors`.
+    def open(cls, folder: Path, files: Sequence[str] | None = None) -> "Shards":
+        """Open files of a folder; an index that names just these has to fit them.
+
+        Args:
+            folder: the model folder.
+            files: their names; None is what transformers takes unless config.json says otherwise: `model.safetensors`,
+                or else the files that `model.safetensors.index.json` names.
 
         Raises:
             CheckpointError: no such weights, or a file that is damaged, hostile or does not fit the index.
         """
         names = _file_names(folder)
-        if INDEX in names:
-            expected = _read_index(folder)
-        elif SINGLE in names:
-            expected = {SINGLE: None}
-        else:
+        if files is None:
+            files = [SINGLE] if SINGLE in names else None
+        if files is None and INDEX not in names or any(not file.endswith(".safetensors") for file in files or ()):
             raise CheckpointError(_no_weights(folder, names))
+        expected: dict[str, set[str] | None] = dict.fromkeys(files or ())
+        if INDEX in names and SINGLE not in expected:
+            index = _read_index(folder)
+            expected = index if not expected or expected.keys() == index.keys() else expected
         infos: dict[str, TensorInfo] = {}
         metadata: dict[str, dict[str, str]] = {}
         problems: list[str] = []
@@ -74,6 +81,20 @@ class Shards(Mapping[str, TensorInfo]):
                 f"{folder}: {listed(sorted(expected))} holds no tensor; save or download the model again"
             )
         return cls(folder, infos, metadata)
+
+    def renamed(self, names: Mapping[str, str]) -> "Shards":
+        """The tensors that `names` has, by the names that it gives them.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        infos = {names[name]: info for name, info in self._infos.items() if name in names}
+        if len(infos) < len(names):
+            twice = next(n for n, count in Counter(names.values()).items() if count > 1)
+            raise CheckpointError(
+                f"{self.folder}: holds tensor {shown(twice)} twice, under two names; remove one of them"
+            )
+        return Shards(self.folder, infos, self.metadata)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]

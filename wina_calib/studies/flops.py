@@ -21,7 +21,8 @@ from wina_calib.budgets.count import count_cells
 from wina_calib.common.text import first_line, percent, table
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.model.architecture import Architecture
-from wina_calib.model.config import CONFIG_BYTES, calibration_of, describe_config, load_config
+from wina_calib.model.config import CONFIG_BYTES, calibration_of, load_config, open_config
+from wina_calib.model.loading import describe_config
 from wina_calib.model.locate import DEMO, demo_folder
 from wina_calib.storage import read_json
 from wina_calib.studies.defaults import FLOPS_CONTEXT, FLOPS_SPARSITIES
@@ -221,7 +222,7 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     if path.is_dir():
         return load_config(path)
     if path.is_file():
-        return load_config(path.parent) if path.name == "config.json" else _parse(path)
+        return _parse(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return load_config(_fetch(name, revision).parent)
     known = [DEMO, *presets()]
@@ -244,14 +245,11 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
 
 def _parse(path: Path) -> PreTrainedConfig:
-    """Read a config file that has another name than config.json."""
-    raw = read_json(path, max_bytes=CONFIG_BYTES)
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise ModelFolderError(f"{path} is no model config: it holds no JSON object with a model_type.")
-    try:
-        return AutoConfig.for_model(**raw)
-    except Exception as error:
-        raise ModelFolderError(f"{path} cannot be read as a model config: {first_line(error)}") from error
+    """Read a config file of any name."""
+    opened = open_config(path)
+    if "model_type" not in opened.stored and not opened.is_reference:
+        raise ModelFolderError(f"{path} is no model config: it has no model_type.")
+    return opened.config
 
 
 def _own_transform(config: PreTrainedConfig) -> str:

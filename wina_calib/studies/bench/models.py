@@ -18,7 +18,8 @@ from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.score import scores
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import calibration_of, code_is_trusted, load_config, meta_model
+from wina_calib.model.config import calibration_of, code_is_trusted, load_config
+from wina_calib.model.loading import meta_model
 from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_added
 from wina_calib.runtime.insert_sites import insert_sites

@@ -14,7 +14,7 @@ from wina_calib.common.devices import device_name
 from wina_calib.errors import UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import Site
-from wina_calib.model.config import describe_config
+from wina_calib.model.loading import describe_config
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.studies.bench.instruments import copy_bandwidth, onednn, onednn_pays, seconds, versions
 from wina_calib.studies.bench.results import Products, Timing

@@ -36,7 +36,7 @@ from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
-from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
+from wina_calib.model.config import code_is_trusted, remote_code
 from wina_calib.model.source import Source, fitting_length, open_source
 from wina_calib.runtime.load import load, set_sparsity
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
@@ -306,7 +306,7 @@ class _Bench:
             place.mkdir(parents=True)
             values = asdict(task.options)
             untouched = plan(task.options.transform, self.source.architecture).name == "none"
-            weights = "reference" if untouched and not has_own_code(self.source.folder) else "full"
+            weights = "reference" if untouched and not self.source.opened.runs_code else "full"
             values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}
             start = time.monotonic()
             calibrate(self.source.name, checkpoint, progress=Within(self.report, f"{name}: calibrate"), **values)
