@@ -51,10 +51,12 @@ def cache_name(forward: Callable[..., Any]) -> str:
     Raises:
         UsageError: it has none of the known names.
     """
-    known = inspect.signature(forward).parameters
-    for name in NAMES:
-        if name in known:
-            return name
+    # A class of a model's own code may hand on what it is given as it comes: the class below it says what that is.
+    classes = type(getattr(forward, "__self__", None)).__mro__
+    for known in (forward, *(base.forward for base in classes if hasattr(base, "forward"))):
+        for name in NAMES:
+            if name in inspect.signature(known).parameters:
+                return name
     raise UsageError(
         f"{getattr(forward, '__qualname__', forward)} takes its cache by none of the known names ({', '.join(NAMES)}). "
         "See pyproject.toml for the versions of transformers that are supported."
