@@ -324,12 +324,12 @@ def _flops(result: dict[str, Any], name: str) -> list[str]:
 def _compare(result: dict[str, Any], name: str) -> list[str]:
     rows = [
         [
-            f"`{r['method']}`", f"{r['sparsity']:g}", f"{r['model_sparsity']:.3f}", pct(r["read_fraction_decoder"]),
-            f"{r['ppl']:.2f}", f"{r['rise']:+.1%}", f"{r['kl']:.3f}", pct(r["top1_agreement"]),
+            f"`{r['method']}`", result["budgets"][r["method"]], f"{r['sparsity']:g}", f"{r['model_sparsity']:.3f}",
+            pct(r["read_fraction_decoder"]), f"{r['ppl']:.2f}", f"{r['rise']:+.1%}", f"{r['kl']:.3f}", pct(r["top1_agreement"]),
         ]
         for r in result["rows"]
     ]  # fmt: skip
-    headers = ["method", "asked", "sparsity", "read", "perplexity", "rise", "KL", "top-1"]
+    headers = ["method", "budget", "asked", "sparsity", "read", "perplexity", "rise", "KL", "top-1"]
     left = list(dict.fromkeys(f"`{s['method']}`: left out. {s['reason']}" for s in result["skipped"]))
     return [f"Dense perplexity {result['rows'][0]['dense_ppl']:.2f}.", markdown(headers, rows), *left] + (
         [f"![Perplexity, KL divergence and agreement by sparsity and by read fraction](figures/results-{name}.png)"]
@@ -489,7 +489,9 @@ def figures(stored: dict[str, Any]) -> None:
         if step is not None:
             result = step["result"]
             rows = tuple(Row(**{k: v for k, v in r.items() if k != "rise"}) for r in result["rows"])
-            drawn = draw_comparison(Comparison(result["model"], result["protocol"], result["methods"], rows))
+            drawn = draw_comparison(
+                Comparison(result["model"], result["protocol"], result["methods"], result["budgets"], rows)
+            )
             (FIGURES / f"results-{model}-compare.png").write_bytes(drawn)
         step = stored.get(f"{model}-diagnose")
         if step is not None:

@@ -86,7 +86,11 @@ def test_progress_tells_the_worst_site_of_each_layer(tmp_path: Path, llama: Path
     result = wina_calib.calibrate(
         llama, tmp_path / "s", transform="none", data=str(text), progress=Listening(), **options
     )
-    fits = [note for note in told if re.fullmatch(r"layer [123]: (attn|mlp)_(in|out) off by \d+% at 65%", note)]
+    fits = [
+        note
+        for note in told
+        if re.fullmatch(r"layer [123]: output error up to \d+% \((attn|mlp)_(in|out) at 65%\)", note)
+    ]
     assert len(fits) == 3
     errors = {n: t[-1] for n, t in open_checkpoint(tmp_path / "s").tensors.items() if n.endswith(".error")}
     for layer, note in enumerate(fits):

@@ -76,7 +76,7 @@ def fit_thresholds(
         tensors |= new
         worst = max(fits[-1].items(), key=lambda item: item[1].error)
         phase.save(index + 1, tensors=new, stores=stores)
-        progress.step(f"layer {index + 1}: {worst[0]} off by {worst[1].error:.0%} at {anchors[-1]:.0%}")
+        progress.step(f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})")
     if dense is not None:
         dense.clear()
     return tensors, states

@@ -77,10 +77,16 @@ def command(
       wina-calib compare demo -o demo-compare --methods ablation
     """
     if as_list:
-        rows = [[m.name, m.group if m.group in GROUPS else f"ablation: {m.group}", m.about] for m in METHODS.values()]
-        listed = {name: [m.name for m in members] for name, members in GROUPS.items()}
-        about = {m.name: m.about for m in METHODS.values()}
-        emit({"methods": about, "groups": listed}, table(["method", "group", "what it is"], rows), as_json=as_json)
+        rows = [
+            [m.name, m.group if m.group in GROUPS else f"ablation: {m.group}", m.budget, m.about]
+            for m in METHODS.values()
+        ]
+        facts = {
+            "methods": {m.name: m.about for m in METHODS.values()},
+            "groups": {name: [m.name for m in members] for name, members in GROUPS.items()},
+            "budgets": {m.name: m.budget for m in METHODS.values()},
+        }
+        emit(facts, table(["method", "group", "budget", "what it is"], rows), as_json=as_json)
         return
     if model is None or output is None:
         raise click.UsageError("give MODEL and -o DIR, or --list.")

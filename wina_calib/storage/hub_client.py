@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, errors, get_session, snapshot_download
 
 from wina_calib.errors import HubError
 

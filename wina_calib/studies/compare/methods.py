@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import UsageError
 
 PAPERS = "papers"
@@ -39,6 +40,11 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @property
+    def budget(self) -> str:
+        """How its sparsity is spread over sites; it is never another one than this."""
+        return "uniform over layers" if self.gated else str(self.options.get("budget", CalibrateOptions.budget))
 
 
 _FREE: dict[str, Any] = {"transform": "none", "budget": "uniform"}

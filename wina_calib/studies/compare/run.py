@@ -200,6 +200,7 @@ class _Bench:
             model=self.source.name,
             protocol=self._protocol,
             methods={m.name: m.about for m in methods},
+            budgets={m.name: m.budget for m in methods},
             rows=tuple(rows[key] for key in order if key in rows),
             skipped=tuple(skipped),
         )
@@ -270,6 +271,7 @@ class _Bench:
         cells = sum(len(task.todo) for task in tasks)
         others = len(list((self.folder / "cells").glob("*.json"))) - present
         parts = [f"{cells} cells of {len(tasks)} methods to compute, {present} there already"]
+        parts += [f"budgets: {', '.join(f'{t.method.name} {t.method.budget}' for t in tasks)}"] if tasks else []
         if others:
             parts.append(f"{others} of another protocol, method or sparsity left aside")
         weights = 2.0 * sum(site.weights for _, site in self.source.architecture.sites)

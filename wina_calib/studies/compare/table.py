@@ -11,6 +11,7 @@ from wina_calib.common.text import percent, rise, table
 
 _HEADERS = (
     "method",
+    "budget",
     "asked",
     "sparsity",
     "read",
@@ -79,6 +80,7 @@ class Comparison:
         model: as given.
         protocol: what all rows share: data, tokens, seed, dtype, versions.
         methods: what the methods are, by name.
+        budgets: how each spreads its sparsity over sites, by name.
         rows: in order of methods, then sparsities.
         skipped: what has no row.
     """
@@ -86,6 +88,7 @@ class Comparison:
     model: str
     protocol: dict[str, Any]
     methods: dict[str, str]
+    budgets: dict[str, str]
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...] = ()
 
@@ -102,8 +105,9 @@ class Comparison:
 
     def text(self) -> str:
         """A table for a terminal."""
-        lines = [[row.method, *_figures(row)] for row in self.rows]
-        return "\n\n".join([self._about(), *([table(_HEADERS, lines)] if lines else []), *self._reasons()])
+        lines = [[row.method, self.budgets[row.method], *_figures(row)] for row in self.rows]
+        shown = [table(_HEADERS, lines)] if lines else []
+        return "\n\n".join([self._about(), *shown, *self._unequal(), *self._reasons()])
 
     def markdown(self) -> str:
         """The rise of perplexity by method and sparsity, all figures, and what the methods are."""
@@ -111,12 +115,13 @@ class Comparison:
         found = {(row.method, row.sparsity): row for row in self.rows}
         names = list(dict.fromkeys(row.method for row in self.rows))
         short = [[f"`{name}`", *(_short(found.get((name, s))) for s in asked)] for name in names]
-        full = [[f"`{row.method}`", *_figures(row)] for row in self.rows]
+        full = [[f"`{row.method}`", self.budgets[row.method], *_figures(row)] for row in self.rows]
         parts = [
             self._about(),
             "Rise of perplexity over dense [real model sparsity, read fraction of the decoder]:",
             _markdown(["method", *(f"asked {s:g}" for s in asked)], short),
             _markdown(_HEADERS, full),
+            *self._unequal(),
             *self._reasons(),
             "\n".join(f"- `{name}`: {self.methods[name]}" for name in names),
         ]
@@ -129,6 +134,16 @@ class Comparison:
             f"{self.model}: {dense}calibrated on {p['samples']} blocks of {p['seq_len']} tokens of {', '.join(p['data'])}, "
             f"measured on {p['tokens']:,} tokens of {', '.join(p['heldout'])}; {p['dtype']}, seed {p['seed']}."
         )
+
+    def _unequal(self) -> list[str]:
+        """That methods are compared whose sparsity is spread by different rules, where it is so."""
+        kinds: dict[str, list[str]] = {}
+        for name in dict.fromkeys(row.method for row in self.rows):
+            kinds.setdefault(self.budgets[name], []).append(name)
+        if len(kinds) < 2:
+            return []
+        each = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+        return [f"Budgets differ, and are part of what is compared. {each[0].upper()}{each[1:]}."]
 
     def _reasons(self) -> list[str]:
         return [
