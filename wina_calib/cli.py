@@ -20,6 +20,7 @@ from wina_calib.version import __version__
 COMMANDS = {
     "calibrate": "Fit sparsity thresholds to MODEL and write a sparse-ready checkpoint.",
     "budget": "Show and choose how sparse every site of every layer is.",
+    "recover": "Train the sparse checkpoint DIR for a short time, so that it predicts as its dense original does.",
     "evaluate": "Measure what sparsity costs in quality: DIR against itself at sparsity 0.",
     "compare": "Put methods side by side: MODEL calibrated with each, measured on the same text at the same sparsities.",
     "transfer": "Put the budget and thresholds of one calibrated model on another, and measure what that costs.",

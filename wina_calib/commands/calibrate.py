@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wina_calib.calibration.options import make_options
+from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.commands.logs import load_libraries
-from wina_calib.commands.options import calibrate_options, folder_option, json_option
+from wina_calib.commands.options import flags, folder_option, json_option
 from wina_calib.commands.output import bars, emit, note
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.command("calibrate")
 @click.argument("model")
 @folder_option
-@calibrate_options
+@flags(CalibrateOptions)
 @json_option
 def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     """Fit sparsity thresholds to MODEL and write a sparse-ready checkpoint.

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.choices import DTYPES
 from wina_calib.corpus.sources import HELDOUT_DATA
 
@@ -101,11 +100,15 @@ class Counts(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is no list of whole numbers such as 1,16,256", param, ctx)
 
 
-def calibrate_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a flag for every field of `CalibrateOptions`."""
-    for f in reversed(fields(CalibrateOptions)):
-        function = _flag(f)(function)
-    return function
+def flags(options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a flag for every field of a class of options."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for f in reversed(fields(options)):
+            function = _flag(f)(function)
+        return function
+
+    return add
 
 
 def _flag(f: Any) -> Callable[..., Any]:

@@ -34,6 +34,20 @@ def resident_bytes() -> int:
         return _IMPORTED
 
 
+def available_bytes() -> int:
+    """Memory that new work may take without swapping, within the limit of a container; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+    with contextlib.suppress(OSError, ValueError):  # no such group, or no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
+
+
 def return_freed_memory() -> None:
     """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next.
 

@@ -1,0 +1,52 @@
+"""`wina-calib recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wina_calib.commands.calibrate import stoppable
+from wina_calib.commands.logs import load_libraries
+from wina_calib.commands.options import flags, folder_option, json_option
+from wina_calib.commands.output import Bars, emit
+from wina_calib.recovery.options import RecoverOptions, make_options
+
+
+@click.command("recover")
+@click.argument("checkpoint", metavar="DIR")
+@folder_option
+@flags(RecoverOptions)
+@json_option
+def command(checkpoint: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Train the sparse checkpoint DIR for a short time, so that it predicts as its dense original does.
+
+    \b
+    Example:
+      wina-calib recover demo-sparse -o demo-recovered --tokens 200000
+    """
+    make_options(options)  # what is wrong with them is told before libraries are loaded
+    load_libraries()
+    from wina_calib.recovery.run import recover
+
+    with Bars() as progress, stoppable():
+        found = recover(checkpoint, output, progress=progress, **options)
+    emit(found.to_dict(), table(found), as_json=as_json)
+
+
+def table(found: Any) -> str:
+    """A finished recovery for people: rise, agreement and divergence before and after, by kind of text."""
+    lines = [
+        f"{found.folder}: {found.trained.steps} steps in {found.trained.seconds / 60:.1f} minutes; the weights of step "
+        f"{found.trained.best} were kept.",
+        f"{'text':<20}{'sparsity':>9}{'rise before':>13}{'after':>9}{'same token':>12}{'after':>8}{'KL':>8}{'after':>8}",
+    ]
+    for kind, by in found.before.items():
+        for sparsity, before in by.items():
+            after = found.after[kind][sparsity]
+            lines.append(
+                f"{kind:<20}{sparsity:>9.0%}{before.rise:>13.1%}{after.rise:>9.1%}{before.top1_agreement:>12.3f}"
+                f"{after.top1_agreement:>8.3f}{before.kl:>8.3f}{after.kl:>8.3f}"
+            )
+    return "\n".join(lines)

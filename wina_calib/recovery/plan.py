@@ -1,0 +1,118 @@
+"""What a recovery will take, and whether memory can hold it: from shapes alone, before the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from wina_calib.common.memory import available_bytes
+from wina_calib.common.progress import human_bytes
+from wina_calib.errors import UsageError
+from wina_calib.recovery.options import RecoverOptions
+
+# Bytes a trained weight: float32 itself, its gradient, and Adam's two means.
+TRAINED_BYTES = 16
+# Floats a token that a layer keeps while it is computed again: of the residual stream's width, and of the MLP's.
+LAYER_FLOATS = 14, 6
+SPARE = 0.9
+
+
+@dataclass(frozen=True)
+class Size:
+    """What memory depends on.
+
+    Attributes:
+        weights: all weights of the model, tied ones once.
+        trained: those of the decoder's projections.
+        projections: sum over projections of inputs and outputs, for adapters.
+        layers: decoder layers.
+        width: of the residual stream.
+        inner: of the MLP.
+        vocabulary: tokens.
+        itemsize: bytes of a weight as stored.
+    """
+
+    weights: int
+    trained: int
+    projections: int
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, and how.
+
+    Attributes:
+        adapters: low-rank adapters, else all decoder weights.
+        micro_batch: sequences computed together.
+        steps: optimizer steps.
+        memory_bytes: what all that needs.
+        learning_rate: the highest.
+    """
+
+    adapters: bool
+    micro_batch: int
+    steps: int
+    memory_bytes: int
+    learning_rate: float
+
+    def describe(self, options: RecoverOptions, available: int) -> str:
+        """The plan in one line."""
+        what = f"adapters of rank {options.rank}" if self.adapters else "all decoder weights"
+        return (
+            f"{self.steps} steps of {options.batch} x {options.seq_len} tokens, {what}, learning rate "
+            f"{self.learning_rate:g}, {self.micro_batch} sequences at a time; about {human_bytes(self.memory_bytes)} of "
+            f"{human_bytes(available)} of memory"
+        )
+
+
+def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_batch: int) -> int:
+    """Bytes that training takes, the dense model's weights counted in."""
+    trained = size.projections * options.rank if adapters else size.trained
+    kept = size.weights - (0 if adapters else size.trained)
+    weights = trained * TRAINED_BYTES + kept * (size.itemsize if adapters else 4) + size.weights * size.itemsize
+    if not adapters:
+        weights += size.trained * 4  # the best weights so far
+    tokens = micro_batch * options.seq_len
+    layer = LAYER_FLOATS[0] * size.width + LAYER_FLOATS[1] * size.inner
+    activations = tokens * 4 * (size.layers * size.width + layer)
+    logits = 4 * 4 * min(tokens * size.vocabulary, 1 << 27)
+    return weights + activations + logits
+
+
+def plan_training(size: Size, options: RecoverOptions, available: int) -> TrainingPlan:
+    """The plan whose needs fit: all weights where they do, else adapters; as many sequences together as fit.
+
+    Raises:
+        UsageError: nothing fits; the message has the numbers.
+    """
+    steps = max(1, options.tokens // (options.batch * options.seq_len))
+    choices = {"all": (False,), "adapters": (True,), "auto": (False, True)}[options.train]
+    batches = [options.micro_batch] if options.micro_batch else _divisors(options.batch)
+    needs = 0
+    for adapters in choices:
+        for micro_batch in batches:
+            needs = memory_needed(size, options, adapters=adapters, micro_batch=micro_batch)
+            if needs <= SPARE * available:
+                rate = options.learning_rate(size.weights, adapters=adapters)
+                return TrainingPlan(adapters, micro_batch, steps, needs, rate)
+    raise UsageError(
+        f"training needs about {human_bytes(needs)} of memory with the smallest choices, and {human_bytes(available)} is "
+        f"available. Take a smaller --seq-len than {options.seq_len}, --train adapters, or a device with more memory."
+    )
+
+
+def _divisors(batch: int) -> list[int]:
+    return [n for n in range(batch, 0, -1) if batch % n == 0]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes of memory that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes()
