@@ -25,7 +25,14 @@ from wina_calib.runtime.load import runtime_state
 
 IDS = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 SIZE = Size(
-    weights=10**9, trained=8 * 10**8, projections=10**6, layers=24, width=2048, inner=8192, vocabulary=150_000, itemsize=2
+    weights=10**9,
+    trained=8 * 10**8,
+    projections=10**6,
+    layers=24,
+    width=2048,
+    inner=8192,
+    vocabulary=150_000,
+    itemsize=2,
 )
 
 
@@ -96,7 +103,7 @@ def test_thresholds_follow_what_is_seen(calibrated: Path, tmp_path: Path) -> Non
     model = dense(calibrated, tmp_path / "dense")
     masks = MaskedModel(model, open_checkpoint(calibrated), (0.5,))
     masks.sparsity, masks.follows = 0.5, True
-    before = {name: float(cut) for name, cut in masks.state().items()}
+    before = {name: float(cut) for name, cut in masks.state().items() if "@" in name}
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.mul_(3.0)  # all scores of attn_in are three times as high

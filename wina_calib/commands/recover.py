@@ -10,7 +10,7 @@ import click
 from wina_calib.commands.calibrate import stoppable
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import flags, folder_option, json_option
-from wina_calib.commands.output import Bars, emit
+from wina_calib.commands.output import bars, emit
 from wina_calib.recovery.options import RecoverOptions, make_options
 
 
@@ -30,7 +30,7 @@ def command(checkpoint: str, output: Path, as_json: bool, **options: Any) -> Non
     load_libraries()
     from wina_calib.recovery.run import recover
 
-    with Bars() as progress, stoppable():
+    with bars() as progress, stoppable():
         found = recover(checkpoint, output, progress=progress, **options)
     emit(found.to_dict(), table(found), as_json=as_json)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from wina_calib.common.memory import available_bytes
-from wina_calib.common.progress import human_bytes
+from wina_calib.common.text import human_bytes
 from wina_calib.errors import UsageError
 from wina_calib.recovery.options import RecoverOptions
 

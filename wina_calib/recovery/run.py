@@ -31,8 +31,9 @@ from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
 from wina_calib.common.atomic import check_output, claimed, publish
+from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device
-from wina_calib.common.progress import SILENT, Estimate, Part, Progress
+from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA
 from wina_calib.errors import CorpusError, UsageError, WinaError
@@ -79,15 +80,13 @@ class Recovery:
         }
 
 
-def recover(
-    checkpoint: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any
-) -> Recovery:
+def recover(checkpoint: str | Path, output: str | Path, *, progress: Hearing = None, **options: Any) -> Recovery:
     """Train a sparse checkpoint to predict as its dense original does.
 
     Args:
         checkpoint: a calibrated folder, or a Hub id.
         output: folder to write; it appears whole or not at all.
-        progress: hears the plan, phases and steps.
+        progress: hears the plan, phases and steps; True is a bar on standard error.
         **options: the fields of `RecoverOptions`: base, data, tokens, sparsities, lr, bits, max_time ...
 
     Raises:
@@ -98,9 +97,9 @@ def recover(
         wina_calib.recover("demo-sparse", "demo-recovered", tokens=200_000)
         ```
     """
-    chosen, report = make_options(options), progress or SILENT
+    chosen = make_options(options)
     target = Path(output).expanduser().resolve()
-    with remote_code(chosen.trust_remote_code), ExitStack() as held:
+    with remote_code(chosen.trust_remote_code), hearing(progress) as report, ExitStack() as held:
         folder, _ = resolve(checkpoint)
         check_output(target, overwrite=chosen.overwrite, keep=folder, made=("config.json",))
         opened = open_checkpoint(folder)
@@ -136,9 +135,10 @@ def _recover(
     student = _loaded(dense, device, torch.float32)
     arch = describe(student)
     plan = plan_training(_size(student, arch, teacher), chosen, available_memory(device))
+    report.planned(_estimate(plan, chosen, sparsities))
     report.note(plan.describe(chosen, available_memory(device)))
     ids, held_out = _text(chosen, opened, tokenizer, teacher)
-    before = _qualities(opened.folder, teacher, sparsities, tokenizer, held_out, chosen)
+    before = _qualities("before", opened.folder, teacher, sparsities, tokenizer, held_out, chosen, report)
     student = _prepared(student, arch, plan, chosen)
     masks = MaskedModel(student, opened, sparsities)
     phase = run.phase("training")
@@ -149,9 +149,9 @@ def _recover(
     del training, masks, student
     gc.collect()
     made = state / "calibrated"
-    _calibrate(weights, made, opened, chosen, sparsities, trained, base, report)
+    _calibrate(weights, made, opened, chosen, sparsities, trained, base, Within(report, "calibrate"))
     write_card(made, name=target.name)
-    after = _qualities(made, teacher, sparsities, tokenizer, held_out, chosen)
+    after = _qualities("after", made, teacher, sparsities, tokenizer, held_out, chosen, report)
     publish(made, target)
     return Recovery(target, plan, trained, before, after)
 
@@ -265,22 +265,41 @@ def _written(teacher: PreTrainedModel, tokenizer: Any, count: int, seq_len: int,
     return torch.cat(rows)
 
 
+def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[float, ...]) -> Estimate:
+    """The parts of the work; costs in passes over a thousand tokens, a step counting four."""
+    measured = 2 * MEASURED_TOKENS * (1 + len(sparsities)) / 1000
+    tokens = plan.steps * chosen.batch * chosen.seq_len
+    parts = (
+        Part("measure before", len(MEASURED), measured),
+        Part("train", plan.steps, 5 * tokens / 1000),
+        Part("calibrate", Within.STEPS, 262.0 * 5),
+        Part("measure after", len(MEASURED), measured),
+    )
+    return Estimate(parts=parts, memory_bytes=plan.memory_bytes, tokens=tokens)
+
+
 def _qualities(
+    when: str,
     folder: Path,
     teacher: PreTrainedModel,
     sparsities: tuple[float, ...],
     tokenizer: Any,
     held: Tensor,
     chosen: RecoverOptions,
+    report: Progress,
 ) -> dict[str, dict[float, Quality]]:
+    """Quality of a checkpoint on each kind of text."""
     out: dict[str, dict[float, Quality]] = {}
+    report.phase(f"measure {when}", len(MEASURED))
     for kind, data in MEASURED.items():
         ids = held
         if data is not None:
-            seq_len = held.shape[1]
-            samples = max(1, MEASURED_TOKENS // seq_len)
-            ids = load_blocks(data, tokenizer, samples=samples, seq_len=seq_len, seed=chosen.seed, min_tokens=1).ids
+            samples = max(1, MEASURED_TOKENS // held.shape[1])
+            ids = load_blocks(
+                data, tokenizer, samples=samples, seq_len=held.shape[1], seed=chosen.seed, min_tokens=1
+            ).ids
         out[kind] = measure(folder, teacher, sparsities, ids)
+        report.step(kind)
     return out
 
 
