@@ -19,6 +19,7 @@ if not (_IS_PROGRAM or _os.environ.get("_WINA_CALIB_COMPLETE")):
     from wina_calib.calibration.run import Result, calibrate
     from wina_calib.checkpoint.hub import push_to_hub
     from wina_calib.errors import WinaError
+    from wina_calib.recovery.run import Recovery, recover
     from wina_calib.runtime import model_types as _types
     from wina_calib.runtime import quantizer as _quantizer
     from wina_calib.runtime.load import load, set_prefill, set_sparsity
@@ -32,6 +33,7 @@ __all__ = [
     "CalibrateOptions",
     "Comparison",
     "Evaluation",
+    "Recovery",
     "Result",
     "WinaError",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "evaluate",
     "load",
     "push_to_hub",
+    "recover",
     "set_prefill",
     "set_sparsity",
 ]

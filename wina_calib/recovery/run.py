@@ -38,7 +38,7 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA
 from wina_calib.errors import CorpusError, UsageError, WinaError
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import code_is_trusted, read_config, remote_code
+from wina_calib.model.config import code_is_trusted, open_folder, read_config, remote_code
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.recovery.loss import Quality
 from wina_calib.recovery.masked_model import MaskedModel
@@ -320,7 +320,7 @@ def _write(student: PreTrainedModel, opened: Checkpoint, dense: Path, folder: Pa
     student.to(dtype)
     shutil.rmtree(folder, ignore_errors=True)
     student.save_pretrained(folder)
-    copy_side_files(dense, folder)
+    copy_side_files(open_folder(dense), folder)
 
 
 def _calibrate(
