@@ -107,6 +107,7 @@ def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[
             budget=torch.from_numpy(budget.copy()),
             error=_between(stored.error[:, None], known, settings.anchors)[:, 0],
             curve=stored.curve,
+            sample=stored.sample,
         )
         tensors |= changed.named(layer.prefix, site.name)
     return tensors
@@ -160,9 +161,9 @@ def _refitted(
         report=report,
     )
     tensors, _ = job.fit(source, ChosenBudget(rows))
-    curves = {name: tensor for name, tensor in opened.tensors.items() if name.endswith(".curve")}
+    kept = {name: tensor for name, tensor in opened.tensors.items() if name.endswith((".curve", ".sample"))}
     changed = {"data": list(data), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
-    return tensors | curves, changed
+    return tensors | kept, changed
 
 
 def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -> None:

@@ -36,7 +36,8 @@ from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
 from wina_calib.checkpoint.format import model_names
-from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.settings import SAMPLES, Settings
+from wina_calib.checkpoint.weight_sample import stored_samples
 from wina_calib.checkpoint.writer import write_calibration
 from wina_calib.common.devices import backward_batch
 from wina_calib.common.distributed import ALONE
@@ -171,8 +172,10 @@ class Job:
             curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
             prefill=self.options.prefill,
             weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
+            samples=SAMPLES,
             provenance=self._provenance(base_ppl, base, untied) | curve_facts,
         )
+        tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
         if self.options.weights == "reference":
             write_reference(folder, tensors, settings, self.source)
         else:

@@ -29,6 +29,7 @@ class SiteTensors:
     budget: Tensor
     error: Tensor
     curve: Tensor | None = None
+    sample: Tensor | None = None
 
     def named(self, prefix: str, site: str) -> dict[str, Tensor]:
         """Tensors by their full names, float32."""
@@ -36,6 +37,8 @@ class SiteTensors:
         out = {f"{path}.budget": self.budget, f"{path}.error": self.error}
         if self.curve is not None:
             out[f"{path}.curve"] = self.curve
+        if self.sample is not None:
+            out[f"{path}.sample"] = self.sample
         for group, norm in self.norms.items():
             out |= {
                 f"{path}.{group}.norm": norm,
@@ -54,6 +57,8 @@ def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[
         out |= {f"{path}.budget": (anchors,), f"{path}.error": (anchors,)}
         if settings.curve_levels:
             out[f"{path}.curve"] = (len(settings.curve_levels),)
+        if settings.samples:
+            out[f"{path}.sample"] = (len(site.projections), settings.samples)
         for group in settings.rule.groups(site):
             out |= {
                 f"{path}.{group.name}.norm": (site.width,),

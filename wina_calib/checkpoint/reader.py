@@ -54,6 +54,7 @@ class Checkpoint:
             budget=self.tensors[f"{path}.budget"],
             error=self.tensors[f"{path}.error"],
             curve=self.tensors.get(f"{path}.curve"),
+            sample=self.tensors.get(f"{path}.sample"),
         )
 
     def sparsities(self, model_sparsity: float) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from wina_calib.masks.rule import MaskRule
 from wina_calib.model.config import METHOD
 
 FORMAT_VERSION = "1.0"
+SAMPLES = 32  # elements of each projection's weight that are stored
 INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
 REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
 
@@ -33,6 +34,7 @@ class Settings:
         first_token: whether the first token of a sequence is computed densely.
         curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
         weights: fingerprint of the weights that this belongs to.
+        samples: elements of each projection's weight that are stored, to know the weights by when they are loaded.
         provenance: base model, data, seed, versions, command, dense perplexity.
         format_version: version of the format, `major.minor`.
     """
@@ -49,6 +51,7 @@ class Settings:
     first_token: str = "dense"
     curve_levels: tuple[float, ...] = ()
     weights: str = ""
+    samples: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
 
@@ -146,6 +149,10 @@ class Settings:
                 f"curve_levels are {self.curve_levels!r:.80}, expected numbers in [0, 1)",
             ),
             (isinstance(self.provenance, dict), "provenance is not an object"),
+            (
+                type(self.samples) is int and self.samples in (0, SAMPLES),
+                f"samples is {self.samples!r:.80}, expected 0 or {SAMPLES}",
+            ),
             (isinstance(self.weights, str), f"weights is {self.weights!r:.80}, expected a fingerprint"),
             (isinstance(self.budget, str), f"budget is {self.budget!r:.80}"),
             (isinstance(self.transform, str), f"transform is {self.transform!r:.80}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from wina_calib.checkpoint.format import expected_tensors
 from wina_calib.checkpoint.reader import check_complete, check_values, norms_match
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.weight_sample import matches
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
@@ -19,12 +21,15 @@ from wina_calib.model.architecture import Architecture
 from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
-from wina_calib.runtime.patches import compile_guards, late_stop
+from wina_calib.runtime.patches import compile_guards, continuous_batching, late_stop
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.runtime.watch import Watch
 from wina_calib.transforms import plan
 
 logger = logging.getLogger(__name__)
+
+# How many columns of a weight are looked at in a checkpoint that stores none of its elements.
+FEW_COLUMNS = 16
 
 
 def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
@@ -62,6 +67,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
         blocks.shorten(layers.get_submodule(str(described.index)), described)
     lm_head.prefer(model)
     late_stop.install()
+    continuous_batching.install(attention.NAME, attention.STOCK)
 
 
 def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:
@@ -81,19 +87,31 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
         site.state.watch = Watch()
     if not settings.has_kernels:
         _say_once(f"select {settings.select}, score {settings.score}")
-    if settings.score != "wina":
-        return
-    for layer in (arch.layers[0], arch.layers[-1]):
-        (group,) = settings.rule.groups(layer.site("attn_out"))
-        module = model.get_submodule(layer.prefix + group.projections[0].module)
-        norm = model.get_submodule(f"{layer.prefix}wina.{group.key}").norm
-        if module.weight.is_meta or settings.transform == "paper":
+    other = [name for name, same in _compared(model, arch, settings) if not same]
+    if other:
+        raise RuntimeLoadError(
+            f"{model.name_or_path}: {len(other)} weights are not those that the calibration was made for, such as "
+            f"{other[0]}. Were they trained or replaced afterwards, or an adapter merged? Calibrate them again."
+        )
+
+
+def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) -> Iterator[tuple[str, bool]]:
+    """Each projection, and whether its weight is that of the calibration, as far as what is stored tells."""
+    for layer, site in arch.sites:
+        state = model.get_submodule(f"{layer.prefix}wina.{site.name}")
+        names = [f"{layer.prefix}{p.module}" for p in site.projections]
+        weights = {p.name: model.get_submodule(n).weight for p, n in zip(site.projections, names, strict=True)}
+        if any(weight.is_meta for weight in weights.values()):  # it is elsewhere, and comes when it is used
             continue
-        if not norms_match(norm, column_norms([module.weight]).pow(settings.exponent)):
-            raise RuntimeLoadError(
-                f"{model.name_or_path}: the weights of layer {layer.index} are not those that the calibration was made "
-                "for. Were they trained or replaced afterwards? Calibrate them again."
-            )
+        if settings.samples:
+            yield from zip(names, map(matches, state.sample, weights.values()), strict=True)
+        elif settings.score == "wina" and settings.transform != "paper":
+            for group in settings.rule.groups(site):
+                few = torch.arange(0, site.width, max(1, site.width // FEW_COLUMNS))
+                members = [weights[p.name] for p in group.projections]
+                fresh = column_norms([w.detach()[:, few.to(w.device)] for w in members]).pow(settings.exponent)
+                norm = state.get_submodule(group.name).norm
+                yield f"{layer.prefix}{group.projections[0].module}", norms_match(norm[few.to(norm.device)], fresh)
 
 
 @cache

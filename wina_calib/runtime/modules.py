@@ -68,6 +68,9 @@ class SiteState(Float32Buffers):
         self.register_buffer("error", torch.zeros(anchors, dtype=torch.float32))
         if settings.curve_levels:
             self.register_buffer("curve", torch.zeros(len(settings.curve_levels), dtype=torch.float32))
+        if settings.samples:
+            shape = (len(site.projections), settings.samples)
+            self.register_buffer("sample", torch.zeros(shape, dtype=torch.float32))
         if rotation_dtype is not None:
             self.register_buffer("rotation", torch.zeros(site.width, site.width, dtype=rotation_dtype))
         for group in self.groups:

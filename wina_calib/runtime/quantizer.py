@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.config import METHOD
 from wina_calib.runtime.insert_sites import check_loaded, insert_sites
@@ -26,7 +27,14 @@ class WinaQuantizer(HfQuantizer):
         self.architecture: Architecture | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if model.get_output_embeddings() is None:
+            raise RuntimeLoadError(
+                f"{type(model).__name__} has no language modelling head, but what is calibrated is a causal language model. "
+                "Load it with AutoModelForCausalLM; output_hidden_states=True gives its hidden states."
+            )
         self.architecture = describe(model)
+        # Its weights are plain numbers: they may be cast and trained as any model's.
+        model.is_quantized = False
         insert_sites(model, self.architecture, self.settings)
         return model
 
@@ -34,6 +42,13 @@ class WinaQuantizer(HfQuantizer):
         assert self.architecture is not None
         check_loaded(model, self.architecture, self.settings)
         return model
+
+    def dequantize(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """There is nothing to dequantize: an error that says what gives a dense model."""
+        raise UsageError(
+            "The weights of a calibrated model are plain numbers, so there is nothing to dequantize. To compute it densely "
+            "use wina_calib.set_sparsity(model, 0); `wina-calib export-dense` writes a dense model."
+        )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Nothing is converted while loading."""
