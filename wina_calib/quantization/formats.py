@@ -168,7 +168,8 @@ def check_finite(name: str, scales: Tensor) -> None:
 def pack_codes(values: Tensor, group_size: int) -> Tensor:
     """Codes uint8 (in, groups, group_size) of 0 to 15 as bytes (in, groups * group_size / 2)."""
     low, high = values.split(group_size // 2, dim=-1)
-    return (low | high << 4).flatten(-2).contiguous()
+    packed: Tensor = low | high << 4
+    return packed.flatten(-2).contiguous()
 
 
 def unpack_codes(codes: Tensor, group_size: int) -> Tensor:

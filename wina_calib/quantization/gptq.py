@@ -9,7 +9,10 @@ lowers the same error. Scales and zeros of int4 are chosen for the moved weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,31 +142,20 @@ class _State:
                 others = moved[low - start : few.stop - start] + feedback[start:low, few].t() @ errors[start:low]
                 if not first:
                     others += feedback[few.stop : block.stop, few].t() @ errors[few.stop : block.stop]
-                self._quantize(few, others, feedback[few, few])
+                self._quantize(few, others, feedback[few, few].clone().fill_diagonal_(0))
 
     def _quantize(self, few: slice, moved: Tensor, feedback: Tensor) -> None:
-        """Quantize some inputs one after another: `moved` (n, out) by the errors of all others, `feedback` (n, n) among them."""
-        form, weights, errors = self.problem.form, self.problem.weights[few], self.errors[few]
-        inner = feedback.clone()
-        inner.fill_diagonal_(0)
+        """Quantize some inputs: `moved` (n, out) by the errors of all others, `feedback` (n, n) among themselves."""
+        form = self.problem.form
         if form.bits == 8:
             assert self.problem.row_scales is not None
-            for j in range(len(moved)):
-                target = torch.addmv(moved[j], errors.t(), inner[:, j])
-                codes = (target / self.problem.row_scales).round_().clamp_(-LIMIT_8, LIMIT_8)
-                self.codes[few][j] = codes
-                torch.addcmul(weights[j], codes, self.problem.row_scales, value=-1, out=errors[j])
-            return
-        expected = torch.addmm(moved, inner.t(), errors).unflatten(-1, (-1, form.group_size))
-        scales, zeros = best_scales(expected, form)
-        self.scales[few], self.zeros[few] = scales, zeros
-        shape = expected.shape[1:]
-        for j in range(len(moved)):
-            target = torch.addmv(moved[j], errors.t(), inner[:, j]).view(shape)
-            codes = nearest(target, scales[j], zeros[j])
-            self.codes[few][j] = codes.view(-1)
-            value = (codes - zeros[j]) * scales[j]
-            torch.sub(weights[j], value.view(-1), out=errors[j])
+            run = _recorded(_quantize_int8, None, moved)
+            made = run(self.problem.weights[few], moved, self.errors[few], feedback, self.problem.row_scales)
+        else:
+            run = _recorded(_quantize_int4, form, moved)
+            made = run(self.problem.weights[few], moved, self.errors[few], feedback)
+            self.scales[few], self.zeros[few] = made[2], made[3]
+        self.codes[few], self.errors[few] = made[0], made[1]
 
     def quantized(self, order: Tensor) -> Quantized:
         """The stored form, inputs in their own order again."""
@@ -173,3 +165,85 @@ class _State:
             return Quantized(form, self.codes[back].to(torch.int8), self.problem.row_scales)
         codes = self.codes[back].unflatten(-1, (-1, form.group_size))
         return packed(codes, self.scales[back], self.zeros[back], form)
+
+
+def _quantize_int4(
+    form: WeightFormat, weights: Tensor, moved: Tensor, errors: Tensor, feedback: Tensor
+) -> tuple[Tensor, ...]:
+    """Quantize some inputs one after another.
+
+    Args:
+        form: the format.
+        weights: (n, out).
+        moved: (n, out), weights moved by the errors of all other inputs.
+        errors: (n, out) as they were before.
+        feedback: (n, n) among these inputs, its diagonal zero.
+
+    Returns:
+        codes and errors (n, out), scales and zeros (n, groups, 1).
+    """
+    expected = torch.addmm(moved, feedback.t(), errors).unflatten(-1, (-1, form.group_size))
+    scales, zeros = best_scales(expected, form)
+    codes, errors = torch.empty_like(expected), errors.clone()
+    for j in range(len(moved)):
+        target = torch.addmv(moved[j], errors.t(), feedback[:, j]).view(expected.shape[1:])
+        codes[j] = nearest(target, scales[j], zeros[j])
+        value = (codes[j] - zeros[j]) * scales[j]
+        torch.sub(weights[j], value.view(-1), out=errors[j])
+    return codes.flatten(1), errors, scales, zeros
+
+
+def _quantize_int8(
+    _: None, weights: Tensor, moved: Tensor, errors: Tensor, feedback: Tensor, row_scales: Tensor
+) -> tuple[Tensor, ...]:
+    """The same at 8 bits, with the scales `row_scales` (out,): codes and errors (n, out)."""
+    codes, errors = torch.empty_like(moved), errors.clone()
+    for j in range(len(moved)):
+        target = torch.addmv(moved[j], errors.t(), feedback[:, j])
+        codes[j] = (target / row_scales).round_().clamp_(-LIMIT_8, LIMIT_8)
+        torch.addcmul(weights[j], codes[j], row_scales, value=-1, out=errors[j])
+    return codes, errors
+
+
+def _recorded(
+    function: Callable[..., tuple[Tensor, ...]], form: Any, moved: Tensor
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of a format, on CUDA as a graph: its hundreds of small kernels take longer to start than to run."""
+    if not moved.is_cuda:
+        return partial(function, form)
+    return _graph(function, form, tuple(moved.shape), moved.device)
+
+
+@lru_cache(maxsize=32)
+def _graph(
+    function: Callable[..., tuple[Tensor, ...]], form: Any, shape: tuple[int, ...], device: torch.device
+) -> _Graph:
+    return _Graph(partial(function, form))
+
+
+class _Graph:
+    """A function of tensors of fixed shapes, recorded when it is first called. Results are overwritten by the next call."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._function = function
+        self._arguments: tuple[Tensor, ...] = ()
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        with torch.cuda.device(arguments[0].device):
+            if not self._arguments:
+                self._record(tuple(a.clone() for a in arguments))
+            for own, given in zip(self._arguments, arguments, strict=True):
+                own.copy_(given)
+            self._graph.replay()
+        return self._results
+
+    def _record(self, arguments: tuple[Tensor, ...]) -> None:
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # what is made at first use must not be recorded
+            self._function(*arguments)
+        here.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = self._function(*arguments)
+        self._arguments = arguments
