@@ -9,6 +9,8 @@ MASKS = ("shared", "per-projection")
 PREFILL = ("sparse", "dense")
 FIRST_TOKEN = ("dense", "sparse")
 TRANSFORMS = ("auto", "none", "paper", "stacked", "global", "head", "global+head")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

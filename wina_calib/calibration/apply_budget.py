@@ -17,6 +17,7 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
+from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import INTERPOLATED, REBUDGETED, Settings
@@ -29,7 +30,6 @@ from wina_calib.errors import BudgetError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
 from wina_calib.model.config import config_file
 from wina_calib.model.locate import load_tokenizer, weights_folder
-from wina_calib.model.source import open_source
 from wina_calib.transforms import plan
 
 
@@ -134,7 +134,7 @@ def _refitted(
     if not data or seq_len < 2 or blocks < 1:
         raise UsageError(f"{opened.folder} does not say what text it was calibrated on. Give it with --data.")
     weights = weights_folder(opened.folder)
-    source = open_source(str(weights), calibrated=True)
+    source = open_weights(weights)
     seed, samples = int(facts.get("seed", 0)), int(facts.get("samples", blocks))
     tokenizer = load_tokenizer(weights)
     text = load_blocks(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed, min_tokens=1)

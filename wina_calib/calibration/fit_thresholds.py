@@ -13,6 +13,7 @@ from wina_calib.calibration.fit_layer import SiteFit, dense_tables, fit_layer, r
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.calibration.quantize_sites import Quantizer
 from wina_calib.checkpoint.format import SiteTensors
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.rule import MaskRule
@@ -28,16 +29,18 @@ def fit_thresholds(
     options: CalibrateOptions,
     rows: np.ndarray[Any, Any],
     *,
+    quantizer: Quantizer | None = None,
     phase: Phase = NOT_SAVED,
     progress: Progress = SILENT,
 ) -> tuple[dict[str, Tensor], list[HiddenStates]]:
-    """Fit thresholds at every anchor.
+    """Fit thresholds at every anchor, and quantize the weights on what the model makes at the asked sparsity.
 
     Args:
         stream: the dense model, transformed already, and the tokens to use.
         rule: how masks are made.
         options: anchors, the asked sparsity and the kind of loop.
         rows: (anchors, layers, sites) site sparsities.
+        quantizer: quantizes and writes the weights, or None.
         phase: where every layer's outputs and tensors are saved.
         progress: hears of every layer.
 
@@ -47,35 +50,45 @@ def fit_thresholds(
     arch, anchors = stream.source.architecture, options.anchors
     start = stream.embed()
     states = [start, *(stream.store() for _ in anchors[1:])]
-    for state in states[1:]:
+    # The dense model's states, in open loop and where weights are quantized for sparsity 0.
+    unmasked = options.loop == "open" or (quantizer is not None and options.sparsity not in anchors)
+    dense = stream.store() if unmasked else None
+    for state in [*states[1:], *([] if dense is None else [dense])]:
         state.copy_from(start)
-    dense = stream.store() if options.loop == "open" else None
-    if dense is not None:
-        dense.copy_from(start)
     stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
+    # First the states that weights are quantized on: the others meet the quantized layer.
+    order = sorted(range(len(anchors)), key=lambda a: anchors[a] != options.sparsity)
     if phase.step:
         for name, store in stores.items():
             phase.restore(name, store, stream.blocks)
     tensors: dict[str, Tensor] = phase.tensors()
     for index, module in stream.layers(phase.step):
         layer = arch.layers[index]
-        fits: list[dict[str, SiteFit]] = []
+        fits: dict[int, dict[str, SiteFit]] = {}
         with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
-            tables = None if dense is None else dense_tables(stream, masked, dense)
-            for a, hidden in enumerate(states):
+            tables = dense_tables(stream, masked, dense) if dense is not None and options.loop == "open" else None
+            quantize = None if quantizer is None else quantizer.quantize
+            if quantize is not None and dense is not None:
+                fit_layer(stream, masked, dense, dict.fromkeys(SITES, 0.0), quantize)
+                quantize = None
+            for a in order:
                 targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
-                fits.append(
-                    fit_layer(stream, masked, hidden, targets)
-                    if tables is None
-                    else run_layer(stream, masked, hidden, targets, tables)
-                )
+                if tables is not None:
+                    fits[a] = run_layer(stream, masked, states[a], targets, tables)
+                else:
+                    fits[a] = fit_layer(stream, masked, states[a], targets, quantize)
+                quantize = None
             new: dict[str, Tensor] = {}
             for s, site in enumerate(layer.sites):
-                stored = site_tensors(masked, site.name, [f[site.name] for f in fits], rows[:, index, s], options)
-                new |= stored.named(layer.prefix, site.name)
+                of_site = [fits[a][site.name] for a in range(len(anchors))]
+                new |= site_tensors(masked, site.name, of_site, rows[:, index, s], options).named(
+                    layer.prefix, site.name
+                )
         tensors |= new
-        worst = max(fits[-1].items(), key=lambda item: item[1].error)
-        phase.save(index + 1, tensors=new, stores=stores)
+        worst = max(fits[len(anchors) - 1].items(), key=lambda item: item[1].error)
+        if quantizer is not None:
+            quantizer.write(layer)
+        phase.save(index + 1, tensors=new, stores=stores, prepare=None if quantizer is None else quantizer.sync)
         progress.step(f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})")
     if dense is not None:
         dense.clear()

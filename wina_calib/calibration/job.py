@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,14 @@ from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.calibration.quantize_sites import Quantizer, weight_format
 from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
 from wina_calib.checkpoint.format import model_names
-from wina_calib.checkpoint.settings import SAMPLES, Settings
+from wina_calib.checkpoint.quantized_weights import QuantizedWeights, has_shards
+from wina_calib.checkpoint.settings import QUANTIZED_VERSION, SAMPLES, Settings
+from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.weight_sample import stored_samples
 from wina_calib.checkpoint.writer import write_calibration
 from wina_calib.common.devices import backward_batch
@@ -46,6 +50,8 @@ from wina_calib.common.progress import Estimate, Progress, Ticking
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source, open_source
+from wina_calib.quantization.bits import UNQUANTIZED_BITS
+from wina_calib.storage import Shards
 from wina_calib.storage.resume import Phase, RunState
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 from wina_calib.version import versions
@@ -114,31 +120,49 @@ class Job:
         Every process of `ranks` calls this; the first one writes.
         """
         base_ppl = self._perplexity(base)
-        dense, untied = self._transformed(folder)
+        quantizes = weight_format(self.options) is not None
+        dense, untied = self._transformed(folder.with_name("dense") if quantizes else folder)
         chosen = self._budget(dense)
-        tensors, curve_facts = self.fit(dense, chosen)
+        tensors, curve_facts = self.fit(dense, chosen, folder if quantizes else None)
         return self.compute.ranks.first(
             lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
         )
 
-    def fit(self, source: Source, chosen: ChosenBudget) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Fit thresholds at every anchor.
+    def fit(
+        self, source: Source, chosen: ChosenBudget, folder: Path | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fit thresholds at every anchor, and quantize the layers' weights where the options say so.
 
         Args:
             source: the dense model with its transformed weights.
             chosen: the site sparsities.
+            folder: where quantized layers are written; None leaves weights as they are.
 
         Returns:
             The tensors to store, and for the provenance what was measured.
         """
         phase = self.run_state.phase("thresholds")
+        begun = phase.step or phase.finished
+        if (
+            folder is not None
+            and begun
+            and not self.compute.ranks.first(lambda _: has_shards(source, self._settings, folder))
+        ):
+            phase.forget()
         if phase.finished:
             return phase.tensors(), phase.values
         stream = self._stream(source, self._threshold_ids, states=self._fit_states)
         self._phase(FIT, len(source.architecture.layers), phase)
-        tensors, states = fit_thresholds(
-            stream, self._rule, self.options, chosen.rows, phase=phase, progress=self.report
-        )
+        with self._quantizer(source, folder, phase) as quantizer:
+            tensors, states = fit_thresholds(
+                stream,
+                self._rule,
+                self.options,
+                chosen.rows,
+                quantizer=quantizer,
+                phase=phase,
+                progress=self.report,
+            )
         if chosen.felt is not None:
             self.report.phase(MEASURE, head_parts(source.architecture, self.compute.dtype))
         curves, facts = scaled_curves(chosen, self.options.anchors, stream, states, self.report)
@@ -147,6 +171,50 @@ class Job:
         for state in states:
             state.clear()
         return tensors | added, facts
+
+    @contextmanager
+    def _quantizer(self, source: Source, folder: Path | None, phase: Phase) -> Iterator[Quantizer | None]:
+        """What quantizes layers and writes them into a folder, going on after those of the phase."""
+        form = weight_format(self.options)
+        if form is None or folder is None:
+            yield None
+            return
+        into = QuantizedWeights(source, self._settings, folder, phase.step) if self.compute.ranks.is_first else None
+        try:
+            yield Quantizer(form, into)
+        except BaseException:
+            if into is not None:
+                into.leave(keep=phase.is_saved)
+            raise
+        if into is not None:
+            into.leave(keep=True)
+
+    @property
+    def _settings(self) -> Settings:
+        """The checkpoint's settings, as far as the options say them."""
+        chosen, form = self.options, weight_format(self.options)
+        settings = Settings(
+            sparsity=chosen.sparsity,
+            anchors=chosen.anchors,
+            score=chosen.score,
+            masks=chosen.masks,
+            select=chosen.select,
+            first_token=chosen.first_token,
+            exponent=chosen.exponent,
+            transform=self.transform.name,
+            budget=stored_name(chosen),
+            prefill=chosen.prefill,
+        )
+        if form is None:
+            return settings
+        return replace(
+            settings,
+            bits=form.bits,
+            group_size=form.group_size,
+            zero_point=form.zero_point,
+            head_bits=UNQUANTIZED_BITS if chosen.keep_head else 8,
+            format_version=QUANTIZED_VERSION,
+        )
 
     def _write(
         self,
@@ -159,28 +227,24 @@ class Job:
         base_ppl: float,
         curve_facts: dict[str, Any],
     ) -> Settings:
-        settings = Settings(
-            sparsity=self.options.sparsity,
-            anchors=self.options.anchors,
-            score=self.options.score,
-            masks=self.options.masks,
-            select=self.options.select,
-            first_token=self.options.first_token,
-            exponent=self.options.exponent,
-            transform=self.transform.name,
-            budget=stored_name(self.options),
+        stored, settings = dense.shards, self._settings
+        if settings.weight_format is not None:
+            QuantizedWeights(dense, settings, folder, len(dense.architecture.layers)).write_ends()
+            copy_side_files(dense.folder, folder)
+            stored = Shards.open(folder)
+        settings = replace(
+            settings,
             curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
-            prefill=self.options.prefill,
-            weights=dense.shards.fingerprint(model_names(dense.shards, dense.architecture)),
-            samples=SAMPLES,
+            weights=stored.fingerprint(model_names(stored, dense.architecture)),
+            samples=SAMPLES if settings.weight_format is None else 0,
             provenance=self._provenance(base_ppl, base, untied) | curve_facts,
         )
-        tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
+        if settings.samples:
+            tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
         if self.options.weights == "reference":
             write_reference(folder, tensors, settings, self.source)
         else:
-            runtime = not self.transform.is_free
-            write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=runtime)
+            write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=not self.transform.is_free)
         return settings
 
     def _phase(self, name: str, steps: int, saved: Phase) -> None:
@@ -194,6 +258,8 @@ class Job:
         if self.options.weights == "reference":
             return self.source, False
         # Only the first process fits and writes: what it saves, it saves alone.
+        if self.compute.ranks.is_first:
+            folder.mkdir(exist_ok=True)
         run_state = self.run_state if self.compute.ranks.is_first else RunState()
         transform, weights = (run_state.phase(name, ranks=ALONE) for name in ("transform", "weights"))
         statistics = None if self.compute.ranks.from_first(transform.finished) else self._statistics()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -15,6 +16,7 @@ from wina_calib.masks.mask import Cut, mask_input, rows_together
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.score import scores
 from wina_calib.model.architecture import Layer, MaskGroup, Projection, Site
+from wina_calib.quantization.formats import Quantized
 from wina_calib.runtime.kernels.dispatch import mask_rows
 
 
@@ -71,6 +73,16 @@ class MaskedLayer:
     def weight(self, projection: Projection) -> Tensor:
         """Weight of one projection, (out, in)."""
         return self.module.get_parameter(f"{projection.module}.weight")
+
+    def replace(self, group: MaskGroup, quantized: Quantized) -> None:
+        """Put a group's dequantized weights in place of its own, and their norms."""
+        first, weights = 0, []
+        for projection in group.projections:
+            part = quantized.outputs(first, first + projection.out_features).whole(torch.float32)
+            self.weight(projection).data.copy_(part)
+            weights.append(part)
+            first += projection.out_features
+        self.norms[group.key] = self.rule.norm(group, weights)
 
     def run(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The layer's output (batch, seq, hidden) with the masks of the cuts set so far."""

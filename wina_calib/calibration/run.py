@@ -17,6 +17,7 @@ from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.checkpoint.by_reference import check_plain, check_possible
+from wina_calib.calibration.quantize_sites import check_format, weight_format
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import open_checkpoint
@@ -118,6 +119,9 @@ def prepare(
             "--transform none, global, head or auto."
         )
     chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
+    form = weight_format(chosen)
+    if form is not None:
+        check_format(source.architecture, form)
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
     if chosen.data == DEFAULT_DATA and has_template(tokenizer):

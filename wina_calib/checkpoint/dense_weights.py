@@ -68,9 +68,9 @@ def write_weights(
         specs[norm_name] = (specs[norm_name][0], tuple(norm.shape))
     if untied:
         specs[head] = specs[f"{arch.embed}.weight"]
-    shards = plan_shards(_by_layer(specs, arch), SHARD_BYTES)
-    files = {name: _shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
-    names = [_shard_file(i, len(shards)) for i in range(len(shards))]
+    shards = plan_shards(by_layer(specs, arch), SHARD_BYTES)
+    files = {name: shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
+    names = [shard_file(i, len(shards)) for i in range(len(shards))]
     if (phase.step or phase.finished) and not all((folder / name).exists() for name in names):
         phase.forget()
     written: list[str] = phase.values.get("written", [])
@@ -97,7 +97,7 @@ def write_weights(
             if name == norm_name:
                 writers[files[name]].write(name, norm)
                 continue
-            for first, rows in _row_chunks(source, name):
+            for first, rows in row_chunks(source, name):
                 out = rows
                 if name == f"{arch.embed}.weight":
                     if untied:
@@ -128,7 +128,7 @@ def _disk_order(source: Source) -> list[str]:
     return names + [n for i in range(len(source.architecture.layers)) for n in source.layer_names(i)]
 
 
-def _by_layer(specs: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+def by_layer(specs: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """Order tensors by layer, ends first, so that a shard is finished soon after its first layer."""
     prefixes = [layer.prefix for layer in arch.layers]
 
@@ -138,11 +138,13 @@ def _by_layer(specs: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     return {name: specs[name] for name in sorted(specs, key=position)}
 
 
-def _shard_file(index: int, count: int) -> str:
+def shard_file(index: int, count: int) -> str:
+    """Name of one shard of several."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _row_chunks(source: Source, name: str) -> Any:
+def row_chunks(source: Source, name: str) -> Any:
+    """A tensor's rows, some at a time: the first one's number, and the rows."""
     info = source.shards[name]
     if not info.shape:
         yield 0, source.load(name)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from wina_calib.checkpoint.dequantized import dense_view
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import header_metadata, write_index, write_json
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.errors import UnsupportedModel
-from wina_calib.model.config import is_reference
+from wina_calib.model.config import base_config, is_reference
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage import ShardWriter
 
 
 def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Write a checkpoint's weights without what calibration added.
+    """Write a checkpoint's weights without what calibration added, quantized ones dequantized.
 
     Args:
         folder: a calibrated checkpoint whose transform is absorbed in the weights.
@@ -35,16 +36,16 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
             f"{folder} needs run-time matrices (transform {opened.settings.transform}); no plain dense model equals it. "
             "Calibrate with --transform global or none."
         )
-    files = {name: info.file.name for name, info in opened.shards.items() if not is_added(name)}
+    shards = dense_view(folder, opened.architecture, opened.shards)
+    files = {name: info.file.name for name, info in shards.items() if not is_added(name)}
     with output_folder(output, overwrite=overwrite) as target:
         for file in sorted(set(files.values())):
-            names = [name for name in opened.shards if files.get(name) == file]
-            specs = {name: (opened.shards[name].dtype, opened.shards[name].shape) for name in names}
+            names = [name for name in shards if files.get(name) == file]
+            specs = {name: (shards[name].dtype, shards[name].shape) for name in names}
             with ShardWriter(target / file, specs, header_metadata()) as writer:
                 for name in names:
-                    writer.write(name, opened.shards.load(name))
-        write_index(target, files, {name: opened.shards[name].nbytes for name in files})
-        config = opened.opened.raw
-        config.pop("quantization_config", None)
+                    writer.write(name, shards.load(name).to(specs[name][0]))
+        write_index(target, files, {name: shards[name].nbytes for name in files})
+        config = base_config(opened.opened.raw)
         copy_side_files(opened.opened, target)
         write_json(target / "config.json", config)

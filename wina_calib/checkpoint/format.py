@@ -9,8 +9,9 @@ from torch import Tensor
 
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.thresholds import LEVELS
-from wina_calib.model.architecture import Architecture
-from wina_calib.model.tensor_names import is_added, is_derived, is_rotation
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup
+from wina_calib.model.tensor_names import is_added, is_derived, is_packed, is_rotation
+from wina_calib.quantization.formats import Spec
 from wina_calib.storage import Shards
 
 WINA_FILE = "wina.safetensors"
@@ -68,7 +69,41 @@ def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[
     return out
 
 
+def packed_tensors(arch: Architecture, settings: Settings) -> dict[str, Spec]:
+    """Names, dtypes and shapes of all tensors that hold quantized weights, lm_head's too; none where nothing is quantized.
+
+    Raises:
+        UsageError: the outputs of a projection do not divide into groups.
+    """
+    form = settings.weight_format
+    if form is None:
+        return {}
+    out: dict[str, Spec] = {}
+    for layer, site in arch.sites:
+        for group in settings.rule.groups(site):
+            specs = form.specs(site.width, [p.out_features for p in group.projections])
+            out |= {packed_name(layer, group, part): spec for part, spec in specs.items()}
+    if settings.head_bits == 8:
+        codes, scales = head_names(arch)
+        out[codes] = (torch.int8, (arch.vocab_size, arch.hidden_size))
+        out[scales] = (torch.float32, (arch.vocab_size,))
+    return out
+
+
+def packed_name(layer: Layer, group: MaskGroup, part: str) -> str:
+    """Name of a part, such as `codes`, of a mask group's quantized weights."""
+    return f"{layer.prefix}wina.{group.key}.{part}"
+
+
+def head_names(arch: Architecture) -> tuple[str, str]:
+    """Names of the codes and scales of lm_head in int8; where it is tied they are the embedding's."""
+    module = arch.embed if arch.tied else arch.lm_head
+    return f"{module}.codes", f"{module}.scales"
+
+
 def model_names(shards: Shards, arch: Architecture) -> list[str]:
-    """Names of a model's weights on disk, which its fingerprint covers: run-time matrices too."""
+    """Names of a model's weights on disk, which its fingerprint covers: run-time matrices and quantized weights too."""
     tied = f"{arch.lm_head}.weight" if arch.tied else None
-    return sorted(n for n in shards if not is_derived(n) and n != tied and (not is_added(n) or is_rotation(n)))
+    return sorted(
+        n for n in shards if not is_derived(n) and n != tied and (not is_added(n) or is_rotation(n) or is_packed(n))
+    )

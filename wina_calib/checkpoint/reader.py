@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wina_calib.checkpoint.format import SiteTensors, expected_tensors, model_names
+from wina_calib.checkpoint.format import SiteTensors, expected_tensors, model_names, packed_tensors
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.atomic import finish_staged
-from wina_calib.errors import CheckpointError
+from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site, describe
 from wina_calib.model.config import METHOD, ModelFolder, config_file, open_folder
 from wina_calib.model.loading import ask, describe_config, open_weights
 from wina_calib.model.locate import DEMO, demo_folder, weights_folder
+from wina_calib.quantization.formats import Spec
 from wina_calib.storage import Shards
 
 
@@ -142,6 +143,7 @@ def open_checkpoint(folder: Path | ModelFolder) -> Checkpoint:
         arch, shards = describe(loading.model), open_weights(opened, loading)
     expected = expected_tensors(arch, settings)
     check_complete(folder, expected, {name: info.shape for name, info in shards.items()})
+    check_packed(folder, arch, settings, shards)
     tensors = {name: shards.load(name) for name in expected}
     check_values(folder, tensors)
     return Checkpoint(opened, settings, arch, shards, tensors)
@@ -193,6 +195,36 @@ def check_complete(
         raise CheckpointError(
             f"{where}: {name} has shape {tuple(found[name])}, expected {expected[name]}. Download it again or calibrate again."
         )
+
+
+def check_packed(where: Path, arch: Architecture, settings: Settings, shards: Shards) -> None:
+    """Raise CheckpointError unless all quantized weights are there with their dtypes and shapes, and their scales finite."""
+    expected = quantized_tensors(where, arch, settings)
+    missing = sorted(set(expected) - set(shards))
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} of {len(expected)} tensors of quantized weights are missing, such as {missing[0]}. "
+            "Download it again or calibrate again."
+        )
+    for name, spec in expected.items():
+        found = shards[name].dtype, tuple(shards[name].shape)
+        if found != spec:
+            raise CheckpointError(
+                f"{where}: {name} is {_told(found)}, expected {_told(spec)}. Download it again or calibrate again."
+            )
+    check_values(where, {name: shards.load(name) for name in expected if name.endswith(".scales")})
+
+
+def quantized_tensors(where: Path | str, arch: Architecture, settings: Settings) -> dict[str, Spec]:
+    """`packed_tensors` of what a file says, where outputs that do not divide into groups are damage."""
+    try:
+        return packed_tensors(arch, settings)
+    except UsageError as error:
+        raise CheckpointError(f"{where}: config.json and quantization_config do not fit: {error}") from error
+
+
+def _told(spec: Spec) -> str:
+    return f"{str(spec[0]).removeprefix('torch.')} of shape {spec[1]}"
 
 
 def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:

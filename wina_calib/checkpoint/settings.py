@@ -6,14 +6,18 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from wina_calib.choices import FIRST_TOKEN, MASKS, PREFILL, SCORES, SELECT, is_sparsity
+from wina_calib.choices import BITS, FIRST_TOKEN, GROUP_SIZES, MASKS, PREFILL, SCORES, SELECT, is_sparsity
 from wina_calib.errors import CheckpointError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.config import METHOD
+from wina_calib.quantization.bits import UNQUANTIZED_BITS
+from wina_calib.quantization.formats import WeightFormat
 
 FORMAT_VERSION = "1.0"
 SAMPLES = 32  # elements of each projection's weight that are stored
+QUANTIZED_VERSION = "2.0"  # of checkpoints with quantized weights, the newest that is read
 INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
+_QUANTIZED = ("bits", "group_size", "zero_point", "head_bits")
 REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
 
 
@@ -36,6 +40,10 @@ class Settings:
         weights: fingerprint of the weights that this belongs to.
         samples: elements of each projection's weight that are stored, to know the weights by when they are loaded.
         provenance: base model, data, seed, versions, command, dense perplexity.
+        bits: of the sites' weights: 4, 8, or 16 where they are not quantized.
+        group_size: outputs that share a scale at 4 bits.
+        zero_point: whether such a group has a zero of its own.
+        head_bits: of lm_head's weights, and of the embedding's where it is tied: 8, or 16.
         format_version: version of the format, `major.minor`.
     """
 
@@ -54,6 +62,10 @@ class Settings:
     samples: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
+    bits: int = UNQUANTIZED_BITS
+    group_size: int = 64
+    zero_point: bool = True
+    head_bits: int = UNQUANTIZED_BITS
 
     @property
     def rule(self) -> MaskRule:
@@ -71,6 +83,11 @@ class Settings:
         """Data specs of the calibration text; empty where the provenance does not say."""
         specs = self.provenance.get("data")
         return tuple(spec for spec in specs if isinstance(spec, str)) if isinstance(specs, list | tuple) else ()
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """How the sites' weights are quantized; None where they are not."""
+        return None if self.bits == UNQUANTIZED_BITS else WeightFormat(self.bits, self.group_size, self.zero_point)
 
     @property
     def seq_len(self) -> int:
@@ -100,7 +117,10 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
-        return {"quant_method": METHOD} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.weight_format is None:
+            values = {k: v for k, v in values.items() if k not in _QUANTIZED}
+        return {"quant_method": METHOD} | values
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Settings:
@@ -115,9 +135,9 @@ class Settings:
             raise CheckpointError(
                 f"quantization_config: format_version is {version!r:.40}, expected {FORMAT_VERSION!r}."
             )
-        if int(major) > int(FORMAT_VERSION.partition(".")[0]):
+        if int(major) > int(QUANTIZED_VERSION.partition(".")[0]):
             raise CheckpointError(
-                f"the checkpoint has format {version:.40}, this wina_calib reads up to {FORMAT_VERSION}. "
+                f"the checkpoint has format {version:.40}, this wina_calib reads up to {QUANTIZED_VERSION}. "
                 "Update: pip install -U wina-calib."
             )
         known = {f.name for f in fields(cls)}
@@ -167,6 +187,17 @@ class Settings:
                 ("first_token", self.first_token, FIRST_TOKEN),
             )
         ]
+        problems += [
+            (type(value) is int and value in known, f"{name} is {value!r:.80}, expected {' or '.join(map(str, known))}")
+            for name, value, known in (
+                ("bits", self.bits, (*BITS, UNQUANTIZED_BITS)),
+                ("group_size", self.group_size, GROUP_SIZES),
+                ("head_bits", self.head_bits, (8, UNQUANTIZED_BITS)),
+            )
+        ]
+        problems.append(
+            (type(self.zero_point) is bool, f"zero_point is {self.zero_point!r:.80}, expected true or false")
+        )
         wrong = [message for fine, message in problems if not fine]
         if wrong:
             raise CheckpointError(f"quantization_config of config.json: {'; '.join(wrong)}. Calibrate again.")

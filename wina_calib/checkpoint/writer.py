@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
-from wina_calib.checkpoint.settings import FORMAT_VERSION, Settings
+from wina_calib.checkpoint.settings import FORMAT_VERSION, QUANTIZED_VERSION, Settings
 from wina_calib.model.config import RUNTIME_TYPE
 from wina_calib.model.source import Source
 from wina_calib.storage import Shards, ShardWriter
@@ -22,7 +22,7 @@ def write_calibration(
     folder: Path, tensors: Mapping[str, Tensor], settings: Settings, source: Source, *, untied: bool, runtime: bool
 ) -> None:
     """Add the fitted tensors to a folder of weights; index and config last."""
-    write_wina_file(folder / WINA_FILE, tensors)
+    write_wina_file(folder / WINA_FILE, tensors, quantized=settings.weight_format is not None)
     weights = {name: info for name, info in Shards.open(folder).items() if info.file.name != WINA_FILE}
     files = {name: info.file.name for name, info in weights.items()} | dict.fromkeys(tensors, WINA_FILE)
     sizes = {name: info.nbytes for name, info in weights.items()}
@@ -30,24 +30,24 @@ def write_calibration(
     write_config(source, folder, untied=untied, settings=settings, runtime=runtime)
 
 
-def write_wina_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_wina_file(path: Path, tensors: Mapping[str, Tensor], *, quantized: bool = False) -> None:
     """Write `wina.safetensors`, in order of layers and names; the order in which the tensors come does not change it."""
     names = sorted(
         tensors, key=lambda name: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
     )
     specs = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
-    with ShardWriter(path, specs, header_metadata()) as writer:
+    with ShardWriter(path, specs, header_metadata(quantized=quantized)) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 
-def header_metadata() -> dict[str, str]:
-    """Metadata of every safetensors header that is written."""
+def header_metadata(*, quantized: bool = False) -> dict[str, str]:
+    """Metadata of every safetensors header that is written, in a checkpoint with quantized weights or another."""
     return {
         "format": "pt",
         "producer": "wina_calib",
         "producer_version": __version__,
-        "wina_format": FORMAT_VERSION,
+        "wina_format": QUANTIZED_VERSION if quantized else FORMAT_VERSION,
     }
 
 
@@ -60,14 +60,15 @@ def write_index(folder: Path, files: Mapping[str, str], sizes: Mapping[str, int]
 def write_config(source: Source, folder: Path, *, untied: bool, settings: Settings | None, runtime: bool) -> None:
     """Write config.json: the base model's own, with what calibration changed.
 
-    A checkpoint that needs run-time matrices gets a `model_type` of its own, so that nothing loads it as if it were dense.
+    A checkpoint with run-time matrices or quantized weights gets a `model_type` of its own, so that nothing loads it as if
+    it were dense.
     """
     raw = source.raw_config
     if untied:
         raw["tie_word_embeddings"] = False
     if settings is not None:
         raw["quantization_config"] = settings.to_dict()
-        if runtime:
+        if runtime or settings.weight_format is not None:
             raw["model_type"] = RUNTIME_TYPE + source.config.model_type
             raw["architectures"] = [f"Wina{name}" for name in raw.get("architectures") or ()]
     write_json(folder / "config.json", raw)

@@ -242,6 +242,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return open_folder(folder).config
 
 
+def base_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a calibrated checkpoint's config.json says, as the base model's would say it."""
+    found = {name: value for name, value in raw.items() if name != "quantization_config"}
+    if str(raw.get("model_type", "")).startswith(RUNTIME_TYPE):
+        found["model_type"] = str(raw["model_type"]).removeprefix(RUNTIME_TYPE)
+        found["architectures"] = [str(name).removeprefix("Wina") for name in raw.get("architectures") or ()]
+    return found
+
+
 def calibration_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     """What calibration wrote into a config; None for a model that is not calibrated."""
     section = getattr(config, "quantization_config", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,6 +146,7 @@ def open_source(
     revision: str | None = None,
     token: str | bool | None = None,
     calibrated: bool = False,
+    view: Callable[[ModelFolder, Architecture, Shards], Shards] = lambda _folder, _architecture, shards: shards,
 ) -> Source:
     """Open a model for calibration and check it against its config.
 
@@ -153,6 +155,7 @@ def open_source(
         revision: branch, tag or commit on the Hub.
         token: as huggingface_hub takes it.
         calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
+        view: gives a folder's tensors as those of the model that is meant.
 
     Raises:
         ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.
@@ -173,9 +176,9 @@ def open_source(
     except Converted:
         return _from_copy(str(model), opened, commit, copy_of(opened, None))
     notes = (loading.left_out,) if loading.left_out else ()
-    return _checked(
-        Source(str(model), opened, commit, loading.config, describe(loading.model), shards, notes), loading.model
-    )
+    arch = describe(loading.model)
+    seen = view(opened, arch, shards)
+    return _checked(Source(str(model), opened, commit, loading.config, arch, seen, notes), loading.model)
 
 
 def _from_copy(name: str, opened: ModelFolder, commit: str | None, copy: DenseCopy) -> Source:

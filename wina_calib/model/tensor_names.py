@@ -19,6 +19,11 @@ def is_rotation(name: str) -> bool:
     return is_added(name) and name.endswith(".rotation")
 
 
+def is_packed(name: str) -> bool:
+    """Whether a stored tensor is a part of a mask group's quantized weights."""
+    return is_added(name) and name.endswith((".codes", ".scales", ".zeros"))
+
+
 def rotation_name(layer: Layer, site: str) -> str:
     """Name of a site's run-time matrix."""
     return f"{layer.prefix}wina.{site}.rotation"

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wina_calib.choices import BITS, GROUP_SIZES
 from wina_calib.errors import CheckpointError, UsageError
 
-BITS = (4, 8)
-GROUP_SIZES = (32, 64)
 SYMMETRIC_ZERO, HIGHEST_CODE = 8, 15
 LIMIT_8 = 127
 TILE_ELEMENTS = 1 << 20  # dequantized at a time

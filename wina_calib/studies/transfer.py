@@ -26,6 +26,7 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -38,7 +39,6 @@ from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import threshold_at, threshold_between
 from wina_calib.model.architecture import SITES
 from wina_calib.model.locate import load_tokenizer, resolve, weights_folder
-from wina_calib.model.source import open_source
 from wina_calib.runtime.load import set_sparsity, sparse_sites
 from wina_calib.studies.defaults import TRANSFER_SAMPLES
 from wina_calib.studies.evaluate import Measured, dense_states, evaluation_blocks, load_on, measure, set_budget
@@ -241,7 +241,7 @@ def budget_file(source: str | Path, target: str | Path, sparsity: float | None =
         WinaError: one of both cannot be used.
     """
     giver = open_checkpoint(resolve(source)[0])
-    opened = open_source(weights_folder(resolve(target)[0]), calibrated=True)
+    opened = open_weights(weights_folder(resolve(target)[0]))
     asked = giver.settings.sparsity if sparsity is None else sparsity
     cells = count_cells(opened.architecture, "none")
     budget = Budget(matched_budget(giver, cells, asked))
@@ -319,7 +319,7 @@ def _dense_scores(
     taker: Checkpoint, text: Blocks, place: torch.device, dtype: str, progress: Progress
 ) -> list[dict[str, Tensor]]:
     """Score quantiles of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
-    source = open_source(str(weights_folder(taker.folder)), calibrated=True)
+    source = open_weights(weights_folder(taker.folder))
     progress.phase(_SCORES, len(source.architecture.layers))
     micro_batch = default_micro_batch(place, text.ids.shape[1], source.architecture.width)
     compute = Compute(place, pick_dtype(dtype, source.dtype, place), micro_batch)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
@@ -163,7 +164,7 @@ def model_bounds(
         raise UsageError(
             f"{model} is calibrated: its transform, score and masks are fixed. Give the base model to vary them."
         )
-    source = open_source(model, revision=revision, calibrated=opened is not None)
+    source = open_source(model, revision=revision) if opened is None else open_weights(opened.folder)
     place = pick_device(device)
     names = tuple(transforms or BOUNDS_TRANSFORMS)
     total = len(source.architecture.layers) * (len(names) if opened is None else 1)

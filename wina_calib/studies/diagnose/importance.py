@@ -21,12 +21,12 @@ from torch.nn.functional import kl_div, log_softmax
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import Head, LayerStream
 from wina_calib.calibration.loss_curves import measure_curves
+from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import table
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import SITES, MaskGroup, Site
 from wina_calib.model.locate import weights_folder
-from wina_calib.model.source import open_source
 from wina_calib.runtime.load import runtime_state
 from wina_calib.studies.defaults import DIAGNOSE_INPUTS
 from wina_calib.studies.diagnose.subject import Subject
@@ -157,7 +157,7 @@ def importance(
         progress: hears of phases, and of every layer in them.
     """
     arch, rule = subject.opened.architecture, subject.opened.settings.rule
-    source = open_source(str(weights_folder(subject.opened.folder)), calibrated=True)
+    source = open_weights(weights_folder(subject.opened.folder))
     ids = subject.blocks.ids
     sums: dict[tuple[int, MaskGroup], _Sums] = {}
 

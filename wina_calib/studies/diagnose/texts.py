@@ -15,13 +15,13 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.options import make_options
+from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.model.locate import load_tokenizer, weights_folder
-from wina_calib.model.source import open_source
 from wina_calib.studies.defaults import DIAGNOSE_AMOUNTS
 from wina_calib.studies.diagnose.subject import Subject, Thresholds, put
 from wina_calib.studies.evaluate import DRIFT, dense_states, evaluation_blocks, measure
@@ -125,7 +125,7 @@ def texts(
 def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds]:
     """Thresholds of every site for a model sparsity, fitted on `text` with the checkpoint's budget."""
     opened = subject.opened
-    source = open_source(str(weights_folder(opened.folder)), calibrated=True)
+    source = open_weights(weights_folder(opened.folder))
     loop = str(opened.settings.provenance.get("loop", "closed"))
     options = make_options({"sparsity": sparsity, "grid": (sparsity,), "loop": loop})
     micro_batch = default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width)

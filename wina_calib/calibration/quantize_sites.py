@@ -1,0 +1,92 @@
+"""Quantizes the sites of a layer under calibration, and hands their weights to what writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.checkpoint.quantized_weights import QuantizedWeights
+from wina_calib.errors import NumericError
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
+from wina_calib.quantization.formats import Quantized, WeightFormat
+from wina_calib.quantization.gptq import HessianSum, quantize
+
+
+class Quantizer:
+    """Quantizes one site after another by GPTQ on the inputs that it is shown.
+
+    Args:
+        form: the format.
+        into: writes the weights; None in all processes but the first.
+    """
+
+    def __init__(self, form: WeightFormat, into: QuantizedWeights | None) -> None:
+        self._form, self._into = form, into
+        self._done: list[tuple[MaskGroup, Quantized]] = []
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        if self._into is not None:
+            self._into.sync()
+
+    def write(self, layer: Layer) -> None:
+        """Write a layer, all of whose sites were quantized."""
+        if self._into is not None:
+            self._into.write_layer(layer, self._done)
+        self._done = []
+
+    def quantize(self, stream: LayerStream, masked: MaskedLayer, site: Site, inputs: Iterable[Tensor]) -> None:
+        """Quantize a site in place.
+
+        Args:
+            stream: says where and with whom.
+            masked: the layer, with the site's masks set.
+            site: one of its sites.
+            inputs: the site's inputs (batch, seq, width), not masked, of this process's micro-batches.
+
+        Raises:
+            NumericError: weights or inputs are NaN or infinite.
+        """
+        groups = masked.groups[site.name]
+        sums = [HessianSum(site.width, stream.device) for _ in groups]
+        for x in inputs:
+            for group, total in zip(groups, sums, strict=True):
+                total.add(masked.mask(group, x))
+        for group, total in zip(groups, sums, strict=True):
+            stream.ranks.add(total.total)
+            made = self._quantized(stream, masked, group, total.total)
+            masked.replace(group, made)
+            self._done.append((group, made.to(torch.device("cpu"))))
+
+    def _quantized(self, stream: LayerStream, masked: MaskedLayer, group: MaskGroup, hessian: Tensor) -> Quantized:
+        """A group's weights, quantized by the first process for all."""
+        width, outs = hessian.shape[0], [p.out_features for p in group.projections]
+        if stream.ranks.is_first:
+            weight_t = torch.cat(masked.weights(group)).t()
+            try:
+                made = quantize(weight_t, hessian, self._form)
+            except NumericError as error:
+                raise NumericError(f"layer {masked.layer.index}, {group.site}: {error}") from error
+            if stream.ranks.size == 1:
+                return made
+            tensors: Mapping[str, Tensor] = made.named()
+        else:
+            specs = self._form.specs(width, outs)
+            tensors = {n: torch.empty(shape, dtype=dtype, device=stream.device) for n, (dtype, shape) in specs.items()}
+        return Quantized.of(self._form, {n: stream.ranks.from_owner(t, 0) for n, t in tensors.items()})
+
+
+def weight_format(options: CalibrateOptions) -> WeightFormat | None:
+    """How weights are to be quantized; None where they are not."""
+    return WeightFormat(options.bits, options.group_size, not options.symmetric) if options.bits else None
+
+
+def check_format(arch: Architecture, form: WeightFormat) -> None:
+    """Raise UsageError where the outputs of a projection do not divide into the format's groups."""
+    for _, site in arch.sites:
+        form.specs(site.width, [p.out_features for p in site.projections])
