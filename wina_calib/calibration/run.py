@@ -16,8 +16,8 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
-from wina_calib.checkpoint.by_reference import check_plain, check_possible
 from wina_calib.calibration.quantize_sites import check_format, weight_format
+from wina_calib.checkpoint.by_reference import check_plain, check_possible
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import open_checkpoint

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wina_calib.checkpoint.format import expected_tensors
-from wina_calib.checkpoint.reader import check_complete, check_values, norms_match
+from wina_calib.checkpoint.reader import check_complete, check_values, norms_match, quantized_tensors
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.weight_sample import matches
 from wina_calib.errors import RuntimeLoadError
@@ -22,6 +22,7 @@ from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
 from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
 from wina_calib.runtime.patches import compile_guards, continuous_batching, late_stop
+from wina_calib.runtime.quantized import QuantizedLinear, quantize_head
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.runtime.watch import Watch
 from wina_calib.transforms import plan
@@ -36,6 +37,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     """Give every decoder layer a `wina` module and replace its projections."""
     state = RuntimeState(prefill=settings.prefill, first_token=settings.first_token)
     rotated = plan(settings.transform, arch).sites
+    kind = SparseLinear if settings.weight_format is None else QuantizedLinear
     layers = model.get_submodule(arch.layers_path)
     for described in arch.layers:
         layer = layers.get_submodule(str(described.index))
@@ -52,10 +54,11 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                 for i, projection in enumerate(group.projections):
                     dense = layer.get_submodule(projection.module)
                     assert isinstance(dense, nn.Linear)
-                    layer.set_submodule(projection.module, SparseLinear(dense, site_state, group, i))
+                    layer.set_submodule(projection.module, kind(dense, site_state, group, i))
         layer.add_module("wina", holder)
+    quantize_head(model, arch, settings)
     norms.replace_norms(model, state)
-    if rotated:
+    if rotated or settings.weight_format is not None:
         norm = model.get_submodule(arch.final_norm.module)
         norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
     path, _, name = arch.layers_path.rpartition(".")
@@ -78,8 +81,13 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
         RuntimeLoadError: the weights are not those of the calibration.
     """
     expected = expected_tensors(arch, settings)
-    buffers = {n: b for n, b in model.named_buffers() if n in expected and getattr(b, "_is_hf_initialized", False)}
-    check_complete(model.name_or_path, expected, {name: tuple(b.shape) for name, b in buffers.items()})
+    loaded = {n: b for n, b in model.named_buffers() if getattr(b, "_is_hf_initialized", False)}
+    buffers = {name: buffer for name, buffer in loaded.items() if name in expected}
+    packed = quantized_tensors(model.name_or_path, arch, settings)
+    shapes = {name: tuple(buffer.shape) for name, buffer in loaded.items()}
+    check_complete(model.name_or_path, {name: shape for name, (_, shape) in packed.items()}, shapes)
+    check_values(model.name_or_path, {n: loaded[n] for n in packed if n.endswith(".scales") and not loaded[n].is_meta})
+    check_complete(model.name_or_path, expected, shapes)
     here = {name: b for name, b in buffers.items() if not b.is_meta}
     check_values(model.name_or_path, here)
     for site in site_states(model):
@@ -100,6 +108,16 @@ def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) ->
     for layer, site in arch.sites:
         state = model.get_submodule(f"{layer.prefix}wina.{site.name}")
         names = [f"{layer.prefix}{p.module}" for p in site.projections]
+        few = slice(0, site.width, max(1, site.width // FEW_COLUMNS))
+        if settings.weight_format is not None:
+            for group in (
+                settings.rule.groups(site) if settings.score == "wina" and settings.transform != "paper" else ()
+            ):
+                part = state.get_submodule(group.name)
+                if not part.codes.is_meta:
+                    fresh = column_norms([part.quantized.dequantize(inputs=few).t()]).pow(settings.exponent)
+                    yield f"{layer.prefix}{group.projections[0].module}", norms_match(part.norm[few], fresh)
+            continue
         weights = {p.name: model.get_submodule(n).weight for p, n in zip(site.projections, names, strict=True)}
         if any(weight.is_meta for weight in weights.values()):  # it is elsewhere, and comes when it is used
             continue
@@ -107,11 +125,10 @@ def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) ->
             yield from zip(names, map(matches, state.sample, weights.values()), strict=True)
         elif settings.score == "wina" and settings.transform != "paper":
             for group in settings.rule.groups(site):
-                few = torch.arange(0, site.width, max(1, site.width // FEW_COLUMNS))
                 members = [weights[p.name] for p in group.projections]
-                fresh = column_norms([w.detach()[:, few.to(w.device)] for w in members]).pow(settings.exponent)
+                fresh = column_norms([w.detach()[:, few] for w in members]).pow(settings.exponent)
                 norm = state.get_submodule(group.name).norm
-                yield f"{layer.prefix}{group.projections[0].module}", norms_match(norm[few.to(norm.device)], fresh)
+                yield f"{layer.prefix}{group.projections[0].module}", norms_match(norm[few], fresh)
 
 
 @cache

@@ -18,10 +18,12 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_input
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
+from wina_calib.quantization.formats import Quantized, WeightFormat
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import PackedGroup, rows_for
+from wina_calib.runtime.quantized_group import QuantizedGroup
 from wina_calib.runtime.state import RuntimeState, SiteCount, copied
 
 
@@ -39,17 +41,27 @@ class Float32Buffers(nn.Module):
 
 
 class GroupState(Float32Buffers):
-    """Norm (in,), threshold () and quantile tables (anchors, levels) of one mask group."""
+    """Norm (in,), threshold () and quantile tables (anchors, levels) of one mask group, and its weights if they are quantized."""
 
     norm: Tensor
     threshold: Tensor
     table: Tensor
 
-    def __init__(self, width: int, anchors: int) -> None:
+    def __init__(self, width: int, anchors: int, form: WeightFormat | None = None, outs: Sequence[int] = ()) -> None:
         super().__init__()
+        self.format = form
+        for name, (dtype, shape) in ({} if form is None else form.specs(width, outs)).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         self.register_buffer("norm", torch.ones(width, dtype=torch.float32))
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("table", torch.zeros(anchors, len(LEVELS), dtype=torch.float32))
+
+    @property
+    def quantized(self) -> Quantized:
+        """The group's quantized weights."""
+        assert self.format is not None
+        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return Quantized.of(self.format, buffers)
 
 
 class SiteState(Float32Buffers):
@@ -74,7 +86,8 @@ class SiteState(Float32Buffers):
         if rotation_dtype is not None:
             self.register_buffer("rotation", torch.zeros(site.width, site.width, dtype=rotation_dtype))
         for group in self.groups:
-            self.add_module(group.name, GroupState(site.width, anchors))
+            outs = [p.out_features for p in group.projections]
+            self.add_module(group.name, GroupState(site.width, anchors, settings.weight_format, outs))
         self.asked = float("nan")
         self.linears: list[SparseLinear] = []  # a list, so that they are not children
         self._packed: dict[str, PackedGroup] = {}
@@ -111,7 +124,7 @@ class SiteState(Float32Buffers):
         if now.counts is not None:
             self._count(linear_, turned, now)
         inputs = turned if now.dense else self._mask(linear_.group, turned, now)
-        return linear(inputs, linear_.weight, linear_.bias)
+        return linear_.multiply(inputs)
 
     def note_row(self, linear_: SparseLinear, x: Tensor, now: Pass) -> None:
         """Let the watch of a pass know what of an input (..., in) is dropped, once for each mask."""
@@ -128,6 +141,9 @@ class SiteState(Float32Buffers):
         """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
         for group in self.groups:
             members = [m for m in self.linears if m.group == group.name]
+            if self.settings.weight_format is not None:
+                self._pack_quantized(group, members)
+                continue
             if not _packable(members) or not self.settings.has_kernels:
                 self._packed.pop(group.name, None)
                 for member in members:
@@ -143,6 +159,16 @@ class SiteState(Float32Buffers):
             for member, start in zip(members, starts, strict=False):
                 member.number, member.start, member.packed_dtype = packed.number, start, packed.dtype
                 member.places = member.places_now()
+
+    def _pack_quantized(self, group: MaskGroup, members: Sequence[SparseLinear]) -> None:
+        """Let the members share one product of the group's quantized weights."""
+        state, rotation = self.group(group.name), self._buffers.get("rotation")
+        packed: QuantizedGroup | None = None
+        if self.settings.has_kernels and not state.quantized.codes.is_meta:
+            sizes = [m.out_features for m in members]
+            packed = QuantizedGroup(sizes, state.quantized, state.norm, state.threshold, rotation)
+        for member in members:
+            member.packed, member.places = packed, member.places_now()
 
     def is_replaced(self) -> bool:
         """Whether a packed weight or bias is no longer the one that was packed."""
@@ -188,12 +214,16 @@ class SparseLinear(nn.Linear):
     """A projection of a sparse site. Saves and loads as the linear layer that it replaces."""
 
     site: SiteState
-    packed: PackedGroup | None
+    packed: PackedGroup | QuantizedGroup | None
 
     def __init__(self, dense: nn.Linear, site: SiteState, group: MaskGroup, position: int) -> None:
         with torch.device("meta"):
             super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None)
         self.weight, self.bias = dense.weight, dense.bias
+        self._place(site, group, position)
+
+    def _place(self, site: SiteState, group: MaskGroup, position: int) -> None:
+        """Take its place among the projections of a site."""
         self.__dict__["site"] = site  # a neighbour, not a child: its buffers belong to the layer's `wina` module
         site.linears.append(self)
         self.name, self.group, self.position = group.projections[position].name, group.name, position
@@ -217,6 +247,10 @@ class SparseLinear(nn.Linear):
         if packed is None or not packed.serves(input, now) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input, now)
         return packed.part(self.position, input, now)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Dense product of masked inputs x (..., in)."""
+        return linear(x, self.weight, self.bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of it alone belongs to the same site and multiplies by itself."""

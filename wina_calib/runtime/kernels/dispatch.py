@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.masks import mask
+from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
@@ -191,6 +192,38 @@ def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | N
     if plain and x.is_cpu and native.available(x.dtype):
         return native.mask(x, norm, threshold, flat)
     return mask.mask_input(x, norm, threshold, dense_rows=dense_rows)
+
+
+def quantized_site(
+    x: Tensor,
+    weight: Quantized,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+) -> Tensor:
+    """`y = (x * keep) @ W^T` as `sparse_site`, of quantized weights.
+
+    Args:
+        x: (rows, in), any float dtype.
+        weight: of a mask group.
+        norm: (in,) float32.
+        threshold: () float32; -1 keeps everything.
+        dense_rows: (rows,) bool or None, rows that are never masked.
+
+    Returns:
+        (rows, out) of x's dtype.
+    """
+    return reference.dense_quantized(mask_rows(x, norm, threshold, dense_rows), weight)
+
+
+def dense_quantized_site(x: Tensor, weight: Quantized) -> Tensor:
+    """`y = x @ W^T` of quantized weights; arguments and result as for `quantized_site`."""
+    return reference.dense_quantized(x, weight)
+
+
+def quantized_rows(x: Tensor, weight: QuantizedRows) -> Tensor:
+    """`y = x @ W^T` of a matrix quantized by rows, as lm_head's: x (..., width) gives (..., rows) of x's dtype."""
+    return reference.dense_rows_product(x, weight)
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:
