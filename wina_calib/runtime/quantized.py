@@ -189,7 +189,7 @@ class ReadOnly(Tensor):
     """A dequantized weight: what reads it gets plain tensors, what would change it an error, as the change would be lost."""
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The same, so that writing to it fails too."""
         return self
 
@@ -222,5 +222,5 @@ def _unchangeable() -> RuntimeLoadError:
 
 def _read_only(weight: Tensor) -> Tensor:
     found = weight.detach().as_subclass(ReadOnly)
-    found._is_hf_initialized = True  # transformers has nothing to fill here
+    found.__dict__["_is_hf_initialized"] = True  # transformers has nothing to fill here
     return found
