@@ -194,8 +194,9 @@ class Beside(Ranks):
 
     def __init__(self, other: dict[str, torch.Tensor]) -> None:
         super().__init__(rank=1, size=2)
-        sites = sorted({name.rpartition(".")[0] for name in other})
-        self.__dict__["others"] = iter(other[f"{site}.{kind}"] for site in sites for kind in ("sample", "filled"))
+        sites = sorted({name.rpartition(".")[0] for name in other if "hidden" not in name})
+        samples = [other[f"{site}.{kind}"] for site in sites for kind in ("sample", "filled")]
+        self.__dict__["others"] = iter([*samples, *(t for name, t in other.items() if "hidden" in name)])
 
     def add(self, counts: torch.Tensor) -> None:
         counts += next(self.others).view(torch.uint8)
@@ -209,12 +210,17 @@ def test_the_sample_does_not_depend_on_cuts_or_ranks(llama):
     ranks = [Statistics(arch, "global+head", tokens=TOKENS, per_site=200) for _ in range(2)]
     feed(llama, arch, ranks[0], ids[:6], (4, 2))
     feed(llama, arch, ranks[1], ids[6:], (5, 5), first_block=6)
+    long = torch.cat([torch.full((1, 64), 100.0), torch.ones(3, 64)])
     for layer in range(3):
+        ranks[0].update_massive(layer, long)
+        whole.update_massive(layer, long)
         ranks[1].reduce(layer, Beside(ranks[0].state_dict(layer)))
     for layer in range(3):
         for site in ("attn_in", "mlp_in", "attn_out"):
             assert torch.equal(cut.sample(layer, site), whole.sample(layer, site))
             assert torch.equal(ranks[1].sample(layer, site), whole.sample(layer, site))
+    assert torch.equal(ranks[1].massive(), whole.massive())
+    assert whole.massive().shape == (64, 1)
     assert not torch.equal(whole.rows(0, "attn_in"), whole.rows(0, "mlp_in"))
     with pytest.raises(TransformError, match=r"layer 0 attn_in hold \d+ of 200 planned rows"):
         ranks[0].sample(0, "attn_in")

@@ -43,6 +43,8 @@ def dense_pass(
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
             for batch in stream.mine:
                 if statistics is not None:
+                    if batch == 0:
+                        statistics.update_massive(index, hidden[batch][0])
                     first = batch * blocks * (seq_len - 1)
                     layer.observe = partial(_observe, statistics, index, first)
                 hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))

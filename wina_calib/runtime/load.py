@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.checkpoint.by_reference import complete_folder, keep_with
-from wina_calib.checkpoint.reader import open_calibrated, settings_of
+from wina_calib.checkpoint.reader import open_calibrated, open_checkpoint, settings_of
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
 from wina_calib.model.config import code_is_trusted, remote_code
@@ -69,9 +69,11 @@ def load(
         path_or_repo, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     opened = open_calibrated(folder)
-    settings_of(opened)
+    settings = settings_of(opened)
     with remote_code(trust_remote_code):
         opened.check_code()
+        if settings.weight_format is not None:
+            open_checkpoint(opened)  # refuses damaged codes and scales with one message
         whole, kept = complete_folder(opened, base=base, token=token, local_files_only=local_files_only)
         kwargs["trust_remote_code"] = code_is_trusted()
         with opened.handed_on(as_stored=True):

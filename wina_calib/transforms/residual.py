@@ -14,6 +14,7 @@ from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, checks, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
+from wina_calib.transforms.sinks import keep_on_axes
 from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
 SITES_PER_STEP = 8
@@ -87,7 +88,7 @@ def fit_residual(
         save=save,
         progress=progress,
     )
-    return found[0].cpu()
+    return keep_on_axes(found[0].cpu(), statistics.massive())
 
 
 def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from wina_calib.common.distributed import Ranks
 from wina_calib.errors import TransformError
 from wina_calib.model.architecture import Architecture
 from wina_calib.transforms.plan import INPUT_SITES, plan
+from wina_calib.transforms.sinks import massive_directions, massive_state
 
 # Layers whose inputs are sampled for a residual rotation: neighbours are alike, so deep models need not sample all.
 MAX_LAYERS = 32
@@ -51,6 +52,7 @@ class Statistics:
         self._samples: dict[tuple[int, str], Tensor] = {}
         self._filled: dict[tuple[int, str], Tensor] = {}
         self._rows: dict[tuple[int, str], Tensor] = {}
+        self._massive: dict[int, Tensor] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -100,6 +102,15 @@ class Statistics:
         self._samples[key][low:high] = x.detach()[here].to("cpu", torch.bfloat16)
         self._filled[key][low:high] = True
 
+    def update_massive(self, layer: int, hidden: Tensor) -> None:
+        """Look at the residual stream (seq, hidden) before a layer in the first of all blocks, its first token included."""
+        if INPUT_SITES[0] in self._sites:
+            self._massive[layer] = massive_state(hidden)
+
+    def massive(self) -> Tensor:
+        """Directions (hidden, n) of massive activations, float64."""
+        return massive_directions(self._massive[layer] for layer in sorted(self._massive))
+
     def reduce(self, layer: int, ranks: Ranks) -> None:
         """Give every rank the rows of a layer that any of them has seen."""
         for key in sorted(self._keys):
@@ -112,6 +123,9 @@ class Statistics:
             # A row is zero in all ranks but one, so adding bytes is exact.
             ranks.add(self._samples[key].view(torch.uint8))
             ranks.add(self._filled[key].view(torch.uint8))
+        if ranks.size > 1 and INPUT_SITES[0] in self._sites:
+            state = self._massive.setdefault(layer, torch.zeros(self._arch.hidden_size))
+            ranks.add(state.view(torch.uint8))
 
     def sample(self, layer: int, site: str) -> Tensor:
         """The sampled inputs (rows, width) of a site in bfloat16, in order of the tokens.
@@ -143,7 +157,12 @@ class Statistics:
 
     def state_dict(self, layer: int | None = None) -> dict[str, Tensor]:
         """Samples as tensors, of all layers or one, keyed "{layer}.{site}.sample" and "{layer}.{site}.filled"."""
-        return {
+        massive = {
+            f"{index}.hidden.massive": state
+            for index, state in self._massive.items()
+            if layer is None or index == layer
+        }
+        return massive | {
             f"{index}.{site}.{kind}": value
             for kind, values in (("sample", self._samples), ("filled", self._filled))
             for (index, site), value in values.items()
@@ -154,8 +173,12 @@ class Statistics:
         """Replace all samples by those of a `state_dict`."""
         self._samples.clear()
         self._filled.clear()
+        self._massive.clear()
         for name, value in state.items():
             layer, site, kind = name.split(".")
+            if kind == "massive":
+                self._massive[int(layer)] = value.clone()
+                continue
             target = self._samples if kind == "sample" else self._filled
             target[int(layer), site] = value.clone()
 
