@@ -87,19 +87,17 @@ class DequantizedShards(Shards):
             infos[name] = _info(stored[codes], name, dtype, (arch.vocab_size, arch.hidden_size))
         super().__init__(stored.folder, infos, stored.metadata)
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None, rows: slice | Tensor | None = None) -> Tensor:
+    def load(self, name: str, *, rows: slice | Tensor | None = None) -> Tensor:
         """Read one tensor or some of its rows; see `Shards.load`."""
         if name in self._parts:
             weight = self._weight(self._parts[name])
-            loaded = weight if rows is None else weight[rows]
-        elif name in self._head:
+            return weight if rows is None else weight[rows]
+        if name in self._head:
             codes, scales = (self._stored.load(part, rows=rows) for part in self._head[name])
-            loaded = QuantizedRows(codes, scales).dequantize()
-        elif name == self._norm:
-            loaded = self._stored.load(name).view(self[name].shape)
-        else:
-            loaded = self._stored.load(name, rows=rows)
-        return loaded if dtype is None else loaded.to(dtype)
+            return QuantizedRows(codes, scales).dequantize()
+        if name == self._norm:
+            return self._stored.load(name).view(self[name].shape)
+        return self._stored.load(name, rows=rows)
 
     def _weight(self, part: _Part) -> Tensor:
         """Weights (out, in) float32 of one projection."""

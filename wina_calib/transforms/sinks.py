@@ -23,7 +23,8 @@ def massive_state(hidden: Tensor) -> Tensor:
     lengths = hidden.float().norm(dim=-1)
     if len(hidden) < 2 or not bool(lengths[0] > MASSIVE * lengths[1:].median()):
         return torch.zeros(hidden.shape[-1])
-    return (hidden[0].float() / lengths[0]).cpu()
+    state: Tensor = hidden[0].float() / lengths[0]
+    return state.cpu()
 
 
 def massive_directions(states: Iterable[Tensor]) -> Tensor:
@@ -35,7 +36,8 @@ def massive_directions(states: Iterable[Tensor]) -> Tensor:
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     energy = sizes.square()
     count = int((energy[:_MOST] > _SHARE * energy.sum()).sum())
-    return directions[:count].mT
+    found: Tensor = directions[:count].mT
+    return found
 
 
 def keep_on_axes(rotation: Tensor, directions: Tensor) -> Tensor:
