@@ -230,7 +230,7 @@ class Job:
         stored, settings = dense.shards, self._settings
         if settings.weight_format is not None:
             QuantizedWeights(dense, settings, folder, len(dense.architecture.layers)).write_ends()
-            copy_side_files(dense.folder, folder)
+            copy_side_files(dense.opened, folder)
             stored = Shards.open(folder)
         settings = replace(
             settings,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from wina_calib.checkpoint.format import head_names, packed_name
-from wina_calib.checkpoint.reader import check_packed, read_settings
+from wina_calib.checkpoint.reader import check_packed, settings_of
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
+from wina_calib.model.config import ModelFolder
 from wina_calib.model.source import Source, open_source
 from wina_calib.model.tensor_names import is_packed, is_rotation
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
@@ -31,13 +32,13 @@ def open_weights(folder: Path | str) -> Source:
     return open_source(str(folder), calibrated=True, view=dense_view)
 
 
-def dense_view(folder: Path, arch: Architecture, shards: Shards) -> Shards:
+def dense_view(opened: ModelFolder, arch: Architecture, shards: Shards) -> Shards:
     """The tensors of a folder under the names of a dense model's; those of a folder without quantized weights as they are."""
     if not any(map(is_packed, shards)):
         return shards
-    settings = read_settings(folder)
+    settings = settings_of(opened)
     form = settings.weight_format
-    check_packed(folder, arch, settings, shards)
+    check_packed(opened.path, arch, settings, shards)
     return shards if form is None else DequantizedShards(shards, arch, settings, form)
 
 

@@ -36,7 +36,7 @@ def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None
             f"{folder} needs run-time matrices (transform {opened.settings.transform}); no plain dense model equals it. "
             "Calibrate with --transform global or none."
         )
-    shards = dense_view(folder, opened.architecture, opened.shards)
+    shards = dense_view(opened.opened, opened.architecture, opened.shards)
     files = {name: info.file.name for name, info in shards.items() if not is_added(name)}
     with output_folder(output, overwrite=overwrite) as target:
         for file in sorted(set(files.values())):
