@@ -57,14 +57,15 @@ def test_wina_file_is_pinned(calibrated: Path) -> None:
         slices = {name: file.get_slice(name) for name in list(file.keys())}
         found = {name: tuple(part.get_shape()) for name, part in slices.items()}
         assert {part.get_dtype() for part in slices.values()} == {"F32"}
-    widths = {"attn_in": 64, "attn_out": 64, "mlp_in": 64, "mlp_out": 128}
+    sites = {"attn_in": (64, 3), "attn_out": (64, 1), "mlp_in": (64, 2), "mlp_out": (128, 1)}
     expected = {}
     for layer in range(3):
-        for site, width in widths.items():
+        for site, (width, projections) in sites.items():
             path = f"model.layers.{layer}.wina.{site}"
             expected |= {
                 f"{path}.budget": (3,),
                 f"{path}.error": (3,),
+                f"{path}.sample": (projections, 32),
                 f"{path}.shared.norm": (width,),
                 f"{path}.shared.table": (3, 201),
                 f"{path}.shared.threshold": (),
@@ -91,7 +92,7 @@ def test_config_is_pinned(calibrated: Path, llama: Path) -> None:
     assert config == json.loads((llama / "config.json").read_text())
     assert list(section) == [
         "quant_method", "sparsity", "anchors", "score", "masks", "exponent", "transform", "budget", "prefill",
-        "select", "first_token", "curve_levels", "weights", "provenance", "format_version",
+        "select", "first_token", "curve_levels", "weights", "samples", "provenance", "format_version",
     ]  # fmt: skip
     assert section["quant_method"] == "wina"
     assert section["format_version"] == FORMAT_VERSION == "1.0"
@@ -108,6 +109,8 @@ def test_stored_values_mean_what_they_say(calibrated: Path, llama: Path) -> None
     table = tensors[f"{path}.shared.table"]
     assert torch.equal(tensors[f"{path}.shared.threshold"], table[1, 100])
     assert (table.diff(dim=1) >= 0).all()
+    row, column = 5 * 64 // 32, (5 * 40_503 + 7_919) % 64
+    assert tensors[f"{path}.sample"][0, 5] == weights["model.layers.1.self_attn.q_proj.weight"][row, column]
     assert tensors[f"{path}.budget"].tolist() == pytest.approx([0.25, 0.5, 0.65])
     opened.verify_weights()
 
