@@ -2,7 +2,7 @@
 
 Work goes to a hidden sibling, `.NAME.partial` or, in a calibration, `.NAME.state/output`, and one rename makes it NAME. With
 overwrite the old folder is first moved to `.NAME.old`; should the process die between the two renames, the next start moves
-it back. A lock file keeps two processes apart.
+it back. A lock file keeps two processes apart. These names can be guessed, so what lies there is used only where it is one's own.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from wina_calib.common.own_folder import problem_of, remove
 from wina_calib.errors import OutputError
 
 _STAGED = ".wina-staged"
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -33,15 +37,25 @@ def output_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     with claimed(target, overwrite=overwrite) as place:
         partial = place.with_name(f".{place.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
+        mode = _make_anew(partial)
         try:
             yield partial
+            with suppress(PermissionError):  # on a file system without modes
+                partial.chmod(mode)
             publish(partial, place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _make_anew(folder: Path) -> int:
+    """Make an empty folder that nobody else may enter, whatever lies at its name; gives the mode of any new folder."""
+    remove(folder)
+    folder.mkdir()
+    mode = stat.S_IMODE(folder.lstat().st_mode)
+    with suppress(PermissionError):
+        folder.chmod(0o700)
+    return mode
 
 
 @contextmanager
@@ -55,10 +69,28 @@ def claimed(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with readable_errors(target), lock(target):
         _recover(target, _old(target))
         if target.exists() and not overwrite:
-            raise OutputError(
-                f"{target} exists. Give another folder, or --overwrite (Python: overwrite=True) to replace it."
-            )
+            raise _exists(target)
         yield target
+
+
+def _exists(target: Path, more: str = "") -> OutputError:
+    return OutputError(
+        f"{target} exists{more}. Give another folder, or --overwrite (Python: overwrite=True) to replace it."
+    )
+
+
+def clear_leftovers(target: Path) -> bool:
+    """Remove what a process that died has left beside the folder `target`; whether there was anything.
+
+    A finished calibration's state is `run.py`'s to remove, as it may be gone on with.
+    """
+    places = [_old(target), target.with_name(f".{target.name}.partial")]
+    if not any(map(os.path.lexists, (*places, _lock_file(target)))):
+        return False
+    with readable_errors(target), lock(target):
+        _recover(target, _old(target))
+        remove(places[1])
+    return True
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -98,12 +130,11 @@ def check_output(target: Path, *, overwrite: bool, keep: Path | None = None, mad
 
 
 def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[str, ...]) -> None:
-    if target.exists() and not overwrite:
-        raise OutputError(
-            f"{target} exists. Give another folder, or --overwrite (Python: overwrite=True) to replace it."
-        )
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file. Give a folder.")
+    if target.exists() and not overwrite:
+        died = os.access(target.parent, os.W_OK | os.X_OK) and clear_leftovers(target)
+        raise _exists(target, "; what a stopped run had left beside it is removed" if died else "")
     if keep is not None and (keep.resolve() == target or target in keep.resolve().parents):
         raise OutputError(f"{target} holds what is read from. Give another folder.")
     if target.exists() and any(target.iterdir()) and made and not any((target / name).exists() for name in made):
@@ -119,14 +150,14 @@ def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[
 
 
 @contextmanager
-def readable_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's errors into one clear message about `target`."""
+def readable_errors(target: Path, *, every: bool = False) -> Iterator[None]:
+    """Turn the operating system's errors into one clear message about `target`: those of a writer, or `every` one."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{target}: the disk is full. Free space, or write to another disk.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _UNWRITABLE or (every and error.errno):
             raise OutputError(f"{target} cannot be written ({error.strerror}). Give another folder.") from error
         if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EBUSY):
             raise OutputError(f"{target}: {error.strerror}. Give another folder.") from error
@@ -134,25 +165,23 @@ def readable_errors(target: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, and force it to disk.
+    """Write a small file whole or not at all, and force it to disk. A link at its name is replaced, never written through.
 
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with readable_errors(path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    with readable_errors(path, every=True):
+        remove(temporary)
         try:
-            temporary.write_bytes(data)
-            replace_file(path, temporary)
+            with temporary.open("xb") as file:  # a new file: what others may have put at the name is no way out
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, temporary: Path) -> None:
-    """Put a finished temporary file in the place of `path` in one step, and force it to disk."""
-    sync_file(temporary)
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 @contextmanager
@@ -171,8 +200,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
     partial, staged = folder / f"{_STAGED}.partial", folder / _STAGED
     with readable_errors(folder), lock(folder.absolute()):
         finish_staged(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        _make_anew(partial)
         try:
             yield partial
             sync_tree(partial)
@@ -187,12 +215,16 @@ def staged_files(folder: Path) -> Iterator[Path]:
 def finish_staged(folder: Path) -> None:
     """Finish what a process that died inside `staged_files` had decided; else do nothing."""
     staged = folder / _STAGED
-    if not staged.is_dir():
+    if not os.path.lexists(staged):
         return
     with readable_errors(folder):
+        if not stat.S_ISDIR(staged.lstat().st_mode):
+            raise OutputError(f"{staged} is no folder, so nothing is taken from it. Remove it.")
         for path in sorted(staged.iterdir()):
             # Another process may be finishing too: what it has moved is done.
             with suppress(FileNotFoundError):
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise OutputError(f"{path} is no regular file, so it is not taken. Remove {staged}.")
                 path.replace(folder / path.name)
         sync_folder(folder)
         with suppress(FileNotFoundError):
@@ -227,12 +259,17 @@ def sync_folder(folder: Path) -> None:
 
 def _recover(target: Path, old: Path) -> None:
     """Undo an overwrite that died between its two renames, or finish one that died after them."""
-    if old.exists() and not target.exists():
+    if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
+        problem = problem_of(old)
+        if problem is not None and problem.startswith("belongs"):
+            raise OutputError(f"{old} {problem}, so it does not become {target}. Remove it, or give another folder.")
         old.rename(target)
-    elif old.is_symlink():
-        old.unlink()
-    elif old.exists():
-        shutil.rmtree(old)
+    else:
+        remove(old)
+
+
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 @contextmanager
@@ -240,11 +277,20 @@ def lock(target: Path) -> Iterator[None]:
     """Keep other processes from writing `target` for the length of the context.
 
     Raises:
-        OutputError: another process is at it.
+        OutputError: another process is at it, or what lies at the lock's name is no lock.
     """
-    path = target.with_name(f".{target.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    path = _lock_file(target)
+    # Without following a link, or waiting for who would open the other end of a pipe.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path} is no lock file. Remove it, or give another output.") from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OutputError(f"{path} is no lock file. Remove it, or give another output.")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
