@@ -158,8 +158,9 @@ def test_what_belongs_to_others_is_neither_used_nor_removed(tmp_path: Path):
         (place / "a").write_text("1")
         os.chown(place, NOBODY, NOBODY)
         assert problem_of(place) == f"belongs to another user (number {NOBODY})"
-    with pytest.raises(OutputError, match="belongs to another user"):
-        make_own(tmp_path / "state")
+    for look in (make_own, refuse_foreign):
+        with pytest.raises(OutputError, match="belongs to another user"):
+            look(tmp_path / "state")
     for name in (".out.old", ".out.partial"):
         with pytest.raises(OutputError, match=rf"{name} belongs to another user"), output_folder(tmp_path / "out"):
             pass

@@ -55,21 +55,29 @@ def make_own(path: Path) -> None:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        refuse_foreign(path)
+        problem = problem_of(path)
+        if problem is not None:
+            raise _refusal(path, problem) from None
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise OutputError where a folder exists that is not one's own; all that is inside is looked at too."""
+    """Raise OutputError where a folder exists that is not one's own, or holds what is a link or somebody else's."""
     if not os.path.lexists(path):
         return
-    for place in (path, *(Path(top, name) for top, inner, files in os.walk(path) for name in (*inner, *files))):
-        kind = stat.S_IFDIR if place == path or stat.S_ISDIR(place.lstat().st_mode) else stat.S_IFREG
-        problem = problem_of(place, kind)
-        # Inside of a folder that nobody else may enter, modes do not matter; links and owners tell what was put there.
-        if problem is not None and (place == path or not problem.startswith("may be written")):
-            raise OutputError(
-                f"{place} {problem}: nothing is read from there or written to it. Remove it, or give another output."
-            )
+    problem = problem_of(path)
+    if problem is not None:
+        raise _refusal(path, problem)
+    for place in (Path(top, name) for top, folders, files in os.walk(path) for name in (*folders, *files)):
+        problem = problem_of(place, stat.S_IFDIR if stat.S_ISDIR(place.lstat().st_mode) else stat.S_IFREG)
+        # Nobody else may enter here, so modes do not matter; links and owners tell what was put there.
+        if problem is not None and not problem.startswith("may be written"):
+            raise _refusal(place, problem)
+
+
+def _refusal(place: Path, problem: str) -> OutputError:
+    return OutputError(
+        f"{place} {problem}: nothing is read from there or written to it. Remove it, or give another output."
+    )
 
 
 def remove(path: Path) -> None:

@@ -342,6 +342,10 @@ def test_choice_can_be_traced(device):
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), chosen(x))
 
 
+DAMAGED = ["", "{", "[]", "[" * 100_000, '{"key": [' + "9" * 5000 + "]}"]
+DAMAGED += ['{"key": 3}', '{"key": [1, 2]}', '{"key": [0, 1, 2, 3]}', '{"key": [1e999, 1, 2, 3]}']
+
+
 class TestAutotune:
     """Candidates, the bounded search and the file that remembers it."""
 
@@ -362,13 +366,44 @@ class TestAutotune:
         self.forget(monkeypatch)
         assert autotune.recall("key") == (64, 8, 256, 1)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', '{"key": [1, 2]}', '{"key": [0, 1, 2, 3]}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "",
+            "{",
+            "[]",
+            "[" * 100_000,
+            '{"key": [' + "9" * 5000 + "]}",
+            '{"key": 3}',
+            '{"key": [1, 2]}',
+            '{"key": [0, 1, 2, 3]}',
+        ],
+    )
     def test_a_damaged_file_counts_as_empty(self, content):
-        autotune.cache_file().parent.mkdir(parents=True)
         autotune.cache_file().write_text(content)
         assert autotune.recall("key") is None
         autotune.remember("key", autotune.Config(64, 8, 256, 1))
         assert "key" in autotune.cache_file().read_text()
+
+    def test_a_shape_that_is_no_candidate_is_measured_again(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        shapes = autotune.candidates(4096, 4096, 2)
+        autotune.cache_file().write_text('{"key": [1000000, 1000000, 1000000, 1000000]}')
+        assert autotune.chosen("key", shapes, lambda: shapes[2]) == shapes[2]
+        self.forget(monkeypatch)
+        assert autotune.chosen("key", shapes, lambda: None) == shapes[2]
+
+    def test_a_file_behind_a_link_or_that_others_may_write_counts_as_empty(self, monkeypatch, tmp_path):
+        autotune.remember("key", autotune.Config(64, 8, 256, 1))
+        file = autotune.cache_file()
+        file.chmod(0o666)
+        self.forget(monkeypatch)
+        assert autotune.recall("key") is None
+        file.chmod(0o600)
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+        self.forget(monkeypatch)
+        assert autotune.recall("key") is None
 
     def test_a_folder_that_cannot_be_written(self, monkeypatch, tmp_path):
         (tmp_path / "file").write_text("")

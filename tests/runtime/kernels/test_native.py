@@ -1,5 +1,6 @@
 """The product in C: what it computes, that it is compiled once, and that everything works without it."""
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -148,15 +149,51 @@ def available(cache: Path, **environment: str) -> subprocess.CompletedProcess:
 def test_compiled_once_and_with_torchs_threads(tmp_path):
     cache = tmp_path / "cache"
     assert available(cache).stdout.split() == ["True", "1"]
-    (made,) = cache.iterdir()
+    (folder,) = cache.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (made,) = folder.iterdir()
     before = made.stat().st_mtime_ns, made.stat().st_ino
     done = available(cache)
     assert done.stdout.split() == ["True", "1"]
-    assert [made] == list(cache.iterdir())
+    assert [made] == list(folder.iterdir())
     assert (made.stat().st_mtime_ns, made.stat().st_ino) == before
-    made.write_bytes(b"damaged")
+    whole = made.read_bytes()
+    for damaged in (b"damaged", whole[: len(whole) // 3], whole[:5000] + b"?" + whole[5001:], b""):
+        made.unlink()  # not written over: it is open in other processes
+        made.write_bytes(damaged)
+        assert available(cache).stdout.split() == ["True", "1"]
+        (made,) = folder.iterdir()
+        assert hashlib.sha256(made.read_bytes()).hexdigest() in made.name
+
+
+@needs_compiler
+def test_without_a_home_it_is_compiled_all_the_same(tmp_path):
+    program = f"import pwd\ndef unknown(_):\n    raise KeyError('uid')\npwd.getpwuid = unknown\n{RUN}"
+    given = {name: value for name, value in os.environ.items() if name not in ("HOME", "WINA_CALIB_CACHE")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["True", "1"]
+
+
+@needs_compiler
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
+def test_what_others_put_into_the_cache_is_not_run(tmp_path):
+    cache = tmp_path / "cache"
+    available(cache)
+    (folder,) = cache.iterdir()
+    (made,) = folder.iterdir()
+    os.chown(made, 65534, 65534)
+    cache.chmod(0o1777)
     assert available(cache).stdout.split() == ["True", "1"]
-    assert made.stat().st_size > 1000
+    (made,) = folder.iterdir()
+    assert made.stat().st_uid == 0
+    os.chown(folder, 65534, 65534)
+    before = made.stat().st_atime_ns
+    done = available(cache)
+    assert done.stdout.split() == ["True", "1"]
+    assert done.stderr.count("belongs to another user") == 1
+    assert (list(folder.iterdir()), made.stat().st_atime_ns) == ([made], before)
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path):
@@ -172,7 +209,7 @@ def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written(tmp_path, monk
     broken.write_text("#!/bin/sh\necho cannot >&2\nexit 1\n")
     broken.chmod(0o755)
     with caplog.at_level(logging.DEBUG):
-        assert native_build._load(tmp_path / "none.so", str(broken)) is None
+        assert native_build._load(tmp_path, "none", str(broken)) is None
     assert "cannot" in caplog.text
     assert not list(tmp_path.glob("tmp*"))
     (tmp_path / "file").write_text("")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -15,6 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from wina_calib.common.atomic import write_file
+from wina_calib.common.own_cache import cache_folder, read_own
+from wina_calib.errors import OutputError
+
 logger = logging.getLogger(__name__)
 
 # Raised when a kernel changes so that remembered shapes are measured again.
@@ -22,6 +25,7 @@ KERNEL_VERSION = 4
 REPEATS = 9
 # A search that has taken this long stops with the best so far. Compiling a candidate takes about half a second.
 BUDGET_SECONDS = 15.0
+MAX_BYTES = 4 << 20  # of the file that remembers
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,11 @@ def chosen(key: str, shapes: Sequence[AnyShape], measure: Callable[[], AnyShape 
     costs far more than a product; no file remembers it.
     """
     known = recall(key)
-    if known is not None:
-        return type(shapes[0])(*known) if known else None
+    if known == NONE_RUNS:
+        return None
+    for shape in shapes:  # what a file says counts where it is one of these
+        if astuple(shape) == known:
+            return shape
     if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
         return shapes[0]
     try:
@@ -133,10 +140,10 @@ def fastest(
     return min(times, key=lambda shape: times[shape], default=None)
 
 
-def cache_file() -> Path:
-    """Where launch shapes are remembered: `$WINA_CALIB_CACHE`, else `~/.cache/wina_calib`."""
-    folder = os.environ.get("WINA_CALIB_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "wina_calib") / "kernels.json"
+def cache_file() -> Path | None:
+    """Where launch shapes are remembered for later processes; None where there is no cache of one's own."""
+    folder = cache_folder()
+    return None if folder is None else folder / "kernels.json"
 
 
 def key_of(index: int, compiler: str, width: int, out: int, dtype: torch.dtype) -> str:
@@ -156,7 +163,7 @@ def recall(key: str) -> tuple[int, ...] | None:
     if found is not None:
         return found
     file = cache_file()
-    if file not in _loaded:
+    if file is not None and file not in _loaded:
         _loaded.add(file)
         for name, values in _read(file).items():
             _known.setdefault(name, values)
@@ -169,19 +176,16 @@ def remember(key: str, shape: Any, *, later: bool = True) -> None:
     if not later:
         return
     file = cache_file()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = _read(file) | {key: _known[key]}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-            json.dump(content, temporary, indent=0)
-        Path(temporary.name).replace(file)
+    if file is not None:
+        with contextlib.suppress(OutputError):
+            write_file(file, json.dumps(_read(file) | {key: _known[key]}, indent=0).encode())
 
 
 def _read(file: Path) -> dict[str, tuple[int, ...]]:
-    """The cache on disk; a damaged one counts as empty."""
+    """The cache on disk; a damaged one, or one that others could have written, counts as empty."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_own(file, MAX_BYTES) or b"{}")
         entries = {str(name): tuple(int(v) for v in values) for name, values in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return {name: values for name, values in entries.items() if len(values) == 4 and min(values) > 0}

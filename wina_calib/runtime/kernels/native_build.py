@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wina_calib.runtime.kernels.autotune import cache_file
+from wina_calib.common.own_cache import cache_folder, find_kept, keep
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "sources"
@@ -65,23 +65,24 @@ def library() -> ctypes.CDLL | None:
     if sys.platform.startswith("linux"):
         names = [os.environ.get("CC", ""), *COMPILERS]
         for compiler in dict.fromkeys(filter(None, map(shutil.which, filter(None, names)))):
-            found = _load(cache_file().with_name(f"site-{_fingerprint(compiler)}.so"), compiler)
+            found = _load(cache_folder(), f"site-{_fingerprint(compiler)}", compiler)
             if found is not None:
                 return found
     logger.info("no C compiler whose code can use torch's threads: sparse products on the CPU use torch's operators")
     return None
 
 
-def _load(file: Path, compiler: str) -> ctypes.CDLL | None:
-    """The library in `file`, which is made if need be and kept if it can be."""
-    found = _open(file)
+def _load(cache: Path | None, name: str, compiler: str) -> ctypes.CDLL | None:
+    """The library that is kept under a name, whole and one's own; else it is made, and kept where there is a cache."""
+    kept = None if cache is None else find_kept(cache, name, ".so")
+    found = None if kept is None else _open(kept)
     if found is None:
-        with _folder(file.parent) as folder:
+        with _folder(cache) as folder:
             made = _compile(compiler, folder)
             found = None if made is None else _open(made)
-            if made is not None and found is not None:
+            if cache is not None and made is not None and found is not None:
                 with contextlib.suppress(OSError):
-                    made.replace(file)
+                    keep(made, cache, name, ".so")
     return found
 
 
@@ -94,11 +95,10 @@ def _open(file: Path) -> ctypes.CDLL | None:
 
 
 @contextlib.contextmanager
-def _folder(cache_folder: Path) -> Iterator[Path]:
+def _folder(cache: Path | None) -> Iterator[Path]:
     """A folder to compile in: inside of the cache, from which a file can be moved at once, else wherever one can be."""
     try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(dir=cache_folder)
+        made = tempfile.mkdtemp(dir=cache)
     except OSError:
         made = tempfile.mkdtemp()
     try:
