@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from wina_calib.commands.logs import INTERRUPTED, log_level
+from wina_calib.common.printable import printable_output
 from wina_calib.errors import WinaError
 from wina_calib.version import __version__
 
@@ -42,6 +43,11 @@ COMMANDS = {
 
 class _Lazy(click.Group):
     """Imports a command's module when it is needed."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command; all that it prints passes the filter for text of others."""
+        with printable_output():
+            return super().main(*args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

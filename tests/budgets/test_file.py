@@ -229,7 +229,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="the disk is full"):
         write_budget(path, explicit(Budget(np.zeros((6, 4))), CELLS, MODEL, 0.0, "wina"))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from wina_calib.budgets.document import MAX_BYTES, parse_document
 from wina_calib.budgets.model import Budget, Cells, Floats
 from wina_calib.budgets.patterns import Setting, apply_settings, parse_number, shown
 from wina_calib.choices import SCORES
+from wina_calib.common.atomic import write_file
 from wina_calib.common.plain_yaml import Node
-from wina_calib.errors import BudgetError, OutputError
+from wina_calib.errors import BudgetError
 
 FORMAT = "wina-budget/1"
 
@@ -269,19 +269,7 @@ def write_budget(path: Path, content: BudgetFile, comments: Sequence[str] = ()) 
         BudgetError: the extension is unknown.
         OutputError: the file cannot be written.
     """
-    text = format_budget(content, file_kind(path), comments)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_file(path, format_budget(content, file_kind(path), comments).encode())
 
 
 def file_budget(path: str, key: ModelKey, cells: Cells) -> tuple[Floats, float]:

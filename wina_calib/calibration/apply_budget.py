@@ -19,6 +19,7 @@ from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
+from wina_calib.checkpoint.local_paths import base_model_here, data_here, published, remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import INTERPOLATED, REBUDGETED, Settings
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
@@ -84,6 +85,8 @@ def apply(
         tensors, facts = _refitted(destination, settings, rows, refit, progress or Silent())
         settings = replace(settings, provenance=settings.provenance | facts)
     _write(destination, settings, tensors)
+    if refit is not None and refit.data:
+        remember(destination.folder, base_model=base_model_here(destination.folder), data=refit.data)
     return settings
 
 
@@ -129,7 +132,7 @@ def _refitted(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All calibration tensors from a new closed loop; what changed of the provenance."""
     facts = opened.settings.provenance
-    data = refit.data or tuple(map(str, facts.get("data", ())))
+    data = refit.data or data_here(opened.folder, facts)
     seq_len, blocks = (int(facts.get(name, 0)) for name in ("seq_len", "blocks"))
     if not data or seq_len < 2 or blocks < 1:
         raise UsageError(f"{opened.folder} does not say what text it was calibrated on. Give it with --data.")
@@ -162,7 +165,7 @@ def _refitted(
     )
     tensors, _ = job.fit(source, ChosenBudget(rows))
     kept = {name: tensor for name, tensor in opened.tensors.items() if name.endswith((".curve", ".sample"))}
-    changed = {"data": list(data), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
+    changed = {"data": list(map(published, data)), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
     return tensors | kept, changed
 
 

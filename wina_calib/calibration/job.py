@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
 from wina_calib.checkpoint.format import model_names
+from wina_calib.checkpoint.local_paths import published, published_command, remember
 from wina_calib.checkpoint.quantized_weights import QuantizedWeights, has_shards
 from wina_calib.checkpoint.settings import QUANTIZED_VERSION, SAMPLES, Settings
 from wina_calib.checkpoint.side_files import copy_side_files
@@ -49,6 +49,7 @@ from wina_calib.common.memory import resident_bytes
 from wina_calib.common.progress import Estimate, Progress, Ticking
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.rule import MaskRule
+from wina_calib.model.locate import DEMO
 from wina_calib.model.source import Source, open_source
 from wina_calib.quantization.bits import UNQUANTIZED_BITS
 from wina_calib.storage import Shards
@@ -241,6 +242,8 @@ class Job:
         )
         if settings.samples:
             tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
+        is_local = self.source.commit is None and self.source.name != DEMO
+        remember(folder, base_model=self.source.folder if is_local else None, data=self.blocks.data)
         if self.options.weights == "reference":
             write_reference(folder, tensors, settings, self.source)
         else:
@@ -367,13 +370,13 @@ class Job:
 
     def _provenance(self, base_ppl: float, base: Blocks, untied: bool) -> dict[str, Any]:
         return {
-            "base_model": self.source.name,
+            "base_model": self.source.name if self.source.commit is not None else published(self.source.name),
             "base_commit": self.source.commit,
             "base_ppl": base_ppl,
             "base_ppl_data": list(base.data),
             "base_ppl_tokens": base.tokens,
             "base_ppl_fingerprint": base.fingerprint,
-            "data": list(self.blocks.data),
+            "data": list(map(published, self.blocks.data)),
             "data_fingerprint": self.blocks.fingerprint,
             "samples": self.blocks.requested,
             "blocks": len(self.blocks.ids),
@@ -390,4 +393,4 @@ class Job:
 def _command() -> str:
     program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
     ours = program.name == "wina-calib" or program.parts[-2:] == ("wina_calib", "__main__.py")
-    return shlex.join(["wina-calib", *sys.argv[1:]]) if ours else "wina_calib.calibrate"
+    return published_command(["wina-calib", *sys.argv[1:]]) if ours else "wina_calib.calibrate"

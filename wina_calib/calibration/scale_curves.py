@@ -98,7 +98,7 @@ def measured_pairs(facts: Mapping[str, Any]) -> Floats:
         sums, rises, kl = (np.array(facts[key], dtype=np.float64) for key in ("predicted", "loss_rise", "kl"))
         rows = np.stack([sums, rises, np.maximum(kl, 0.0)], axis=1)[(sums > 0) & (np.diff(sums, prepend=0.0) > 0)]
         noise = 2 * rows[:, 2] / (float(facts["tokens"]) * rows[:, 0] ** 2)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise BudgetError(f"the measured loss rises cannot be read: {error!r:.80}") from None
     trusted = _FACTOR_SPREAD**2 / (_FACTOR_SPREAD**2 + noise)
     ratio = np.clip(1 + trusted * (rows[:, 1] / rows[:, 0] - 1), *_FACTORS)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.checkpoint.format import WINA_FILE
+from wina_calib.checkpoint.local_paths import without_paths
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import side_files
@@ -57,7 +58,7 @@ def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Setti
         "format": FORMAT,
         "base_model": source.name if source.commit else str(source.folder.absolute()),
         "base_commit": source.commit,
-        "config": source.raw_config,
+        "config": without_paths(source.raw_config),
         "quantization_config": settings.to_dict(),
     }
     write_json(folder / REFERENCE_FILE, reference)

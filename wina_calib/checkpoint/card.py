@@ -5,7 +5,6 @@ What stands between two marks is made anew; the rest of an existing README.md, a
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,31 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from wina_calib.budgets.count import count_cells
+from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.format import HEAT_MAP
+from wina_calib.checkpoint.local_paths import base_model_here, published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import REBUDGETED, Settings
-from wina_calib.common.atomic import readable_errors
+from wina_calib.common.atomic import write_file
 from wina_calib.common.text import percent, rise
 from wina_calib.corpus.sources import catalogue
-from wina_calib.errors import CheckpointError, HubError
+from wina_calib.errors import HubError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import is_reference, open_folder
 from wina_calib.model.locate import DEMO, demo_folder
-from wina_calib.storage.hub_client import fetch
+from wina_calib.storage.hub_client import fetch, is_repo_name
 
-CARD = "README.md"
 TAGS = ("wina", "activation-sparsity", "arxiv:2505.19427")
 BEGIN = "<!-- wina_calib: made from the checkpoint's facts up to the end mark; write your own text outside -->"
 END = "<!-- wina_calib: end -->"
 _LICENCE = ("license", "license_name", "license_link")
-_MAX_CARD = 2 << 20
-_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
-_BLOCK = re.compile(r"\A---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -73,39 +69,7 @@ def write_card(folder: Path, *, repo: str | None = None, name: str | None = None
         text = before + block + rest.partition(END)[2]
     else:
         text = f"{text.rstrip()}\n\n{block}\n" if text.strip() else f"# {name.rpartition('/')[2]}\n\n{block}\n"
-    head = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=1000)
-    put(path, f"---\n{head}---\n{text}".encode())
-
-
-def put(path: Path, data: bytes) -> None:
-    """Write a small file in one step. A link, as into the Hub's cache, is replaced and never written through."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with readable_errors(path):
-        temporary.write_bytes(data)
-        temporary.replace(path)
-
-
-def split_card(path: Path) -> tuple[dict[str, Any], str]:
-    """Metadata and text of a card.
-
-    Raises:
-        CheckpointError: the metadata is no YAML mapping, or the file is too large.
-    """
-    if path.stat().st_size > _MAX_CARD:
-        raise CheckpointError(f"{path} has more than {_MAX_CARD} bytes. Shorten it.")
-    text = path.read_text("utf-8", errors="replace")
-    block = _BLOCK.match(text)
-    if block is None:
-        return {}, text
-    try:
-        metadata = yaml.safe_load(block[1])
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the metadata between the --- lines is no YAML. Correct or delete it."
-        ) from error
-    if not isinstance(metadata, dict | None):
-        raise CheckpointError(f"{path}: the metadata between the --- lines is no mapping. Correct or delete it.")
-    return metadata or {}, text[block.end() :].lstrip("\n")
+    write_file(path, f"---\n{head(merged)}---\n{text}".encode("utf-8", "backslashreplace"))
 
 
 def complete(metadata: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
@@ -157,29 +121,22 @@ def hub_datasets(specs: Sequence[str]) -> list[str]:
             names.append(rest.partition(":")[0])
         elif name in known:
             names.append(str(known[name]["path"]))
-    return list(dict.fromkeys(name for name in names if _REPO.fullmatch(name)))
+    return list(dict.fromkeys(name for name in names if is_repo_name(name)))
 
 
 def find_base(folder: Path, settings: Settings) -> Base:
     """What is known of the base model without asking the network."""
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
-    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not _REPO.fullmatch(name):
-        local = demo_folder() if name == DEMO else Path(name).expanduser()
-        return Base(None, None, local.name or name, _card_of(local))
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not is_repo_name(name):
+        local = demo_folder() if name == DEMO else base_model_here(folder)
+        shown = published(name) if local is None else local.name
+        return Base(None, None, shown, facts_of_base(local) if local is not None else {})
     try:
         cached: Path | None = fetch(name, revision=commit, local_files_only=True)[0]
     except HubError:
         cached = None
-    return Base(name, commit, name, _card_of(cached) if cached else {})
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    path = folder / CARD
-    try:
-        return split_card(path)[0] if path.is_file() else {}
-    except (CheckpointError, OSError):
-        return {}  # a card that cannot be read tells nothing
+    return Base(name, commit, name, facts_of_base(cached) if cached else {})
 
 
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:
@@ -275,13 +232,13 @@ def _budget(opened: Checkpoint) -> str:
 
 
 def _making(settings: Settings, base: Base) -> str:
-    facts = settings.provenance
+    facts = published_facts(settings.provenance)
     versions = facts.get("versions")
     shown = versions if isinstance(versions, dict) else {}
     later = facts.get(REBUDGETED)
     chosen = f"{code(settings.budget)} for {percent(settings.sparsity)}, thresholds {code(str(later))}"
     rows = [
-        ("command", code(without_folders(str(facts.get("command", "unknown"))))),
+        ("command", code(str(facts.get("command", "unknown")))),
         *([("budget chosen later", f"`wina-calib budget`: {chosen}")] if later is not None else []),
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
@@ -315,17 +272,12 @@ def _limits(settings: Settings, *, reference: bool) -> str:
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
 
 
-def without_folders(text: str) -> str:
-    """A command or data spec without the folders of local paths, which say more of a machine than of a model."""
-    return re.sub(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
-
-
 def _count(value: Any, form: str = "") -> str:
     return format(value, form) if isinstance(value, int) else "?"
 
 
 def _data(specs: Sequence[Any]) -> str:
-    return code(", ".join(without_folders(str(spec)) for spec in specs))
+    return code(", ".join(published(str(spec)) for spec in specs))
 
 
 def code(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wina_calib.checkpoint.format import EVALUATION_FILE, WINA_FILE
+from wina_calib.checkpoint.local_paths import published
 from wina_calib.common.atomic import write_file
 from wina_calib.common.text import finite
 from wina_calib.errors import CheckpointError
@@ -40,7 +41,9 @@ def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Path:
     Raises:
         OutputError: the folder cannot be written.
     """
-    record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **finite(evaluation)}
+    figures = finite(evaluation)
+    told = {"data": [published(str(spec)) for spec in figures["data"]]} if "data" in figures else {}
+    record = {"format": FORMAT, "calibration": calibration_fingerprint(folder), **figures, **told}
     path = folder / EVALUATION_FILE
     write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     return path

@@ -9,14 +9,17 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from wina_calib.checkpoint.card import TAGS, put, write_card
+from wina_calib.checkpoint.card import TAGS, write_card
 from wina_calib.checkpoint.format import HEAT_MAP, WINA_FILE
-from wina_calib.checkpoint.reader import open_checkpoint, read_settings
+from wina_calib.checkpoint.local_paths import published_facts
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.writer import json_bytes
 from wina_calib.common import plots
+from wina_calib.common.atomic import write_file
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.model.architecture import SITES
-from wina_calib.model.config import REFERENCE_FILE, is_reference
+from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
 from wina_calib.model.locate import given_name
 from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage.hub_client import CONFLICT, check_reachable, readable_errors, status_of
@@ -127,6 +130,15 @@ def push(
     return Pushed(url, done.oid, changed=done.oid != before)
 
 
+def _publish_facts(opened: Checkpoint) -> None:
+    """Take paths of this machine out of a config that an earlier version wrote them into."""
+    facts = published_facts(opened.settings.provenance)
+    if facts != opened.settings.provenance and not is_reference(opened.folder):
+        raw = read_config(opened.folder)
+        raw["quantization_config"]["provenance"] |= facts
+        write_file(opened.folder / "config.json", json_bytes(raw))
+
+
 def prepare(folder: Path, repo: str) -> None:
     """Verify a checkpoint with all its weights, draw its budget where that is possible, and complete its card.
 
@@ -136,6 +148,7 @@ def prepare(folder: Path, repo: str) -> None:
     """
     opened = open_checkpoint(folder)
     opened.verify_weights()
+    _publish_facts(opened)
     if is_reference(folder) and opened.settings.provenance.get("base_commit") is None:
         raise UsageError(
             f"{folder} refers to weights in a local folder, which nobody else has. Calibrate the base model by its Hub "
@@ -144,7 +157,7 @@ def prepare(folder: Path, repo: str) -> None:
     if plots.available():
         sparsity = opened.settings.sparsity
         picture = plots.heat_map(opened.sparsities(sparsity), SITES, f"site sparsity at model sparsity {sparsity:g}")
-        put(folder / HEAT_MAP, picture)
+        write_file(folder / HEAT_MAP, picture)
     write_card(folder, repo=repo)
 
 

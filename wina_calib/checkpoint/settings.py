@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from wina_calib.checkpoint.facts import INTERPOLATED, sound_facts
 from wina_calib.choices import BITS, FIRST_TOKEN, GROUP_SIZES, MASKS, PREFILL, SCORES, SELECT, is_sparsity
 from wina_calib.errors import CheckpointError
 from wina_calib.masks.rule import MaskRule
@@ -16,9 +17,7 @@ from wina_calib.quantization.formats import WeightFormat
 FORMAT_VERSION = "1.0"
 SAMPLES = 32  # elements of each projection's weight that are stored
 QUANTIZED_VERSION = "2.0"  # of checkpoints with quantized weights, the newest that is read
-INTERPOLATED = "interpolated_anchors"  # provenance key: anchors whose tables were interpolated, not fitted
 _QUANTIZED = ("bits", "group_size", "zero_point", "head_bits")
-REBUDGETED = "rebudgeted"  # provenance key: how thresholds came about when the budget was chosen after calibration
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,8 @@ class Settings:
             )
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        if isinstance(values.get("provenance"), dict):
+            values["provenance"] = sound_facts(values["provenance"])
         try:
             settings = cls(**values)
         except TypeError as error:

@@ -9,6 +9,9 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP, INDEX_FILE
+from wina_calib.checkpoint.local_paths import without_paths
+from wina_calib.checkpoint.writer import write_json
+from wina_calib.errors import CheckpointError
 from wina_calib.model.config import ADAPTER_FILE, CONFIG_BYTES, ModelFolder
 from wina_calib.storage import read_json, safe_path
 
@@ -32,7 +35,20 @@ def copy_side_files(source: ModelFolder, folder: Path) -> None:
         CheckpointError: one is a link that leaves the folder: a checkpoint may be published.
     """
     for path in checked_side_files(source):
-        shutil.copyfile(path, folder / path.name)
+        place = folder / path.name
+        shutil.copyfile(path, place)
+        if path.name.endswith("_config.json"):
+            _take_paths_out(place)
+
+
+def _take_paths_out(path: Path) -> None:
+    """Take the folder that a tokenizer was once loaded from out of its config; any other file stays as it is."""
+    try:
+        config = read_json(path)
+    except CheckpointError:
+        return
+    if isinstance(config, dict) and without_paths(config) != config:
+        write_json(path, without_paths(config))
 
 
 def checked_side_files(folder: ModelFolder) -> list[Path]:
@@ -59,6 +75,7 @@ def side_files(folder: ModelFolder) -> list[Path]:
         path
         for path in sorted(folder.path.iterdir())
         if path.is_file()
+        and not path.name.startswith(".")
         and (path.name in code if path.suffix == ".py" else path.suffix not in _SKIPPED)
         and path.name not in left_out
         and not path.name.endswith(".index.json")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
+from wina_calib.checkpoint.local_paths import without_paths
 from wina_calib.checkpoint.settings import FORMAT_VERSION, QUANTIZED_VERSION, Settings
 from wina_calib.model.config import RUNTIME_TYPE
 from wina_calib.model.source import Source
@@ -63,7 +64,7 @@ def write_config(source: Source, folder: Path, *, untied: bool, settings: Settin
     A checkpoint with run-time matrices or quantized weights gets a `model_type` of its own, so that nothing loads it as if
     it were dense.
     """
-    raw = source.raw_config
+    raw = without_paths(source.raw_config)
     if untied:
         raw["tie_word_embeddings"] = False
     if settings is not None:
@@ -76,4 +77,9 @@ def write_config(source: Source, folder: Path, *, untied: bool, settings: Settin
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, the same bytes for the same value."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -22,10 +22,12 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.commands.output import bars, check_files, emit, note
+from wina_calib.common.atomic import write_file
+from wina_calib.common.printable import printable, unfiltered
 from wina_calib.common.progress import Progress
 from wina_calib.common.text import percent, table
 from wina_calib.corpus.sources import HELDOUT_DATA
-from wina_calib.errors import BudgetError, OutputError, UsageError, WinaError
+from wina_calib.errors import BudgetError, UsageError, WinaError
 
 if TYPE_CHECKING:
     from wina_calib.budgets import Budget, Target
@@ -169,14 +171,14 @@ def command(
         write_budget(output, explicit(choice.budget, choice.cells, key, choice.sparsity, score), [comment])
         text.append(f"{output}: budget written.")
     if html is not None:
-        _write(html, page)
+        write_file(html, page.encode())
         text.append(f"{html}: page written; open it in a browser.")
     if curve is not None:
-        _write(Path(curve), _saved(points, Path(curve)))
+        write_file(Path(curve), _saved(points, Path(curve)).encode())
         text.append(f"{curve}: frontier written.")
     if destination is None and not outputs and request != Request():
         text.append("Nothing is changed: --apply DIR puts this budget into a checkpoint, -o FILE writes it.")
-    emit(shown, "\n".join(text), as_json=as_json)
+    emit(shown, "\n".join([text[0], *map(printable, text[1:])]), as_json=as_json, coloured=True)
 
 
 def _check_options(
@@ -220,7 +222,7 @@ def _target(sparsity: float | None, read_fraction: float | None, rise: float | N
 def _table(choice: Choice) -> str:
     from wina_calib.budgets import render_table, use_ascii, use_color
 
-    stream = sys.stdout
+    stream = unfiltered(sys.stdout)
     return render_table(
         choice.cells,
         choice.budget,
@@ -287,13 +289,3 @@ def _saved(points: list[dict[str, float | None]], path: Path) -> str:
     writer.writeheader()
     writer.writerows(points)
     return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from wina_calib.common.bars import hearing
+from wina_calib.common.printable import printable_json, unfiltered
 from wina_calib.common.progress import Progress
 from wina_calib.common.text import finite
 from wina_calib.errors import OutputError
@@ -31,9 +32,12 @@ def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise OutputError(f"{path} exists. Give another file, or --overwrite to replace it.")
 
 
-def emit(value: Any, text: str, *, as_json: bool) -> None:
-    """Print a result: one JSON object, or text for people."""
-    click.echo(json.dumps(finite(value), ensure_ascii=False) if as_json else text)
+def emit(value: Any, text: str, *, as_json: bool, coloured: bool = False) -> None:
+    """Print a result: one JSON object, or text for people. `coloured` text has colours of its own and nothing of others."""
+    if as_json:
+        click.echo(printable_json(json.dumps(finite(value), ensure_ascii=False)))
+    else:
+        click.echo(text, file=unfiltered(sys.stdout) if coloured else None)
 
 
 def note(text: str) -> None:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from wina_calib.common.printable import one_line
+
 _LONG = 1e6
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a rule under its headers, if it has any; numbers to the right, words to the left."""
+    """A table with a rule under its headers, if it has any; numbers to the right, words to the left; a cell is one line."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     right = [all(_is_number(cell) for cell in column[1:]) and len(column) > 1 for column in columns]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, errors, get_session, snapshot_download
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 CONFLICT = 412
 _PATIENCE = 10.0  # seconds for an answer
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
 
 
@@ -56,6 +59,15 @@ def check_reachable() -> None:
         what `readable_errors` turns into one line.
     """
     get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+
+
+def is_repo_name(text: str) -> bool:
+    """Whether a text is a name that the Hub takes: no path, and nothing that leaves a folder made of it."""
+    try:
+        validate_repo_id(text)
+    except errors.HFValidationError:
+        return False
+    return _NAME.fullmatch(text) is not None
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def readable(place: Path) -> Iterator[None]:
     """Turn what a damaged file raises into one message; a disk too full for what is read from it is not damage."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise StateError(f"{place} is damaged: {error}. Add --restart to start over.") from error

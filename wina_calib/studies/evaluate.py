@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.layer_stream import Head
 from wina_calib.calibration.likelihood import perplexity
+from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
@@ -195,7 +196,9 @@ def evaluate_model(
         tokens=found.tokens,
         data=data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
-        warnings=find_warnings(settings, data, asked, found.model_sparsity, found.tokens),
+        warnings=find_warnings(
+            settings, data_here(folder, provenance), data, asked, found.model_sparsity, found.tokens
+        ),
     )
 
 
@@ -272,7 +275,9 @@ def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Ten
     return out
 
 
-def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real: float, tokens: int) -> tuple[str, ...]:
+def find_warnings(
+    settings: Settings, calibration: tuple[str, ...], data: tuple[str, ...], asked: float, real: float, tokens: int
+) -> tuple[str, ...]:
     """What makes an evaluation doubtful, with the remedy."""
     found = []
     if tokens < FEW_TOKENS:
@@ -285,7 +290,7 @@ def find_warnings(settings: Settings, data: tuple[str, ...], asked: float, real:
             "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
         )
         found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
-    overlap = _overlap(settings.data, data)
+    overlap = _overlap(calibration, data)
     if overlap > 0.01:
         found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
     return tuple(found)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from wina_calib.budgets import Budget, Curves
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.scale_curves import stored_curves
-from wina_calib.checkpoint.card import without_folders
 from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.local_paths import published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import REBUDGETED
 from wina_calib.common import plots
@@ -143,7 +143,7 @@ def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
         f"<figcaption>{_text(f.caption)}</figcaption></figure>\n"
         for f in figures
     )
-    name = escape(without_folders(str(opened.settings.provenance.get("base_model", opened.folder.name))))
+    name = escape(published(str(opened.settings.provenance.get("base_model", opened.folder.name))))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -167,8 +167,8 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
         ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
         ("score, masks, budget", f"{settings.score}, {settings.masks}, {settings.budget}"),
-        ("data", without_folders(", ".join(map(str, facts.get("data", ()))))),
-        ("command", without_folders(str(facts.get("command", "unknown")))),
+        ("data", ", ".join(map(published, facts.get("data", ())))),
+        ("command", str(published_facts(facts).get("command", "unknown"))),
     ]
     later = facts.get(REBUDGETED)
     if later is not None:

@@ -27,6 +27,7 @@ from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -302,7 +303,7 @@ def _impossible(giver: Checkpoint, taker: Checkpoint) -> dict[str, str]:
 
 def _dense_text(taker: Checkpoint, data: tuple[str, ...], samples: int) -> Blocks:
     facts = taker.settings.provenance
-    specs = data or tuple(map(str, facts.get("data", ())))
+    specs = data or data_here(taker.folder, facts)
     if not specs:
         raise UsageError(f"{taker.folder} does not say what text it was calibrated on. Give text with --data.")
     return load_blocks(

@@ -16,6 +16,7 @@ from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.options import make_options
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.progress import SILENT, Progress
@@ -112,7 +113,7 @@ def texts(
         thresholds = refitted(subject, fitted, sparsity)
         rows += [_row(subject, kind, fitted, name, test, thresholds, sparsity) for name, test in tests.items()]
         progress.step(kind)
-    specs = tuple(map(str, facts.get("data", ()))) or ("builtin",)
+    specs = data_here(subject.opened.folder, facts) or ("builtin",)
     for amount in amounts:
         fitted = text(specs, amount)
         assert own is not None
