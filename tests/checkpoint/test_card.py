@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from wina_calib.checkpoint.card import hub_datasets, without_folders, write_card
+from wina_calib.checkpoint.card import hub_datasets, write_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation, save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP
@@ -50,7 +50,7 @@ def test_every_fact_of_the_calibration_is_told(calibrated: Path) -> None:
     assert "| transform | none, 0 run-time weights |" in card
     assert "budget chosen later" not in card
     assert "| sparsity asked | 50.0 % |" in card
-    assert f"| command | `{without_folders(facts['command'])}` |" in card
+    assert f"| command | `{facts['command']}` |" in card
     assert f"| weights | sha256 `{settings.weights}` |" in card
     assert f"sha256 `{facts['data_fingerprint']}` |" in card
     assert "| tokens | 80 blocks of 128, seed 0 |" in card
@@ -66,21 +66,6 @@ def test_no_local_folder_is_told(calibrated: Path, text: Path, llama: Path) -> N
     assert text.name in card
     assert str(text.parent) not in card
     assert str(llama.parent) not in card
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (
-            "wina-calib calibrate /home/a/model -o ../out --data ./x/y.txt",
-            "wina-calib calibrate model -o out --data y.txt",
-        ),
-        ("~/texts/a.jsonl:field", "a.jsonl:field"),
-        ("USER/NAME hub:allenai/c4:en builtin", "USER/NAME hub:allenai/c4:en builtin"),
-    ],
-)
-def test_commands_without_folders(text: str, expected: str) -> None:
-    assert without_folders(text) == expected
 
 
 def test_the_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,11 @@ from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.facts import INTERPOLATED, REBUDGETED
 from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
 from wina_calib.checkpoint.local_paths import base_model_here, data_here, published, remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.checkpoint.settings import INTERPOLATED, REBUDGETED, Settings
+from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -86,7 +87,8 @@ def apply(
         settings = replace(settings, provenance=settings.provenance | facts)
     _write(destination, settings, tensors)
     if refit is not None and refit.data:
-        remember(destination.folder, base_model=base_model_here(destination.folder), data=refit.data)
+        base = base_model_here(destination.folder, settings.base_model)
+        remember(destination.folder, base_model=base, data=refit.data)
     return settings
 
 

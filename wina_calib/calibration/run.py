@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from wina_calib.calibration.quantize_sites import check_format, weight_format
 from wina_calib.checkpoint.by_reference import check_plain, check_possible
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
-from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.checkpoint.reader import open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import checked_side_files
 from wina_calib.common.atomic import check_output, claimed, publish
@@ -28,16 +30,17 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.distributed import Ranks, shared_ranks
 from wina_calib.common.memory import advice, ran_out
+from wina_calib.common.own_folder import refuse_foreign
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.chat import has_template
 from wina_calib.corpus.sources import CHAT_DATA, DEFAULT_DATA, HELDOUT_DATA
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
-from wina_calib.model.config import remote_code
+from wina_calib.model.config import config_file, remote_code
 from wina_calib.model.source import fitting_length, open_source
 from wina_calib.storage.resume import RunState, open_run_state
-from wina_calib.storage.resume_files import drop, state_folder
+from wina_calib.storage.resume_files import check_same, drop, has_finished, mark_finished, state_folder
 from wina_calib.transforms import plan
 
 BASE_TOKENS = 16_384
@@ -102,10 +105,14 @@ def prepare(
     Returns:
         The job, and the text of the original model's perplexity.
     """
-    check_output(target, overwrite=chosen.overwrite)
+    state = state_folder(target.expanduser().resolve())
+    if not chosen.restart:
+        refuse_foreign(state)
+    overwrite = chosen.overwrite or _is_left_over(state, target.expanduser())
+    check_output(target, overwrite=overwrite)
     source = open_source(model, revision=chosen.revision)
     by_reference = chosen.weights == "reference"
-    check_output(target, overwrite=chosen.overwrite, keep=source.folder, made=(WINA_FILE,))
+    check_output(target, overwrite=overwrite, keep=source.folder, made=(WINA_FILE,))
     transform = plan("none" if by_reference and chosen.transform == "auto" else chosen.transform, source.architecture)
     if by_reference:
         check_possible(transform)
@@ -151,9 +158,12 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
     work, spill = state / "output", state / "spill"
     with ExitStack() as held:
 
-        def begin() -> RunState:
-            held.enter_context(claimed(target, overwrite=job.options.overwrite))
+        def begin() -> RunState | Settings:
+            left_over = _is_left_over(state, target)
+            held.enter_context(claimed(target, overwrite=job.options.overwrite or left_over))
             known = Background(lambda: identity(job, base))
+            if left_over and _clear(state, target, known, job):
+                return read_settings(target)
             run_state = open_run_state(state, known, restart=job.options.restart, ranks=ranks, report=job.report)
             shutil.rmtree(spill, ignore_errors=True)
             for folder in (work, spill):
@@ -163,12 +173,20 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
         def end(settings: Settings) -> Settings:
             open_checkpoint(work)
             write_card(work, name=target.name)
+            if job.options.keep_state:
+                publish(work, target)
+                return settings
+            mark_finished(state, _digests(work))
             publish(work, target)
-            if not job.options.keep_state:
-                drop(state)
+            drop(state)
             return settings
 
-        run_state = ranks.agree(lambda: begin() if ranks.is_first else RunState(state, ranks=ranks))
+        begun = ranks.agree(lambda: begin() if ranks.is_first else RunState(state, ranks=ranks))
+        finished = ranks.from_first(begun if isinstance(begun, Settings) else None)
+        if finished is not None or isinstance(begun, Settings):
+            assert finished is not None
+            return finished
+        run_state = begun
         try:
             settings = replace(job, run_state=run_state, compute=replace(job.compute, spill=spill)).run(work, base)
             return ranks.first(lambda _: end(settings))
@@ -176,6 +194,39 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
             if ranks.is_first:
                 _leave(error, state, run_state, job.report)
             raise
+
+
+def _is_left_over(state: Path, target: Path) -> bool:
+    """Whether a run gave the output its name and died before it removed its state."""
+    return not (state / "output").exists() and has_finished(state, lambda: _digests(target))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What tells one result from another: its settings and its fitted tensors."""
+    files = (config_file(folder), folder / WINA_FILE)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _clear(state: Path, target: Path, known: Callable[[], Mapping[str, Any]], job: Job) -> bool:
+    """Remove the state of a run that had finished; whether it was the same as this one, so that nothing is left to do.
+
+    Raises:
+        OutputError: it was another, and the output is not to be replaced.
+    """
+    try:
+        check_same(state, known())
+        same = True
+    except StateError:
+        same = False
+    drop(state)
+    if same:
+        job.report.note(f"{target} was finished already; what was left of its making is removed")
+    elif not job.options.overwrite:
+        raise OutputError(
+            f"{target} exists, made with other options; what was left of its making is removed. Give another folder, or "
+            "--overwrite (Python: overwrite=True) to replace it."
+        )
+    return same
 
 
 def _leave(error: BaseException, state: Path, run_state: RunState, report: Progress) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.facts import REBUDGETED
 from wina_calib.checkpoint.format import HEAT_MAP
 from wina_calib.checkpoint.local_paths import base_model_here, published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.checkpoint.settings import REBUDGETED, Settings
+from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.atomic import write_file
+from wina_calib.common.printable import MAX_LINE, one_line
 from wina_calib.common.text import percent, rise
 from wina_calib.corpus.sources import catalogue
 from wina_calib.errors import HubError
@@ -129,7 +131,7 @@ def find_base(folder: Path, settings: Settings) -> Base:
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not is_repo_name(name):
-        local = demo_folder() if name == DEMO else base_model_here(folder)
+        local = demo_folder() if name == DEMO else base_model_here(folder, name)
         shown = published(name) if local is None else local.name
         return Base(None, None, shown, facts_of_base(local) if local is not None else {})
     try:
@@ -282,7 +284,7 @@ def _data(specs: Sequence[Any]) -> str:
 
 def code(text: str) -> str:
     """Text as Markdown code that nothing in it can leave, also inside a table."""
-    plain = " ".join(text.split()).replace("`", "'").replace("|", "/")
+    plain = one_line(" ".join(text.split()), MAX_LINE).replace("`", "'").replace("|", "/")
     return f"`{plain}`" if plain else "-"
 
 

@@ -96,10 +96,12 @@ def remember(folder: Path, *, base_model: Path | None, data: Sequence[str]) -> N
     write_file(folder / LOCAL_FILE, json.dumps(record, indent=1).encode())
 
 
-def base_model_here(folder: Path) -> Path | None:
-    """The folder of a checkpoint's base model, if it is one of this machine."""
-    base = _record(folder).get("base_model")
-    return Path(base) if isinstance(base, str) and Path(base).is_dir() else None
+def base_model_here(folder: Path, told: str) -> Path | None:
+    """The folder of a checkpoint's base model of which `told` is published, if it is one of this machine."""
+    base = (
+        told if Path(told).is_absolute() else _record(folder).get("base_model")
+    )  # earlier versions told the whole path
+    return Path(base) if isinstance(base, str) and published(base) == published(told) and Path(base).is_dir() else None
 
 
 def data_here(folder: Path, facts: dict[str, Any]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from wina_calib.common.printable import MAX_LINE, PrintableStream
 from wina_calib.common.progress import SILENT, Counted, Estimate, Forecast, Progress
 from wina_calib.common.text import human_bytes, human_time
 
@@ -26,7 +27,8 @@ class Bars:
     """
 
     def __init__(self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        given = sys.stderr if stream is None else stream
+        self._stream = given if isinstance(given, PrintableStream) else PrintableStream(given, MAX_LINE)
         self._clock, self._start = clock, clock()
         self._shown = self._start  # when the last line was written
         self._forecast, self._name, self._step = Forecast(()), "", ""

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 MAX_LINE = 2000  # characters of a line of messages
 MAX_CELL = 400  # of a cell of a table
@@ -87,7 +87,7 @@ class PrintableStream:
         limit: most characters of a line.
     """
 
-    def __init__(self, stream: TextIO, limit: int | None = None) -> None:
+    def __init__(self, stream: IO[str], limit: int | None = None) -> None:
         self.stream, self._limit = stream, limit
 
     @property
@@ -130,7 +130,7 @@ def printable_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def unfiltered(stream: TextIO) -> TextIO:
+def unfiltered(stream: IO[str]) -> IO[str]:
     """The stream below the filter, for text that is ours to the last character, as a coloured table."""
     return stream.stream if isinstance(stream, PrintableStream) else stream
 

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from wina_calib.common.atomic import sync_file, sync_folder, write_file
 from wina_calib.common.distributed import ALONE, Ranks
+from wina_calib.common.own_folder import make_own, refuse_foreign, remove
 from wina_calib.common.progress import Progress, Silent
 from wina_calib.errors import OutputError, StateError
 from wina_calib.storage.hidden_states import HiddenStates
-from wina_calib.storage.resume_files import FULL, JOB, STATE, check_same, drop, encode, is_useful, read_record, readable
+from wina_calib.storage.resume_files import FULL, JOB, STATE, check_same, encode, is_useful, read_record, readable
 
 PATIENCE = 20.0
 _EMPTY: Mapping[str, Any] = {
@@ -297,15 +298,18 @@ def open_run_state(
 
     Raises:
         StateError: what is there is of other work; the message says what differs.
+        OutputError: what is there is not one's own.
     """
     report = report or Silent()
     if ranks.is_first:
+        if not restart:
+            refuse_foreign(folder)
         if restart or not is_useful(folder):
-            drop(folder)
+            remove(folder)
         else:
             check_same(folder, identity())
             report.note(f"going on with the run that was stopped; its state is in {folder}")
-        folder.mkdir(exist_ok=True)
+        make_own(folder)
     return RunState(folder, identity, ranks, report)
 
 

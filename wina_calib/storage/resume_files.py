@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from wina_calib.common.atomic import write_file
 from wina_calib.errors import StateError
 
-JOB, STATE = "job.json", "state.json"
+JOB, STATE, FINISHED = "job.json", "state.json", "finished.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -30,8 +31,25 @@ def is_useful(folder: Path) -> bool:
 
 def drop(folder: Path) -> None:
     """Remove a folder of finished work. What says what it is goes first: a folder half removed counts for nothing."""
+    if folder.is_symlink():  # what it leads to is not ours
+        folder.unlink()
+        return
     (folder / JOB).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def mark_finished(folder: Path, result: Mapping[str, str]) -> None:
+    """Say in the state, just before the result gets its name, what that result is, by digests of its files."""
+    write_file(folder / FINISHED, encode(result))
+
+
+def has_finished(folder: Path, result: Callable[[], Mapping[str, str]]) -> bool:
+    """Whether the state is left over from a run whose result got its name: the one that the state speaks of."""
+    if not (folder / FINISHED).is_file():
+        return False
+    with suppress(StateError, OSError):
+        return read_record(folder / FINISHED) == dict(result())
+    return False
 
 
 def check_same(folder: Path, identity: Mapping[str, Any]) -> None:

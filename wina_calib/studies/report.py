@@ -16,9 +16,9 @@ from wina_calib.budgets import Budget, Curves
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.scale_curves import stored_curves
 from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.facts import REBUDGETED
 from wina_calib.checkpoint.local_paths import published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.checkpoint.settings import REBUDGETED
 from wina_calib.common import plots
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.common.text import percent

@@ -105,7 +105,7 @@ def chosen(key: str, shapes: Sequence[AnyShape], measure: Callable[[], AnyShape 
     if known == NONE_RUNS:
         return None
     for shape in shapes:  # what a file says counts where it is one of these
-        if astuple(shape) == known:
+        if known is not None and tuple(vars(shape).values()) == known:
             return shape
     if torch.cuda.is_current_stream_capturing() or os.environ.get("WINA_CALIB_AUTOTUNE") == "0":
         return shapes[0]
