@@ -42,6 +42,7 @@ def reference(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 @torch.no_grad()
 def test_it_is_small_and_equals_the_checkpoint_with_weights(reference: Path, calibrated: Path) -> None:
     assert {path.name for path in reference.iterdir()} == {
+        ".wina_local.json",
         "README.md",
         "model.safetensors.index.json",
         "wina.safetensors",

@@ -85,7 +85,7 @@ def load(client: script.Worker) -> Callable[..., Any]:
 
 
 def local_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_push_load_push_again_and_offline(

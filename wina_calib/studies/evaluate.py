@@ -197,7 +197,7 @@ def evaluate_model(
         data=data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
         warnings=find_warnings(
-            settings, data_here(folder, provenance), data, asked, found.model_sparsity, found.tokens
+            settings, data, asked, found.model_sparsity, found.tokens, calibration=data_here(folder, provenance)
         ),
     )
 
@@ -276,7 +276,13 @@ def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Ten
 
 
 def find_warnings(
-    settings: Settings, calibration: tuple[str, ...], data: tuple[str, ...], asked: float, real: float, tokens: int
+    settings: Settings,
+    data: tuple[str, ...],
+    asked: float,
+    real: float,
+    tokens: int,
+    *,
+    calibration: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """What makes an evaluation doubtful, with the remedy."""
     found = []
@@ -290,7 +296,7 @@ def find_warnings(
             "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
         )
         found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
-    overlap = _overlap(calibration, data)
+    overlap = _overlap(calibration or settings.data, data)
     if overlap > 0.01:
         found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
     return tuple(found)
