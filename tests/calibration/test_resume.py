@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "open loop": {"loop": "open", "budget": "uniform", "transform": "none"},
     "greedy, run-time matrices": {"budget": "greedy", "transform": "stacked"},
+    "int4": {"bits": 4, "group_size": 32},
     "by reference": {"weights": "reference", "budget": "uniform", "grid": (0.25, 0.5)},
 }
 

@@ -183,9 +183,9 @@ def test_foreign_weights_are_noticed(copy: Path) -> None:
 def test_newer_major_formats_are_refused(copy: Path) -> None:
     edit(copy, lambda section: section.update(format_version="1.7", something_new=1))
     assert read_settings(copy).sparsity == 0.5
-    edit(copy, lambda section: section.update(format_version="2.0"))
+    edit(copy, lambda section: section.update(format_version="3.0"))
     for opener in (open_checkpoint, wina_calib.load):
-        with pytest.raises(CheckpointError, match=r"format 2\.0.*Update"):
+        with pytest.raises(CheckpointError, match=r"format 3\.0.*Update"):
             opener(copy)
 
 

@@ -23,6 +23,9 @@ def _frozen(array: ArrayLike, dtype: type[np.generic]) -> NDArray[Any]:
     return copy
 
 
+DENSE_BITS = 16.0
+
+
 @dataclass(frozen=True, eq=False)
 class Cells:
     """Element counts of everything that decoding one token reads; a cell is one (layer, site).
@@ -33,6 +36,8 @@ class Cells:
         other_decoder: elements of the decoder that are always read (norms, biases).
         lm_head: elements of the output head, always read.
         runtime_matrices: elements of matrices that a transform adds at run time; the dense model has none of them.
+        bits: of an element of the sparse weights, with its part of scales; the dense model's elements all have 16.
+        head_bits: of an element of the output head.
 
     Raises:
         BudgetError: shapes do not agree, or a count is not positive.
@@ -43,6 +48,8 @@ class Cells:
     other_decoder: int = 0
     lm_head: int = 0
     runtime_matrices: int = 0
+    bits: float = DENSE_BITS
+    head_bits: float = DENSE_BITS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", _frozen(self.weights, np.int64))
@@ -80,7 +87,7 @@ class Cells:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def read_fraction_at(self, model_sparsity: float, *, lm_head: bool = True) -> float:
-        """Share of the dense model's elements that decoding a token reads at a model sparsity.
+        """Share of the dense model's bytes that decoding a token reads at a model sparsity.
 
         Run-time matrices are counted as read, the denominator is the dense model, which has none.
 
@@ -88,15 +95,30 @@ class Cells:
             model_sparsity: weight-averaged site sparsity.
             lm_head: whether the output head is counted on both sides.
         """
-        always = self.other_decoder + (self.lm_head if lm_head else 0)
-        read = self.sparse_total * (1.0 - model_sparsity) + always + self.runtime_matrices
-        return read / (self.sparse_total + always)
+        head = self.lm_head if lm_head else 0
+        read = self.sparse_total * self.bits / DENSE_BITS * (1.0 - model_sparsity) + self._always(lm_head=lm_head)
+        return read / (self.sparse_total + self.other_decoder + head)
+
+    def bits_read_at(self, model_sparsity: float) -> float:
+        """Bits of the decoder's weights, run-time matrices included, that a token reads, over the number of sparse weights."""
+        read = self.sparse_total * self.bits * (1.0 - model_sparsity) + DENSE_BITS * self.runtime_matrices
+        return read / self.sparse_total
 
     def sparsity_at(self, read_fraction: float) -> float:
         """Model sparsity that gives a read fraction (lm_head included); may lie outside [0, 1)."""
-        always = self.other_decoder + self.lm_head
-        read = read_fraction * (self.sparse_total + always)
-        return (self.sparse_total + always + self.runtime_matrices - read) / self.sparse_total
+        read = read_fraction * (self.sparse_total + self.other_decoder + self.lm_head)
+        return 1.0 - (read - self._always()) / (self.sparse_total * self.bits / DENSE_BITS)
+
+    def sparsity_at_bits(self, bits_read: float) -> float:
+        """Model sparsity that reads so many bits a weight, see `bits_read_at`; may lie outside [0, 1)."""
+        return 1.0 - (bits_read * self.sparse_total - DENSE_BITS * self.runtime_matrices) / (
+            self.sparse_total * self.bits
+        )
+
+    def _always(self, *, lm_head: bool = True) -> float:
+        """What is read whatever is dropped, in elements of 16 bits."""
+        head = self.lm_head * self.head_bits / DENSE_BITS if lm_head else 0.0
+        return self.other_decoder + head + self.runtime_matrices
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wina_calib.budgets.count import count_cells, model_key
+from wina_calib.budgets.count import model_key
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.compute import Compute
@@ -19,7 +19,7 @@ from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.facts import INTERPOLATED, REBUDGETED
-from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors
+from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors, stored_cells
 from wina_calib.checkpoint.local_paths import base_model_here, data_here, published, remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
@@ -66,7 +66,7 @@ def apply(
         OutputError: the folder cannot be written; it is unchanged.
     """
     old = destination.settings
-    cells = count_cells(destination.architecture, old.transform)
+    cells = stored_cells(destination.architecture, old)
     mine, theirs = (model_key(c.architecture, n) for c, n in ((choice.opened, choice.cells), (destination, cells)))
     if mine != theirs:
         raise BudgetError(

@@ -166,7 +166,9 @@ class Job:
             )
         if chosen.felt is not None:
             self.report.phase(MEASURE, head_parts(source.architecture, self.compute.dtype))
-        curves, facts = scaled_curves(chosen, self.options.anchors, stream, states, self.report)
+        curves, facts = scaled_curves(
+            chosen, self.options.anchors, stream, states, self.report, quantized=quantizer is not None
+        )
         added = curve_tensors(source.architecture, curves)
         phase.finish(tensors=added, values=facts)
         for state in states:

@@ -19,10 +19,11 @@ from wina_calib.budgets import (
     totals,
 )
 from wina_calib.budgets.anchors import Bounds, solve, solve_rows, spread
-from wina_calib.budgets.count import count_cells, model_key
+from wina_calib.budgets.count import model_key
 from wina_calib.budgets.file import file_budget
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.scale_curves import stored_curves
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.errors import BudgetError
 
@@ -114,7 +115,7 @@ def choose(opened: Checkpoint, request: Request) -> Choice:
         BudgetError: the request is impossible, names no cell, or comes from a file for another model.
     """
     settings = opened.settings
-    cells = count_cells(opened.architecture, settings.transform)
+    cells = stored_cells(opened.architecture, settings)
     curves = stored_curves(opened)
     bounds = Bounds.parse(cells, request.lowest, request.highest)
     if request.file is not None:

@@ -32,6 +32,8 @@ def scaled_curves(
     stream: LayerStream,
     states: Sequence[HiddenStates],
     progress: Progress = SILENT,
+    *,
+    quantized: bool = False,
 ) -> tuple[Curves | None, dict[str, Any]]:
     """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 
@@ -41,6 +43,7 @@ def scaled_curves(
         stream: the calibration tokens; its first blocks are those of the curves.
         states: last hidden states of the sparse model at each anchor.
         progress: hears of every part of lm_head.
+        quantized: the sparse model's weights are, and the dense one's are not: a part of all rises is no sparsity's.
 
     Returns:
         The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
@@ -54,7 +57,9 @@ def scaled_curves(
         [Budget(row).predicted_loss(felt) for row in chosen.rows] for felt in (curves, chosen.felt.divergence)
     )
     low = [i for i, anchor in enumerate(anchors) if anchor <= SCALED_TO] or [0]
-    factor = scale([rises[i].loss for i in low], [predicted[i] for i in low])
+    other = unmasked_rise([rise.loss for rise in rises], predicted) if quantized else 0.0
+    measured = [rise.loss - other for rise in rises]
+    factor = scale([measured[i] for i in low], [predicted[i] for i in low])
     tokens = chosen.stream.tokens
     facts = {
         "anchors": list(anchors),
@@ -64,10 +69,23 @@ def scaled_curves(
         "factor_at": [anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],
         "predicted_kl": divergence,
-        "loss_rise": [rise.loss for rise in rises],
+        "loss_rise": measured,
         "kl": [rise.kl for rise in rises],
     }
+    if quantized:
+        facts["quantized_rise"] = other
     return curves.scaled(factor), {"prediction": facts}
+
+
+def unmasked_rise(measured: Sequence[float], predicted: Sequence[float]) -> float:
+    """The part of measured loss rises that sparsity 0 would show, on the line through the two least predicted ones.
+
+    Of one anchor alone nothing is known: 0, as where the line says that it is negative.
+    """
+    if len(measured) < 2 or predicted[1] <= predicted[0]:
+        return 0.0
+    slope = (measured[1] - measured[0]) / (predicted[1] - predicted[0])
+    return min(max(0.0, measured[0] - slope * predicted[0]), max(0.0, measured[0]))
 
 
 def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.facts import REBUDGETED
-from wina_calib.checkpoint.format import HEAT_MAP
+from wina_calib.checkpoint.format import HEAT_MAP, stored_cells
 from wina_calib.checkpoint.local_paths import base_model_here, published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
@@ -185,17 +184,19 @@ def _loading(folder: Path, settings: Settings, name: str) -> str:
 
 def _figures(opened: Checkpoint) -> str:
     settings = opened.settings
-    cells = count_cells(opened.architecture, settings.transform)
+    cells = stored_cells(opened.architecture, settings)
     measured = read_evaluation(opened.folder)
     rows = [
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
         ("score, masks, selection", f"{settings.score}, {settings.masks}, {settings.select}"),
         ("budget", code(settings.budget)),
         ("sparsity asked", percent(settings.sparsity)),
+        *_quantized(settings),
     ]
     if measured is None:
         rows += [
             ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
+            ("bits read a decoder weight", f"{cells.bits_read_at(settings.sparsity):.2f}"),
             ("quality", "not measured yet: `wina-calib evaluate DIR --save`"),
         ]
     else:
@@ -204,7 +205,8 @@ def _figures(opened: Checkpoint) -> str:
             (f"sparsity achieved (asked {percent(measured['sparsity'])})", percent(measured["model_sparsity"])),
             ("read fraction", f"{percent(measured['read_fraction'])} with lm_head"),
             ("read fraction, decoder", percent(measured["read_fraction_decoder"])),
-            ("perplexity dense", f"{dense:.3f}"),
+            ("bits read a decoder weight", f"{cells.bits_read_at(measured['model_sparsity']):.2f}"),
+            ("perplexity dense" if settings.weight_format is None else "perplexity at sparsity 0", f"{dense:.3f}"),
             ("perplexity sparse", f"{sparse:.3f} ({rise(sparse, dense)})"),
             ("KL divergence from dense", f"{measured['kl']:.4f} nats/token"),
             ("same most likely token", percent(measured["top1_agreement"])),
@@ -219,6 +221,14 @@ def _figures(opened: Checkpoint) -> str:
         rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
     meaning = "Read fraction: bytes of weights read for a token over the dense model's, run-time matrices included."
     return f"## Figures\n\n{_table(('', ''), rows)}\n\n{meaning}"
+
+
+def _quantized(settings: Settings) -> list[tuple[str, str]]:
+    form = settings.weight_format
+    if form is None:
+        return []
+    groups = f" in groups of {form.group_size} outputs, {'with' if form.zero_point else 'without'} zeros"
+    return [("weights", f"int{form.bits}{groups if form.bits == 4 else ''}, lm_head {settings.head_bits} bits")]
 
 
 def _budget(opened: Checkpoint) -> str:
@@ -264,10 +274,17 @@ def _limits(settings: Settings, *, reference: bool) -> str:
         "Thresholds fit text like the calibration data. On other text the achieved sparsity and the quality differ: "
         "measure with `wina-calib evaluate DIR --data YOUR_TEXT`.",
         f"Thresholds were fitted between {percent(first)} and {percent(last)}; beyond, they are extrapolated.",
-        "Memory and file size are the dense model's; what falls is the bytes read for a token while decoding.",
+        "Memory and file size are the dense model's; what falls is the bytes read for a token while decoding."
+        if settings.weight_format is None
+        else "Kernels for its quantized weights are wina_calib's: where there is none for a device, it is slower than dense.",
         "What the base model gets wrong, this model gets wrong too; its licence and its limits hold here.",
     ]
-    if settings.transform in ("paper", "stacked"):
+    if settings.weight_format is not None:
+        points.append(
+            "Its weights are quantized: without wina_calib it does not load. `wina-calib export-dense DIR -o OUT` writes the "
+            "dense model that it stands for."
+        )
+    elif settings.transform in ("paper", "stacked"):
         points.append("It needs run-time matrices: without wina_calib it does not load.")
     elif not reference:
         points.append("Without wina_calib, transformers loads it as the dense model, with a report of unused tensors.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from wina_calib.budgets.count import count_cells
+from wina_calib.budgets.model import Cells
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
@@ -88,6 +90,20 @@ def packed_tensors(arch: Architecture, settings: Settings) -> dict[str, Spec]:
         out[codes] = (torch.int8, (arch.vocab_size, arch.hidden_size))
         out[scales] = (torch.float32, (arch.vocab_size,))
     return out
+
+
+def stored_cells(arch: Architecture, settings: Settings) -> Cells:
+    """Element counts of a checkpoint, and the bits that they are stored in."""
+    cells, form = count_cells(arch, settings.transform), settings.weight_format
+    if form is None:
+        return cells
+    bits = total = 0.0
+    for _, site in arch.sites:
+        for group in settings.rule.groups(site):
+            outs = [p.out_features for p in group.projections]
+            bits += form.bits_a_weight(outs) * site.width * sum(outs)
+            total += site.width * sum(outs)
+    return replace(cells, bits=bits / total, head_bits=float(settings.head_bits))
 
 
 def packed_name(layer: Layer, group: MaskGroup, part: str) -> str:

@@ -45,11 +45,11 @@ def command(checkpoint: str, full: bool, weights: bool, revision: str | None, as
 
 def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
     """The facts of a checkpoint."""
-    from wina_calib.budgets.count import count_cells
+    from wina_calib.checkpoint.format import stored_cells
     from wina_calib.masks.thresholds import site_sparsity
 
     settings, arch = opened.settings, opened.architecture
-    cells = count_cells(arch, settings.transform)
+    cells = stored_cells(arch, settings)
     sites = []
     for layer, site in arch.sites:
         stored = opened.site(layer, site)
@@ -73,6 +73,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "bytes": sum(info.nbytes for info in opened.shards.values()),
         "read_fraction": cells.read_fraction_at(settings.sparsity),
         "read_fraction_decoder": cells.read_fraction_at(settings.sparsity, lm_head=False),
+        "bits_read": cells.bits_read_at(settings.sparsity),
         "runtime_matrices": cells.runtime_matrices,
         "fitted_anchors": list(settings.fitted_anchors),
         "settings": settings.to_dict(),
@@ -91,6 +92,7 @@ def render(facts: dict[str, Any], *, full: bool = False) -> str:
         ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
         ["budget", settings["budget"]],
         ["read fraction", f"{percent(facts['read_fraction'])}, decoder {percent(facts['read_fraction_decoder'])}"],
+        ["bits read", f"{facts['bits_read']:.2f} a decoder weight"],
         ["data", f"{', '.join(facts['data']) or 'unknown'} ({settings['provenance'].get('blocks', '?')} blocks)"],
         ["weights", "verified" if facts["weights_verified"] else "not read"],
     ]

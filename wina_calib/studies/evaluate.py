@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.layer_stream import Head
 from wina_calib.calibration.likelihood import perplexity
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.bars import Hearing, hearing
@@ -61,6 +61,7 @@ class Evaluation:
         top1_agreement: share of tokens where both predict the same next token.
         read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
         read_fraction_decoder: the same without lm_head.
+        bits_read: bits of decoder weights read for a token over their number: 16 for the dense model of 16 bits.
         tokens: predicted tokens.
         sites: asked and achieved sparsity of every site.
         warnings: what makes these figures doubtful, with the remedy.
@@ -77,6 +78,7 @@ class Evaluation:
     top1_agreement: float
     read_fraction: float
     read_fraction_decoder: float
+    bits_read: float
     tokens: int
     data: tuple[str, ...]
     sites: tuple[SiteSparsity, ...]
@@ -179,7 +181,7 @@ def evaluate_model(
     progress.planned(Estimate((Part("evaluate", len(blocks.ids)),)))
     progress.phase("evaluate", len(blocks.ids))
     found = measure(model, blocks, progress)
-    cells = count_cells(describe(model), settings.transform)
+    cells = stored_cells(describe(model), settings)
     provenance = settings.provenance
     return Evaluation(
         sparsity=asked,
@@ -193,6 +195,7 @@ def evaluate_model(
         top1_agreement=found.top1_agreement,
         read_fraction=cells.read_fraction_at(found.model_sparsity),
         read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
+        bits_read=cells.bits_read_at(found.model_sparsity),
         tokens=found.tokens,
         data=data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wina_calib.budgets import Budget, Curves
-from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.scale_curves import stored_curves
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.facts import REBUDGETED
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common import plots
@@ -111,7 +111,7 @@ def predicted_rise(opened: Checkpoint, curves: Curves | None, model_sparsity: fl
 def _frontier(opened: Checkpoint) -> Figure | None:
     """Perplexity over read fraction: predicted where curves are stored, and as measured."""
     settings = opened.settings
-    cells = count_cells(opened.architecture, settings.transform)
+    cells = stored_cells(opened.architecture, settings)
     measured = read_evaluation(opened.folder)
     dense = float(measured["dense_ppl"]) if measured else float(settings.provenance.get("base_ppl", float("nan")))
     predicted: list[tuple[float, float]] = []
@@ -161,7 +161,7 @@ def _text(value: str) -> str:
 
 def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
     settings, facts = opened.settings, opened.settings.provenance
-    cells = count_cells(opened.architecture, settings.transform)
+    cells = stored_cells(opened.architecture, settings)
     rows: list[tuple[str, Any]] = [
         ("sparsity", f"{percent(settings.sparsity)}, fitted at {', '.join(map(percent, settings.fitted_anchors))}"),
         ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),

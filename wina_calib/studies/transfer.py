@@ -27,6 +27,7 @@ from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
@@ -170,7 +171,7 @@ def transfer(
         report.planned(Estimate((*fits, Part(_MEASURE, count, blocks.tokens * len(ways) * len(asked)))))
         dense_scores = _dense_scores(taker, text, place, dtype, report) if fits else []
         report.phase(_MEASURE, count)
-        cells = count_cells(taker.architecture, taker.settings.transform)
+        cells = stored_cells(taker.architecture, taker.settings)
         model = load_on(taker.folder, place, dtype)
         states = dense_states(model, blocks.ids)
         rows: list[Row] = []
