@@ -33,7 +33,7 @@ class WinaQuantizer(HfQuantizer):
                 "Load it with AutoModelForCausalLM; output_hidden_states=True gives its hidden states."
             )
         self.architecture = describe(model)
-        # Its weights are plain numbers: they may be cast and trained as any model's.
+        # It may be cast and trained as any model: its weights are plain numbers, or codes that follow a cast.
         model.is_quantized = False
         insert_sites(model, self.architecture, self.settings)
         return model
@@ -44,10 +44,10 @@ class WinaQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """There is nothing to dequantize: an error that says what gives a dense model."""
+        """An error that says what gives a dense model."""
         raise UsageError(
-            "The weights of a calibrated model are plain numbers, so there is nothing to dequantize. To compute it densely "
-            "use wina_calib.set_sparsity(model, 0); `wina-calib export-dense` writes a dense model."
+            "A calibrated model is not dequantized in place. To compute it densely use wina_calib.set_sparsity(model, 0); "
+            "`wina-calib export-dense` writes a dense model."
         )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
