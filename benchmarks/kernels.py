@@ -68,7 +68,7 @@ class Site:
 
     def check(self):
         y = cuda.sparse_site(self.x, self.sparse[0], self.norm, self.threshold)
-        kept = dispatch.mask_input(self.x, self.norm, self.threshold).double()
+        kept = dispatch.mask_inputs(self.x, self.norm, self.threshold).double()
         expected = kept @ self.dense[0].t().double()
         assert (y - expected).norm() <= 1e-2 * expected.norm(), "wrong result"
 

@@ -15,7 +15,7 @@ from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_ranks, r
 from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.masks.mask import keep_mask, keep_top, kept_inputs, mask_input
+from wina_calib.masks.mask import keep_mask, keep_top, kept_inputs, mask_inputs
 from wina_calib.masks.rule import MaskRule
 from wina_calib.runtime import insert_sites
 from wina_calib.runtime.load import runtime_state, sparse_sites
@@ -56,7 +56,7 @@ def test_number_of_kept_inputs() -> None:
 def test_dense_rows_are_kept_whole() -> None:
     x = torch.randn(2, 3, 16)
     rows = torch.tensor([[True, False, False], [True, False, False]])
-    out = mask_input(x, torch.rand(16), 4, "wina", rows)
+    out = mask_inputs(x, torch.rand(16), 4, "wina", rows)
     assert torch.equal(out[:, 0], x[:, 0])
     assert ((out[:, 1:] != 0).sum(-1) == 4).all()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wina_calib.choices import SCORES
-from wina_calib.masks.mask import KEEP_ALL, keep_mask, mask_input
+from wina_calib.masks.mask import KEEP_ALL, keep_mask, mask_inputs
 from wina_calib.masks.score import column_norms, scores, stored_norm
 from wina_calib.model.source import all_finite
 
@@ -44,9 +44,10 @@ def test_dense_rows_and_kept_values_are_unchanged(score: str) -> None:
     rows[:, 0] = True
     norm = torch.rand(16)
     threshold = scores(x, norm, score).median()
-    out = mask_input(x, norm, threshold, score, rows)
+    out = mask_inputs(x, norm, threshold, score, rows)
     assert torch.equal(out[:, 0], x[:, 0])
     kept = keep_mask(x, norm, threshold, score, rows)
+    assert not bool(out[~kept].signbit().any())
     assert torch.equal(out[kept], x[kept])
     assert not out[~kept].any()
 

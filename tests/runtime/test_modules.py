@@ -12,7 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 import wina_calib
 from wina_calib.checkpoint.reader import read_settings
 from wina_calib.errors import UsageError
-from wina_calib.masks.mask import mask_input
+from wina_calib.masks.mask import mask_inputs
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.first_tokens import Rows
 from wina_calib.runtime.kernels import dispatch
@@ -50,7 +50,7 @@ def test_the_product_is_the_masked_product(calibrated: Path) -> None:
     rows = torch.zeros(2, 20, dtype=torch.bool)
     rows[:, 0] = True
     for name, (x, out) in seen.items():
-        masked = mask_input(x, group.norm, group.threshold, "wina", rows)
+        masked = mask_inputs(x, group.norm, group.threshold, "wina", rows)
         assert torch.equal(out, linear(masked, getattr(attention, name).weight))
         assert 0.3 < float((masked == 0).float().mean()) < 0.7
 

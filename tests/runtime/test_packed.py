@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.functional import linear
 
-from wina_calib.masks.mask import mask_input
+from wina_calib.masks.mask import mask_inputs
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch
 from wina_calib.runtime.packed import PackedGroup, magnitude_limit
@@ -66,7 +66,7 @@ def packed(*, columns: bool) -> tuple[PackedGroup, list[nn.Parameter], torch.Ten
 def test_parts_are_the_masked_products(columns: bool, rows: int) -> None:
     made, weights, threshold = packed(columns=columns)
     x = torch.randn(1, rows, 48, generator=torch.Generator().manual_seed(2))
-    masked = mask_input(x, made.norm, threshold)
+    masked = mask_inputs(x, made.norm, threshold)
     for position, weight in enumerate(weights):
         expected = linear(masked, weight) + (1.0 if position == 1 else 0.0)
         assert torch.allclose(made.part(position, x, NOW), expected, atol=1e-5)
@@ -96,7 +96,7 @@ def test_an_input_at_the_threshold_is_dropped() -> None:
         threshold.copy_(x[1, position].abs() * made.norm[position])
         found = made.mask_inputs(x, NOW)
         assert found[1, position] == 0
-        assert torch.equal(found, mask_input(x, made.norm, threshold))
+        assert torch.equal(found, mask_inputs(x, made.norm, threshold))
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_dense_rows_are_kept() -> None:
     made, _, threshold = packed(columns=False)
     x = torch.randn(2, 2, 48, generator=torch.Generator().manual_seed(2))
     found = made.mask_inputs(x, now)
-    assert torch.equal(found, mask_input(x, made.norm, threshold, "wina", now.dense_rows))
+    assert torch.equal(found, mask_inputs(x, made.norm, threshold, "wina", now.dense_rows))
     assert torch.equal(found[0, 0], x[0, 0])
     assert torch.equal(made.mask_inputs(x.view(4, 48), now), found.view(4, 48))
 
@@ -115,7 +115,7 @@ def test_masking_is_differentiable() -> None:
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2), requires_grad=True)
     made.product(x, NOW).sum().backward()
     assert x.grad is not None
-    kept = mask_input(x.detach(), made.norm, threshold) != 0
+    kept = mask_inputs(x.detach(), made.norm, threshold) != 0
     assert torch.equal(x.grad != 0, kept)
 
 
@@ -147,10 +147,12 @@ def test_many_rows_on_a_cpu_are_masked_as_the_score_says(dtype: torch.dtype, den
     flat = None if rows is None else rows.reshape(-1)
     found, expected = (
         made.mask_inputs(x, with_rows(rows)),
-        dispatch.mask_input(x.view(-1, 48), made.norm, threshold, flat).view(x.shape),
+        dispatch.mask_inputs(x.view(-1, 48), made.norm, threshold, flat).view(x.shape),
     )
     assert found.dtype == dtype
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    zeros = found == 0
+    assert torch.equal(found.signbit() & zeros, expected.signbit() & zeros)  # what is dropped is +0
     assert bool((found[:, 65] == 0).any()) is not dense
     assert found.isnan().sum() == 48

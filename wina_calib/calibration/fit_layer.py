@@ -100,7 +100,7 @@ def fit_layer(
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]
             for index in batches:
-                attention[index] = o_proj.forward(masked.mask(group, attention[index]))  # past the hooks
+                attention[index] = o_proj.forward(masked.mask_inputs(group, attention[index]))  # past the hooks
     for index in batches:
         with masked.replay_attention(attention[index]):
             hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))

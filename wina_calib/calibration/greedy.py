@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.rule import MaskRule
@@ -74,10 +74,8 @@ class _TailLayer(MaskedLayer):
 
     tail = False
 
-    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        if not self.tail or group.key not in self.cuts:
-            return super().mask(group, x)
-        return self.masked(group, x, None)
+    def mask_inputs(self, group: MaskGroup, x: Tensor, dense_rows: DenseRows = "first") -> Tensor:
+        return super().mask_inputs(group, x, None if self.tail else dense_rows)
 
     @contextmanager
     def on_tail(self) -> Iterator[None]:
@@ -275,7 +273,7 @@ class _Search:
         (group,) = self.masked.groups[site]
         projection = self.masked.module.get_submodule(group.projections[0].module)
         with self.masked.on_tail():
-            y: Tensor = projection.forward(self.masked.mask(group, x))
+            y: Tensor = projection.forward(self.masked.mask_inputs(group, x))
             return y
 
     @property

@@ -25,7 +25,7 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS, dropped_ranks, dropped_sums, first_dropped, ranks
 from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import loss_gradients
-from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer
 from wina_calib.common.devices import fixed_order
 from wina_calib.common.progress import SILENT, Part, Progress
 from wina_calib.errors import NumericError
@@ -88,7 +88,7 @@ class _Tapped(MaskedLayer):
         super().__init__(layer, module, rule, rotations)
         self.taps: dict[str, Tensor] = {}
 
-    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
+    def mask_inputs(self, group: MaskGroup, x: Tensor, dense_rows: DenseRows = "first") -> Tensor:
         self.taps[group.key] = tap = x.view_as(x)
         return tap
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,15 @@ from torch.nn.functional import linear
 
 from wina_calib.common.memory import Growth
 from wina_calib.masks.histogram import ScoreHistogram
-from wina_calib.masks.mask import Cut, mask_input, rows_together
+from wina_calib.masks.mask import Cut, mask_inputs, rows_together
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.score import scores
 from wina_calib.model.architecture import Layer, MaskGroup, Projection, Site
 from wina_calib.quantization.formats import Quantized
-from wina_calib.runtime.kernels.dispatch import mask_rows
+from wina_calib.runtime.kernels import dispatch
+
+# Rows that are never masked: (...) bool, none, or the first token of each sequence as the rule says.
+DenseRows = Tensor | Literal["first"] | None
 
 
 class _Stop(Exception):
@@ -114,16 +117,22 @@ class MaskedLayer:
         finally:
             del attention.forward
 
-    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        """Return x (batch, seq, width) with the group's mask; dense first tokens are never masked."""
-        return x if group.key not in self.cuts else self.masked(group, x, self.rule.dense_rows(x))
+    def mask_inputs(self, group: MaskGroup, x: Tensor, dense_rows: DenseRows = "first") -> Tensor:
+        """Return x (..., width) with the group's mask, if it has a cut.
 
-    def masked(self, group: MaskGroup, x: Tensor, dense_rows: Tensor | None) -> Tensor:
-        """Return x (..., width) with the mask of a group that has a cut, but for `dense_rows` (...)."""
+        Args:
+            group: the mask group.
+            x: its input.
+            dense_rows: (...) bool, rows that are never masked; `first` are those that the rule keeps in (batch, seq, width).
+        """
+        if group.key not in self.cuts:
+            return x
+        if isinstance(dense_rows, str):
+            dense_rows = self.rule.dense_rows(x)
         cut, norm, score = self.cuts[group.key], self.norms[group.key], self.rule.score
         if isinstance(cut, Tensor) and score in ("wina", "teal"):  # `teal` is the same with norms of 1
-            return mask_rows(x, norm, cut, dense_rows)
-        return mask_input(x, norm, cut, score, dense_rows)
+            return dispatch.mask_inputs(x, norm, cut, dense_rows)
+        return mask_inputs(x, norm, cut, score, dense_rows)
 
     def count(self, group: MaskGroup, x: Tensor, into: ScoreHistogram) -> None:
         """Add the scores of a group's inputs (..., width) to a histogram, a few rows at a time."""
@@ -134,7 +143,7 @@ class MaskedLayer:
         """Relative error `||W (x - masked x)|| / ||W x||` of a site on some of its inputs (batch, seq, width)."""
         lost = kept = 0.0
         for group in self.groups[site.name]:
-            dropped = x - self.mask(group, x)
+            dropped = x - self.mask_inputs(group, x)
             for weight in self.weights(group):
                 lost += float(linear(dropped, weight).float().square().sum())
                 kept += float(linear(x, weight).float().square().sum())
@@ -153,7 +162,7 @@ class MaskedLayer:
                 self.observe(group.site, seen[1])
             masked = self._last.get(group.key + "/masked")
             if masked is None or masked[0] is not x:
-                masked = self._last[group.key + "/masked"] = (x, self.mask(group, seen[1]))
+                masked = self._last[group.key + "/masked"] = (x, self.mask_inputs(group, seen[1]))
             return (masked[1],)
 
         return hook

@@ -56,7 +56,7 @@ class Quantizer:
         sums = [HessianSum(site.width, stream.device) for _ in groups]
         for x in inputs:
             for group, total in zip(groups, sums, strict=True):
-                total.add(masked.mask(group, x))
+                total.add(masked.mask_inputs(group, x))
         for group, total in zip(groups, sums, strict=True):
             stream.ranks.add(total.total)
             made = self._quantized(stream, masked, group, total.total)

@@ -30,9 +30,9 @@ def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows
     return keep if dense_rows is None else keep | dense_rows.unsqueeze(-1)
 
 
-def mask_input(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows: Tensor | None = None) -> Tensor:
-    """Return x with the inputs that are not kept set to zero. Kept values are unchanged, bit for bit."""
-    return x.masked_fill(~keep_mask(x, norm, cut, score, dense_rows), 0)
+def mask_inputs(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows: Tensor | None = None) -> Tensor:
+    """Return x with the inputs that are not kept set to +0. Kept values are unchanged, bit for bit."""
+    return x.masked_fill(keep_mask(x, norm, cut, score, dense_rows).logical_not_(), 0)
 
 
 def kept_inputs(width: int, sparsity: float) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.errors import UsageError
-from wina_calib.masks.mask import first_token_rows, mask_input
+from wina_calib.masks.mask import first_token_rows, mask_inputs
 from wina_calib.masks.score import scores, stored_norm
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 
@@ -90,7 +90,7 @@ class MaskedModel:
             rows = first_token_rows(x) if self._rule.first_token == "dense" else None
             if self.follows and not made.seen:
                 made.seen.append(_sampled(scores(self._rule.masked_rows(x.detach()), made.norm, self._rule.score)))
-            masked = mask_input(x, made.norm, made.thresholds[self.sparsity], self._rule.score, rows)
+            masked = mask_inputs(x, made.norm, made.thresholds[self.sparsity], self._rule.score, rows)
             made.last = None if last else (x, masked)
             return (masked, *args[1:])
 

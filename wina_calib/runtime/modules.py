@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_input
+from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_inputs
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
 from wina_calib.quantization.formats import Quantized, WeightFormat
@@ -185,7 +185,7 @@ class SiteState(Float32Buffers):
 
     def _mask(self, name: str, x: Tensor, now: Pass) -> Tensor:
         rows = rows_for(now.dense_rows, x)
-        return mask_input(x, self.group(name).norm, self._cut(name), self.settings.score, rows)
+        return mask_inputs(x, self.group(name).norm, self._cut(name), self.settings.score, rows)
 
     def _cut(self, name: str) -> Cut:
         """What a group is masked with: its threshold, or how many inputs each row keeps."""

@@ -176,7 +176,7 @@ class PackedGroup:
     def _mask_vectorised(self, x: Tensor, dense: Tensor | None) -> Tensor:
         """`mask_inputs` in C, or by operators that torch has vector code for on a CPU; the last keeps a NaN."""
         if self.row is not None and type(x) is Tensor and x.dtype == self.dtype and x.numel():
-            return native.mask(x, self.norm, self.threshold, dense)
+            return native.mask_inputs(x, self.norm, self.threshold, dense)
         score = (x * self.norm).abs_()
         if dense is not None:
             score += torch.where(dense, torch.inf, 0.0).unsqueeze(-1)

@@ -19,8 +19,8 @@ from kernel_cases import ADVERSARIAL, DTYPES, LIMITS, adversarial, error, exact,
 from torch.nn import functional as F
 
 from wina_calib.common.memory import resident_bytes
-from wina_calib.masks import mask
-from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, dispatch, native, native_build, nvrtc, reference
+from wina_calib.masks import mask as definition
+from wina_calib.runtime.kernels import autotune, cluster, cpu, cuda, dispatch, native, native_build, nvrtc
 
 SHAPES = [(64, 256), (333, 130), (512, 384), (96, 131)]
 
@@ -103,15 +103,15 @@ def test_kept_inputs_are_those_of_the_mask(dtype, limit):
     x[0, 7], norm[9] = 0.0, 0.0
     x[0, 20:40], norm[20:40] = 0.75, 1.0
     x[0, 33] = -0.75
-    mask = reference.keep_mask(x, norm, torch.tensor(limit))[0] & (x[0] * norm != 0)
+    mask = definition.keep_mask(x, norm, torch.tensor(limit))[0] & (x[0] * norm != 0)
     assert torch.equal(cpu.kept_inputs(x[0], norm, limit), mask.nonzero().view(-1))
 
 
 def test_ties_are_dropped():
     x = torch.tensor([[1.0, -2.0, 2.0, 3.0]])
-    keep = reference.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(2.0))
+    keep = definition.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(2.0))
     assert keep.tolist() == [[False, False, False, False]]
-    keep = reference.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(1.5))
+    keep = definition.keep_mask(x, torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor(1.5))
     assert keep.tolist() == [[True, True, True, False]]
 
 
@@ -121,7 +121,7 @@ def test_threshold_minus_one_has_the_bits_of_the_dense_product(dtype, rows):
     x, weight_t, norm, _ = operands(rows, 333, 130, dtype)
     x[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e-7]).to(dtype)
     weight, bias, everything = weight_t.t().contiguous(), torch.randn(130).to(dtype), torch.tensor(-1.0)
-    masked = dispatch.mask_input(x, norm, everything)
+    masked = dispatch.mask_inputs(x, norm, everything)
     assert torch.equal(masked.view(torch.uint8), x.view(torch.uint8))
     assert torch.equal(dispatch.sparse_site(x, weight.t(), norm, everything, None, bias), F.linear(x, weight, bias))
 
@@ -145,18 +145,22 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype, compiled, monkeypatch)
     damaged[0, 3, 5], damaged[1, 2, 7] = torch.nan, torch.inf
     rows = torch.rand(2, 9) < 0.3
     for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
-        found, expected = (f(damaged, norm, threshold) for f in (dispatch.mask_rows, mask.mask_input))
-        assert torch.equal(dispatch.mask_rows(x, norm, threshold.double()), mask.mask_input(x, norm, threshold))
+        found, expected = (f(damaged, norm, threshold) for f in (dispatch.mask_inputs, definition.mask_inputs))
+        assert torch.equal(
+            dispatch.mask_inputs(x, norm, threshold.double()), definition.mask_inputs(x, norm, threshold)
+        )
         assert found.isnan()[0, 3, 5]
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
         for dense in (None, rows):
             for values in (x, x[:, 1:], x[:0]):
                 some = dense if dense is None or values is x else dense[: len(values), -values.shape[1] :]
-                expected = mask.mask_input(values, norm, threshold, dense_rows=some)
-                assert torch.equal(dispatch.mask_rows(values, norm, threshold, some), expected)
+                expected = definition.mask_inputs(values, norm, threshold, dense_rows=some)
+                found = dispatch.mask_inputs(values, norm, threshold, some)
+                assert torch.equal(found, expected)
+                assert torch.equal(found.signbit(), expected.signbit())
     leaf = x.clone().requires_grad_()
-    dispatch.mask_rows(leaf, norm, torch.tensor(0.4)).sum().backward()
-    assert torch.equal(leaf.grad != 0, mask.keep_mask(x, norm, torch.tensor(0.4)))
+    dispatch.mask_inputs(leaf, norm, torch.tensor(0.4)).sum().backward()
+    assert torch.equal(leaf.grad != 0, definition.keep_mask(x, norm, torch.tensor(0.4)))
 
 
 def test_no_rows():
@@ -304,7 +308,7 @@ def test_gradients_take_the_reference_path():
     x, weight_t, norm, threshold = operands(2, 64, 256, torch.float32)
     x.requires_grad_()
     dispatch.sparse_site(x, weight_t, norm, threshold).sum().backward()
-    keep = reference.keep_mask(x.detach(), norm, threshold)
+    keep = definition.keep_mask(x.detach(), norm, threshold)
     assert torch.allclose(x.grad, weight_t.sum(1) * keep)
 
 

@@ -230,12 +230,12 @@ def test_the_mask_of_many_rows_is_the_references(dtype, width):
     rows = torch.tensor([True, False, False, True, False], device=DEVICE)
     for values in (x, x.t().contiguous().t(), torch.cat([x, x], dim=1)[:, width // 2 : width // 2 + width]):
         for dense in (None, rows):
-            found = cuda.launch_mask(values, norm, threshold, dense)
+            found = cuda.MaskInputs(norm, threshold)(values, dense)
             expected = values * (
                 (values.float().abs() * norm <= threshold).logical_not() | (dense is not None and dense[:, None])
             )
             assert torch.equal(found.nan_to_num(7.0), torch.where(expected == 0, 0.0, expected).nan_to_num(7.0))
-    assert torch.equal(cuda.launch_mask(x, norm, threshold.new_full((), -1.0), None).nan_to_num(7.0), x.nan_to_num(7.0))
+    assert torch.equal(cuda.MaskInputs(norm, threshold.new_full((), -1.0))(x, None).nan_to_num(7.0), x.nan_to_num(7.0))
 
 
 @needs_gpu
@@ -247,8 +247,8 @@ def test_masks_of_many_rows_are_those_of_the_score(dtype):
         for dense in (None, rows):
             for values in (x, x[:, 1:]):
                 some = dense if dense is None or values is x else dense[:, 1:]
-                expected = mask.mask_input(values, norm, limit, dense_rows=some)
-                assert torch.equal(dispatch.mask_rows(values, norm, limit, some), expected)
+                expected = mask.mask_inputs(values, norm, limit, dense_rows=some)
+                assert torch.equal(dispatch.mask_inputs(values, norm, limit, some), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from kernel_cases import ADVERSARIAL, LIMITS, adversarial, error, exact, operands
 
-from wina_calib.runtime.kernels import native, native_build, reference
+from wina_calib.masks.mask import keep_mask
+from wina_calib.runtime.kernels import native, native_build
 
 needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 # Around the numbers of rows and outputs that are taken at a time: 8, 16, 32, 6144; odd ones; less than a block.
@@ -61,7 +62,7 @@ def test_the_mask_is_the_references(dtype):
     for threshold in (-1.0, 0.0, 0.5, 0.75):
         x = torch.randint(-4, 5, (1, 8)).to(dtype) / 4
         norm = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0, 1.5, 1.0, 3.0])
-        keep = reference.keep_mask(x, norm, torch.tensor(threshold)) & (x != 0)
+        keep = keep_mask(x, norm, torch.tensor(threshold)) & (x != 0)
         weight_t = torch.where(x[0] == 0, 0.0, 2.0 ** torch.arange(8) / x[0].float()).to(dtype)[:, None].contiguous()
         expected = (keep[0] * (x[0].double() * weight_t[:, 0].double())).sum()
         found = native.Row(weight_t, norm, torch.tensor(threshold))(x)
@@ -80,7 +81,7 @@ def test_the_mask_of_many_rows_is_the_references(dtype, shared, monkeypatch):
     rows = torch.rand(2, 9) < 0.3
     for threshold in map(torch.tensor, (-1.0, 0.0, 0.4)):
         for dense in (None, rows):
-            found = native.mask(x.transpose(0, 1), norm, threshold, None if dense is None else dense.T)
+            found = native.mask_inputs(x.transpose(0, 1), norm, threshold, None if dense is None else dense.T)
             keep = ~((x.float().abs() * norm) <= threshold)
             keep = keep if dense is None else keep | dense.unsqueeze(-1)
             expected = torch.where(keep, x, torch.zeros((), dtype=dtype)).transpose(0, 1)

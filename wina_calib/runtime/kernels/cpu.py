@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from wina_calib.common.devices import has_16_bit_products
 from wina_calib.common.memory import empty_in_huge_pages
-from wina_calib.runtime.kernels import native, reference
+from wina_calib.masks.mask import mask_inputs
+from wina_calib.runtime.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without 16-bit arithmetic a dense product costs as much a row as a sparse one of all columns.
@@ -47,7 +48,7 @@ def sparse_site(
 ) -> Tensor:
     """The site product on a contiguous (in, out) weight; arguments as for `dispatch.sparse_site`."""
     if x.shape[0] > max_sparse_rows(x.dtype):
-        return dense_columns(reference.mask_input(x, norm, threshold, dense_rows), weight_t, bias)
+        return dense_columns(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight_t, bias)
     if native.available(x.dtype) and x.shape[0] > 0:
         product = native.Row(weight_t, norm.contiguous(), threshold, None if bias is None else bias.contiguous())
         open_rows = [False] * x.shape[0] if dense_rows is None else dense_rows.tolist()
@@ -63,7 +64,7 @@ def sparse_site(
 
 
 def kept_inputs(x: Tensor, norm: Tensor, limit: float) -> Tensor:
-    """Indices of x (in,) that `reference.keep_mask` keeps and that are not zero, as (n,) int64.
+    """Indices of x (in,) that `mask.keep_mask` keeps and that are not zero, as (n,) int64.
 
     `hardshrink` is the comparison and the absolute value in one pass. Between products of megabytes each pass finds
     its code gone from the caches, so that their number counts more than their size.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from wina_calib.masks import mask as definition
 from wina_calib.runtime.kernels import autotune, cluster, reference
 from wina_calib.runtime.kernels.autotune import AnyShape, Config
 from wina_calib.runtime.patches.triton_launch import ALIGNMENT, start_again, start_kernel
@@ -124,27 +125,25 @@ def launch(
     return y
 
 
-def mask_input(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`reference.mask_input` for x (rows, in) in one launch and one pass, for the many rows of a prompt."""
+def mask_inputs(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """`mask.mask_inputs` for x (rows, in) in one launch and one pass, for the many rows of a prompt."""
     if x.device.index in _unusable or x.numel() == 0 or x.device.index != torch.cuda.current_device():
-        return reference.mask_input(x, norm, threshold, dense_rows)
-    return launch_mask(x, norm, threshold, dense_rows)
+        return definition.mask_inputs(x, norm, threshold, dense_rows=dense_rows)
+    return MaskInputs(norm, threshold)(x, dense_rows)
 
 
-def mask_of(norm: Tensor, threshold: Tensor, dtype: torch.dtype) -> Mask | None:
+def mask_of(norm: Tensor, threshold: Tensor, dtype: torch.dtype) -> MaskInputs | None:
     """The mask kernel for inputs of this dtype, or None where there is none."""
     if norm.device.type != "cuda" or dtype not in DTYPES or not available() or norm.device.index in _unusable:
         return None
-    return Mask(norm, threshold)
+    return MaskInputs(norm, threshold)
 
 
-def launch_mask(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """Enqueue the mask kernel on the current device and stream."""
-    return Mask(norm, threshold)(x, dense_rows)
+class MaskInputs:
+    """`mask_inputs` for one norm and threshold, on the current device and stream.
 
-
-class Mask:
-    """`launch_mask` for one norm and threshold, which remembers its kernel: of a prompt, starting kernels is most."""
+    It remembers its kernel: of a prompt, starting kernels is most.
+    """
 
     def __init__(self, norm: Tensor, threshold: Tensor) -> None:
         self.norm, self.threshold, self.width = norm, threshold, norm.shape[0]
@@ -162,7 +161,7 @@ class Mask:
         if ready is not None and x.data_ptr() % ALIGNMENT == 0:
             start_again(ready, grid, given)
             return y
-        ready = start_kernel(_device_code().mask_rows, grid, given, BLOCK=MASK_BLOCK, HAS_DENSE=has, num_warps=4)
+        ready = start_kernel(_device_code().mask_inputs, grid, given, BLOCK=MASK_BLOCK, HAS_DENSE=has, num_warps=4)
         if ready[1]:
             self.ready[x.dtype, has] = ready
         return y

@@ -34,7 +34,6 @@ from wina_calib.runtime.kernels import cpu, cuda, native, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
 from wina_calib.runtime.kernels.native import Row
-from wina_calib.runtime.kernels.reference import keep_mask, mask_input
 
 __all__ = [
     "Row",
@@ -42,10 +41,8 @@ __all__ = [
     "column_layout_pays",
     "column_storage",
     "dense_site",
-    "keep_mask",
-    "mask_input",
+    "mask_inputs",
     "mask_of",
-    "mask_rows",
     "row_of",
     "sparse_site",
 ]
@@ -156,7 +153,7 @@ def sparse_site(
     kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
     if kernel == "reference":
         if columns and _masks_in_one_pass(x):
-            return torch.nn.functional.linear(cuda.mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)
+            return torch.nn.functional.linear(cuda.mask_inputs(x, norm, threshold, dense_rows), weight_t.t(), bias)
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     if not torch.compiler.is_compiling():
         run = cpu.sparse_site if kernel == "cpu" else cuda.sparse_site
@@ -175,8 +172,8 @@ def row_of(weight_t: Tensor, norm: Tensor, threshold: Tensor, bias: Tensor | Non
     return Row(weight_t, norm.contiguous(), threshold, bias)
 
 
-def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`mask.mask_input` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
+def mask_inputs(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
+    """`mask.mask_inputs` of many rows by `abs(x) * norm`, in one pass where there is a kernel for it.
 
     Args:
         x: (..., in).
@@ -187,11 +184,11 @@ def mask_rows(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | N
     flat = None if dense_rows is None else dense_rows.reshape(-1)
     norm, threshold = norm.float().contiguous(), threshold.float()  # as a comparison with float32 scores takes them
     if _masks_in_one_pass(x):
-        return cuda.mask_input(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
+        return cuda.mask_inputs(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
     plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
     if plain and x.is_cpu and native.available(x.dtype):
-        return native.mask(x, norm, threshold, flat)
-    return mask.mask_input(x, norm, threshold, dense_rows=dense_rows)
+        return native.mask_inputs(x, norm, threshold, flat)
+    return mask.mask_inputs(x, norm, threshold, dense_rows=dense_rows)
 
 
 def quantized_site(
@@ -213,7 +210,7 @@ def quantized_site(
     Returns:
         (rows, out) of x's dtype.
     """
-    return reference.dense_quantized(mask_rows(x, norm, threshold, dense_rows), weight)
+    return reference.dense_quantized(mask_inputs(x, norm, threshold, dense_rows), weight)
 
 
 def dense_quantized_site(x: Tensor, weight: Quantized) -> Tensor:

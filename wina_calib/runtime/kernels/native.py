@@ -207,8 +207,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
     return y
 
 
-def mask(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = None) -> Tensor:
-    """`mask.mask_input` of x, bit for bit, in one pass.
+def mask_inputs(x: Tensor, norm: Tensor, threshold: Tensor, open_rows: Tensor | None = None) -> Tensor:
+    """`mask.mask_inputs` of x, bit for bit, in one pass.
 
     Args:
         x: (..., in), float32 or bfloat16.

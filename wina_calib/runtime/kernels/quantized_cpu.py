@@ -14,8 +14,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from wina_calib.masks.mask import mask_inputs
 from wina_calib.quantization.formats import Quantized, QuantizedRows
-from wina_calib.runtime.kernels import cpu, native, reference
+from wina_calib.runtime.kernels import cpu, native
 from wina_calib.runtime.kernels.native import Row
 
 # Rows up to which C reads codes; more are multiplied by dequantized weights.
@@ -42,11 +43,11 @@ def sparse_site(
 ) -> Tensor:
     """The masked product (rows, out) of x (rows, in) with a quantized weight; the rest as for `dispatch.sparse_site`."""
     if x.shape[0] > MAX_FEW_ROWS:
-        return dense_site(reference.mask_input(x, norm, threshold, dense_rows), weight, bias)
+        return dense_site(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
     if not available():
-        return _gathered(reference.mask_input(x, norm, threshold, dense_rows), weight, bias)
+        return _gathered(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight, bias)
     if x.dtype not in native.DTYPES:
         wide = None if bias is None else bias.float()
         return sparse_site(x.float(), weight, norm, threshold, dense_rows, wide).to(x.dtype)

@@ -6,33 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from wina_calib.masks.mask import mask_inputs
 from wina_calib.quantization.formats import TILE_ELEMENTS, Quantized, QuantizedRows
-
-
-def keep_mask(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """The inputs that are kept: `abs(x) * norm > threshold`, compared in float32.
-
-    Args:
-        x: (rows, in), any float dtype.
-        norm: (in,) float32 factors of the score.
-        threshold: () float32; -1 keeps everything.
-        dense_rows: (rows,) bool, rows that are never masked.
-
-    Returns:
-        (rows, in) bool. A NaN counts as kept, so that it shows in the output as it does in a dense model.
-    """
-    # 16-bit values times float32 factors are float32; a conversion of its own would be one more pass.
-    keep = (x.abs() * norm).le(threshold).logical_not_()
-    return keep if dense_rows is None else keep | dense_rows[:, None]
-
-
-def mask_input(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`x` with its dropped inputs at zero, for callers that do the product themselves.
-
-    A kept value is multiplied by one, which is exact, so at threshold -1 the result has the bits of `x` and
-    `F.linear(mask_input(x, ...), W, bias)` the bits of `F.linear(x, W, bias)`. Arguments as for `keep_mask`.
-    """
-    return x * keep_mask(x, norm, threshold, dense_rows)
 
 
 def sparse_site(
@@ -44,7 +19,7 @@ def sparse_site(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Masked dense product, differentiable, on either layout of `weight_t`. Arguments as for `dispatch.sparse_site`."""
-    return linear(mask_input(x, norm, threshold, dense_rows), weight_t.t(), bias)
+    return linear(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight_t.t(), bias)
 
 
 def dense_quantized(x: Tensor, weight: Quantized) -> Tensor:

@@ -135,7 +135,7 @@ def combine(
 
 
 @triton.jit
-def mask_rows(
+def mask_inputs(
     X,
     NORM,
     THRESHOLD,

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import MaskedLayer
+from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
@@ -309,8 +309,8 @@ class _Watched(MaskedLayer):
         self.sparse, self.seen = sparse, dict[MaskGroup, tuple[Tensor, Tensor]]()
         return self.run(hidden, kwargs), self.seen
 
-    def mask(self, group: MaskGroup, x: Tensor) -> Tensor:
-        kept = super().mask(group, x) if self.sparse else x
+    def mask_inputs(self, group: MaskGroup, x: Tensor, dense_rows: DenseRows = "first") -> Tensor:
+        kept = super().mask_inputs(group, x, dense_rows) if self.sparse else x
         self.seen[group] = (x, kept)
         return kept
 
