@@ -128,6 +128,42 @@ def test_push_load_push_again_and_offline(
     assert load(str(folder))["sum"] == online["sum"]
 
 
+BASE_CARD = "---\nlicense: mit\nlanguage:\n- en\n- de\n---\nA model.\n"
+
+
+def test_the_base_model_is_named_by_who_knows_it(
+    hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any]
+) -> None:
+    code = """
+    import sys, huggingface_hub
+    huggingface_hub.create_repo("me/BASE")
+    huggingface_hub.upload_file(repo_id="me/BASE", path_in_repo="README.md", path_or_fileobj=sys.argv[1].encode())
+    """
+    assert client.run(code, BASE_CARD).returncode == 0
+    (folder / "wina_evaluation.json").unlink(missing_ok=True)
+    quiet = client.run(PUSH, folder, "me/nameless")
+    assert "--base-model USER/NAME names it" in quiet.stderr and "base_model" not in card(hub, "me/nameless")
+    push(folder, "me/named", "--base-model", "me/BASE")
+    found = card(hub, "me/named")
+    assert found["base_model"] == "me/BASE" and found["base_model_relation"] == "quantized"
+    assert (found["license"], found["language"]) == ("mit", ["en", "de"])
+    assert b"[me/BASE](https://huggingface.co/me/BASE) with calibrated" in hub.files("me/named")["README.md"]
+    again = client.run(PUSH, folder, "me/named")  # which is known from now on
+    assert "--base-model" not in again.stderr and card(hub, "me/named") == found
+    for odd in ("BASE", "no/such/name", "me/BA SE"):
+        refused = client.run(PUSH, folder, "me/named", "--base-model", odd)
+        assert refused.returncode == 2 and "expected the id of a model on the Hub" in refused.stderr
+    push(
+        folder, "me/elsewhere", "--base-model", "nobody/knows-it"
+    )  # a name that the Hub does not know is written all the same
+    assert card(hub, "me/elsewhere")["base_model"] == "nobody/knows-it"
+
+
+def card(hub: Hub, repo: str) -> Any:
+    """The metadata of a repository's card."""
+    return yaml.safe_load(hub.files(repo)["README.md"].decode().split("---\n")[1])
+
+
 def test_revisions_are_pinned_and_stale_files_go(
     hub: Hub, home: Path, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:

@@ -6,13 +6,15 @@ What stands between two marks is made anew; the rest of an existing README.md, a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wina_calib.checkpoint.card_figures import figures
+from wina_calib.checkpoint.card_figures import merged as merged_figures
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.facts import REBUDGETED
@@ -34,6 +36,7 @@ TAGS = ("wina", "activation-sparsity", "arxiv:2505.19427")
 BEGIN = "<!-- wina_calib: made from the checkpoint's facts up to the end mark; write your own text outside -->"
 END = "<!-- wina_calib: end -->"
 _LICENCE = ("license", "license_name", "license_link")
+_UNKNOWN_LICENCE = "licence-of-the-base-model"
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 
 
@@ -47,23 +50,32 @@ class Base:
     metadata: dict[str, Any]
 
 
-def write_card(folder: Path, *, repo: str | None = None, name: str | None = None) -> None:
+def write_card(
+    folder: Path, *, repo: str | None = None, name: str | None = None, base_model: str | None = None
+) -> None:
     """Write README.md into a checkpoint's folder, or bring it up to date; nothing is asked of the network.
 
     Args:
         folder: the checkpoint.
         repo: its repository on the Hub, which the examples then name; else they name the folder.
         name: the folder's name once it is published, where it has another one yet.
+        base_model: the base model's id on the Hub, in place of what is known of it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or README.md begins with metadata that is no YAML.
     """
     opened = open_checkpoint(folder)
-    base = find_base(folder, opened.settings)
     path = folder / CARD
     metadata, text = split_card(path) if path.is_file() else ({}, "")
-    merged = complete(metadata, made_metadata(folder, opened.settings, base))
+    if base_model is not None:
+        metadata = metadata | {"base_model": base_model}
+    if metadata.get("license_name") == _UNKNOWN_LICENCE:  # made by us when nothing was known of it
+        metadata = {key: value for key, value in metadata.items() if key not in _LICENCE}
+    base = find_base(folder, opened.settings, metadata)
     name = repo or name or Path(folder).name.removeprefix(".").removesuffix(".partial")
+    measured = read_evaluation(folder)
+    shown = {} if measured is None else figures(name.rpartition("/")[2], measured)
+    merged = complete(metadata, made_metadata(folder, opened.settings, base), shown)
     block = f"{BEGIN}\n{made_text(opened, base, name)}\n{END}"
     if BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)
@@ -73,11 +85,12 @@ def write_card(folder: Path, *, repo: str | None = None, name: str | None = None
     write_file(path, f"---\n{head(merged)}---\n{text}".encode("utf-8", "backslashreplace"))
 
 
-def complete(metadata: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """Metadata that people set, with what is missing; tags of both."""
+def complete(metadata: dict[str, Any], made: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    """Metadata that people set, with what is missing; tags of both, and the figures `shown` beside those of others."""
     tags = metadata.get("tags")
     own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    merged = made | {key: value for key, value in metadata.items() if value is not None}
+    theirs = {k: v for k, v in metadata.items() if v is not None and k not in ("metrics", "model-index")}
+    merged = made | theirs | merged_figures(metadata, shown)
     return merged | {"tags": list(dict.fromkeys([*made["tags"], *own]))}
 
 
@@ -103,7 +116,7 @@ def licence(folder: Path, base: Base) -> dict[str, str]:
     found = {key: str(base.metadata[key]) for key in _LICENCE if isinstance(base.metadata.get(key), str)}
     files = sorted(path.name for path in folder.iterdir() if path.name.upper().startswith("LICENSE"))
     if not found and files:
-        found = {"license": "other", "license_name": "licence-of-the-base-model"}
+        found = {"license": "other", "license_name": _UNKNOWN_LICENCE}
     if found.get("license") == "other" and "license_link" not in found and files:
         found["license_link"] = files[0]
     link = found.get("license_link")
@@ -125,19 +138,27 @@ def hub_datasets(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if is_repo_name(name)))
 
 
-def find_base(folder: Path, settings: Settings) -> Base:
-    """What is known of the base model without asking the network."""
+def find_base(folder: Path, settings: Settings, metadata: Mapping[str, Any] | None = None) -> Base:
+    """What is known of the base model without asking the network, by the calibration or by the card that people filled."""
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
+    told = (metadata or {}).get("base_model")
+    told = told[0] if isinstance(told, list) and told else told  # of a merge the Hub takes several
+    if isinstance(told, str) and "/" in told and is_repo_name(told) and told != name:
+        return Base(told, None, told, _cached_facts(told, None))
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not is_repo_name(name):
         local = demo_folder() if name == DEMO else base_model_here(folder, name)
         shown = published(name) if local is None else local.name
         return Base(None, None, shown, facts_of_base(local) if local is not None else {})
+    return Base(name, commit, name, _cached_facts(name, commit))
+
+
+def _cached_facts(repo: str, commit: str | None) -> dict[str, Any]:
+    """Facts from the card of a model of the Hub that is in the cache; none where it is not."""
     try:
-        cached: Path | None = fetch(name, revision=commit, local_files_only=True)[0]
+        return dict(facts_of_base(fetch(repo, revision=commit, local_files_only=True)[0]))
     except HubError:
-        cached = None
-    return Base(name, commit, name, facts_of_base(cached) if cached else {})
+        return {}
 
 
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from wina_calib.checkpoint.card import TAGS, write_card
+from wina_calib.checkpoint.card import TAGS, find_base, write_card
+from wina_calib.checkpoint.card_metadata import CARD, split_card
 from wina_calib.checkpoint.format import HEAT_MAP, WINA_FILE
 from wina_calib.checkpoint.local_paths import published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint, read_settings
@@ -17,12 +19,12 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import json_bytes
 from wina_calib.common import plots
 from wina_calib.common.atomic import write_file
-from wina_calib.errors import CheckpointError, UsageError
+from wina_calib.errors import CheckpointError, HubError, UsageError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
 from wina_calib.model.locate import given_name
 from wina_calib.model.tensor_names import is_added, is_rotation
-from wina_calib.storage.hub_client import CONFLICT, check_reachable, readable_errors, status_of
+from wina_calib.storage.hub_client import CONFLICT, check_reachable, is_repo_name, readable_errors, status_of
 
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
@@ -47,6 +49,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    base_model: str | None = None,
     token: str | bool | None = None,
 ) -> str:
     """Verify a checkpoint, complete its model card and upload the folder as it is.
@@ -58,13 +61,14 @@ def push_to_hub(
         revision: branch to push to; made if it does not exist.
         create_pr: open a pull request instead of committing.
         message: the commit's message.
+        base_model: id of the base model on the Hub, for the card; needed where it was calibrated from a local folder.
         token: as huggingface_hub takes it; None is the one of `hf auth login` or HF_TOKEN.
 
     Returns:
         The repository's address, or the pull request's.
 
     Raises:
-        UsageError: `repo` lacks the user.
+        UsageError: `repo` lacks the user, or `base_model` is no id.
         CheckpointError: the folder is damaged; nothing was uploaded.
         HubError: the Hub refused, or cannot be reached. What was uploaded of large files is not sent again.
 
@@ -80,6 +84,7 @@ def push_to_hub(
         revision=revision,
         create_pr=create_pr,
         message=message,
+        base_model=base_model,
         token=token,
     ).url
 
@@ -92,6 +97,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    base_model: str | None = None,
     token: str | bool | None = None,
 ) -> Pushed:
     """As `push_to_hub`; tells too whether anything changed."""
@@ -99,8 +105,10 @@ def push(
         raise UsageError(
             f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
         )
-    prepare(folder, repo)
+    if base_model is not None and ("/" not in base_model or not is_repo_name(base_model)):
+        raise UsageError(f"--base-model is {base_model!r}; expected the id of a model on the Hub, USER/NAME.")
     api = HfApi(token=token)
+    prepare(folder, repo, base_model=base_model, api=api)
     with readable_errors(repo, revision, kept=", and nothing was sent"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
     with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
@@ -139,8 +147,17 @@ def _publish_facts(opened: Checkpoint) -> None:
         write_file(opened.folder / "config.json", json_bytes(raw))
 
 
-def prepare(folder: Path, repo: str) -> None:
+def known_base(folder: Path) -> str | None:
+    """The id of a checkpoint's base model on the Hub, by its calibration or its card; None where neither has one."""
+    opened = open_checkpoint(folder)
+    path = folder / CARD
+    return find_base(folder, opened.settings, split_card(path)[0] if path.is_file() else None).repo
+
+
+def prepare(folder: Path, repo: str, *, base_model: str | None = None, api: HfApi | None = None) -> None:
     """Verify a checkpoint with all its weights, draw its budget where that is possible, and complete its card.
+
+    The card of a base model that the user names is fetched for its licence and languages, where the Hub gives it.
 
     Raises:
         CheckpointError: it is damaged.
@@ -158,7 +175,10 @@ def prepare(folder: Path, repo: str) -> None:
         sparsity = opened.settings.sparsity
         picture = plots.heat_map(opened.sparsities(sparsity), SITES, f"site sparsity at model sparsity {sparsity:g}")
         write_file(folder / HEAT_MAP, picture)
-    write_card(folder, repo=repo)
+    if base_model is not None and api is not None:
+        with suppress(HubError), readable_errors(base_model):
+            api.hf_hub_download(base_model, CARD)
+    write_card(folder, repo=repo, base_model=base_model)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import click
 
 from wina_calib.commands.logs import load_libraries, log_level
 from wina_calib.commands.options import json_option, trust_option
-from wina_calib.commands.output import emit, note
+from wina_calib.commands.output import emit, note, quiet
 
 
 @click.command("push")
@@ -18,6 +19,9 @@ from wina_calib.commands.output import emit, note
 @click.option("--private/--public", default=None, help="Who sees a new repository; the account's default if not given.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if it does not exist.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option(
+    "--base-model", metavar="USER/NAME", help="The base model on the Hub, where DIR does not say; for the card."
+)
 @click.option("--message", "-m", metavar="TEXT", help="Message of the commit.")
 @trust_option
 @json_option
@@ -27,6 +31,7 @@ def command(
     private: bool | None,
     revision: str | None,
     create_pr: bool,
+    base_model: str | None,
     message: str | None,
     as_json: bool,
 ) -> None:
@@ -35,19 +40,47 @@ def command(
     Log in with `hf auth login` first, or set HF_TOKEN. An interrupted push goes on where it stopped; an unchanged
     checkpoint is not sent again.
 
+    The card names the base model with its licence and languages. Where DIR was calibrated from a local folder nobody knows its
+    id: give --base-model, or answer when you are asked.
+
     \b
-    Example:
+    Examples:
       wina-calib push demo-sparse USER/demo-sparse --private
+      wina-calib push demo-sparse USER/demo-sparse --base-model USER/BASE
     """
     load_libraries()
     from wina_calib.checkpoint.evaluation_file import read_evaluation
-    from wina_calib.checkpoint.hub import push
+    from wina_calib.checkpoint.hub import known_base, push
 
+    if base_model is None and known_base(folder) is None:
+        base_model = _asked()
     with log_level("huggingface_hub", logging.ERROR):  # what it says of unchanged files is said below
-        done = push(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+        done = push(
+            folder,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            base_model=base_model,
+        )
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     if read_evaluation(folder) is None:
         note(
             f"note: the card has no measured quality. `wina-calib evaluate {folder} --save` measures it; then push again."
         )
     emit({"url": done.url, "commit": done.commit, "changed": done.changed}, text, as_json=as_json)
+
+
+def _asked() -> str | None:
+    """The base model's id, from a person at a terminal; elsewhere a note that the card has none."""
+    if sys.stdin.isatty() and sys.stderr.isatty() and not quiet():
+        asked: str = click.prompt(
+            "Id of the base model on the Hub, USER/NAME (empty: it is on none)",
+            default="",
+            show_default=False,
+            err=True,
+        )
+        return asked.strip() or None
+    note("note: the card names no base model: it was calibrated from a local folder. --base-model USER/NAME names it.")
+    return None
