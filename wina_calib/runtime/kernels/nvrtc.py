@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from wina_calib.runtime.patches.triton_launch import raw_stream
+
 # From the driver's header: attributes of a function and of a launch, and the errors of a thread without a context.
 MAX_SHARED_ATTRIBUTE = 8
 OVERLAP_ATTRIBUTE = 6
@@ -72,7 +74,7 @@ class Launch:
 
     def __call__(self, *addresses: int) -> None:
         """Enqueue it on the current stream; an address of 0 is none."""
-        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        stream = raw_stream()
         with self.lock:
             self.addresses[:] = list(addresses)
             self.launch.stream = stream

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 
+REASON = "torch checks thousands of facts about the model before every compiled step, for a fifth of its time"
+VERSIONS = "torch with torch.compiler.skip_guard_on_all_nn_modules_unsafe, transformers whose models have _default_compile_config"
+ELSEWHERE = "all checks are made"
 # That something is absent or still the same function: attributes set on an instance, hooks, closures, classes.
 UNCHECKED = frozenset(
     {

@@ -12,9 +12,8 @@ from typing import Any
 from wina_calib.errors import UsageError
 
 REASON = "transformers refuses generate_batch for a model whose attention it does not know by name"
-VERSIONS = (
-    "transformers with ContinuousBatchingManager.switch_to_cb_friendly_attn, 5.17 to 5.24; else it refuses as before"
-)
+VERSIONS = "transformers with ContinuousBatchingManager.switch_to_cb_friendly_attn: 5.17 to 5.24"
+ELSEWHERE = "transformers refuses, and names the attentions that it takes"
 MARK = "_wina_attention"
 
 

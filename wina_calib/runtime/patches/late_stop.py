@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers.generation import utils
 
+REASON = "before every step the device waits until transformers has seen whether the last token ended the text"
+VERSIONS = "transformers whose DeferredStopCheck.is_supported takes what PARAMETERS names: 5.17 to 5.24"
+ELSEWHERE = "the rule of transformers stays: each step waits for the last token"
 # The attribute that a cache is known by, and a device for which transformers looks late.
 MARK = "_wina_sparse"
 LATE = torch.device("mps")

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+REASON = "Triton's launcher looks at every argument and option, which takes longer than many of the kernels"
+VERSIONS = "Triton from 3.6 to below 4.0"
+ELSEWHERE = "its own launcher starts them"
 # Compiled kernels, and the constants that they take after their arguments, by what they were compiled for.
 _ready: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 ALIGNMENT = 16
@@ -45,9 +48,15 @@ def start_kernel(
 def start_again(ready: tuple[Any, tuple[object, ...]], grid: tuple[int, int, int], given: Given) -> None:
     """Start a compiled kernel on the current device and stream with arguments of the kind it was compiled for."""
     kernel, constants = ready
-    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+    stream = raw_stream()
     numbers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]  # of a tensor Triton asks more
     kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *numbers, *constants)
+
+
+def raw_stream() -> int:
+    """The current stream of the current device, as CUDA knows it; torch's public object for it costs microseconds."""
+    stream: int = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+    return stream
 
 
 @cache
