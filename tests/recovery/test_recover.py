@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import Size, plan_training
 from wina_calib.recovery.run import recover
 from wina_calib.recovery.straight_through import quantize_in_training, stop_quantizing
-from wina_calib.recovery.train import Training
+from wina_calib.recovery.train import Training, merit
 from wina_calib.runtime.load import runtime_state
 
 IDS = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -56,8 +57,15 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def options(text: Path) -> dict[str, Any]:
-    return {"data": str(text), "tokens": 12 * 4 * 64, "seq_len": 64, "batch": 4, "lr": 3e-4}
+def options(text: Path, calibrated: Path) -> dict[str, Any]:
+    return {
+        "base": str(calibrated.parent / "model"),
+        "data": str(text),
+        "tokens": 12 * 4 * 64,
+        "seq_len": 64,
+        "batch": 4,
+        "lr": 3e-4,
+    }
 
 
 def dense(calibrated: Path, folder: Path) -> Any:
@@ -119,7 +127,7 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     found = recover(calibrated, tmp_path / "out", sparsities=(0.5, 0.65), **options)
     for sparsity in (0.5, 0.65):
         assert found.after["trained on"][sparsity].kl < 0.95 * found.before["trained on"][sparsity].kl
-    assert found.trained.held_out[found.trained.best] < found.trained.held_out[0]
+    assert merit(found.trained.held_out[found.trained.best], found.trained.held_out[0]) < 1
     facts = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["provenance"]
     assert facts["recovered"]["sparsities"] == [0.5, 0.65]
     assert facts["recovered"]["steps"] == 12
@@ -127,8 +135,19 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
         0.5, abs=0.02
     )
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(UsageError, match="tokenizer|base"):
-        recover(tmp_path / "out", tmp_path / "again", base=str(tmp_path / "nothing"), **options)
+    with pytest.raises(UsageError, match="Give it with --base"):
+        recover(tmp_path / "out", tmp_path / "again", **options | {"base": None})
+
+
+def test_another_tokenizer_is_refused(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    shutil.copytree(calibrated.parent / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    found = json.loads(file.read_text())
+    found["model"]["merges"] = []
+    file.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="another tokenizer"):
+        recover(calibrated, tmp_path / "out", **options | {"base": str(tmp_path / "model")})
 
 
 class StopAt(Silent):
@@ -184,6 +203,12 @@ def test_it_never_gives_back_worse_than_it_was_given(calibrated: Path, tmp_path:
     assert found.after["trained on"][0.5].kl < 1.1 * found.before["trained on"][0.5].kl
 
 
+def test_weights_count_as_better_only_where_no_sparsity_is_worse_off() -> None:
+    assert merit([0.1, 0.5], [0.2, 1.0]) == 0.5
+    assert merit([0.21, 0.1], [0.2, 1.0]) == math.inf
+    assert merit([0.0, 0.5], [0.0, 1.0]) == 0.75
+
+
 def test_adapters_are_merged(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     found = recover(calibrated, tmp_path / "out", train="adapters", rank=8, **options)
     assert found.plan.adapters
@@ -193,7 +218,7 @@ def test_adapters_are_merged(calibrated: Path, tmp_path: Path, options: dict[str
 
 def test_text_of_the_model_itself_will_do(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     found = recover(calibrated, tmp_path / "out", **options | {"data": "self", "tokens": 6 * 4 * 64})
-    assert found.trained.held_out[found.trained.best] < found.trained.held_out[0]
+    assert merit(found.trained.held_out[found.trained.best], found.trained.held_out[0]) <= 1
 
 
 def test_quantized_weights_are_trained_straight_through() -> None:

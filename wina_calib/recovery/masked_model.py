@@ -113,7 +113,7 @@ class MaskedModel:
                 place = min(len(found) - 1, int(share * len(found)))
                 wanted = agree(found.kthvalue(place + 1).values)
                 now = group.thresholds[self.sparsity]
-                now.add_((wanted - now) * (MOVE if bool(now >= 0) else 1.0))
+                now.add_((wanted - now) * torch.where(now >= 0, MOVE, 1.0))  # a negative one keeps everything
             group.seen.clear()
 
     @torch.no_grad()

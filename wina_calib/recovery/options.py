@@ -12,7 +12,7 @@ from wina_calib.errors import UsageError
 SELF = "self"  # data that the dense model writes itself
 TRAINED = ("auto", "all", "adapters")
 # Weights, and the highest learning rate that hurt no model of that size at any sparsity tried.
-LEARNING_RATES = ((3e8, 1e-4), (1e9, 3e-5), (4e9, 1e-5), (float("inf"), 5e-6))
+LEARNING_RATES = ((3e8, 5e-5), (1e9, 3e-5), (4e9, 1e-5), (float("inf"), 5e-6))
 ADAPTER_FACTOR = 10  # low-rank adapters start at zero and bear more
 
 

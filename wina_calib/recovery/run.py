@@ -35,7 +35,7 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device
 from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA
+from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, check_spec
 from wina_calib.errors import CorpusError, UsageError, WinaError
 from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.config import code_is_trusted, open_folder, read_config, remote_code
@@ -231,8 +231,7 @@ def _text(
     if chosen.data == (SELF,):
         ids = _written(teacher, tokenizer, min(count, 512), seq_len, chosen.seed)
     else:
-        stored = opened.settings.provenance.get("data")
-        data = chosen.data or (tuple(map(str, stored)) if isinstance(stored, list | tuple) and stored else DEFAULT_DATA)
+        data = _data(chosen, opened)
         ids = load_blocks(data, tokenizer, samples=count, seq_len=seq_len, seed=chosen.seed, min_tokens=2 * seq_len).ids
     held = min(HELD_OUT_MOST, max(1, len(ids) // HELD_OUT_SHARE))
     if len(ids) <= held:
@@ -240,6 +239,20 @@ def _text(
             f"only {len(ids)} sequences of {seq_len} tokens; at least 2 are needed. Give more text with --data."
         )
     return ids[:-held], ids[-held:]
+
+
+def _data(chosen: RecoverOptions, opened: Checkpoint) -> tuple[str, ...]:
+    """Text as given, else the calibration's where it can be had by the name that the checkpoint has, else the built-in."""
+    if chosen.data and chosen.data != (SELF,):
+        return chosen.data
+    stored = opened.settings.provenance.get("data")
+    names = tuple(map(str, stored)) if isinstance(stored, list | tuple) else ()
+    try:
+        for name in names:
+            check_spec(name)
+    except WinaError:
+        return DEFAULT_DATA
+    return names or DEFAULT_DATA
 
 
 @torch.no_grad()
@@ -354,7 +367,7 @@ def _calibrate(
         budget=str(file),
         transform="none",
         grid=tuple(a for a in settings.anchors if a > 0),
-        data=tuple(provenance.get("data") or DEFAULT_DATA),
+        data=_data(chosen, opened),
         samples=int(provenance.get("samples", 128)),
         seq_len=settings.seq_len,
         score=settings.score,

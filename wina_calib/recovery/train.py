@@ -66,14 +66,14 @@ class Trained:
         steps: done.
         skipped: of these, without effect as they were not a number.
         seconds: they took, those of earlier runs too.
-        held_out: mean divergence on held-out text, by step.
+        held_out: divergence on held-out text at each sparsity, by step.
         best: the step whose weights were kept.
     """
 
     steps: int
     skipped: int
     seconds: float
-    held_out: dict[int, float]
+    held_out: dict[int, list[float]]
     best: int
 
 
@@ -127,15 +127,15 @@ class Training:
                 stop_quantizing(self.student)
 
     def _steps(self, distiller: Any, optimizer: Any, values: dict[str, Any]) -> Trained:
-        held = {int(k): float(v) for k, v in values.get("held_out", {}).items()}
+        held = {int(k): list(map(float, v)) for k, v in values.get("held_out", {}).items()}
         skipped, in_a_row, before = int(values.get("skipped", 0)), 0, float(values.get("seconds", 0.0))
         start, first, done = time.monotonic(), self.phase.step, self.phase.step
         best = int(values.get("best", 0))
         checks = {round(share * self.plan.steps) for share in CHECKS}
         self.report.phase("train", self.plan.steps - first)
         if not held:
-            held[0] = self._held_out_loss()
-            self.report.note(f"divergence on held-out text before: {held[0]:.4f}")
+            held[0] = self._held_out_losses()
+            self.report.note(f"divergence on held-out text before: {self._shown(held[0])}")
         for step in range(first, self.plan.steps):
             if self._is_over(before + time.monotonic() - start):
                 break
@@ -193,17 +193,20 @@ class Training:
         orders = {p // count: _order(count, self.options.seed, p // count) for p in places}
         return torch.tensor([int(orders[p // count][p % count]) for p in places])
 
-    def _check(self, step: int, held: dict[int, float], best: int) -> int:
-        held[step] = self._held_out_loss()
-        self.report.note(f"divergence on held-out text after {step} steps: {held[step]:.4f}")
-        if held[step] < held[best]:
+    def _check(self, step: int, held: dict[int, list[float]], best: int) -> int:
+        held[step] = self._held_out_losses()
+        self.report.note(f"divergence on held-out text after {step} steps: {self._shown(held[step])}")
+        if merit(held[step], held[0]) < merit(held[best], held[0]):
             self._best = {name: p.detach().clone() for name, p in self._weights.items()}
             return step
         return best
 
+    def _shown(self, losses: list[float]) -> str:
+        return ", ".join(f"{loss:.4f} at {s:g}" for s, loss in zip(self.sparsities, losses, strict=True))
+
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Mean divergence on held-out text over the sparsities, with weights as they will be stored."""
+    def _held_out_losses(self) -> list[float]:
+        """Mean divergence on held-out text at each sparsity, with weights as they will be stored."""
         self.masks.refresh_norms()
         self.student.eval()
         self.masks.follows = False
@@ -213,7 +216,7 @@ class Training:
                 self.masks.sparsity = sparsity
                 losses = [float(distiller(some.to(self.device))) for some in self.held_out.split(self.plan.micro_batch)]
                 found.append(sum(losses) / len(losses))
-        return sum(found) / len(found)
+        return found
 
     _quantizes = False
 
@@ -275,6 +278,12 @@ class Training:
 
 def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
+
+
+def merit(losses: Sequence[float], before: Sequence[float]) -> float:
+    """Mean share of its divergence that each sparsity is left with; infinite where one has more than before."""
+    shares = [loss / start if start > 0 else 1.0 for loss, start in zip(losses, before, strict=True)]
+    return sum(shares) / len(shares) if max(shares) <= 1 else math.inf
 
 
 def _schedule(step: int, steps: int) -> float:
