@@ -50,7 +50,12 @@ def write_random(config, path):
         writer.add_tensor(name, np.ones(hidden, np.float32))
 
     queries, keys = heads * size, key_heads * size
-    shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
     shapes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     add("token_embd.weight", vocabulary, hidden)
     add_ones("output_norm.weight")
@@ -106,16 +111,22 @@ def serve(path, threads):
             sys.exit("llama.cpp cannot decode: the context is full")
         llama_cpp.llama_synchronize(context)
 
-    print(llama_cpp.llama_print_system_info().decode().strip(), flush=True)
+    _say(llama_cpp.llama_print_system_info().decode().strip())
     for line in sys.stdin:
         word, _, rest = line.strip().rpartition(" ")
         count = int(rest)
         if word in ("prompt", "reset"):
             llama_cpp.llama_memory_clear(memory, True)
+        times, each = (1, count) if word else (count, 1)
         before = time.perf_counter()
-        for _ in range(1 if word else count):
-            decode(count if word else 1)
-        print(1e3 * (time.perf_counter() - before) / (1 if word else count), flush=True)
+        for _ in range(times):
+            decode(each)
+        _say(f"{1e3 * (time.perf_counter() - before) / times}")
+
+
+def _say(line):
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class SiteState(Float32Buffers):
         self.asked = float("nan")
         self.linears: list[SparseLinear] = []  # a list, so that they are not children
         self._packed: dict[str, PackedGroup] = {}
+        self._quantized: dict[str, QuantizedGroup] = {}
 
     def group(self, name: str) -> GroupState:
         """State of a mask group: `shared` or a projection's name."""
@@ -165,10 +166,17 @@ class SiteState(Float32Buffers):
         state, rotation = self.group(group.name), self._buffers.get("rotation")
         packed: QuantizedGroup | None = None
         if self.settings.has_kernels and not state.quantized.codes.is_meta:
-            sizes = [m.out_features for m in members]
-            packed = QuantizedGroup(sizes, state.quantized, state.norm, state.threshold, rotation)
-        for member in members:
-            member.packed, member.places = packed, member.places_now()
+            dtype, biases = members[0].input_dtype, [m.bias for m in members]
+            given = (state.quantized, biases, state.norm, state.threshold, rotation, dtype, self.state.number)
+            packed = self._quantized.get(group.name)
+            if packed is None or not packed.is_made_of(*given):
+                packed = QuantizedGroup([m.out_features for m in members], *given)
+            self._quantized[group.name] = packed
+        starts = [0, *accumulate(m.out_features for m in members)]
+        for member, start in zip(members, starts, strict=False):
+            member.packed, member.places, member.start = packed, member.places_now(), start
+            member.number = group_operator.UNNUMBERED if packed is None else packed.number
+            member.packed_dtype = None if packed is None else packed.dtype
 
     def is_replaced(self) -> bool:
         """Whether a packed weight or bias is no longer the one that was packed."""
@@ -247,6 +255,11 @@ class SparseLinear(nn.Linear):
         if packed is None or not packed.serves(input, now) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input, now)
         return packed.part(self.position, input, now)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of the inputs that its weight is for."""
+        return self.weight.dtype
 
     def multiply(self, x: Tensor) -> Tensor:
         """Dense product of masked inputs x (..., in)."""

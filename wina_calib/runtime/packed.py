@@ -85,6 +85,10 @@ class PackedGroup:
         """Whether in this pass this computes the product of x."""
         return now.served and x.dtype == self.dtype
 
+    def is_short(self, now: Pass) -> bool:
+        """Whether in this pass one row of which nothing but the result is wanted may go through C."""
+        return now.short
+
     def masks_row(self, x: Tensor) -> bool:
         """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
         plain = self.rotation is None and type(x) is Tensor and x.is_cpu
@@ -117,7 +121,7 @@ class PackedGroup:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""
         if self.rotation is not None:
             x = x @ self.rotation
-        if self.row is not None and x.numel() == self.row.width and _is_plain(x, now):
+        if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
             return self.row(x, everything=now.dense)
         if not self.columns or (self.kernel is not None and x.numel() != x.shape[-1]):
             return linear(self.product_input(x, now), self.weight, self.bias)
@@ -204,7 +208,7 @@ def _rows(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([w.detach() for w in weights])
 
 
-def _is_plain(x: Tensor, now: Pass) -> bool:
+def is_plain(x: Tensor, now: Pass) -> bool:
     """Whether nothing but the product of x's one row is wanted: no gradient, no graph, no row that is never masked."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
         return False

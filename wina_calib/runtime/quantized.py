@@ -16,6 +16,7 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.model.architecture import Architecture, MaskGroup
 from wina_calib.quantization.formats import Quantized, QuantizedRows
+from wina_calib.runtime import group_operator
 from wina_calib.runtime.kernels import dispatch, reference
 from wina_calib.runtime.modules import Float32Buffers, SiteState, SparseLinear
 from wina_calib.runtime.state import copied
@@ -47,13 +48,20 @@ class QuantizedLinear(SparseLinear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
         """Sparse product of the site's input (..., in) and this projection: (..., out)."""
+        in_graph = torch.compiler.is_compiling() and input.dtype == self.packed_dtype
+        if in_graph and group_operator.serves(self.number, input):
+            return group_operator.part(self.number, self.start, self.start + self.out_features, input)
         packed, now = self.packed, self.site.state.now()
         if now.watch is not None:
             self.site.note_row(self, input, now)
         if packed is None or not packed.serves(input, now):
             return self.site.product(self, input, now)
-        out = packed.part(self.position, input, now)
-        return out if self.bias is None else out + self.bias
+        return packed.part(self.position, input, now)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of the inputs, as of the bias."""
+        return self.like.dtype
 
     def multiply(self, x: Tensor) -> Tensor:
         """Dense product of masked inputs x (..., in)."""
@@ -61,8 +69,9 @@ class QuantizedLinear(SparseLinear):
         return out if self.bias is None else out + self.bias
 
     def places_now(self) -> tuple[int, ...]:
-        """Where the group's weights are in memory."""
-        return tuple(tensor.data_ptr() for tensor in self.site.group(self.group).quantized.named().values())
+        """Where the group's weights and its bias are in memory."""
+        own = () if self.bias is None else (self.bias.data_ptr(),)
+        return own + tuple(tensor.data_ptr() for tensor in self.site.group(self.group).quantized.named().values())
 
 
 class _Rows(Float32Buffers):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from wina_calib.quantization.formats import Quantized
+from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import dispatch
-from wina_calib.runtime.packed import rows_for
+from wina_calib.runtime.packed import is_plain, rows_for
 
 
 class QuantizedGroup:
@@ -18,23 +21,70 @@ class QuantizedGroup:
     Args:
         sizes: outputs of each projection.
         weight: of all of them.
+        biases: of each projection, or None.
         norm: (in,) float32.
         threshold: () float32.
         rotation: run-time matrix (in, in) or None.
+        dtype: of inputs.
+        owner: number of the model's state.
+
+    Attributes:
+        row: the product of one row in C, ready to be called; None where there is none.
+        number: by which a compiled step finds it, see `group_operator`.
     """
 
     def __init__(
-        self, sizes: Sequence[int], weight: Quantized, norm: Tensor, threshold: Tensor, rotation: Tensor | None
+        self,
+        sizes: Sequence[int],
+        weight: Quantized,
+        biases: Sequence[Tensor | None],
+        norm: Tensor,
+        threshold: Tensor,
+        rotation: Tensor | None,
+        dtype: torch.dtype,
+        owner: int,
     ) -> None:
         self.sizes, self.weight, self.norm, self.threshold = tuple(sizes), weight, norm, threshold
-        self.rotation = rotation
+        self.rotation, self.dtype = rotation, dtype
+        self.bias: Tensor | None = None
+        if any(b is not None for b in biases):
+            both = zip(biases, self.sizes, strict=True)
+            parts = [norm.new_zeros(n, dtype=dtype) if b is None else b.detach().to(dtype) for b, n in both]
+            self.bias = torch.cat(parts)
+        self.row = dispatch.quantized_row_of(weight, norm, threshold, self.bias, dtype)
+        self.number = group_operator.new_number(self, owner)
+        self._given = _identity(weight, biases, norm, threshold, rotation, dtype, owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what holds addresses; a copy is not made of what its model then holds, and is replaced."""
+        return self.__dict__ | {"row": None, "number": group_operator.UNNUMBERED, "_given": ()}
+
+    def is_made_of(self, *given: Any) -> bool:
+        """Whether these are what it was made of: all arguments but the sizes, in order."""
+        return self._given == _identity(*given)
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all projections."""
+        return sum(self.sizes)
 
     def serves(self, x: Tensor, now: Pass) -> bool:
         """Whether in this pass this computes the product of x."""
-        return now.served
+        return now.served and x.dtype == self.dtype
+
+    def is_short(self, now: Pass) -> bool:
+        """Whether in this pass one row of which nothing but the result is wanted may go through C, also where nothing is
+        dropped: there is no stock module whose last bits it would have to give.
+        """
+        return now.served and not now.dense and now.dense_rows is None
+
+    def masks_row(self, x: Tensor) -> bool:
+        """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
+        plain = self.rotation is None and type(x) is Tensor and x.is_cpu
+        return plain and x.dtype is self.dtype and x.numel() == self.weight.width
 
     def part(self, position: int, x: Tensor, now: Pass) -> Tensor:
-        """Output (..., out) of one projection for x (..., in), without bias.
+        """Output (..., out) of one projection for x (..., in).
 
         The first that is asked for x computes all; the others take theirs, the last one clears up.
         """
@@ -48,14 +98,43 @@ class QuantizedGroup:
         return out
 
     def product(self, x: Tensor, now: Pass) -> Tensor:
-        """Outputs (..., sum of outs) of all projections for x (..., in), without bias."""
+        """Outputs (..., sum of outs) of all projections for x (..., in)."""
         if self.rotation is not None:
             x = x @ self.rotation.to(x.dtype)
+        if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
+            return self.row(x, everything=now.dense)
         rows = x.reshape(-1, x.shape[-1])
         if now.dense:
-            out = dispatch.dense_quantized_site(rows, self.weight)
+            out = dispatch.dense_quantized_site(rows, self.weight, self.bias)
         else:
             dense = rows_for(now.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
-            out = dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, flat)
+            out = dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, flat, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def whole(self, x: Tensor, *, dense: bool) -> Tensor:
+        """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
+        row = x.reshape(1, -1)
+        if self.rotation is not None:
+            row = row @ self.rotation.to(x.dtype)
+        if self.row is not None:
+            out = self.row(row, everything=dense)
+        elif dense:
+            out = dispatch.dense_quantized_site(row, self.weight, self.bias)
+        else:
+            out = dispatch.quantized_site(row, self.weight, self.norm, self.threshold, None, self.bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _identity(
+    weight: Quantized,
+    biases: Sequence[Tensor | None],
+    norm: Tensor,
+    threshold: Tensor,
+    rotation: Tensor | None,
+    dtype: torch.dtype,
+    owner: int,
+) -> tuple[object, ...]:
+    """What tells whether a group still is made of these: where tensors lie, the dtype, the model."""
+    tensors = (*weight.named().values(), *biases, norm, threshold, rotation)
+    return (tuple(None if t is None else (t.device, t.data_ptr()) for t in tensors), dtype, owner)

@@ -28,10 +28,14 @@ from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.kernels.dispatch import Row
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.packed import PackedGroup
+from wina_calib.runtime.quantized import QuantizedLinear
+from wina_calib.runtime.quantized_group import QuantizedGroup
 from wina_calib.runtime.state import RuntimeState
 
 logger = logging.getLogger(__name__)
 
+# Classes of projections whose groups may have a product of one row in C.
+PROJECTIONS = (SparseLinear, QuantizedLinear)
 # Names of the norms of a query's and a key's head.
 NORMS = ("q_norm", "k_norm")
 # What blocks are probed with: an epsilon, and a number that those would show which cut off what is large.
@@ -71,14 +75,14 @@ class Short(Derived):
         parts, stock = self.parts, cast(Any, type(self).__bases__[1])
         children: dict[str, Any] = self._modules
         inputs, output = [children[name] for name in parts.inputs], children[parts.output]
-        if any(type(module) is not SparseLinear for module in (*inputs, output)):
+        if any(type(module) not in PROJECTIONS for module in (*inputs, output)):
             return None
-        first: PackedGroup | None = inputs[0].packed
-        second: PackedGroup | None = output.packed
+        first: PackedGroup | QuantizedGroup | None = inputs[0].packed
+        second: PackedGroup | QuantizedGroup | None = output.packed
         if first is None or second is None or first.row is None or second.row is None:
             return None
         now = inputs[0].site.state.now()
-        if not now.short or not first.masks_row(x):
+        if not first.is_short(now) or not first.masks_row(x):
             return None
         if any(module.packed is not first for module in inputs) or second.dtype is not first.dtype:
             return None

@@ -11,6 +11,8 @@
 | column-contiguous | CUDA with Triton | same | more | `cuda`: mask in one pass in Triton, then the dense product |
 | column-contiguous | any other | any | any | reference |
 
+Quantized weights (`quantized_site`): on a CPU `quantized_cpu`, elsewhere the reference's product of dequantized tiles.
+
 Few: up to 4 rows of 16 bits on a processor without arithmetic for them. More rows on a CPU: in C in bfloat16 where the
 processor multiplies pairs of it, in float32 blocks where it has no 16-bit arithmetic, else by torch. One row on CUDA: in
 CUDA (`cluster`, `site.cu`) on Hopper and later where the weight's rows are multiples of 16 bytes, else in Triton
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from wina_calib.masks import mask
 from wina_calib.quantization.formats import Quantized, QuantizedRows
-from wina_calib.runtime.kernels import cpu, cuda, native, reference
+from wina_calib.runtime.kernels import cpu, cuda, native, quantized_cpu, reference
 from wina_calib.runtime.kernels.cpu import column_storage
 from wina_calib.runtime.kernels.cuda import mask_of
 from wina_calib.runtime.kernels.native import Row
@@ -197,8 +199,9 @@ def quantized_site(
     norm: Tensor,
     threshold: Tensor,
     dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`y = (x * keep) @ W^T` as `sparse_site`, of quantized weights.
+    """`y = (x * keep) @ W^T + bias` as `sparse_site`, of quantized weights.
 
     Args:
         x: (rows, in), any float dtype.
@@ -206,21 +209,65 @@ def quantized_site(
         norm: (in,) float32.
         threshold: () float32; -1 keeps everything.
         dense_rows: (rows,) bool or None, rows that are never masked.
+        bias: (out,) of x's dtype or None.
 
     Returns:
         (rows, out) of x's dtype.
     """
-    return reference.dense_quantized(mask_inputs(x, norm, threshold, dense_rows), weight)
+    if _quantized_on_cpu(x, weight.codes):
+        return quantized_cpu.sparse_site(x, weight, norm, threshold, dense_rows, bias)
+    y = reference.dense_quantized(mask_inputs(x, norm, threshold, dense_rows), weight)
+    return y if bias is None else y + bias
 
 
-def dense_quantized_site(x: Tensor, weight: Quantized) -> Tensor:
-    """`y = x @ W^T` of quantized weights; arguments and result as for `quantized_site`."""
-    return reference.dense_quantized(x, weight)
+def dense_quantized_site(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ W^T + bias` of quantized weights; arguments and result as for `quantized_site`."""
+    if _quantized_on_cpu(x, weight.codes):
+        return quantized_cpu.dense_site(x, weight, bias)
+    y = reference.dense_quantized(x, weight)
+    return y if bias is None else y + bias
+
+
+def quantized_row_of(
+    weight: Quantized, norm: Tensor, threshold: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Row | None:
+    """`quantized_site` of one row of `dtype` with these operands, ready to be called; None where it is not computed in C."""
+    if weight.codes.device.type != "cpu" or not native.available(dtype) or not weight.codes.is_contiguous():
+        return None
+    return Row(weight, norm.contiguous(), threshold, bias, dtype)
 
 
 def quantized_rows(x: Tensor, weight: QuantizedRows) -> Tensor:
     """`y = x @ W^T` of a matrix quantized by rows, as lm_head's: x (..., width) gives (..., rows) of x's dtype."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled():
+        y: Tensor = torch.ops.wina_calib.quantized_rows(x, weight.codes, weight.scales)
+        return y
+    if _quantized_on_cpu(x, weight.codes):
+        return quantized_cpu.rows_product(x, weight)
     return reference.dense_rows_product(x, weight)
+
+
+def _quantized_on_cpu(x: Tensor, codes: Tensor) -> bool:
+    """Whether `quantized_cpu` serves a call: not where a gradient or a graph is wanted."""
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return x.device.type == "cpu" and codes.device.type == "cpu" and x.dtype in cpu.DTYPES
+
+
+_library.define(
+    "quantized_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.impl(
+    "quantized_rows", lambda x, codes, scales: quantized_cpu.rows_product(x, QuantizedRows(codes, scales)), "CPU"
+)
+
+
+def _rows_shape_of(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+torch.library.register_fake("wina_calib::quantized_rows", _rows_shape_of, lib=_library)
 
 
 def _masks_in_one_pass(x: Tensor) -> bool:

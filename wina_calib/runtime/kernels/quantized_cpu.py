@@ -18,6 +18,7 @@ from wina_calib.masks.mask import mask_inputs
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, native
 from wina_calib.runtime.kernels.native import Row
+from wina_calib.runtime.kernels.native_build import DTYPES, functions
 
 # Rows up to which C reads codes; more are multiplied by dequantized weights.
 MAX_FEW_ROWS = 16
@@ -43,12 +44,12 @@ def sparse_site(
 ) -> Tensor:
     """The masked product (rows, out) of x (rows, in) with a quantized weight; the rest as for `dispatch.sparse_site`."""
     if x.shape[0] > MAX_FEW_ROWS:
-        return dense_site(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight, bias)
+        return dense_site(_masked(x, norm, threshold, dense_rows), weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
     if not available():
-        return _gathered(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight, bias)
-    if x.dtype not in native.DTYPES:
+        return _gathered(_masked(x, norm, threshold, dense_rows), weight, bias)
+    if x.dtype not in DTYPES:
         wide = None if bias is None else bias.float()
         return sparse_site(x.float(), weight, norm, threshold, dense_rows, wide).to(x.dtype)
     row = Row(weight, norm.contiguous(), threshold, None if bias is None else bias.contiguous(), x.dtype)
@@ -77,7 +78,7 @@ def few(row: Row, x: Tensor, dense_rows: Tensor | None = None) -> Tensor:
     rows = None if dense_rows is None else dense_rows.contiguous()
     threads = native.threads_for(row.width * row.out)
     places = (x.data_ptr(), None if rows is None else rows.data_ptr(), y.data_ptr())
-    if native.functions("few")[x.dtype](row.address, *places, x.shape[0], threads):
+    if functions("few")[x.dtype](row.address, *places, x.shape[0], threads):
         raise MemoryError(f"no memory to list the kept inputs of {x.shape[0]} rows for {threads} threads")
     return y
 
@@ -109,12 +110,12 @@ def dequantized(weight: Quantized, start: int, stop: int, dtype: torch.dtype) ->
     """
     if not available():
         return weight.outputs(start, stop).dequantize(dtype)
-    if dtype not in native.DTYPES:
+    if dtype not in DTYPES:
         return dequantized(weight, start, stop, torch.float32).to(dtype)
     found = torch.empty(weight.width, stop - start, dtype=dtype, device="cpu")
     known = native.quantized_struct(weight)
     threads = native.threads_for(found.numel())
-    native.functions("dequantize")[dtype](ctypes.addressof(known), start, stop, found.data_ptr(), threads)
+    functions("dequantize")[dtype](ctypes.addressof(known), start, stop, found.data_ptr(), threads)
     return found
 
 
@@ -132,7 +133,7 @@ def rows_product(x: Tensor, weight: QuantizedRows) -> Tensor:
             part = QuantizedRows(weight.codes[start : start + step], weight.scales[start : start + step])
             y[:, start : start + step] = torch.nn.functional.linear(rows, part.dequantize(x.dtype))
         return y.view(*x.shape[:-1], out)
-    if x.dtype not in native.DTYPES:
+    if x.dtype not in DTYPES:
         return rows_product(x.float(), weight).to(x.dtype)
     if not weight.codes.is_contiguous() or not weight.codes.is_cpu or rows.shape[1] != width:
         raise ValueError(
@@ -143,9 +144,15 @@ def rows_product(x: Tensor, weight: QuantizedRows) -> Tensor:
     y = torch.empty(rows.shape[0], out, dtype=x.dtype, device="cpu")
     places = (t.data_ptr() for t in (weight.codes, weight.scales.contiguous(), rows, y))
     counts = rows.shape[0], width, out
-    if native.functions("by_rows")[x.dtype](*places, *counts, native.threads_for(width * out)):
+    if functions("by_rows")[x.dtype](*places, *counts, native.threads_for(width * out)):
         raise MemoryError(f"no memory to round {rows.shape[0]} rows")
     return y.view(*x.shape[:-1], out)
+
+
+def _masked(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor | None) -> Tensor:
+    if native.available(x.dtype):
+        return native.mask_inputs(x, norm.contiguous(), threshold, dense_rows)
+    return mask_inputs(x, norm, threshold, dense_rows=dense_rows)
 
 
 def _gathered(masked: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ from wina_calib.model.config import calibration_of, code_is_trusted, load_config
 from wina_calib.model.loading import meta_model
 from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_added
+from wina_calib.quantization.formats import Quantized, WeightFormat, quantize_rows
+from wina_calib.quantization.scales import quantize_nearest
 from wina_calib.runtime.insert_sites import insert_sites
 from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
+from wina_calib.runtime.quantized import QuantizedHead
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.studies.flops import find_config
 
 INITIAL_STD = 0.02
+# Inputs, or rows of lm_head, that are quantized at a time.
+QUANTIZED_INPUTS = 1024
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def _with_sites(name: str, dense: PreTrainedModel, config: PreTrainedConfig, fol
     return Pair(name, dense, sparse, count_cells(arch, "none"), False, folder)
 
 
-def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int) -> None:
+def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int, form: WeightFormat | None = None) -> None:
     """Give an uncalibrated pair's sparse model thresholds that meet the sparsities, all sites alike.
 
     One forward pass a sparsity: each site's threshold is the quantile of the scores that it sees, set before it
@@ -157,17 +162,28 @@ def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int) -> N
         sparsities: model sparsities to be fitted.
         ids: (1, tokens) of prompt and continuation.
         first: position from which inputs count, the first to be decoded.
+        form: how the sparse model's weights are quantized, rounded to nearest; random ones get random codes. lm_head is
+            then int8. None leaves all as it is.
     """
     anchors = tuple(sorted({s for s in sparsities if s > 0})) or (0.5,)
     settings = Settings(sparsity=anchors[0], anchors=anchors)
+    if form is not None:
+        settings = replace(
+            settings, bits=form.bits, group_size=form.group_size, zero_point=form.zero_point, head_bits=8
+        )
     arch: Architecture = describe(pair.sparse)
     insert_sites(pair.sparse, arch, settings)
     sites = sparse_sites(pair.sparse)
+    if form is not None:
+        _quantize(pair, arch, sites, form)
     for site in sites:
         site.budget.copy_(torch.tensor(anchors))
         for group in site.groups:
+            state = site.group(group.name)
+            if form is not None and pair.folder is None:
+                continue  # all columns of random codes are alike
             weights = [linear.weight for linear in site.linears if linear.group == group.name]
-            site.group(group.name).norm.copy_(settings.rule.norm(group, weights))
+            state.norm.copy_(settings.rule.norm(group, weights))
     for i, sparsity in enumerate(anchors):
         hooks = [
             linear.register_forward_pre_hook(_Fit(site, i, sparsity, first))
@@ -182,6 +198,44 @@ def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int) -> N
             for hook in hooks:
                 hook.remove()
     choose_sparsity(pair.sparse, anchors[0])
+
+
+@torch.no_grad()
+def _quantize(pair: Pair, arch: Architecture, sites: list[SiteState], form: WeightFormat) -> None:
+    """Fill the sparse model's codes from the dense model's weights, or at random where these are."""
+    generator = torch.Generator(pair.dense.device).manual_seed(0)
+    for site in sites:
+        layer = pair.dense.get_submodule(f"{arch.layers_path}.{site.layer}")
+        for group in site.groups:
+            weights = [layer.get_submodule(p.module).get_parameter("weight") for p in group.projections]
+            own = site.group(group.name).quantized
+            if pair.folder is None:
+                _fill(own, float(weights[0].std()), generator)
+                continue
+            for inputs in torch.arange(own.width).split(QUANTIZED_INPUTS):
+                made = quantize_nearest(torch.cat([w[:, inputs].t() for w in weights], dim=1), form)
+                for name, tensor in made.named().items():
+                    part = own.named()[name]
+                    (part if part.ndim == 1 else part[inputs[0] : inputs[-1] + 1]).copy_(tensor)
+    head = pair.sparse.get_submodule(arch.lm_head)
+    assert isinstance(head, QuantizedHead)
+    rows, weight = head.quantized, pair.dense.get_submodule(arch.lm_head).get_parameter("weight")
+    for start in range(0, len(rows.scales), QUANTIZED_INPUTS):
+        made_rows = quantize_rows(weight[start : start + QUANTIZED_INPUTS])
+        rows.codes[start : start + QUANTIZED_INPUTS] = made_rows.codes
+        rows.scales[start : start + QUANTIZED_INPUTS] = made_rows.scales
+
+
+def _fill(quantized: Quantized, deviation: float, generator: torch.Generator) -> None:
+    """Random codes, with scales that give them this standard deviation and zeros in their middle."""
+    high, spread = (256, 15 / 12**0.5) if quantized.format.bits == 4 else (255, 254 / 12**0.5)
+    codes = quantized.codes.view(torch.uint8)
+    codes.random_(0, high, generator=generator)
+    if quantized.format.bits == 8:
+        codes.add_(129)  # from -127 on
+    quantized.scales.fill_(deviation / spread)
+    if quantized.zeros is not None:
+        quantized.zeros.fill_(0x88)
 
 
 @dataclass(frozen=True)
