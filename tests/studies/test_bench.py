@@ -45,6 +45,7 @@ DENSE = {
 SPARSE = DENSE - {"eager_ms_per_token", "merged_ms_per_token"} | {
     "sparsity",
     "achieved_sparsity",
+    "bits_read",
     "read_fraction",
     "limit",
     "speedup",
@@ -63,6 +64,8 @@ WHOLE = {
     "rounds",
     "roof_gb_s",
     "versions",
+    "bits",
+    "fixed_ms",
     "dense",
     "results",
 }

@@ -42,7 +42,16 @@ def test_presets_have_the_models_sizes(model: str) -> None:
 
 
 def test_every_preset_is_described() -> None:
-    models = {"llama-2-7b", "llama-3-8b", "llama-3-70b", "qwen2.5-7b", "qwen2.5-0.5b", "phi-4", "tinyllama-1.1b"}
+    models = {
+        "llama-2-7b",
+        "llama-3-8b",
+        "llama-3-70b",
+        "qwen2.5-7b",
+        "qwen2.5-1.5b",
+        "qwen2.5-0.5b",
+        "phi-4",
+        "tinyllama-1.1b",
+    }
     assert set(presets()) == models
     for name in presets():
         (row,) = flops(name, sparsities=[0.0]).rows

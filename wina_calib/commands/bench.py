@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from wina_calib.choices import DTYPES
+from wina_calib.choices import BITS, DTYPES, GROUP_SIZES
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import Fractions, device_option, json_option, trust_option
 from wina_calib.commands.output import bars, emit
@@ -30,6 +30,19 @@ from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, B
 @click.option(
     "--compile/--no-compile", "compiled", default=None, help="Decode compiled, both models; default: on CUDA."
 )
+@click.option(
+    "--bits",
+    default="0",
+    type=click.Choice(("0", *map(str, BITS))),
+    help="Quantize the sparse model's sites, and lm_head to 8 bits; 0 leaves them. Not for calibrated checkpoints.",
+)
+@click.option(
+    "--group-size",
+    default=str(GROUP_SIZES[-1]),
+    show_default=True,
+    type=click.Choice(tuple(map(str, GROUP_SIZES))),
+    help="Outputs that share a scale at 4 bits.",
+)
 @click.option("--kernel-only", is_flag=True, help="Only the site products of one layer (random weights).")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of random weights and tokens.")
 @device_option
@@ -49,6 +62,8 @@ def command(
     new: int,
     rounds: int,
     compiled: bool | None,
+    bits: str,
+    group_size: str,
     kernel_only: bool,
     seed: int,
     device: str,
@@ -58,13 +73,14 @@ def command(
     """Time decoding, dense against sparse, in one process.
 
     DIR_OR_MODEL is a calibrated checkpoint, or a plain model whose thresholds are then fitted to the tokens that are run.
-    The weights of both models are the same; measurements of the two take turns, medians and quartiles are shown.
+    The weights of both models are the same but for --bits; measurements of the two take turns, medians and quartiles are shown.
 
     \b
     Examples:
       wina-calib bench demo-sparse --sparsity 0.4
       wina-calib bench --random llama-3-8b --device cuda
       wina-calib bench --random llama-2-7b --kernel-only
+      wina-calib bench --random qwen2.5-1.5b --bits 4 --dtype bfloat16 --sparsity 0,0.25,0.4
     """
     name = random or model
     if kernel_only and name is None:
@@ -92,6 +108,8 @@ def command(
             new=new,
             rounds=rounds,
             compiled=compiled,
+            bits=int(bits),
+            group_size=int(group_size),
             seed=seed,
             progress=progress,
         )

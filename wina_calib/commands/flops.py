@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Count what a token costs at some sparsities, from a config alone.
 
-    MODEL_OR_CONFIG is llama-2-7b, llama-3-8b, llama-3-70b, qwen2.5-0.5b, qwen2.5-7b, phi-4, tinyllama-1.1b, demo, a config
-    file, a model folder or a Hub repository such as USER/NAME (only its config.json is fetched).
+    MODEL_OR_CONFIG is llama-2-7b, llama-3-8b, llama-3-70b, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, phi-4, tinyllama-1.1b, demo,
+    a config file, a model folder or a Hub repository such as USER/NAME (only its config.json is fetched).
 
     \b
     Example:

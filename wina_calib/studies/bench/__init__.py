@@ -15,8 +15,9 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.locate import load_tokenizer, weights_folder
+from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.fast_path import attention, lm_head
-from wina_calib.studies.bench.decode import Variant, achieved, make_variants, measure, session, warn_of_far
+from wina_calib.studies.bench.decode import Variant, achieved, fixed_cost, make_variants, measure, session, warn_of_far
 from wina_calib.studies.bench.instruments import PeakMemory, copy_bandwidth, versions
 from wina_calib.studies.bench.models import Pair, fit, open_pair, own_bytes, random_pair
 from wina_calib.studies.bench.results import Bench, Dense, Products, Sparse, Timing
@@ -40,6 +41,8 @@ def bench(
     new: int = BENCH_NEW,
     rounds: int = BENCH_ROUNDS,
     compiled: bool | None = None,
+    bits: int = 0,
+    group_size: int = 64,
     seed: int = 0,
     progress: Hearing = None,
 ) -> Bench:
@@ -55,6 +58,9 @@ def bench(
         new: tokens decoded in a round.
         rounds: rounds; every variant runs in each of them.
         compiled: decode through torch.compile with CUDA graphs, dense and sparse; None does so on CUDA.
+        bits: quantize the sparse model's sites to 4 or 8 bits, and lm_head to 8; 0 leaves them. A calibrated checkpoint is as
+            it is stored.
+        group_size: outputs that share a scale at 4 bits.
         seed: of random weights and tokens.
         progress: as `wina_calib.common.bars.hearing` takes it.
 
@@ -76,8 +82,10 @@ def bench(
     pair = _pair(model, random, place, dtype, seed)
     ids = _tokens(pair, prompt + new, seed).to(place)
     asked = tuple(float(s) for s in sparsities)
+    if pair.calibrated and bits:
+        raise UsageError(f"{model} is calibrated and is timed as it is stored; leave --bits out.")
     if not pair.calibrated:
-        fit(pair, asked, ids, prompt)
+        fit(pair, asked, ids, prompt, WeightFormat(bits, group_size) if bits else None)
     use_compile = place.type == "cuda" if compiled is None else compiled
     with hearing(progress) as report:
         return compare(pair, asked, ids, prompt, rounds=rounds, compiled=use_compile, progress=report)
@@ -123,6 +131,7 @@ def compare(
     merged = [Timing.of(variant.step_ms).median for group in groups for variant in group if variant.merged]
     pair.state.dense = False
     total = (pair.cells.sparse_total + pair.cells.other_decoder + pair.cells.lm_head) * _dtype(pair).itemsize
+    fixed = fixed_cost(sparse[0], prompt, new)
     rows = tuple(_row(v, dense, pair, total, roof, r) for v, r in zip(sparse, real, strict=True))
     return Bench(
         model=pair.name,
@@ -136,6 +145,8 @@ def compare(
         rounds=rounds,
         roof_gb_s=roof / 1e9,
         versions=versions(place),
+        bits=pair.bits,
+        fixed_ms=fixed,
         dense=_dense_row(dense, total, roof, stock, *merged),
         results=rows,
     )
@@ -216,7 +227,8 @@ def _row(variant: Variant, dense: Variant, pair: Pair, total: int, roof: float, 
     ratio = Timing.of([d / s for d, s in zip(dense.step_ms, variant.step_ms, strict=True)])
     prefill = Timing.of(variant.prefill_ms).median
     ratios = [s / d for d, s in zip(dense.prefill_ms, variant.prefill_ms, strict=True)]
-    fraction = pair.cells.read_fraction_at(real)
+    read = pair.bytes_read(real)
+    fraction = read / total
     return Sparse(
         sparsity=variant.sparsity,
         achieved_sparsity=real,
@@ -227,8 +239,9 @@ def _row(variant: Variant, dense: Variant, pair: Pair, total: int, roof: float, 
         tokens_per_s=1e3 / step.median,
         speedup=ratio.median,
         speedup_spread=ratio.spread,
-        bytes_per_token=round(total * fraction),
-        roof_share=total * fraction / (step.median / 1e3) / roof,
+        bytes_per_token=read,
+        bits_read=pair.bits_read(real),
+        roof_share=read / (step.median / 1e3) / roof,
         prefill_ms=prefill,
         prefill_ratio=Timing.of(ratios).median,
         peak_memory_bytes=_memory(variant),

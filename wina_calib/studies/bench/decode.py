@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.runtime.caches import cache_name
-from wina_calib.runtime.load import choose_sparsity, runtime_state
+from wina_calib.runtime.load import choose_sparsity, runtime_state, sparse_sites
 from wina_calib.runtime.patches import compile_guards
 from wina_calib.runtime.watch import is_far, warning
 from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
@@ -211,3 +212,17 @@ def warn_of_far(asked: Sequence[float], found: Sequence[float]) -> None:
     far = next(((f, a) for f, a in zip(found, asked, strict=True) if is_far(f, a)), None)
     if far is not None:
         logger.warning("%s", warning(*far))
+
+
+def fixed_cost(variant: Variant, prompt: int, new: int) -> float:
+    """Milliseconds a token of a sparse model whose sites drop all inputs: what is left is lm_head and all that is no product."""
+    run = variant.session
+    variant.select()
+    states = [site.group(group.name) for site in sparse_sites(run.model) for group in site.groups]
+    with torch.no_grad():
+        run.prefill()
+        for state in states:
+            state.threshold.fill_(torch.inf)
+        times = [1e3 * seconds(run.step, run.ids.device) for _ in range(min(COUNTED_STEPS, new))]
+    variant.select()
+    return statistics.median(times)

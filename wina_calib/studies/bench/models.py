@@ -22,6 +22,7 @@ from wina_calib.model.config import calibration_of, code_is_trusted, load_config
 from wina_calib.model.loading import meta_model
 from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_added
+from wina_calib.quantization.bits import UNQUANTIZED_BITS, bits_read
 from wina_calib.quantization.formats import Quantized, WeightFormat, quantize_rows
 from wina_calib.quantization.scales import quantize_nearest
 from wina_calib.runtime.insert_sites import insert_sites
@@ -60,6 +61,39 @@ class Pair:
     def state(self) -> RuntimeState:
         """What the sparse model's sites share."""
         return sparse_sites(self.sparse)[0].state
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight of the dense model."""
+        size: int = self.dense.get_input_embeddings().weight.itemsize
+        return size
+
+    @property
+    def bits(self) -> int:
+        """Of a weight of the sparse model's sites, scales not counted."""
+        return sparse_sites(self.sparse)[0].settings.bits
+
+    def bits_read(self, sparsity: float) -> float:
+        """Bits of decoder weight read for a token at a model sparsity over the number of decoder weights, scales counted."""
+        form = sparse_sites(self.sparse)[0].settings.weight_format
+        if form is None:
+            return 8 * self.itemsize * (1 - sparsity)
+        sites = [site.site for site in sparse_sites(self.sparse)]
+        return bits_read(
+            (s.weights, form.bits_a_weight([p.out_features for p in s.projections]), sparsity) for s in sites
+        )
+
+    def bytes_read(self, sparsity: float) -> int:
+        """Bytes of weights that the sparse model reads for a token at a model sparsity, lm_head included."""
+        cells, itemsize = self.cells, self.itemsize
+        if self.bits == UNQUANTIZED_BITS:
+            total = (cells.sparse_total + cells.other_decoder + cells.lm_head) * itemsize
+            return round(total * cells.read_fraction_at(sparsity))
+        head = self.sparse.get_output_embeddings()
+        at_head = cells.lm_head * itemsize
+        if isinstance(head, QuantizedHead):
+            at_head = head.quantized.codes.nbytes + head.quantized.scales.nbytes
+        return round(cells.sparse_total * self.bits_read(sparsity) / 8) + cells.other_decoder * itemsize + at_head
 
 
 def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) -> Pair:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wina_calib.common.text import percent, table
+from wina_calib.quantization.bits import UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Sparse:
     Attributes:
         sparsity: model sparsity asked for.
         achieved_sparsity: that of the decode steps measured.
-        read_fraction: weights read over the dense model's at the achieved sparsity, lm_head and run-time matrices included.
+        read_fraction: bytes of weights read over the dense model's at the achieved sparsity, lm_head and run-time matrices
+            included.
         limit: 1 / read_fraction, the speed-up if only bytes counted.
+        bits_read: bits of decoder weight read for a token over the number of decoder weights, scales counted.
         speedup: median over chunks of dense time over sparse time, each chunk beside its own dense one.
         speedup_spread: quartiles.
         prefill_ratio: time of the prompt over the dense model's.
@@ -85,6 +88,7 @@ class Sparse:
     speedup: float
     speedup_spread: tuple[float, float]
     bytes_per_token: int
+    bits_read: float
     roof_share: float
     prefill_ms: float
     prefill_ratio: float
@@ -108,6 +112,9 @@ class Bench:
         rounds: number of rounds.
         roof_gb_s: measured copy bandwidth, 1e9 bytes a second, bytes read and written counted.
         versions: of torch, transformers, triton and the driver, as far as they matter here.
+        bits: of a weight of the sparse model's sites; 16 where they are not quantized.
+        fixed_ms: milliseconds of a token of the sparse model with all inputs of its sites dropped: lm_head, and what is no
+            product.
         dense: the dense model.
         results: the sparse model, one a sparsity.
     """
@@ -123,6 +130,8 @@ class Bench:
     rounds: int
     roof_gb_s: float
     versions: dict[str, str]
+    bits: int
+    fixed_ms: float
     dense: Dense
     results: tuple[Sparse, ...]
 
@@ -133,11 +142,12 @@ class Bench:
     def render(self) -> str:
         """For people."""
         dense = self.dense
-        rows = [["dense", *_costs(dense), "", "", f"{dense.prefill_ms:.1f}", _size(dense.peak_memory_bytes)]]
+        rows = [["dense", *_costs(dense), "", "", "", f"{dense.prefill_ms:.1f}", _size(dense.peak_memory_bytes)]]
         rows += [
             [
                 f"{percent(row.sparsity)} (real {percent(row.achieved_sparsity)})",
                 *_costs(row),
+                f"{row.bits_read:.3g}",
                 f"{row.speedup:.2f}",
                 f"{row.limit:.2f}",
                 f"{row.prefill_ms:.1f}",
@@ -152,6 +162,7 @@ class Bench:
             "tokens/s",
             "GB/token",
             "of roof",
+            "bits read",
             "speed-up",
             "limit",
             "prefill",
@@ -160,11 +171,13 @@ class Bench:
         stock = "without it" if self.compiled else "as transformers runs it"
         others = {stock: dense.eager_ms_per_token, "with one product a site": dense.merged_ms_per_token}
         eager = "".join(f"; dense {name} {ms:.3f} ms/token" for name, ms in others.items() if ms is not None)
+        kind = "" if self.bits == UNQUANTIZED_BITS else f"; sparse: {self.bits}-bit weights"
         return (
             f"{self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
             f"{self.prompt} prompt and {self.new} new tokens, {self.rounds} rounds, copy roof {self.roof_gb_s:.1f} GB/s"
-            f"{', torch.compile' if self.compiled else ''}{_products(self.onednn)}{eager}\n\n{table(headers, rows)}\n\n"
-            "limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms."
+            f"{', torch.compile' if self.compiled else ''}{_products(self.onednn)}{eager}{kind}\n\n{table(headers, rows)}\n\n"
+            "limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms. "
+            f"With all inputs dropped a token takes {self.fixed_ms:.3f} ms."
         )
 
 
