@@ -25,6 +25,7 @@ int omp_get_num_threads(void);
 #define GROUPS (TILE / 32 + WORDS)
 #define AT_ONCE 4  /* rows that a code is unpacked for */
 #define LARGEST 32767.0f
+#define ROUNDS 12582912.0f /* a float of which the last place counts one */
 #define TINY 1e-30f /* scaled inputs below which all are zero */
 
 #define ALWAYS static inline __attribute__((always_inline))
@@ -35,8 +36,9 @@ ALWAYS int32_t word_of(const void *from) {
     return word;
 }
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 
+#define VECTORS
 #define VECTOR 64 /* bytes */
 typedef __m512i ints;
 typedef __m512 floats;
@@ -80,12 +82,14 @@ ALWAYS ints widen_bytes(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256
 ALWAYS void store(void *to, ints a) { _mm512_storeu_si512(to, a); }
 ALWAYS void store_floats(float *to, floats a) { _mm512_storeu_ps(to, a); }
 ALWAYS floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
-ALWAYS floats larger(floats largest, floats a) { return _mm512_max_ps(_mm512_abs_ps(a), largest); }
+ALWAYS floats larger(floats largest, floats a) { return _mm512_range_ps(largest, a, 0x0b); } /* of magnitudes */
 ALWAYS floats over(float a, floats b) { /* zero where b is tiny */
     return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, _mm512_set1_ps(TINY), _CMP_GT_OQ), _mm512_set1_ps(a), b);
 }
+/* Two vectors times one, each number rounded to the 16 bits that it ends in when a large one is added, in pairs. */
 ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
-    const ints a = _mm512_cvtps_epi32(_mm512_mul_ps(low, by)), b = _mm512_cvtps_epi32(_mm512_mul_ps(high, by));
+    const floats large = _mm512_set1_ps(ROUNDS);
+    const ints a = _mm512_castps_si512(_mm512_fmadd_ps(low, by, large)), b = _mm512_castps_si512(_mm512_fmadd_ps(high, by, large));
     return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
 }
 /* Zero points of two inputs in pairs, of as many groups as a vector has numbers. */
@@ -102,8 +106,9 @@ ALWAYS void add_scaled(float *to, ints sum, floats scale) {
     _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(to)));
 }
 
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
+#define VECTORS
 #define VECTOR 32
 typedef __m256i ints;
 typedef __m256 floats;
@@ -148,7 +153,8 @@ ALWAYS floats over(float a, floats b) {
     return _mm256_and_ps(_mm256_cmp_ps(b, _mm256_set1_ps(TINY), _CMP_GT_OQ), _mm256_div_ps(_mm256_set1_ps(a), b));
 }
 ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
-    const ints a = _mm256_cvtps_epi32(_mm256_mul_ps(low, by)), b = _mm256_cvtps_epi32(_mm256_mul_ps(high, by));
+    const floats large = _mm256_set1_ps(ROUNDS);
+    const ints a = _mm256_castps_si256(_mm256_fmadd_ps(low, by, large)), b = _mm256_castps_si256(_mm256_fmadd_ps(high, by, large));
     return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
 }
 ALWAYS ints zero_pairs(uint64_t low, uint64_t high) {
@@ -162,11 +168,7 @@ ALWAYS ints all_pairs(int of) { return _mm256_set1_epi16((short)of); }
 
 ALWAYS void add_scaled(float *to, ints sum, floats scale) {
     const floats wide = _mm256_cvtepi32_ps(sum);
-#ifdef __FMA__
     _mm256_storeu_ps(to, _mm256_fmadd_ps(wide, scale, _mm256_loadu_ps(to)));
-#else
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_mul_ps(wide, scale), _mm256_loadu_ps(to)));
-#endif
 }
 
 #else
@@ -184,21 +186,26 @@ struct factors {
     int32_t shift[AT_ONCE * GROUPS];
 };
 
+/* Some kept inputs: their columns and those of the next block, from a tile's first output on. */
 struct block {
     const uint8_t *column[COLUMNS], *next[COLUMNS];
     int64_t pairs;
 };
 
-#ifdef __AVX2__
+#ifdef VECTORS
 
-/* Where the sum of output `o` of a vector of codes is. Interleaving puts the first words of each 16 bytes into one vector of
-   pairs and the others into another; each of these gives a sum for every place in a word. */
-static inline int64_t place_of(int64_t o, const int bits, const int group) {
-    const int64_t inside = bits == 4 ? o % group : 0;
-    const int64_t byte = bits == 4 ? o / group * (group / 2) + inside % (group / 2) : o;
-    const int64_t part = bits == 4 ? byte % 2 * 2 + inside / (group / 2) : byte % 2;
-    const int64_t word = byte / 2, vector = word % 8 / 4 * (bits == 4 ? 4 : 2) + part;
-    return vector * WORDS + word / 8 * 4 + word % 4;
+/* The sums of a vector of codes in the order of their outputs. Interleaving puts the first words of each 16 bytes into one vector of
+   pairs and the others into another; each of these gives a sum for every place in a word: of bytes, or of their halves. */
+ALWAYS void in_order(const int bits, const int group, const float *sums, float *result) {
+    const int halves = bits == 4 ? 2 : 1, half = bits == 4 ? group / 2 : VECTOR;
+    for (int byte = 0; byte < VECTOR; byte += 8)
+        for (int high = 0; high < halves; high++) {
+            const float *even = sums + (byte % 16 / 8 * 2 * halves + high) * WORDS + byte / 16 * 4;
+            const __m128 a = _mm_loadu_ps(even), b = _mm_loadu_ps(even + halves * WORDS);
+            float *to = result + byte / half * half * halves + high * half + byte % half;
+            _mm_storeu_ps(to, _mm_unpacklo_ps(a, b));
+            _mm_storeu_ps(to + 4, _mm_unpackhi_ps(a, b));
+        }
 }
 
 /* sums (rows, stride) += the products of a block's codes in the vector at `offset`. */
@@ -257,9 +264,9 @@ ALWAYS void add_vector(const int bits, const int group, const int rows, const st
 
 #else
 
-static inline int64_t place_of(int64_t o, const int bits, const int group) {
-    (void)bits, (void)group;
-    return o;
+ALWAYS void in_order(const int bits, const int group, const float *sums, float *result) {
+    (void)group;
+    memcpy(result, sums, (size_t)(VECTOR * 8 / bits) * sizeof(float));
 }
 
 ALWAYS void add_vector(const int bits, const int group, const int rows, const struct block *block, int64_t offset,
@@ -305,7 +312,7 @@ static inline float widen_float16(uint16_t half) {
 }
 
 /* To the nearest whole number, for sizes below 2^22; a NaN to zero. */
-static inline int32_t nearest(float x) { return x != x ? 0 : (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u); }
+static inline int32_t nearest(float x) { return x != x ? 0 : (int32_t)(bits_of(x + ROUNDS) - 0x4b400000u); }
 
 static inline int32_t pair_of(int32_t low, int32_t high) { return (int32_t)(((uint32_t)low & 0xffff) | (uint32_t)high << 16); }
 
@@ -322,7 +329,7 @@ static void round_inputs(const float *value, int64_t count, int64_t r, struct fa
     by->scale[r] = largest * (1.0f / LARGEST);
 }
 
-#ifdef __AVX2__
+#ifdef VECTORS
 
 /* `count` bytes, of which only those before `end` are read. */
 ALWAYS const void *readable(const void *from, const void *end, size_t count, void *copy) {
@@ -339,12 +346,14 @@ static void scale_inputs(const struct quantized *weight, const int64_t *index, c
     int32_t *pair = by->pair + r * PAIRS * stride;
     const uint16_t *scales_end = weight->scales + weight->in * all;
     const uint8_t *zeros_end = weight->zeros + weight->in * row;
+    const uint16_t *scales[COLUMNS];
     floats scaled[COLUMNS + 1];
+    for (int64_t k = 0; k < count; k++) scales[k] = weight->scales + index[k] * all + g0;
     for (int64_t g = 0; g < groups; g += WORDS) {
         floats largest = as_floats(zero());
         for (int64_t k = 0; k < count; k++) {
             uint16_t copy[WORDS];
-            const uint16_t *from = weight->scales + index[k] * all + g0 + g;
+            const uint16_t *from = scales[k] + g;
             scaled[k] = halves_times(readable(from, scales_end, sizeof copy, copy), value[k]);
             largest = larger(largest, scaled[k]);
         }
@@ -426,9 +435,12 @@ ALWAYS void add_tile(const int bits, const int group, const int rows, const stru
 /* Of the sums of a tile's outputs those from `first` to `stop` in their order. */
 ALWAYS void put_in_order(const int bits, const int group, const float *sums, int64_t first, int64_t stop, float *result) {
     const int64_t outputs = VECTOR * 8 / bits;
-    for (int64_t j = 0; j < stop; j += outputs)
-        for (int64_t o = 0; o < outputs; o++)
-            if (j + o >= first && j + o < stop) result[j + o] = sums[j + place_of(o, bits, group)];
+    for (int64_t j = 0; j < stop; j += outputs) {
+        const int64_t from = j < first ? first : j, end = j + outputs < stop ? j + outputs : stop;
+        float all[2 * VECTOR];
+        in_order(bits, group, sums + j, all);
+        if (from < end) memcpy(result + from, all + from - j, (size_t)(end - from) * sizeof(float));
+    }
 }
 
 /* Code for each format. */
@@ -447,12 +459,19 @@ TILES(1)
 TILES(2)
 TILES(4)
 
+/* Ask for some bytes to be in the second cache. */
+ALWAYS void fetch(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes - 1; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+    __builtin_prefetch((const char *)from + bytes - 1, 0, 2);
+}
+
 /* Results (rows, stop - start) of outputs from `start` to `stop` for kept inputs at `index` with values (rows, spacing). A value
    that is not finite makes NaN of its row. */
 void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
                        int64_t rows, int64_t start, int64_t stop, float *result) {
     const int bits = weight->bits, group = weight->group;
-    const int64_t vector = VECTOR * 8 / bits, column = weight->out * bits / 8, all = bits == 4 ? weight->out / group : 0;
+    const int64_t vector = VECTOR * 8 / bits, column = weight->out * bits / 8;
+    const int64_t all = bits == 4 ? weight->out / group : 0, row = (all + 1) / 2;
     const int64_t unit = bits == 4 ? 2 * group : 1, room = SUMS / rows / 128 * 128, most = room < TILE ? room : TILE;
     float sums[SUMS];
     struct factors by;
@@ -470,8 +489,10 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
                 const int64_t after = k + COLUMNS + i;
                 block.column[i] = codes + index[k + (i < size ? i : size - 1)] * column;
                 block.next[i] = after < count ? codes + index[after] * column : block.column[i];
-                for (int64_t g = 0; g < groups && after < count && bits == 4; g += 32)
-                    __builtin_prefetch(weight->scales + index[after] * all + from / group + g, 0, 2);
+                if (bits == 4 && after < count) {
+                    fetch(weight->scales + index[after] * all + from / group, 2 * groups);
+                    if (weight->zeros) fetch(weight->zeros + (index[after] * row + from / group / 2), (groups + 1) / 2);
+                }
             }
             for (int64_t r = 0, taken; r < rows; r += taken) {
                 taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
@@ -494,9 +515,9 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        float any = 0;
-        for (int64_t k = 0; k < count; k++) any += 0.0f * value[r * spacing + k];
-        for (int64_t o = 0; o < stop - start && any != any; o++) result[r * (stop - start) + o] = any;
+        int bad = 0;
+        for (int64_t k = 0; k < count; k++) bad |= (bits_of(value[r * spacing + k]) & 0x7f800000u) == 0x7f800000u;
+        for (int64_t o = 0; o < stop - start && bad; o++) result[r * (stop - start) + o] = float_of(0x7fc00000u);
     }
 }
 
@@ -607,7 +628,7 @@ static inline float row_product(const int8_t *weight, const int16_t *x, const fl
     float total[WORDS] = {0}, found = 0;
     for (int64_t run = 0; run < count; run += RUN) {
         const int64_t stop = count - run < RUN ? count : run + RUN;
-#ifdef __AVX2__
+#ifdef VECTORS
         ints sum = zero();
         for (int64_t i = run; i < stop; i += VECTOR / 2) sum = add_products(sum, widen_bytes(weight + i), load(x + i));
         add_scaled(total, sum, as_floats(spread(scale + run / RUN, 0)));
@@ -625,15 +646,16 @@ static inline float row_product(const int8_t *weight, const int16_t *x, const fl
 static void round_runs(const float *x, int64_t in, int16_t *rounded, float *scale) {
     for (int64_t run = 0; run < in; run += RUN) {
         const int64_t stop = in - run < RUN ? in : run + RUN;
-        float largest = 0, any = 0;
+        float largest = 0;
+        int bad = 0;
         for (int64_t i = run; i < stop; i++) {
             const float size = x[i] < 0 ? -x[i] : x[i];
             largest = size > largest ? size : largest;
-            any += 0.0f * x[i];
+            bad |= (bits_of(x[i]) & 0x7f800000u) == 0x7f800000u;
         }
-        const float inverse = largest > TINY && any == any ? LARGEST / largest : 0.0f;
-        for (int64_t i = run; i < stop; i++) rounded[i] = any == any ? (int16_t)nearest(x[i] * inverse) : 0;
-        scale[run / RUN] = any == any ? largest * (1.0f / LARGEST) : any;
+        const float inverse = largest > TINY && !bad ? LARGEST / largest : 0.0f;
+        for (int64_t i = run; i < stop; i++) rounded[i] = bad ? 0 : (int16_t)nearest(x[i] * inverse);
+        scale[run / RUN] = bad ? float_of(0x7fc00000u) : largest * (1.0f / LARGEST);
     }
     for (int64_t i = in; i < (in + PART - 1) / PART * PART; i++) rounded[i] = 0;
 }
