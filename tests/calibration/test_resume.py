@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "open loop": {"loop": "open", "budget": "uniform", "transform": "none"},
     "greedy, run-time matrices": {"budget": "greedy", "transform": "stacked"},
-    "int4": {"bits": 4, "group_size": 32},
+    "int4": {"bits": 4, "group_size": 32, "transform": "none", "budget": "uniform"},
     "by reference": {"weights": "reference", "budget": "uniform", "grid": (0.25, 0.5)},
 }
 
