@@ -24,6 +24,16 @@ def test_totals_by_hand():
     assert cells.sparsity_at(found.read_fraction) == pytest.approx(found.model_sparsity)
 
 
+def test_quantized_weights_are_counted_by_their_bits():
+    cells = Cells(("mlp_in",), [[1000]], other_decoder=50, lm_head=200, runtime_matrices=80, bits=4.0, head_bits=8.0)
+    assert cells.read_fraction_at(0.4) == pytest.approx((600 / 4 + 50 + 100 + 80) / 1250)
+    assert cells.read_fraction_at(0.4, lm_head=False) == pytest.approx((600 / 4 + 50 + 80) / 1050)
+    assert cells.sparsity_at(cells.read_fraction_at(0.4)) == pytest.approx(0.4)
+    assert cells.bits_read_at(0.4) == pytest.approx(0.6 * 4 + 16 * 0.08)
+    assert cells.sparsity_at_bits(cells.bits_read_at(0.4)) == pytest.approx(0.4)
+    assert Cells(("mlp_in",), [[1000]]).bits_read_at(0.5) == 8
+
+
 def test_dense_budget_reads_everything():
     cells = small_cells(other_decoder=7, lm_head=11)
     dense = Budget(np.zeros((6, 4)))

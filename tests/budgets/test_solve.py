@@ -144,6 +144,18 @@ def test_free_cells_stay_within_the_measured_levels():
         solve_global(cells, curves, 0.85)
 
 
+def test_bits_read_are_a_target():
+    """2.6 bits of int4 with its scales, of which run-time matrices take their part."""
+    cells = small_cells(other_decoder=100, lm_head=3000, runtime_matrices=20, bits=4.3125, head_bits=8.0)
+    for budget in (
+        solve_global(cells, smooth_curves(), Target("bits_read", 2.6)),
+        uniform(cells, Target("bits_read", 2.6)),
+    ):
+        assert cells.bits_read_at(budget.model_sparsity(cells)) == pytest.approx(2.6, abs=1e-12)
+    with pytest.raises(BudgetError, match=r"bits read 9 cannot be met: it needs model sparsity -\d"):
+        uniform(cells, Target("bits_read", 9))
+
+
 def test_read_fraction_target_counts_head_and_runtime_matrices():
     cells = small_cells(other_decoder=100, lm_head=3000, runtime_matrices=500)
     for budget in (

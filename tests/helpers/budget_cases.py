@@ -9,7 +9,7 @@ from wina_calib.budgets import Cells, Curves
 SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
 
-def small_cells(layers: int = 6, **others: int) -> Cells:
+def small_cells(layers: int = 6, **others: float) -> Cells:
     return Cells(SITES, np.tile([300, 200, 700, 350], (layers, 1)), **others)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from wina_calib.budgets.file import FORMAT, HEADER, ModelKey
-from wina_calib.budgets.model import Budget, Cells, Curves
+from wina_calib.budgets.model import DENSE_BITS, Budget, Cells, Curves
 from wina_calib.budgets.patterns import shown
 from wina_calib.budgets.target import MAX_SPARSITY, make_limits
 from wina_calib.choices import SCORES
@@ -77,6 +77,8 @@ def render_page(
         "other_decoder": cells.other_decoder,
         "lm_head": cells.lm_head,
         "runtime_matrices": cells.runtime_matrices,
+        "share": cells.bits / DENSE_BITS,
+        "head_share": cells.head_bits / DENSE_BITS,
         "levels": curves.levels.tolist(),
         "loss": curves.loss.reshape(cells.weights.size, -1).tolist(),
         "measured": curves.measured.tolist(),

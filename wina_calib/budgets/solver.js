@@ -36,15 +36,16 @@ const WinaSolver = (() => {
   const modelSparsity = (data, values) => weighted(data, values) / sum(data.weights);
 
   function readFraction(data, sparsity, withHead) {
-    const always = data.other_decoder + (withHead ? data.lm_head : 0);
     const sparse = sum(data.weights);
-    return (sparse * (1 - sparsity) + always + data.runtime_matrices) / (sparse + always);
+    const head = withHead ? data.lm_head : 0;
+    const always = data.other_decoder + head * data.head_share + data.runtime_matrices;
+    return (sparse * data.share * (1 - sparsity) + always) / (sparse + data.other_decoder + head);
   }
 
   function sparsityAt(data, fraction) {
-    const always = data.other_decoder + data.lm_head;
     const sparse = sum(data.weights);
-    return (sparse + always + data.runtime_matrices - fraction * (sparse + always)) / sparse;
+    const always = data.other_decoder + data.lm_head * data.head_share + data.runtime_matrices;
+    return 1 - (fraction * (sparse + data.other_decoder + data.lm_head) - always) / (sparse * data.share);
   }
 
   function totals(data, values) {

@@ -17,7 +17,7 @@ MAX_SPARSITY = 0.99
 # Room for rounding where a target lies exactly at the end of what is possible.
 _SLACK = 1e-12
 
-TargetKind = Literal["sparsity", "read_fraction", "loss_rise", "perplexity_rise"]
+TargetKind = Literal["sparsity", "read_fraction", "bits_read", "loss_rise", "perplexity_rise"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Target:
     """What a budget must meet.
 
     Attributes:
-        kind: `sparsity` (model sparsity, met exactly), `read_fraction` (lm_head included, met exactly), or the highest
+        kind: `sparsity` (model sparsity, met exactly), `read_fraction` (lm_head included, met exactly), `bits_read`
+            (bits of decoder weights read over their number, met exactly), or the highest
             model sparsity whose predicted `loss_rise` (nats per token) or `perplexity_rise` (0.03 is 3 %) stays within
             `value`.
         value: the number asked for.
@@ -144,12 +145,13 @@ def meet(
     target = Target.of(target)
     cells = limits.cells
     lowest, highest = limits.sparsity_range()
-    if target.kind in ("sparsity", "read_fraction"):
-        sparsity = target.value if target.kind == "sparsity" else cells.sparsity_at(target.value)
+    exact = {"sparsity": lambda value: value, "read_fraction": cells.sparsity_at, "bits_read": cells.sparsity_at_bits}
+    if target.kind in exact:
+        sparsity = exact[target.kind](target.value)
         if not lowest - _SLACK <= sparsity <= highest + _SLACK:
             label, why = "model sparsity", ""
-            if target.kind == "read_fraction":
-                label, why = "read fraction", f": it needs model sparsity {sparsity:.4g}"
+            if target.kind != "sparsity":
+                label, why = target.kind.replace("_", " "), f": it needs model sparsity {sparsity:.4g}"
             raise _impossible(limits, f"{label} {target.value:g}", why)
         sparsity = min(max(sparsity, lowest), highest)
         return sparsity, spread(sparsity)

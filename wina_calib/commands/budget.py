@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     "--read-fraction", type=Share(), metavar="F", help="Target: bytes read over the dense model's, lm_head in."
 )
 @click.option(
+    "--bits-read",
+    type=click.FloatRange(0, min_open=True),
+    metavar="B",
+    help="Target: bits of decoder weights read for a token, over their number: 8 is 50% of 16 bits.",
+)
+@click.option(
     "--max-ppl-rise", type=Share(), metavar="P", help="Target: most sparsity with this predicted rise, as 3%."
 )
 @click.option(
@@ -82,6 +88,7 @@ def command(
     file: str | None,
     sparsity: float | None,
     read_fraction: float | None,
+    bits_read: float | None,
     max_ppl_rise: float | None,
     settings: tuple[str, ...],
     freeze: tuple[str, ...],
@@ -117,7 +124,7 @@ def command(
     outputs = [p for p in (output, html, Path(curve) if curve else None) if p is not None]
     _check_options(output, curve, refit=refit, measure=measure, target=target, data=data)
     check_files(outputs, overwrite=overwrite)
-    wanted = _target(sparsity, read_fraction, max_ppl_rise)
+    wanted = _target(sparsity, read_fraction, bits_read, max_ppl_rise)
     load_libraries()
     from wina_calib.budgets import Setting, explicit, to_json, write_budget
     from wina_calib.budgets.count import model_key
@@ -205,17 +212,22 @@ def _check_options(
         raise UsageError("--data is read by --measure and --refit only.")
 
 
-def _target(sparsity: float | None, read_fraction: float | None, rise: float | None) -> Target | None:
+def _target(
+    sparsity: float | None, read_fraction: float | None, bits_read: float | None, rise: float | None
+) -> Target | None:
     from wina_calib.budgets import Target
 
     values: dict[TargetKind, float | None] = {
         "sparsity": sparsity,
         "read_fraction": read_fraction,
+        "bits_read": bits_read,
         "perplexity_rise": rise,
     }
     given = [Target(kind, value) for kind, value in values.items() if value is not None]
     if len(given) > 1:
-        raise UsageError("--sparsity, --read-fraction and --max-ppl-rise are one target: give one of them.")
+        raise UsageError(
+            "--sparsity, --read-fraction, --bits-read and --max-ppl-rise are one target: give one of them."
+        )
     return given[0] if given else None
 
 
