@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import wina_calib
-from wina_calib.calibration.scale_curves import unmasked_rise
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.masks.score import column_norms
@@ -83,10 +82,3 @@ def test_an_evaluation_says_the_bits_that_are_read(llama: Path, text: Path, tmp_
     (card,) = (path.read_text() for path in (tmp_path / "q").glob("README.md"))
     assert "int4 in groups of 32 outputs, with zeros, lm_head 8 bits" in card
     assert "without wina_calib it does not load" in card
-
-
-def test_the_rise_that_quantization_makes_is_taken_off() -> None:
-    assert unmasked_rise([0.3, 0.5], [0.1, 0.2]) == pytest.approx(0.1)
-    assert unmasked_rise([0.1, 0.5], [0.1, 0.2]) == 0
-    assert unmasked_rise([0.5, 0.4], [0.1, 0.2]) == 0.5
-    assert unmasked_rise([0.5], [0.1]) == unmasked_rise([0.5, 0.6], [0.2, 0.2]) == 0

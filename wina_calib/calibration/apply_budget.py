@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wina_calib.budgets import Budget
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.held_out import held_out_blocks
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
@@ -23,6 +25,7 @@ from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensor
 from wina_calib.checkpoint.local_paths import base_model_here, data_here, published, remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -85,11 +88,29 @@ def apply(
     else:
         tensors, facts = _refitted(destination, settings, rows, refit, progress or Silent())
         settings = replace(settings, provenance=settings.provenance | facts)
+    held = HeldOut.from_dict(settings.provenance.get(HELD_OUT)) if refit else _expected(choice, old, rows, anchors)
+    told = (
+        {} if held is None else {HELD_OUT: held.to_dict(), VERDICT: Verdict.of(held, cells, choice.sparsity).to_dict()}
+    )
+    facts = {name: value for name, value in settings.provenance.items() if name not in (HELD_OUT, VERDICT)}
+    settings = replace(settings, provenance=facts | told)
     _write(destination, settings, tensors)
     if refit is not None and refit.data:
         base = base_model_here(destination.folder, settings.base_model)
         remember(destination.folder, base_model=base, data=refit.data)
     return settings
+
+
+def _expected(choice: Choice, old: Settings, rows: Floats, anchors: Sequence[float]) -> HeldOut | None:
+    """What to expect of a budget that nothing was fitted for: as measured if it is the old one, else by the curves, if any."""
+    held = HeldOut.from_dict(choice.opened.settings.provenance.get(HELD_OUT))
+    if choice.name == old.budget and choice.fixed is None and choice.kind != "file":
+        return held
+    if choice.curves is None or held is None:
+        return None
+    loss = tuple(Budget(row).predicted_loss(choice.curves) for row in rows)
+    off = tuple(held.achieved_at(anchor) for anchor in anchors)
+    return HeldOut(tuple(anchors), loss, loss, off, 0, held.data, held.unmasked)
 
 
 def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[str, Tensor]:
@@ -165,10 +186,10 @@ def _refitted(
         ),
         report=report,
     )
-    tensors, _ = job.fit(source, ChosenBudget(rows))
+    tensors, measured = job.fit(source, ChosenBudget(rows), held_out_blocks(tokenizer, seq_len))
     kept = {name: tensor for name, tensor in opened.tensors.items() if name.endswith((".curve", ".sample"))}
     changed = {"data": list(map(published, data)), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
-    return tensors | kept, changed
+    return tensors | kept, changed | {HELD_OUT: measured[HELD_OUT]}
 
 
 def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -> None:

@@ -22,7 +22,6 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
-from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")
@@ -36,15 +35,11 @@ class ChosenBudget:
     Attributes:
         rows: (anchors, layers, sites) site sparsities.
         felt: what is felt of every site's sparsity; None where no gradients were computed.
-        stream: the tokens that it comes from.
-        dense: the dense model's last hidden states on them.
         facts: what the choice cost, for the provenance.
     """
 
     rows: Floats
     felt: LossCurves | None = None
-    stream: LayerStream | None = None
-    dense: HiddenStates | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,14 +58,13 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
                 f"a global budget reaches model sparsities up to {CURVE_LEVELS[-1]}, asked is {max(options.anchors)}. "
                 "Use --budget uniform for more."
             )
-        if options.sparsity > 0:
+        if options.sparsity:
             solve_rows(cells, (options.sparsity,), options.sparsity, bounds, None)
         return options
     if options.min or options.max:
         raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
     _, own = file_budget(options.budget, model_key(arch, cells), cells)
-    default = CalibrateOptions.sparsity
-    if options.sparsity != default and abs(options.sparsity - own) > 0.005:
+    if options.sparsity is not None and abs(options.sparsity - own) > 0.005:
         raise BudgetError(
             f"{options.budget} has model sparsity {own:.4f}, asked is {options.sparsity}. Leave --sparsity out, "
             "or choose another budget with `wina-calib budget`."
@@ -105,20 +99,21 @@ def allocate(
         BudgetError: a bound or a budget file cannot be used.
     """
     bounds = Bounds.parse(cells, options.min, options.max)
+    asked = -1.0 if options.sparsity is None else options.sparsity  # no anchor is
     if options.budget == "uniform":
-        return ChosenBudget(solve_rows(cells, options.anchors, options.sparsity, bounds, None))
+        return ChosenBudget(solve_rows(cells, options.anchors, asked, bounds, None))
     if options.budget == "greedy":
         some = stream(GREEDY_TOKENS)
         found = greedy(some, rule, options.anchors, phase=phase, progress=progress)
         facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
         return ChosenBudget(found.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
-    felt, dense = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
+    felt = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
-        rows = solve_rows(cells, options.anchors, options.sparsity, bounds, felt.loss)
-    return ChosenBudget(rows, felt, used, dense)
+        rows = solve_rows(cells, options.anchors, asked, bounds, felt.loss)
+    return ChosenBudget(rows, felt, {"curve_tokens": used.tokens})
 
 
 def is_file(budget: str) -> bool:

@@ -20,6 +20,7 @@ LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, 
 # Of a plain pass through the layers: one anchor's closed loop, and one anchor in open loop.
 CLOSED_LOOP_PASSES = 2.1
 OPEN_LOOP_PASSES = 1.2
+HELD_OUT_PASSES = 1.3  # held-out text at one anchor
 GREEDY_PASSES = 95.0  # to a sparsity of 0.65; each takes a part of a layer
 _LOGITS = 10  # the logits of a part, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
@@ -120,9 +121,8 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
         parts.append(Part(GREEDY, layers, GREEDY_PASSES * work.greedy))
     each = CLOSED_LOOP_PASSES if work.closed else OPEN_LOOP_PASSES
     fit = work.thresholds * (each * work.anchors + (not work.closed))
-    parts.append(Part(FIT, layers, fit))
-    if work.curves:
-        parts.append(Part(MEASURE, heads, work.curves * head * (1 + work.anchors)))
+    parts.append(Part(FIT, layers, fit + work.heldout * (1 + HELD_OUT_PASSES * work.anchors)))
+    parts.append(Part(MEASURE, heads, work.heldout * head * (1 + work.anchors)))
     return tuple(parts)
 
 

@@ -29,7 +29,7 @@ from wina_calib.model.architecture import Layer, Site
 from wina_calib.storage.hidden_states import HiddenStates
 
 Quantize = Callable[[LayerStream, MaskedLayer, Site, Iterable[Tensor]], None]
-COUNTED_TOKENS = 1 << 15  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
+COUNTED_TOKENS = 1 << 13  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
 
 
 @dataclass(frozen=True)

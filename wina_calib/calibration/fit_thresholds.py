@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.calibration.fit_layer import SiteFit, dense_tables, fit_layer, run_layer
+from wina_calib.calibration.held_out import HeldOutRun
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
@@ -18,8 +19,7 @@ from wina_calib.checkpoint.format import SiteTensors
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
-from wina_calib.model.architecture import SITES
-from wina_calib.storage.hidden_states import HiddenStates
+from wina_calib.model.architecture import SITES, Architecture
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 
@@ -30,24 +30,28 @@ def fit_thresholds(
     rows: np.ndarray[Any, Any],
     *,
     quantizer: Quantizer | None = None,
+    held_out: HeldOutRun | None = None,
     phase: Phase = NOT_SAVED,
     progress: Progress = SILENT,
-) -> tuple[dict[str, Tensor], list[HiddenStates]]:
+) -> dict[str, Tensor]:
     """Fit thresholds at every anchor, and quantize the weights on what the model makes at the asked sparsity.
 
     Args:
         stream: the dense model, transformed already, and the tokens to use.
         rule: how masks are made.
-        options: anchors, the asked sparsity and the kind of loop.
+        options: anchors, the asked sparsity and the kind of loop; thresholds are those for the last anchor where none is asked.
         rows: (anchors, layers, sites) site sparsities.
-        quantizer: quantizes and writes the weights, or None.
+        quantizer: quantizes and writes the weights, or None; where no sparsity is asked for, on what the dense model makes.
+        held_out: run beside the fit.
         phase: where every layer's outputs and tensors are saved.
         progress: hears of every layer.
 
     Returns:
-        The tensors to store, and the last hidden states of the sparse model at each anchor.
+        The tensors to store.
     """
     arch, anchors = stream.source.architecture, options.anchors
+    if held_out is not None and quantizer is not None:
+        held_out.with_unmasked()
     start = stream.embed()
     states = [start, *(stream.store() for _ in anchors[1:])]
     # The dense model's states, in open loop and where weights are quantized for sparsity 0.
@@ -58,15 +62,21 @@ def fit_thresholds(
     stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
     # First the states that weights are quantized on: the others meet the quantized layer.
     order = sorted(range(len(anchors)), key=lambda a: anchors[a] != options.sparsity)
+    tensors: dict[str, Tensor] = phase.tensors()
     if phase.step:
         for name, store in stores.items():
             phase.restore(name, store, stream.blocks)
-    tensors: dict[str, Tensor] = phase.tensors()
+        if held_out is not None:
+            held_out.restore(phase)
+    if held_out is not None:
+        stores |= held_out.stores
     for index, module in stream.layers(phase.step):
         layer = arch.layers[index]
         fits: dict[int, dict[str, SiteFit]] = {}
         with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
             tables = dense_tables(stream, masked, dense) if dense is not None and options.loop == "open" else None
+            if held_out is not None:
+                held_out.run_dense(masked)  # before its weights change
             quantize = None if quantizer is None else quantizer.quantize
             if quantize is not None and dense is not None:
                 fit_layer(stream, masked, dense, dict.fromkeys(SITES, 0.0), quantize)
@@ -78,6 +88,10 @@ def fit_thresholds(
                 else:
                     fits[a] = fit_layer(stream, masked, states[a], targets, quantize)
                 quantize = None
+                if held_out is not None:
+                    held_out.run_sparse(masked, a)
+            if held_out is not None:
+                held_out.run_unmasked(masked)
             new: dict[str, Tensor] = {}
             for s, site in enumerate(layer.sites):
                 of_site = [fits[a][site.name] for a in range(len(anchors))]
@@ -88,11 +102,17 @@ def fit_thresholds(
         worst = max(fits[len(anchors) - 1].items(), key=lambda item: item[1].error)
         if quantizer is not None:
             quantizer.write(layer)
-        phase.save(index + 1, tensors=new, stores=stores, prepare=None if quantizer is None else quantizer.sync)
+        phase.save(
+            index + 1,
+            tensors=new,
+            stores=stores,
+            values=None if held_out is None else held_out.values,
+            prepare=None if quantizer is None else quantizer.sync,
+        )
         progress.step(f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})")
-    if dense is not None:
-        dense.clear()
-    return tensors, states
+    for state in (*states, *(() if dense is None else (dense,))):
+        state.clear()
+    return tensors
 
 
 def site_tensors(
@@ -102,14 +122,28 @@ def site_tensors(
     anchors, groups = options.anchors, masked.groups[site]
     budget = budget.astype(np.float32)  # as it is stored, so that loading computes the same thresholds
     tables = {g.name: torch.stack([f.tables[g.key] for f in fits]) for g in groups}
-    asked = site_sparsity(anchors, budget, options.sparsity)
+    sparsity = anchors[-1] if options.sparsity is None else options.sparsity
+    asked = site_sparsity(anchors, budget, sparsity)
     return SiteTensors(
         norms={g.name: masked.norms[g.key].cpu() for g in groups},
         tables=tables,
         thresholds={
-            name: torch.tensor(threshold_between(table, anchors, options.sparsity, asked))
-            for name, table in tables.items()
+            name: torch.tensor(threshold_between(table, anchors, sparsity, asked)) for name, table in tables.items()
         },
         budget=torch.from_numpy(budget.copy()),
         error=torch.tensor([f.error for f in fits]),
     )
+
+
+def at_sparsity(
+    tensors: Mapping[str, Tensor], arch: Architecture, rule: MaskRule, anchors: Sequence[float], sparsity: float
+) -> dict[str, Tensor]:
+    """The tensors of a calibration with the thresholds for another model sparsity, from their tables."""
+    found = dict(tensors)
+    for layer, site in arch.sites:
+        path = f"{layer.prefix}wina.{site.name}"
+        own = site_sparsity(anchors, tensors[f"{path}.budget"].numpy(), sparsity)
+        for group in rule.groups(site):
+            table = tensors[f"{path}.{group.name}.table"]
+            found[f"{path}.{group.name}.threshold"] = torch.tensor(threshold_between(table, anchors, sparsity, own))
+    return found

@@ -27,7 +27,8 @@ from wina_calib.calibration.cost import (
 )
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
-from wina_calib.calibration.fit_thresholds import fit_thresholds
+from wina_calib.calibration.fit_thresholds import at_sparsity, fit_thresholds
+from wina_calib.calibration.held_out import HeldOutRun
 from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.loss_curves import usable_tokens
@@ -36,11 +37,12 @@ from wina_calib.calibration.quantize_sites import Quantizer, weight_format
 from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
-from wina_calib.checkpoint.format import model_names
+from wina_calib.checkpoint.format import model_names, stored_cells
 from wina_calib.checkpoint.local_paths import published, published_command, remember
 from wina_calib.checkpoint.quantized_weights import QuantizedWeights, has_shards
 from wina_calib.checkpoint.settings import QUANTIZED_VERSION, SAMPLES, Settings
 from wina_calib.checkpoint.side_files import copy_side_files
+from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
 from wina_calib.checkpoint.weight_sample import stored_samples
 from wina_calib.checkpoint.writer import write_calibration
 from wina_calib.common.devices import backward_batch
@@ -124,19 +126,20 @@ class Job:
         quantizes = weight_format(self.options) is not None
         dense, untied = self._transformed(folder.with_name("dense") if quantizes else folder)
         chosen = self._budget(dense)
-        tensors, curve_facts = self.fit(dense, chosen, folder if quantizes else None)
+        tensors, measured = self.fit(dense, chosen, base, folder if quantizes else None)
         return self.compute.ranks.first(
-            lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, curve_facts)
+            lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, measured)
         )
 
     def fit(
-        self, source: Source, chosen: ChosenBudget, folder: Path | None = None
+        self, source: Source, chosen: ChosenBudget, held: Blocks, folder: Path | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Fit thresholds at every anchor, and quantize the layers' weights where the options say so.
 
         Args:
             source: the dense model with its transformed weights.
             chosen: the site sparsities.
+            held: the text that the sparse model is measured on.
             folder: where quantized layers are written; None leaves weights as they are.
 
         Returns:
@@ -152,27 +155,26 @@ class Job:
             phase.forget()
         if phase.finished:
             return phase.tensors(), phase.values
+        anchors, arch = self.options.anchors, source.architecture
         stream = self._stream(source, self._threshold_ids, states=self._fit_states)
-        self._phase(FIT, len(source.architecture.layers), phase)
+        held_out = HeldOutRun(self._stream(source, held.ids, states=len(anchors) + 1), anchors, held.data)
+        self._phase(FIT, len(arch.layers), phase)
         with self._quantizer(source, folder, phase) as quantizer:
-            tensors, states = fit_thresholds(
+            tensors = fit_thresholds(
                 stream,
                 self._rule,
                 self.options,
                 chosen.rows,
                 quantizer=quantizer,
+                held_out=held_out,
                 phase=phase,
                 progress=self.report,
             )
-        if chosen.felt is not None:
-            self.report.phase(MEASURE, head_parts(source.architecture, self.compute.dtype))
-        curves, facts = scaled_curves(
-            chosen, self.options.anchors, stream, states, self.report, quantized=quantizer is not None
-        )
-        added = curve_tensors(source.architecture, curves)
+        self.report.phase(MEASURE, head_parts(arch, self.compute.dtype))
+        found = held_out.measured(self.report)
+        curves, facts = scaled_curves(chosen, found)
+        added, facts = curve_tensors(arch, curves), facts | {HELD_OUT: found.to_dict()}
         phase.finish(tensors=added, values=facts)
-        for state in states:
-            state.clear()
         return tensors | added, facts
 
     @contextmanager
@@ -197,7 +199,7 @@ class Job:
         """The checkpoint's settings, as far as the options say them."""
         chosen, form = self.options, weight_format(self.options)
         settings = Settings(
-            sparsity=chosen.sparsity,
+            sparsity=chosen.anchors[-1] if chosen.sparsity is None else chosen.sparsity,
             anchors=chosen.anchors,
             score=chosen.score,
             masks=chosen.masks,
@@ -228,19 +230,27 @@ class Job:
         tensors: dict[str, Tensor],
         base: Blocks,
         base_ppl: float,
-        curve_facts: dict[str, Any],
+        measured: dict[str, Any],
     ) -> Settings:
-        stored, settings = dense.shards, self._settings
+        held = HeldOut.from_dict(measured[HELD_OUT])
+        assert held is not None
+        asked, limit = self.options.sparsity, None
+        if asked is None:
+            limit = self.options.max_ppl_rise
+            asked = held.choose(limit)
+            tensors = at_sparsity(tensors, dense.architecture, self._rule, self.options.anchors, asked)
+        stored, settings = dense.shards, replace(self._settings, sparsity=asked)
         if settings.weight_format is not None:
             QuantizedWeights(dense, settings, folder, len(dense.architecture.layers)).write_ends()
             copy_side_files(dense.opened, folder)
             stored = Shards.open(folder)
+        verdict = Verdict.of(held, stored_cells(dense.architecture, settings), asked, limit)
         settings = replace(
             settings,
             curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
             weights=stored.fingerprint(model_names(stored, dense.architecture)),
             samples=SAMPLES if settings.weight_format is None else 0,
-            provenance=self._provenance(base_ppl, base, untied) | curve_facts,
+            provenance=self._provenance(base_ppl, base, untied) | measured | {VERDICT: verdict.to_dict()},
         )
         if settings.samples:
             tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}

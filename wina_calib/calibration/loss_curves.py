@@ -38,7 +38,7 @@ from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 MAX_TOKENS = 32_768
-SHARE = 0.6  # of all calibration tokens, at most: three forward passes over all of them
+SHARE = 0.45  # of all calibration tokens, at most: three forward passes over all of them
 REFERENCE = 0.6  # site sparsity at which the first-order part is compared with the divergence
 _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two models
 _RATIOS = (-0.75, 3.0)
@@ -124,7 +124,7 @@ def measure_curves(
     phase: Phase = NOT_SAVED,
     progress: Progress = SILENT,
     observe: Observe = lambda layer, group, x, g: None,
-) -> tuple[LossCurves, HiddenStates]:
+) -> LossCurves:
     """Predict the loss rise of every site alone at `CURVE_LEVELS`.
 
     Args:
@@ -137,26 +137,26 @@ def measure_curves(
             as `observe(layer, group, x, g)`; rows that are never masked are left out.
 
     Returns:
-        The sensitivity, and the dense model's last hidden states.
+        The curves.
 
     Raises:
         NumericError: logits or gradients are NaN or infinite.
     """
     count = len(stream.source.architecture.layers)
     if phase.finished:
-        last, found = stream.store(), phase.tensors()["curves"].numpy()
-        phase.restore("last", last, stream.blocks)
+        found = phase.tensors()["curves"].numpy()
     else:
         thresholds, inputs = _forward(stream, rule, phase, progress)
         last = inputs.pop(count)
         found = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
-        phase.finish(tensors={"curves": torch.from_numpy(found)}, stores={"last": last})
+        phase.finish(tensors={"curves": torch.from_numpy(found)})
+        last.clear()
     if not np.isfinite(found).all():
         raise NumericError(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
     divergence = np.maximum.accumulate(found[..., 1:], axis=2)
-    return LossCurves(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens), last
+    return LossCurves(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens)
 
 
 def _forward(

@@ -24,7 +24,8 @@ from wina_calib.errors import UsageError
 
 WEIGHTS = ("full", "reference")
 LOOPS = ("closed", "open")
-DEFAULT_ANCHORS = (0.25, 0.5, 0.65)
+DEFAULT_ANCHORS = (0.2, 0.4, 0.65)
+QUICK = {"samples": 16, "grid": (0.25, 0.5)}  # what --quick takes in place of the defaults
 # Options that say where, how and from where a calibration is made; what comes out does not depend on their words.
 OPERATIONAL = frozenset(
     {"overwrite", "restart", "keep_state", "device", "micro_batch", "revision", "trust_remote_code"}
@@ -40,7 +41,17 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 class CalibrateOptions:
     """Options of `wina-calib calibrate` and `wina_calib.calibrate`."""
 
-    sparsity: float = option(0.5, "Model sparsity to calibrate for, in [0, 1).", flag="-s", metavar="S", share=True)
+    sparsity: float | None = option(
+        None,
+        "Model sparsity to calibrate for, in [0, 1); by default the largest within --max-ppl-rise.",
+        flag="-s",
+        metavar="S",
+        share=True,
+    )
+    max_ppl_rise: float = option(
+        0.05, "Rise of perplexity over the dense model's that chooses the sparsity.", metavar="R", share=True
+    )
+    quick: bool = option(False, "A first look: less text and fewer sparsities, so figures are rough.")
     transform: str = option(
         "auto",
         "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
@@ -71,8 +82,8 @@ class CalibrateOptions:
         multiple=True,
         metavar="SPEC",
     )
-    samples: int = option(128, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
-    seq_len: int = option(2048, "Tokens a block; cut to what the model takes.", metavar="N")
+    samples: int = option(48, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
+    seq_len: int = option(512, "Tokens a block; cut to what the model takes.", metavar="N")
     seed: int = option(0, "Seed of every random choice.", metavar="N")
     score: str = option("wina", "What is compared with the threshold.", choices=SCORES)
     masks: str = option("shared", "One mask a site, or the papers' one a projection.", choices=MASKS)
@@ -115,10 +126,17 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         problems = [
-            (is_sparsity(self.sparsity), f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1)"),
+            (
+                self.sparsity is None or is_sparsity(self.sparsity),
+                f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1)",
+            ),
             (
                 all(0.0 < s < 1.0 for s in self.grid),
                 f"grid is {', '.join(map(str, self.grid))}; expected numbers in (0, 1)",
+            ),
+            (
+                isinstance(self.max_ppl_rise, int | float) and 0.0 < self.max_ppl_rise < math.inf,
+                f"max-ppl-rise is {self.max_ppl_rise!r:.80}; expected a number above 0, such as 0.05",
             ),
             (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
             (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
@@ -147,7 +165,7 @@ class CalibrateOptions:
     @property
     def anchors(self) -> tuple[float, ...]:
         """Ascending model sparsities at which thresholds are fitted: the grid and the asked one."""
-        asked = (self.sparsity,) if self.sparsity > 0 else ()
+        asked = (self.sparsity,) if self.sparsity else ()
         return tuple(sorted({*self.grid, *asked})) or DEFAULT_ANCHORS
 
     def _choices(self) -> Sequence[tuple[str, Any, tuple[str, ...]]]:
@@ -168,6 +186,11 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
     unknown = sorted(set(values) - known)
     if unknown:
         raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    if values.get("quick"):
+        defaults = {f.name: f.default for f in fields(CalibrateOptions)}
+        values = values | {
+            name: own for name, own in QUICK.items() if values.get(name, defaults[name]) == defaults[name]
+        }
     grid = values.get("grid", DEFAULT_ANCHORS)
     try:
         grid = (float(grid),) if isinstance(grid, str | int | float) else tuple(map(float, grid))

@@ -15,6 +15,7 @@ import torch
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.held_out import held_out_blocks
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
@@ -25,6 +26,7 @@ from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import checked_side_files
+from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.atomic import check_output, claimed, publish
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -35,7 +37,7 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.chat import has_template
-from wina_calib.corpus.sources import CHAT_DATA, DEFAULT_DATA, HELDOUT_DATA
+from wina_calib.corpus.sources import CHAT_DATA, DEFAULT_DATA
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.model.config import config_file, remote_code
 from wina_calib.model.source import fitting_length, open_source
@@ -43,16 +45,20 @@ from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import check_same, drop, has_finished, mark_finished, state_folder
 from wina_calib.transforms import plan
 
-BASE_TOKENS = 16_384
-BASE_SEQ_LEN = 2048
-
 
 @dataclass(frozen=True)
 class Result:
-    """What a calibration made: the folder and the settings in its config."""
+    """What a calibration made: the folder, and the settings in its config."""
 
     folder: Path
     settings: Settings
+
+    @property
+    def verdict(self) -> Verdict:
+        """What to expect of it."""
+        found = Verdict.from_facts(self.settings.provenance)
+        assert found is not None
+        return found
 
 
 def calibrate(model: str | Path, output: str | Path, *, progress: Hearing = None, **options: Any) -> Result:
@@ -147,7 +153,7 @@ def prepare(
         ),
         report=progress if ranks.is_first else SILENT,
     )
-    return job, base_blocks(tokenizer, min(seq_len, BASE_SEQ_LEN))
+    return job, held_out_blocks(tokenizer, seq_len, quick=chosen.quick)
 
 
 def _run(job: Job, base: Blocks, output: Path) -> Settings:
@@ -244,10 +250,3 @@ def _leave(error: BaseException, state: Path, run_state: RunState, report: Progr
     if isinstance(error, KeyboardInterrupt):
         raise KeyboardInterrupt(f"Stopped; {text}.") from error
     report.note(text)
-
-
-def base_blocks(tokenizer: Any, seq_len: int) -> Blocks:
-    """The stated sample on which the original model's perplexity is kept: built-in held-out text."""
-    return load_blocks(
-        HELDOUT_DATA, tokenizer, samples=max(1, BASE_TOKENS // seq_len), seq_len=seq_len, seed=0, min_tokens=1
-    )

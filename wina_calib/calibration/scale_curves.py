@@ -12,80 +12,48 @@ from torch import Tensor
 from wina_calib.budgets import Budget, Curves
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
-from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.likelihood import measured_rises
-from wina_calib.calibration.loss_curves import CURVE_PASSES
 from wina_calib.checkpoint.reader import Checkpoint
-from wina_calib.common.progress import SILENT, Progress
+from wina_calib.checkpoint.verdict import HeldOut, smoothed
 from wina_calib.errors import BudgetError, CheckpointError
 from wina_calib.model.architecture import Architecture
-from wina_calib.storage.hidden_states import HiddenStates
 
-_FACTOR_SPREAD = 0.3  # how far ratios of measured and predicted loss rises may differ from anchor to anchor
-_FACTORS = (0.2, 5.0)
 SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to the measured loss rise
 
 
-def scaled_curves(
-    chosen: ChosenBudget,
-    anchors: Sequence[float],
-    stream: LayerStream,
-    states: Sequence[HiddenStates],
-    progress: Progress = SILENT,
-    *,
-    quantized: bool = False,
-) -> tuple[Curves | None, dict[str, Any]]:
+def scaled_curves(chosen: ChosenBudget, held: HeldOut) -> tuple[Curves | None, dict[str, Any]]:
     """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 
     Args:
         chosen: what was fitted.
-        anchors: model sparsities.
-        stream: the calibration tokens; its first blocks are those of the curves.
-        states: last hidden states of the sparse model at each anchor.
-        progress: hears of every part of lm_head.
-        quantized: the sparse model's weights are, and the dense one's are not: a part of all rises is no sparsity's.
+        held: what was measured at the anchors.
 
     Returns:
-        The curves, and for the provenance what was predicted and measured; None and nothing where there are no curves.
+        The curves, and for the provenance what was predicted and measured; None and how the budget was chosen where there are
+        no curves.
     """
-    if chosen.felt is None or chosen.stream is None or chosen.dense is None:
+    if chosen.felt is None:
         return None, chosen.facts
-    rises = measured_rises(chosen.stream, chosen.dense, stream, states, progress)
-    chosen.dense.clear()
     curves = chosen.felt.loss
     predicted, divergence = (
         [Budget(row).predicted_loss(felt) for row in chosen.rows] for felt in (curves, chosen.felt.divergence)
     )
-    low = [i for i, anchor in enumerate(anchors) if anchor <= SCALED_TO] or [0]
-    other = unmasked_rise([rise.loss for rise in rises], predicted) if quantized else 0.0
-    measured = [rise.loss - other for rise in rises]
-    factor = scale([measured[i] for i in low], [predicted[i] for i in low])
-    tokens = chosen.stream.tokens
-    facts = {
-        "anchors": list(anchors),
-        "tokens": tokens,
-        "passes": CURVE_PASSES * tokens / stream.tokens,
+    low = [i for i, anchor in enumerate(held.anchors) if anchor <= SCALED_TO] or [0]
+    factor = scale([held.loss[i] - held.base for i in low], [predicted[i] for i in low])
+    facts = chosen.facts | {
+        "anchors": list(held.anchors),
+        "tokens": held.tokens,
         "factor": factor,
-        "factor_at": [anchors[i] for i in low],
+        "factor_at": [held.anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],
         "predicted_kl": divergence,
-        "loss_rise": measured,
-        "kl": [rise.kl for rise in rises],
+        "loss_rise": [
+            loss - held.base for loss in held.loss_rise
+        ],  # what quantizing the weights costs is no sparsity's
+        "kl": [max(kl - held.unmasked[1], 0.0) for kl in held.kl],
     }
-    if quantized:
-        facts["quantized_rise"] = other
+    if held.unmasked[1]:
+        facts["quantized_rise"] = held.base
     return curves.scaled(factor), {"prediction": facts}
-
-
-def unmasked_rise(measured: Sequence[float], predicted: Sequence[float]) -> float:
-    """The part of measured loss rises that sparsity 0 would show, on the line through the two least predicted ones.
-
-    Of one anchor alone nothing is known: 0, as where the line says that it is negative.
-    """
-    if len(measured) < 2 or predicted[1] <= predicted[0]:
-        return 0.0
-    slope = (measured[1] - measured[0]) / (predicted[1] - predicted[0])
-    return min(max(0.0, measured[0] - slope * predicted[0]), max(0.0, measured[0]))
 
 
 def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:
@@ -100,9 +68,8 @@ def scale(measured: Sequence[float], predicted: Sequence[float]) -> float:
 def measured_pairs(facts: Mapping[str, Any]) -> Floats:
     """What the scaled curves of a calibration sum up to at its anchors, and the loss rises that go with it, (n, 2).
 
-    The first-order part of the loss weighs most where little is dropped, so that no one factor fits all anchors. A rise here is
-    the measured one as far as its noise allows: its variance is twice the divergence over the tokens, against what ratios
-    of measured and predicted rises differ by at all, `_FACTOR_SPREAD`.
+    The first-order part of the loss weighs most where little is dropped, so that no one factor fits all anchors. A rise is the
+    measured one as far as its noise allows, as in the verdict (`smoothed`).
 
     Args:
         facts: `prediction` of a checkpoint's provenance.
@@ -114,13 +81,10 @@ def measured_pairs(facts: Mapping[str, Any]) -> Floats:
         return np.empty((0, 2))
     try:
         sums, rises, kl = (np.array(facts[key], dtype=np.float64) for key in ("predicted", "loss_rise", "kl"))
-        rows = np.stack([sums, rises, np.maximum(kl, 0.0)], axis=1)[(sums > 0) & (np.diff(sums, prepend=0.0) > 0)]
-        noise = 2 * rows[:, 2] / (float(facts["tokens"]) * rows[:, 0] ** 2)
-    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        pairs = np.stack([sums, np.array(smoothed(rises.tolist(), kl.tolist(), int(facts["tokens"])))], axis=1)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BudgetError(f"the measured loss rises cannot be read: {error!r:.80}") from None
-    trusted = _FACTOR_SPREAD**2 / (_FACTOR_SPREAD**2 + noise)
-    ratio = np.clip(1 + trusted * (rows[:, 1] / rows[:, 0] - 1), *_FACTORS)
-    return np.stack([rows[:, 0], np.maximum.accumulate(rows[:, 0] * ratio)], axis=1)
+    return pairs[(sums > 0) & (np.diff(sums, prepend=0.0) > 0)]
 
 
 def curve_tensors(arch: Architecture, curves: Curves | None) -> dict[str, Tensor]:

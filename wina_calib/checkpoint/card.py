@@ -22,6 +22,7 @@ from wina_calib.checkpoint.format import HEAT_MAP, stored_cells
 from wina_calib.checkpoint.local_paths import base_model_here, published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.atomic import write_file
 from wina_calib.common.printable import MAX_LINE, one_line
 from wina_calib.common.text import percent, rise
@@ -171,6 +172,7 @@ def made_text(opened: Checkpoint, base: Base, name: str) -> str:
         "[WINA](https://arxiv.org/abs/2505.19427).",
         _loading(folder, settings, name),
         _figures(opened),
+        _expected(settings),
         _budget(opened),
         _making(settings, base),
         _limits(settings, reference=is_reference(folder)),
@@ -250,6 +252,16 @@ def _quantized(settings: Settings) -> list[tuple[str, str]]:
         return []
     groups = f" in groups of {form.group_size} outputs, {'with' if form.zero_point else 'without'} zeros"
     return [("weights", f"int{form.bits}{groups if form.bits == 4 else ''}, lm_head {settings.head_bits} bits")]
+
+
+def _expected(settings: Settings) -> str:
+    """What calibration expects at other sparsities."""
+    verdict = Verdict.from_facts(settings.provenance)
+    if verdict is None:
+        return ""
+    warning = f"\n\n**{verdict.warning[0].upper()}{verdict.warning[1:]}.**" if verdict.warning else ""
+    rows = [(what, much) for what, much in verdict.rows()]
+    return f"## What to expect\n\nBy calibration, on held-out text.\n\n{_table(('', ''), rows)}{warning}"
 
 
 def _budget(opened: Checkpoint) -> str:

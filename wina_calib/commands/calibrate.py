@@ -15,6 +15,7 @@ from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import flags, folder_option, json_option
 from wina_calib.commands.output import bars, emit, note
+from wina_calib.common.text import percent
 
 if TYPE_CHECKING:
     from wina_calib.calibration.run import Result
@@ -47,12 +48,37 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
             "note: lm_head no longer shares the embeddings' weights (the final norm's gain went into it), so the checkpoint "
             "has more of them than the model"
         )
-    emit(summary(result), f"{result.folder}: calibrated for {result.settings.sparsity:.0%} sparsity.", as_json=as_json)
+    if (warning := result.verdict.warning) is not None:
+        better = result.verdict.sparsity_for["0.05"]
+        note(f"warning: {warning}: wina-calib budget {output} --sparsity {better:.2f} --apply {output}")
+    emit(summary(result), told(result), as_json=as_json)
 
 
 def summary(result: Result) -> dict[str, Any]:
     """A finished calibration for JSON."""
-    return {"folder": str(result.folder), **result.settings.to_dict()}
+    facts = result.settings.to_dict()
+    return {"folder": str(result.folder), **facts, "verdict": result.verdict.to_dict()}
+
+
+def told(result: Result) -> str:
+    """A finished calibration for people: what it is, what to expect, and what to do next."""
+    verdict, folder = result.verdict, result.folder
+    why = (
+        ""
+        if verdict.limit is None
+        else f", the most that keeps perplexity within {percent(verdict.limit)} of the dense model's (--max-ppl-rise)"
+    )
+    return "\n".join(
+        [
+            f"{folder}: calibrated for {percent(verdict.sparsity, 0)} sparsity{why}.",
+            "",
+            verdict.text(),
+            "",
+            "next:",
+            f"  wina-calib evaluate {folder} --data YOUR_TEXT --save",
+            f'  wina-calib generate {folder} "Once upon a time"',
+        ]
+    )
 
 
 @contextmanager

@@ -41,7 +41,14 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
 
     def calibrated(*, restart: bool) -> Result:
         return calibrate(
-            "demo", output, progress=progress, samples=samples, seq_len=seq_len, overwrite=True, restart=restart
+            "demo",
+            output,
+            sparsity=0.5,
+            progress=progress,
+            samples=samples,
+            seq_len=seq_len,
+            overwrite=True,
+            restart=restart,
         )
 
     with bars() as progress, stoppable():

@@ -46,6 +46,7 @@ def command(checkpoint: str, full: bool, weights: bool, revision: str | None, as
 def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
     """The facts of a checkpoint."""
     from wina_calib.checkpoint.format import stored_cells
+    from wina_calib.checkpoint.verdict import Verdict
     from wina_calib.masks.thresholds import site_sparsity
 
     settings, arch = opened.settings, opened.architecture
@@ -62,6 +63,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
                 "error": [round(float(e), 6) for e in stored.error],
             }
         )
+    verdict = Verdict.from_facts(settings.provenance)
     return {
         "folder": str(opened.folder),
         "base_model": settings.base_model,
@@ -76,6 +78,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "bits_read": cells.bits_read_at(settings.sparsity),
         "runtime_matrices": cells.runtime_matrices,
         "fitted_anchors": list(settings.fitted_anchors),
+        "verdict": None if verdict is None else verdict.to_dict(),
         "settings": settings.to_dict(),
         "sites": sites,
     }
@@ -83,6 +86,8 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
 
 def render(facts: dict[str, Any], *, full: bool = False) -> str:
     """The facts as text: what fits a screen, or every site too."""
+    from wina_calib.checkpoint.verdict import Verdict
+
     settings = facts["settings"]
     rows = [
         ["base model", facts["base_model"]],
@@ -96,7 +101,9 @@ def render(facts: dict[str, Any], *, full: bool = False) -> str:
         ["data", f"{', '.join(facts['data']) or 'unknown'} ({settings['provenance'].get('blocks', '?')} blocks)"],
         ["weights", "verified" if facts["weights_verified"] else "not read"],
     ]
-    return "\n\n".join([table(["", ""], rows), _every_site(facts) if full else _by_site(facts)])
+    verdict = Verdict.from_facts(settings["provenance"])
+    told = [] if verdict is None else [verdict.text()]
+    return "\n\n".join([table(["", ""], rows), *told, _every_site(facts) if full else _by_site(facts)])
 
 
 def _by_site(facts: dict[str, Any]) -> str:

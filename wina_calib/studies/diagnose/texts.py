@@ -132,9 +132,7 @@ def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds
     micro_batch = default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width)
     stream = LayerStream(source, text.ids, Compute(subject.device, subject.dtype, micro_batch))
     budget = opened.sparsities(sparsity)
-    tensors, states = fit_thresholds(stream, opened.settings.rule, options, budget[None])
-    for state in states:
-        state.clear()
+    tensors = fit_thresholds(stream, opened.settings.rule, options, budget[None])
     return [
         Thresholds(
             float(budget[layer.index, column]),

@@ -1,0 +1,254 @@
+"""What to expect of a calibrated model: the rise of perplexity at any sparsity, by what was measured on held-out text.
+
+Calibration runs the sparse model at every anchor on text that nothing was fitted on. Between anchors the rise of the loss goes
+with a power of the sparsity, and so it does beyond them. Everything here is numbers; `Verdict` is what is kept and shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from wina_calib.budgets import Cells
+from wina_calib.common.text import percent, table
+
+SHOWN = (0.25, 0.4, 0.5, 0.65)  # sparsities whose rise is told
+ASKED_RISES = (0.01, 0.05, 0.1)  # rises of perplexity whose sparsity is told
+TOO_MUCH = 0.1
+OFF = 0.01  # difference of achieved and asked sparsity from which it is told
+HELD_OUT, VERDICT = "held_out", "verdict"  # keys of the provenance
+_ROWS = ("anchors", "loss_rise", "kl", "achieved")
+_SPREAD = 0.15  # what the ratio of loss rise and divergence differs by from anchor to anchor
+_CORRELATED = 2.0  # tokens of a text are worth so many times fewer independent ones
+_POWER, _POWERS = 3.5, (1.5, 8.0)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The sparse model beside the dense one on held-out text, at each anchor.
+
+    Attributes:
+        anchors: model sparsities asked for, ascending, above 0.
+        loss_rise: rise of the loss, nats a token.
+        kl: KL divergence from the dense model, nats a token.
+        achieved: model sparsity there.
+        tokens: predicted tokens.
+        data: the text.
+        unmasked: loss rise and divergence at sparsity 0, where the weights are quantized; else 0.
+    """
+
+    anchors: tuple[float, ...]
+    loss_rise: tuple[float, ...]
+    kl: tuple[float, ...]
+    achieved: tuple[float, ...]
+    tokens: int
+    data: tuple[str, ...]
+    unmasked: tuple[float, float] = (0.0, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, raw: object) -> HeldOut | None:
+        """From a checkpoint's facts; None where they hold no such thing."""
+        if not isinstance(raw, dict):
+            return None
+        try:
+            anchors, loss, kl, achieved = rows = [tuple(map(float, raw[name])) for name in _ROWS]
+            first, second = map(float, raw["unmasked"])
+            found = cls(anchors, loss, kl, achieved, int(raw["tokens"]), tuple(map(str, raw["data"])), (first, second))
+            same = len(set(map(len, rows))) == 1 and len(anchors) > 0
+            fine = all(math.isfinite(value) for row in (*rows, found.unmasked) for value in row) and all(
+                0 < a < 1 for a in anchors
+            )
+            return found if same and fine and list(anchors) == sorted(set(anchors)) else None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+
+    @property
+    def loss(self) -> tuple[float, ...]:
+        """The rise of the loss at each anchor as far as its noise allows, positive and ascending; `base` is in it."""
+        return self._loss[1:]
+
+    @property
+    def base(self) -> float:
+        """The rise of the loss at sparsity 0: what quantizing the weights alone costs."""
+        return self._loss[0]
+
+    @property
+    def _loss(self) -> tuple[float, ...]:
+        if not self.unmasked[1]:
+            return 0.0, *smoothed(self.loss_rise, self.kl, self.tokens)
+        return smoothed((self.unmasked[0], *self.loss_rise), (self.unmasked[1], *self.kl), self.tokens)
+
+    def rise_at(self, sparsity: float) -> float:
+        """Predicted relative rise of perplexity at a model sparsity."""
+        masked = math.exp(_line(math.log(sparsity), *self._points)) if sparsity > 0 else 0.0
+        return math.expm1(min(self.base + masked, 700.0))
+
+    def sparsity_for(self, rise: float) -> float:
+        """The largest model sparsity whose predicted rise of perplexity is at most `rise`; not above the last anchor."""
+        left = math.log1p(rise) - self.base
+        if left <= 0:
+            return 0.0
+        xs, ys = self._points
+        return min(math.exp(_line(math.log(left), ys, xs)), self.anchors[-1])
+
+    def choose(self, rise: float) -> float:
+        """`sparsity_for`, in whole percent; the rise counts on top of what quantizing the weights costs."""
+        return math.floor(100 * self.sparsity_for((1 + rise) * math.exp(self.base) - 1) + 1e-6) / 100
+
+    def achieved_at(self, sparsity: float) -> float:
+        """Model sparsity to expect where `sparsity` is asked: the difference is that of the anchors around it."""
+        off = np.interp(sparsity, self.anchors, np.subtract(self.achieved, self.anchors))
+        return float(sparsity + off) if sparsity > 0 else 0.0
+
+    @property
+    def _points(self) -> tuple[list[float], list[float]]:
+        """Logarithms of sparsities and loss rises, with a point on either side where the power goes on."""
+        xs = [math.log(a) for a in self.anchors]
+        ys = [math.log(max(value - self.base, 1e-9 * (i + 1))) for i, value in enumerate(self.loss)]
+        low, high = (
+            (_POWER, _POWER)
+            if len(xs) == 1
+            else tuple(
+                min(max((ys[j] - ys[i]) / (xs[j] - xs[i]), _POWERS[0]), _POWERS[1]) for i, j in ((0, 1), (-2, -1))
+            )
+        )
+        far = 20.0
+        return [xs[0] - far, *xs, xs[-1] + far], [ys[0] - far * low, *ys, ys[-1] + far * high]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to expect of a calibrated checkpoint.
+
+    Attributes:
+        sparsity: the model sparsity that it is calibrated for.
+        limit: the rise of perplexity that chose it; None where the sparsity was asked for.
+        rise: predicted relative rise of perplexity there: 0.05 is 5 %.
+        rises: the same at the sparsities of `SHOWN`, by their text.
+        sparsity_for: largest sparsities for the rises of `ASKED_RISES`, by their text; never above the last anchor.
+        achieved: share of inputs dropped on the held-out text where `sparsity` is asked.
+        read_fraction: bytes of weights read for a token over the dense model's, lm_head and run-time matrices included.
+        speedup: how many times as fast decoding one sequence can be, where only bytes count.
+        tokens: held-out tokens that this comes from; 0 where it is predicted from curves alone.
+        data: the held-out text.
+    """
+
+    sparsity: float
+    limit: float | None
+    rise: float
+    rises: dict[str, float]
+    sparsity_for: dict[str, float]
+    achieved: float
+    read_fraction: float
+    speedup: float
+    tokens: int
+    data: tuple[str, ...]
+
+    @classmethod
+    def of(cls, held: HeldOut, cells: Cells, sparsity: float, limit: float | None = None) -> Verdict:
+        """From what was measured."""
+        achieved = held.achieved_at(sparsity)
+        read = cells.read_fraction_at(achieved)
+        return cls(
+            sparsity=sparsity,
+            limit=limit,
+            rise=held.rise_at(sparsity),
+            rises={f"{s:g}": held.rise_at(s) for s in SHOWN},
+            sparsity_for={f"{r:g}": held.sparsity_for(r) for r in ASKED_RISES},
+            achieved=achieved,
+            read_fraction=read,
+            speedup=1 / read,
+            tokens=held.tokens,
+            data=held.data,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"data": list(self.data)}
+
+    @classmethod
+    def from_facts(cls, provenance: Mapping[str, Any]) -> Verdict | None:
+        """The verdict kept in a checkpoint; None where there is none, or something else in its place."""
+        raw = provenance.get(VERDICT)
+        if not isinstance(raw, dict) or set(raw) != {f.name for f in fields(cls)}:
+            return None
+        numbers = [raw[name] for name in ("sparsity", "rise", "achieved", "read_fraction", "speedup", "tokens")]
+        maps = [raw["rises"], raw["sparsity_for"]]
+        known = [tuple(f"{value:g}" for value in keys) for keys in (SHOWN, ASKED_RISES)]
+        if not all(isinstance(m, dict) and tuple(m) == keys for m, keys in zip(maps, known, strict=True)):
+            return None
+        numbers += [value for m in maps for value in m.values()] + ([] if raw["limit"] is None else [raw["limit"]])
+        if not all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers) or not isinstance(raw["data"], list):
+            return None
+        return cls(**raw | {"data": tuple(map(str, raw["data"]))})
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where the model loses much; None elsewhere."""
+        if self.rise <= TOO_MUCH:
+            return None
+        better = self.sparsity_for["0.05"]
+        return (
+            f"perplexity is expected to rise by {_rise(self.rise)} at {percent(self.sparsity, 0)} sparsity: much of the "
+            f"model's quality is lost. {percent(better, 0)} sparsity costs about 5 %"
+        )
+
+    def text(self) -> str:
+        """For people."""
+        return table(["", ""], self.rows())
+
+    def rows(self) -> list[list[str]]:
+        """For people, what and how much."""
+        costs = ", ".join(f"{percent(float(s), 0)}: +{_rise(r)}" for s, r in self.rises.items())
+        shares = ", ".join(f"+{percent(float(r), 0)}: {percent(s, 0)}" for r, s in self.sparsity_for.items())
+        source = (
+            f"{self.tokens:,} tokens of {', '.join(self.data)}" if self.tokens else "predicted from the loss curves"
+        )
+        rows = [
+            ["expected rise of perplexity", f"+{_rise(self.rise)} at {percent(self.sparsity, 0)} sparsity"],
+            ["at other sparsities", costs],
+            ["sparsity for a rise of", shares],
+            [
+                "decoding, one sequence",
+                f"up to {self.speedup:.2f} times as fast (reads {percent(self.read_fraction, 0)} of the weights' bytes)",
+            ],
+            ["held-out text", source],
+        ]
+        if abs(self.achieved - self.sparsity) > OFF:
+            off = f"{percent(self.achieved)} of the inputs there, {percent(self.sparsity, 0)} asked: that text differs"
+            rows.append(["dropped", off])
+        return rows
+
+
+def smoothed(loss: Sequence[float], kl: Sequence[float], tokens: int) -> tuple[float, ...]:
+    """Rises of the loss (nats a token) as far as their noise allows, positive and ascending.
+
+    A divergence is a mean of positive terms and known far better than a rise of the loss, whose variance is twice the divergence
+    over the tokens. The ratio of the two is alike at all sparsities, so each is drawn to their mean as its noise demands.
+    """
+    divergence = np.maximum(np.asarray(kl, dtype=np.float64), 1e-9)
+    ratio = np.asarray(loss, dtype=np.float64) / divergence
+    noise = 2 * _CORRELATED / (max(tokens, 1) * divergence)
+    weight = 1 / (noise + _SPREAD**2)
+    common = float(np.clip((weight * ratio).sum() / weight.sum(), 0.3, 3.0))
+    trusted = _SPREAD**2 / (_SPREAD**2 + noise)
+    found = np.maximum(divergence * (trusted * ratio + (1 - trusted) * common), divergence * 0.2)
+    steps = np.maximum.accumulate(found) * (1 + 1e-6 * np.arange(len(found)))  # equal ones would have no order
+    return tuple(steps.tolist())
+
+
+def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    return float(np.interp(x, xs, ys))
+
+
+def _rise(value: float) -> str:
+    """`0.0213` -> `2.1 %`, `0.32` -> `32 %`."""
+    return percent(value, 1 if value < 0.0995 else 0) if value < 100 else f"{100 * value:.1e} %"
