@@ -37,7 +37,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrated(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
     """The tiny Llama, calibrated without a transform."""
     folder = tmp_path_factory.mktemp("calibrated") / "sparse"
-    wina_calib.calibrate(llama, folder, transform="none", budget="uniform", data=str(text), samples=80, seq_len=128)
+    wina_calib.calibrate(
+        llama,
+        folder,
+        transform="none",
+        budget="uniform",
+        data=str(text),
+        samples=80,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     return folder
 
 
@@ -45,5 +55,5 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path
 def demo_sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled demo model, calibrated on a little text."""
     folder = tmp_path_factory.mktemp("demo") / "sparse"
-    wina_calib.calibrate("demo", folder, samples=24, seq_len=512, grid=(0.5,))
+    wina_calib.calibrate("demo", folder, samples=24, seq_len=512, grid=(0.5,), sparsity=0.5)
     return folder

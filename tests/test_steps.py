@@ -38,6 +38,8 @@ def test_steps_give_what_one_pass_gives(family: str, tmp_path: Path, text: Path)
         data=str(text),
         samples=64,
         seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
     )
     model = wina_calib.load(tmp_path / "out", 0.5)
     tokens = model.generate(

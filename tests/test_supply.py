@@ -43,7 +43,7 @@ def test_a_local_calibration_and_load_contact_nobody(llama: Path, text: Path, tm
 import json
 import torch, wina_calib
 model, data, out = sys.argv[1:]
-wina_calib.calibrate(model, out, data=data, samples=64, seq_len=128, budget="uniform", grid=(0.5,))
+wina_calib.calibrate(model, out, data=data, samples=64, seq_len=128, budget="uniform", grid=(0.5,), sparsity=0.5)
 wina_calib.load(out)(torch.tensor([[1, 5, 6]]))
 print(json.dumps(calls))
 """,

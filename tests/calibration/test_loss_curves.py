@@ -224,7 +224,7 @@ def test_overflowing_logits_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_divergence_is_predicted_on_the_demo_model(tmp_path: Path) -> None:
-    result = calibrate("demo", tmp_path / "out", samples=16, seq_len=1024, grid=(0.3, 0.5))
+    result = calibrate("demo", tmp_path / "out", samples=16, seq_len=1024, grid=(0.3, 0.5), sparsity=0.5)
     facts = result.settings.provenance["prediction"]
     assert facts["passes"] <= 3.0
     for predicted, measured in zip(facts["predicted_kl"], facts["kl"], strict=True):
@@ -236,7 +236,7 @@ def test_divergence_is_predicted_on_the_demo_model(tmp_path: Path) -> None:
 def test_loss_is_predicted_on_the_demo_model(tmp_path: Path) -> None:
     # On text like what it was trained on: on other text sparsity may even help it, within the noise of so few tokens.
     data = str(SHARED / "text" / "calibration.jsonl")
-    result = calibrate("demo", tmp_path / "out", data=data, samples=48, seq_len=512, grid=(0.3, 0.5))
+    result = calibrate("demo", tmp_path / "out", data=data, samples=48, seq_len=512, grid=(0.3, 0.5), sparsity=0.5)
     facts = result.settings.provenance["prediction"]
     for predicted, measured in zip(facts["predicted"], facts["loss_rise"], strict=True):
         assert 1 / 1.5 < predicted / measured < 1.5

@@ -114,7 +114,15 @@ def test_a_checkpoint_of_4_gb_in_2_5_gb(tmp_path: Path, text: Path) -> None:
     model = random_model.write(tmp_path / "m", layers=layers, **shape)
     assert sum(p.stat().st_size for p in model.iterdir()) > 4_000 * MB
     found = calibrate(
-        model, tmp_path / "s", limit=LIMIT, data=str(text), samples=2, seq_len=tokens // 2, micro_batch=1, grid=[0.5]
+        model,
+        tmp_path / "s",
+        limit=LIMIT,
+        data=str(text),
+        samples=2,
+        seq_len=tokens // 2,
+        micro_batch=1,
+        grid=[0.5],
+        sparsity=0.5,
     )
     assert found["peak"] < LIMIT, found
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.25), found
@@ -257,7 +265,10 @@ def test_memory_that_really_runs_out(tmp_path: Path, text: Path) -> None:
                 self.limit.__enter__()
 
         model, out, data = sys.argv[1:]
-        wina_calib.calibrate(model, out, data=data, samples=64, seq_len=256, micro_batch=64, progress=Listen())
+        wina_calib.calibrate(
+            model, out, data=data, samples=64, seq_len=256, micro_batch=64, progress=Listen(),
+            sparsity=0.5, grid=(0.25, 0.5, 0.65)
+        )
     """
     done = script.run(code, tmp_path / "m", tmp_path / "s", text)
     assert done.returncode == 1, done.stderr
@@ -271,4 +282,6 @@ def test_other_errors_pass_through(tmp_path: Path, llama: Path, text: Path, monk
 
     monkeypatch.setattr(MaskedLayer, "run", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        wina_calib.calibrate(llama, tmp_path / "s", data=str(text), samples=64, seq_len=128)
+        wina_calib.calibrate(
+            llama, tmp_path / "s", data=str(text), samples=64, seq_len=128, sparsity=0.5, grid=(0.25, 0.5, 0.65)
+        )

@@ -21,7 +21,7 @@ from wina_calib.errors import NumericError, OutputError, StateError
 from wina_calib.storage import resume
 from wina_calib.storage.hidden_states import HiddenStates
 
-SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,)}
+SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,), "sparsity": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "open loop": {"loop": "open", "budget": "uniform", "transform": "none"},
@@ -244,7 +244,10 @@ class Notes(Silent):
 
 def work(name):
     out = Path(folder) / name / "out"
-    return lambda: wina_calib.calibrate(model, out, data=data, samples=64, seq_len=128, micro_batch=4, progress=Notes())
+    return lambda: wina_calib.calibrate(
+        model, out, data=data, samples=64, seq_len=128, micro_batch=4, progress=Notes(),
+        sparsity=0.5, grid=(0.25, 0.5, 0.65)
+    )
 
 killer, stopped = Killer(work("a"), random.Random(0)), 0
 while stopped < 10 and killer.stop(work("b"), signal.SIGKILL):

@@ -20,7 +20,7 @@ from wina_calib.errors import ModelFolderError
 from wina_calib.model.locate import demo_folder
 from wina_calib.runtime.load import runtime_state
 
-SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform"}
+SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform", "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
 
 
 def achieved(folder: Path, text: Path, sparsity: float, samples: int = 64) -> dict[tuple[int, str], float]:
@@ -136,7 +136,7 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path, llama: Path, text: Path
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, calibrated on a little of the built-in text with the default options."""
     folder = tmp_path_factory.mktemp("demo") / "sparse"
-    wina_calib.calibrate("demo", folder, samples=32, seq_len=512)
+    wina_calib.calibrate("demo", folder, samples=32, seq_len=512, sparsity=0.5, grid=(0.25, 0.5, 0.65))
     return folder
 
 
@@ -181,6 +181,7 @@ def test_asked_sparsity_is_met_on_held_out_text(model: str, tmp_path: Path) -> N
         data=str(SHARED / "text" / "calibration.jsonl"),
         samples=64,
         seq_len=1024,
+        sparsity=0.5,
     )
     heldout = str(SHARED / "text" / "heldout.jsonl")
     for asked in (0.25, 0.4, 0.5, 0.65):
@@ -196,7 +197,9 @@ def test_asked_sparsity_is_met_on_held_out_text(model: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_model_of_other_people(tmp_path: Path) -> None:
     """A Llama 2 in float32 with a context of 512 tokens, with the default options but for the amount of text."""
-    settings = wina_calib.calibrate(SHARED / "models" / "stories260K", tmp_path / "s", samples=48).settings
+    settings = wina_calib.calibrate(
+        SHARED / "models" / "stories260K", tmp_path / "s", samples=48, sparsity=0.5, grid=(0.25, 0.5, 0.65)
+    ).settings
     assert (settings.transform, settings.provenance["seq_len"]) == ("global+head", 512)
     for asked in (0.4, 0.5, 0.65):
         found = wina_calib.evaluate(tmp_path / "s", sparsity=asked, tokens=16_384)

@@ -20,7 +20,14 @@ from wina_calib.masks.rule import MaskRule
 from wina_calib.runtime import insert_sites
 from wina_calib.runtime.load import runtime_state, sparse_sites
 
-SMALL = {"samples": 64, "seq_len": 128, "budget": "uniform", "transform": "none"}
+SMALL = {
+    "samples": 64,
+    "seq_len": 128,
+    "budget": "uniform",
+    "transform": "none",
+    "sparsity": 0.5,
+    "grid": (0.25, 0.5, 0.65),
+}
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from wina_calib.model.locate import load_tokenizer
 from wina_calib.model.source import open_source
 from wina_calib.studies.evaluate import evaluate
 
-OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128}
+OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128, "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
 IDS = torch.arange(4, 28).view(2, 12)
 
 

@@ -130,7 +130,15 @@ def test_side_files_are_copied_as_they_are(calibrated: Path, llama: Path) -> Non
 def test_tied_embeddings_stay_tied(tmp_path: Path, text: Path) -> None:
     tiny.save("llama", tmp_path / "m", tie_word_embeddings=True)
     wina_calib.calibrate(
-        tmp_path / "m", tmp_path / "s", transform="none", budget="uniform", data=str(text), samples=64, seq_len=128
+        tmp_path / "m",
+        tmp_path / "s",
+        transform="none",
+        budget="uniform",
+        data=str(text),
+        samples=64,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
     )
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "s").shards
     model = wina_calib.load(tmp_path / "s")
@@ -240,6 +248,15 @@ def test_a_link_out_of_the_model_folder_is_not_copied(tmp_path: Path, llama: Pat
     (tmp_path / "m" / "notes.txt").symlink_to(tmp_path / "secret")
     heard = Mock()
     with pytest.raises(CheckpointError, match="leaves the folder"):
-        wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), samples=64, seq_len=128, progress=heard)
+        wina_calib.calibrate(
+            tmp_path / "m",
+            tmp_path / "s",
+            data=str(text),
+            samples=64,
+            seq_len=128,
+            progress=heard,
+            sparsity=0.5,
+            grid=(0.25, 0.5, 0.65),
+        )
     heard.planned.assert_not_called()  # before any work
     assert not (tmp_path / "s").exists()

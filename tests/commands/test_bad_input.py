@@ -60,12 +60,12 @@ def test_unknown_options_and_choices(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown option sparsty"):
         wina_calib.calibrate("demo", tmp_path / "s", sparsty=0.5)
     with pytest.raises(UsageError, match="score is 'wine'"):
-        wina_calib.calibrate("demo", tmp_path / "s", score="wine")
+        wina_calib.calibrate("demo", tmp_path / "s", score="wine", sparsity=0.5, grid=(0.25, 0.5, 0.65))
     with pytest.raises(UsageError, match="seed is -1; expected a whole number from 0 to 4294967295"):
-        wina_calib.calibrate("demo", tmp_path / "s", seed=-1)
+        wina_calib.calibrate("demo", tmp_path / "s", seed=-1, sparsity=0.5, grid=(0.25, 0.5, 0.65))
     for grid in ("0.5,0.6", "all", None, ["a"], ("0.5", None)):
         with pytest.raises(UsageError, match=r"grid is .*; expected numbers in \(0, 1\)"):
-            wina_calib.calibrate("demo", tmp_path / "s", grid=grid)
+            wina_calib.calibrate("demo", tmp_path / "s", grid=grid, sparsity=0.5)
     assert make_options({"grid": "0.5"}) == make_options({"grid": 0.5})
 
 
@@ -210,7 +210,7 @@ def test_a_loaded_model_is_no_name_of_one(calibrated: Path, tmp_path: Path) -> N
         lambda: wina_calib.evaluate(loaded),
         lambda: wina_calib.load(loaded),
         lambda: wina_calib.push_to_hub(loaded, "me/s"),
-        lambda: wina_calib.calibrate(loaded, tmp_path / "s"),
+        lambda: wina_calib.calibrate(loaded, tmp_path / "s", sparsity=0.5, grid=(0.25, 0.5, 0.65)),
         lambda: wina_calib.compare(loaded, tmp_path / "c"),
         lambda: transfer(loaded, calibrated),
         lambda: transfer(calibrated, loaded),

@@ -28,7 +28,9 @@ from wina_calib.studies.report import page
 def made(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
     """The tiny Llama with a global budget."""
     folder = tmp_path_factory.mktemp("budget") / "sparse"
-    wina_calib.calibrate(llama, folder, transform="none", data=str(text), samples=64, seq_len=128)
+    wina_calib.calibrate(
+        llama, folder, transform="none", data=str(text), samples=64, seq_len=128, sparsity=0.5, grid=(0.25, 0.5, 0.65)
+    )
     return folder
 
 
@@ -208,7 +210,15 @@ def test_refit_is_what_calibrating_with_the_file_gives(folder: Path, llama: Path
     path = tmp_path / "b.yaml"
     read(folder, "-s", 0.4, "--set", "layers.0.*=0.2", "-o", path)
     wina_calib.calibrate(
-        llama, tmp_path / "new", transform="none", budget=str(path), data=str(text), samples=64, seq_len=128
+        llama,
+        tmp_path / "new",
+        transform="none",
+        budget=str(path),
+        data=str(text),
+        samples=64,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
     )
     fresh = open_checkpoint(tmp_path / "new")
     read(folder, "--budget", path, "--apply", folder)
@@ -224,7 +234,16 @@ def test_refit_is_what_calibrating_with_the_file_gives(folder: Path, llama: Path
 
 def test_a_checkpoint_without_weights(llama: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stats"
-    wina_calib.calibrate(llama, folder, weights="reference", data=str(text), samples=64, seq_len=128)
+    wina_calib.calibrate(
+        llama,
+        folder,
+        weights="reference",
+        data=str(text),
+        samples=64,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     assert not list(folder.glob("model-*.safetensors"))
     for extra in ([], ["--refit"]):
         found = read(folder, "-s", 0.42, "--apply", folder, *extra)

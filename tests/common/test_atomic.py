@@ -123,7 +123,16 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def test_a_full_disk(tmp_path: Path, llama: Path, text: Path) -> None:
     with mounted(tmp_path / "small", "size=300k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
-            wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
+            wina_calib.calibrate(
+                llama,
+                folder / "out",
+                data=str(text),
+                samples=64,
+                seq_len=128,
+                budget="uniform",
+                sparsity=0.5,
+                grid=(0.25, 0.5, 0.65),
+            )
         assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
@@ -132,13 +141,31 @@ def test_a_disk_that_fills_while_the_fit_is_written(tmp_path: Path, llama: Path,
     weights = sum(p.stat().st_size for p in llama.iterdir())
     with mounted(tmp_path / "small", f"size={weights // 4096 * 4 + 40}k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
-            wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
+            wina_calib.calibrate(
+                llama,
+                folder / "out",
+                data=str(text),
+                samples=64,
+                seq_len=128,
+                budget="uniform",
+                sparsity=0.5,
+                grid=(0.25, 0.5, 0.65),
+            )
         assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
 def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
     with mounted(tmp_path / "fixed", "ro,size=1m") as folder, pytest.raises(OutputError, match=r"writable|written"):
-        wina_calib.calibrate(llama, folder / "out", data=str(text), samples=64, seq_len=128, budget="uniform")
+        wina_calib.calibrate(
+            llama,
+            folder / "out",
+            data=str(text),
+            samples=64,
+            seq_len=128,
+            budget="uniform",
+            sparsity=0.5,
+            grid=(0.25, 0.5, 0.65),
+        )
 
 
 _KILLER = """
@@ -154,7 +181,10 @@ model, target, data, number, rounds = sys.argv[1:]
 target, sig, rounds = Path(target), signal.Signals(int(number)), int(rounds)
 
 def work():
-    wina_calib.calibrate(model, target, data=data, samples=64, seq_len=128, overwrite=True, budget="uniform")
+    wina_calib.calibrate(
+        model, target, data=data, samples=64, seq_len=128, overwrite=True, budget="uniform",
+        sparsity=0.5, grid=(0.25, 0.5, 0.65)
+    )
 
 killer, stopped = Killer(work, random.Random(int(number))), 0
 for _ in range(rounds):
@@ -197,7 +227,10 @@ def test_two_processes_on_one_output_folder(tmp_path: Path, llama: Path, text: P
                 print("half way", flush=True)
                 sys.stdin.readline()
 
-    wina_calib.calibrate(*sys.argv[1:3], data=sys.argv[3], samples=64, seq_len=128, budget="uniform", progress=Wait())
+    wina_calib.calibrate(
+        *sys.argv[1:3], data=sys.argv[3], samples=64, seq_len=128, budget="uniform", progress=Wait(),
+        sparsity=0.5, grid=(0.25, 0.5, 0.65)
+    )
     """
     first = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(llama), str(tmp_path / "out"), str(text)],
@@ -212,7 +245,15 @@ def test_two_processes_on_one_output_folder(tmp_path: Path, llama: Path, text: P
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="another process"):
             wina_calib.calibrate(
-                llama, tmp_path / "out", data=str(text), samples=64, seq_len=128, budget="uniform", overwrite=overwrite
+                llama,
+                tmp_path / "out",
+                data=str(text),
+                samples=64,
+                seq_len=128,
+                budget="uniform",
+                overwrite=overwrite,
+                sparsity=0.5,
+                grid=(0.25, 0.5, 0.65),
             )
     first.communicate("go on\n", timeout=120)
     assert first.returncode == 0

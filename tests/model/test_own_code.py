@@ -43,7 +43,7 @@ CODE = {
                 return out
     """,
 }
-OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,)}
+OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,), "sparsity": 0.5}
 BENCH = ["--sparsity", "0.5", "--prompt", "4", "--new", "2", "--rounds", "1"]
 IDS = torch.arange(4, 28).view(2, 12)
 

@@ -292,7 +292,17 @@ print(json.dumps(worst))
 def rotated(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama, calibrated with a transform that its weights absorb."""
     folder = tmp_path_factory.mktemp("rotated") / "sparse"
-    wina_calib.calibrate(llama, folder, transform="global", budget="uniform", data=str(text), samples=80, seq_len=128)
+    wina_calib.calibrate(
+        llama,
+        folder,
+        transform="global",
+        budget="uniform",
+        data=str(text),
+        samples=80,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     return folder
 
 

@@ -21,7 +21,15 @@ def rotated(request: pytest.FixtureRequest, llama: Path, text: Path, tmp_path_fa
     """The tiny Llama, calibrated with run-time matrices."""
     folder = tmp_path_factory.mktemp("runtime") / request.param
     wina_calib.calibrate(
-        llama, folder, transform=request.param, budget="uniform", data=str(text), samples=80, seq_len=128
+        llama,
+        folder,
+        transform=request.param,
+        budget="uniform",
+        data=str(text),
+        samples=80,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
     )
     return folder
 

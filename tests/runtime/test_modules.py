@@ -78,7 +78,15 @@ def test_packed_families_with_biases_and_fused_projections(family: str, tmp_path
     for masks in ("shared", "per-projection"):
         out = tmp_path / masks
         wina_calib.calibrate(
-            tmp_path / "m", out, budget="uniform", data=str(text), masks=masks, samples=64, seq_len=128
+            tmp_path / "m",
+            out,
+            budget="uniform",
+            data=str(text),
+            masks=masks,
+            samples=64,
+            seq_len=128,
+            sparsity=0.5,
+            grid=(0.25, 0.5, 0.65),
         )
         fast, slow = wina_calib.load(out), wina_calib.load(out)
         runtime_state(slow).kernels = "reference"
@@ -263,7 +271,16 @@ def test_first_token_in_generation_with_a_static_cache(calibrated: Path) -> None
 @pytest.mark.usefixtures("packing")
 def test_biases_are_not_stale_copies(tmp_path: Path, text: Path) -> None:
     tiny.save("qwen2", tmp_path / "m")
-    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", budget="uniform", data=str(text), samples=64, seq_len=128)
+    wina_calib.calibrate(
+        tmp_path / "m",
+        tmp_path / "s",
+        budget="uniform",
+        data=str(text),
+        samples=64,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     model = wina_calib.load(tmp_path / "s")
     before = logits(model)
     with torch.no_grad():
@@ -287,7 +304,16 @@ def test_an_optimizer_made_before_the_first_pass_trains_the_weights(calibrated: 
 @pytest.mark.usefixtures("packing")
 def test_biases_can_be_trained_alone(tmp_path: Path, text: Path) -> None:
     tiny.save("qwen2", tmp_path / "m")
-    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", budget="uniform", data=str(text), samples=64, seq_len=128)
+    wina_calib.calibrate(
+        tmp_path / "m",
+        tmp_path / "s",
+        budget="uniform",
+        data=str(text),
+        samples=64,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     model = wina_calib.load(tmp_path / "s").requires_grad_(False)
     biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("_proj.bias")]
     model(IDS, labels=IDS).loss.backward()

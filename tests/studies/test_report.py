@@ -28,7 +28,17 @@ pytest.importorskip("matplotlib")
 def curved(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with predicted loss curves, and with an evaluation."""
     folder = tmp_path_factory.mktemp("curved") / "sparse"
-    wina_calib.calibrate(llama, folder, transform="none", budget="global", data=str(text), samples=80, seq_len=128)
+    wina_calib.calibrate(
+        llama,
+        folder,
+        transform="none",
+        budget="global",
+        data=str(text),
+        samples=80,
+        seq_len=128,
+        sparsity=0.5,
+        grid=(0.25, 0.5, 0.65),
+    )
     save_evaluation(folder, evaluate(folder, data=str(text), tokens=1024).to_dict())
     return folder
 

@@ -19,7 +19,7 @@ from wina_calib.model.source import open_source
 from wina_calib.studies.transfer import WAYS, by_depth, matched_budget, render, transfer
 
 OPTIONS = {"tokens": 1024, "samples": 8}
-CALIBRATION = {"transform": "none", "samples": 80, "seq_len": 128, "grid": (0.5,), "max": "0.8"}
+CALIBRATION = {"transform": "none", "samples": 80, "seq_len": 128, "grid": (0.5,), "sparsity": 0.5, "max": "0.8"}
 
 
 @pytest.fixture(scope="module")
