@@ -38,8 +38,9 @@ torch.set_num_threads(int(sys.argv[4]))
 import wina_calib
 from wina_calib.transforms import Statistics
 module = sys.modules["wina_calib.calibration.run"]
+held_out = sys.modules["wina_calib.calibration.held_out"]
 module.load_blocks = functools.partial(module.load_blocks, min_tokens=1)
-module.BASE_TOKENS = 256
+held_out.HELD_OUT_TOKENS = 256
 
 class Listen:
     def __init__(self):

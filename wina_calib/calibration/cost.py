@@ -84,6 +84,7 @@ def estimate(source: Source, transform: Plan, work: Workload) -> Estimate:
     passes = sum(part.cost for part in parts)
     weights = sum(site.weights for _, site in arch.sites)
     hidden = work.states * hidden_bytes(arch, work.thresholds, compute.dtype)
+    held = (work.anchors + 1) * hidden_bytes(arch, work.heldout, compute.dtype)
     curve_state = hidden_bytes(arch, work.curves, compute.dtype)
     curve_states = (len(arch.layers) + 3) * curve_state
     blocks = work.tokens // work.seq_len
@@ -92,9 +93,11 @@ def estimate(source: Source, transform: Plan, work: Workload) -> Estimate:
     )
     return Estimate(
         parts=parts,
-        memory_bytes=work.resident + LOADED_LATER + _peak(source, transform, work, hidden, curve_state, curve_states),
+        memory_bytes=work.resident
+        + LOADED_LATER
+        + _peak(source, transform, work, hidden, held, curve_state, curve_states),
         hidden_bytes=hidden,
-        disk_bytes=sum(info.nbytes for info in source.shards.values()) + 2 * max(hidden, curve_states),
+        disk_bytes=sum(info.nbytes for info in source.shards.values()) + 2 * max(hidden + held, curve_states),
         tokens=work.tokens,
         passes=passes / work.tokens,
         flops=2.0 * weights * passes,
@@ -135,7 +138,9 @@ def choice_passes(options: CalibrateOptions, tokens: int) -> float:
     return CURVE_PASSES * usable_tokens(tokens) / tokens
 
 
-def _peak(source: Source, transform: Plan, work: Workload, hidden: int, curve_state: int, curve_states: int) -> int:
+def _peak(
+    source: Source, transform: Plan, work: Workload, hidden: int, held_out: int, curve_state: int, curve_states: int
+) -> int:
     """Bytes of the phase that needs most."""
     arch, compute = source.architecture, work.compute
     dtype = compute.dtype
@@ -150,6 +155,7 @@ def _peak(source: Source, transform: Plan, work: Workload, hidden: int, curve_st
     part = head_rows(arch, dtype)
     head = part * arch.hidden_size * dtype.itemsize
     held = hidden if compute.keeps(work.states, hidden // work.states) else 0
+    held += held_out if compute.keeps(work.anchors + 1, held_out // (work.anchors + 1)) else 0
     backward_states = curve_states if compute.keeps(len(arch.layers) + 1, curve_state) else 0
     backward_tokens = min(work.curves, work.backward * work.seq_len)
 

@@ -81,6 +81,8 @@ def measured_pairs(facts: Mapping[str, Any]) -> Floats:
         return np.empty((0, 2))
     try:
         sums, rises, kl = (np.array(facts[key], dtype=np.float64) for key in ("predicted", "loss_rise", "kl"))
+        if not sums.shape == rises.shape == kl.shape == (len(sums),):
+            raise ValueError(f"shapes {sums.shape}, {rises.shape}, {kl.shape}")
         pairs = np.stack([sums, np.array(smoothed(rises.tolist(), kl.tolist(), int(facts["tokens"])))], axis=1)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BudgetError(f"the measured loss rises cannot be read: {error!r:.80}") from None
