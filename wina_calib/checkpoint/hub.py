@@ -19,6 +19,8 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.writer import json_bytes
 from wina_calib.common import plots
 from wina_calib.common.atomic import write_file
+from wina_calib.common.bars import Hearing, hearing
+from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.errors import CheckpointError, HubError, UsageError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
@@ -29,6 +31,7 @@ from wina_calib.storage.hub_client import CONFLICT, check_reachable, is_repo_nam
 _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "wina_*"]
+_VERIFY, _UPLOAD = "verify", "upload"
 _ATTEMPTS = 5
 
 
@@ -51,6 +54,7 @@ def push_to_hub(
     message: str | None = None,
     base_model: str | None = None,
     token: str | bool | None = None,
+    progress: Hearing = None,
 ) -> str:
     """Verify a checkpoint, complete its model card and upload the folder as it is.
 
@@ -63,6 +67,7 @@ def push_to_hub(
         message: the commit's message.
         base_model: id of the base model on the Hub, for the card; needed where it was calibrated from a local folder.
         token: as huggingface_hub takes it; None is the one of `hf auth login` or HF_TOKEN.
+        progress: as `wina_calib.common.bars.hearing` takes it: True for a bar.
 
     Returns:
         The repository's address, or the pull request's.
@@ -77,16 +82,18 @@ def push_to_hub(
         wina_calib.push_to_hub("demo-sparse", "USER/demo-sparse", private=True)
         ```
     """
-    return push(
-        Path(given_name(folder)),
-        repo,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        base_model=base_model,
-        token=token,
-    ).url
+    with hearing(progress) as report:
+        return push(
+            Path(given_name(folder)),
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            base_model=base_model,
+            token=token,
+            progress=report,
+        ).url
 
 
 def push(
@@ -99,6 +106,7 @@ def push(
     message: str | None = None,
     base_model: str | None = None,
     token: str | bool | None = None,
+    progress: Progress = SILENT,
 ) -> Pushed:
     """As `push_to_hub`; tells too whether anything changed."""
     if not all(repo.partition("/")):
@@ -108,7 +116,12 @@ def push(
     if base_model is not None and ("/" not in base_model or not is_repo_name(base_model)):
         raise UsageError(f"--base-model is {base_model!r}; expected the id of a model on the Hub, USER/NAME.")
     api = HfApi(token=token)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+    progress.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(_UPLOAD, 1, size / 2e7))))  # bytes a second
+    progress.phase(_VERIFY, 1)
     prepare(folder, repo, base_model=base_model, api=api)
+    progress.step("weights and card")
+    progress.phase(_UPLOAD, 1)
     with readable_errors(repo, revision, kept=", and nothing was sent"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
     with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
@@ -132,6 +145,7 @@ def push(
                 # Two pushes at a time must not leave a mixture of their files: the later one starts over.
                 if status_of(error) != CONFLICT or attempt == _ATTEMPTS - 1:
                     raise
+    progress.step(name)
     url = done.pr_url if create_pr and done.pr_url else f"{api.endpoint}/{name}"
     if revision is not None and not create_pr:
         url += f"/tree/{revision}"

@@ -10,7 +10,7 @@ import click
 
 from wina_calib.commands.logs import load_libraries, log_level
 from wina_calib.commands.options import json_option, trust_option
-from wina_calib.commands.output import emit, note, quiet
+from wina_calib.commands.output import bars, emit, note, quiet
 
 
 @click.command("push")
@@ -54,7 +54,8 @@ def command(
 
     if base_model is None and known_base(folder) is None:
         base_model = _asked()
-    with log_level("huggingface_hub", logging.ERROR):  # what it says of unchanged files is said below
+    # What the library says of unchanged files is said below.
+    with log_level("huggingface_hub", logging.ERROR), bars() as progress:
         done = push(
             folder,
             repo,
@@ -63,6 +64,7 @@ def command(
             create_pr=create_pr,
             message=message,
             base_model=base_model,
+            progress=progress,
         )
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     if read_evaluation(folder) is None:
