@@ -16,7 +16,7 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
 from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.loss_curves import LossCurves, measure_curves, usable_tokens
+from wina_calib.calibration.loss_curves import CURVE_PASSES, LossCurves, measure_curves, usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
@@ -113,7 +113,8 @@ def allocate(
         rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
         rows = solve_rows(cells, options.anchors, asked, bounds, felt.loss)
-    return ChosenBudget(rows, felt, {"curve_tokens": used.tokens})
+    facts = {"curve_tokens": used.tokens, "passes": CURVE_PASSES * used.tokens / tokens}
+    return ChosenBudget(rows, felt, facts)
 
 
 def is_file(budget: str) -> bool:
