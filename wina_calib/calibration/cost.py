@@ -22,6 +22,7 @@ CLOSED_LOOP_PASSES = 2.1
 OPEN_LOOP_PASSES = 1.2
 HELD_OUT_PASSES = 1.3  # held-out text at one anchor
 GREEDY_PASSES = 95.0  # to a sparsity of 0.65; each takes a part of a layer
+_COLUMNS = 5.0  # what a product of GPTQ takes longer than one of a plain pass
 _LOGITS = 10  # the logits of a part, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
 # residual stream's width and the widest site's.
@@ -52,6 +53,8 @@ class Workload:
         states: hidden states of all of these that the fit holds at a time.
         backward: blocks that go backward together.
         by_reference: whether no weights are written.
+        bits: of the weights where they are quantized, else 0.
+        asked: whether a sparsity is asked for, which weights are then quantized at.
         resident: bytes that the process takes before the work.
     """
 
@@ -69,6 +72,8 @@ class Workload:
     states: int
     backward: int
     by_reference: bool
+    bits: int
+    asked: bool
     resident: int
 
 
@@ -124,6 +129,12 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
         parts.append(Part(GREEDY, layers, GREEDY_PASSES * work.greedy))
     each = CLOSED_LOOP_PASSES if work.closed else OPEN_LOOP_PASSES
     fit = work.thresholds * (each * work.anchors + (not work.closed))
+    if work.bits:
+        fit += work.heldout * HELD_OUT_PASSES + (0 if work.asked else each * work.thresholds)
+    if work.bits == 4:  # a Hessian of every site's inputs, and the columns one after another
+        squares = sum(site.width**2 for _, site in arch.sites)
+        columns = sum(site.weights * site.width for _, site in arch.sites)
+        fit += (work.thresholds * squares + _COLUMNS * columns) / weights
     parts.append(Part(FIT, layers, fit + work.heldout * (1 + HELD_OUT_PASSES * work.anchors)))
     parts.append(Part(MEASURE, heads, work.heldout * head * (1 + work.anchors)))
     return tuple(parts)

@@ -92,6 +92,8 @@ class Job:
             states=self._fit_states,
             backward=self._backward_batch,
             by_reference=options.weights == "reference",
+            bits=options.bits,
+            asked=options.sparsity is not None,
             resident=resident_bytes(),
         )
         return estimate(self.source, self.transform, work)
