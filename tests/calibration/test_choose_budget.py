@@ -10,7 +10,7 @@ from wina_calib.budgets import Budget, explicit, write_budget
 from wina_calib.budgets.anchors import Bounds, solve_rows, spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.file import file_budget
-from wina_calib.calibration.choose_budget import settle
+from wina_calib.calibration.choose_budget import allowed, settle
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.scale_curves import measured_pairs, scale
 from wina_calib.errors import BudgetError
@@ -89,14 +89,23 @@ def test_a_file_sets_the_sparsity(arch: Architecture, tmp_path: Path) -> None:
 def test_what_cannot_be_met_is_refused_before_any_work(arch: Architecture) -> None:
     cells = count_cells(arch, "none")
     for values, message in [
-        ({"max": 0.3}, "cannot be met"),
-        ({"min": 0.6}, "cannot be met"),
+        ({"max": 0.3, "sparsity": 0.5}, "cannot be met"),
+        ({"min": 0.6, "sparsity": 0.5}, "cannot be met"),
+        ({"max": 0.1}, "leave room for model sparsities from 0.000 to 0.100"),
+        ({"min": 0.5, "max": 0.6}, "from 0.500 to 0.600, and none of --grid"),
         ({"budget": "greedy", "max": "0.9"}, "greedy"),
         ({"budget": "gready"}, "budget file ends in"),
         ({"budget": "missing.yaml"}, "no such budget file"),
     ]:
         with pytest.raises(BudgetError, match=message):
             settle(make_options(values), arch, cells)
+
+
+def test_quality_chooses_where_the_bounds_hold(arch: Architecture) -> None:
+    cells = count_cells(arch, "none")
+    assert allowed(make_options({}), cells) == (0.0, 0.65)
+    assert allowed(make_options({"max": 0.5}), cells) == (0.2, 0.4)
+    assert allowed(make_options({"min": 0.3}), cells) == (0.4, 0.65)
 
 
 def test_a_file_for_another_model_is_refused(arch: Architecture, tmp_path: Path) -> None:

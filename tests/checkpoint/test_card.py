@@ -190,7 +190,7 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
 
 
 def test_the_base_models_perplexity_stands_beside_figures_of_the_same_tokens_only(folder: Path) -> None:
-    for tokens, same in ((1024, False), (16_384, True)):
+    for tokens, same in ((1024, False), (8192, True)):
         result = evaluate(folder, tokens=tokens)
         save_evaluation(folder, result.to_dict())
         write_card(folder)

@@ -217,7 +217,6 @@ def test_refit_is_what_calibrating_with_the_file_gives(folder: Path, llama: Path
         data=str(text),
         samples=64,
         seq_len=128,
-        sparsity=0.5,
         grid=(0.25, 0.5, 0.65),
     )
     fresh = open_checkpoint(tmp_path / "new")

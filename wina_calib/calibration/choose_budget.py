@@ -60,6 +60,8 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
             )
         if options.sparsity:
             solve_rows(cells, (options.sparsity,), options.sparsity, bounds, None)
+        elif options.sparsity is None:
+            allowed(options, cells)
         return options
     if options.min or options.max:
         raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
@@ -70,6 +72,25 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
             "or choose another budget with `wina-calib budget`."
         )
     return replace(options, sparsity=own)
+
+
+def allowed(options: CalibrateOptions, cells: Cells) -> tuple[float, float]:
+    """Lowest and highest model sparsity that quality may choose: between them every budget keeps the bounds.
+
+    Raises:
+        BudgetError: the bounds hold at no anchor.
+    """
+    if not (options.min or options.max):
+        return 0.0, options.anchors[-1]
+    lower, upper = Bounds.parse(cells, options.min, options.max).at(0.0, strict=True)
+    least, most = (float((cells.weights * values).sum() / cells.sparse_total) for values in (lower, upper))
+    fine = [anchor for anchor in options.anchors if least <= anchor <= most]
+    if not fine:
+        raise BudgetError(
+            f"--min and --max leave room for model sparsities from {least:.3f} to {most:.3f}, and none of --grid lies there "
+            f"({', '.join(f'{anchor:g}' for anchor in options.anchors)}). Give --sparsity or another --grid."
+        )
+    return fine[0], fine[-1]
 
 
 def allocate(

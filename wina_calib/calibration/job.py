@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import GREEDY_TOKENS, ChosenBudget, allocate, stored_name
+from wina_calib.calibration.choose_budget import GREEDY_TOKENS, ChosenBudget, allocate, allowed, stored_name
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.cost import (
     DENSE,
@@ -239,7 +239,8 @@ class Job:
         asked, limit = self.options.sparsity, None
         if asked is None:
             limit = self.options.max_ppl_rise
-            asked = held.choose(limit)
+            lowest, highest = allowed(self.options, count_cells(dense.architecture, self.transform.name))
+            asked = min(max(held.choose(limit), lowest), highest)
             tensors = at_sparsity(tensors, dense.architecture, self._rule, self.options.anchors, asked)
         stored, settings = dense.shards, replace(self._settings, sparsity=asked)
         if settings.weight_format is not None:
