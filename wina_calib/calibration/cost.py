@@ -22,6 +22,7 @@ CLOSED_LOOP_PASSES = 2.1
 OPEN_LOOP_PASSES = 1.2
 HELD_OUT_PASSES = 1.3  # held-out text at one anchor
 GREEDY_PASSES = 95.0  # to a sparsity of 0.65; each takes a part of a layer
+_COMPARED = 1.3  # what logits that are compared take longer than a product
 _COLUMNS = 5.0  # what a product of GPTQ takes longer than one of a plain pass
 _LOGITS = 10  # the logits of a part, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
@@ -53,6 +54,7 @@ class Workload:
         states: hidden states of all of these that the fit holds at a time.
         backward: blocks that go backward together.
         by_reference: whether no weights are written.
+        steps: of the transform's descents; None for its own number.
         bits: of the weights where they are quantized, else 0.
         asked: whether a sparsity is asked for, which weights are then quantized at.
         resident: bytes that the process takes before the work.
@@ -72,6 +74,7 @@ class Workload:
     states: int
     backward: int
     by_reference: bool
+    steps: int | None
     bits: int
     asked: bool
     resident: int
@@ -119,7 +122,10 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
     if work.transform:
         parts.append(Part(STATISTICS, layers, work.transform))
     if not work.by_reference:
-        parts += [Part(name, steps, flops / (2 * weights)) for name, steps, flops in fit_work(transform.name, arch)]
+        parts += [
+            Part(name, steps, flops / (2 * weights))
+            for name, steps, flops in fit_work(transform.name, arch, work.steps)
+        ]
         turned = 3 * arch.hidden_size if transform.residual else 0
         parts.append(Part(WRITE, layers, turned + 50.0))
     if work.curves:
@@ -136,7 +142,7 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
         columns = sum(site.weights * site.width for _, site in arch.sites)
         fit += (work.thresholds * squares + _COLUMNS * columns) / weights
     parts.append(Part(FIT, layers, fit + work.heldout * (1 + HELD_OUT_PASSES * work.anchors)))
-    parts.append(Part(MEASURE, heads, work.heldout * head * (1 + work.anchors)))
+    parts.append(Part(MEASURE, heads, _COMPARED * work.heldout * head * (1 + work.anchors)))
     return tuple(parts)
 
 

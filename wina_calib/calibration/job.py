@@ -59,6 +59,7 @@ from wina_calib.storage.resume import Phase, RunState
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 from wina_calib.version import versions
 
+QUICK_STEPS = 60
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
 
 
@@ -92,11 +93,17 @@ class Job:
             states=self._fit_states,
             backward=self._backward_batch,
             by_reference=options.weights == "reference",
+            steps=self._steps,
             bits=options.bits,
             asked=options.sparsity is not None,
             resident=resident_bytes(),
         )
         return estimate(self.source, self.transform, work)
+
+    @property
+    def _steps(self) -> int | None:
+        """Steps of the transform's descents; None for its own number."""
+        return QUICK_STEPS if self.options.quick else None
 
     @property
     def _looks_at_text(self) -> bool:
@@ -343,6 +350,7 @@ class Job:
             self.source.load_layer,
             statistics,
             seed=self.options.seed,
+            steps=self._steps,
             device=self.compute.device,
             phase=phase,
             progress=report,

@@ -45,7 +45,7 @@ _RATIOS = (-0.75, 3.0)
 
 # Phases, and what each costs in dense passes through the layers, or through lm_head.
 _DENSE, _GRADIENTS_PHASE, _CURVES = "budget: dense pass", "budget: gradients of the loss", "budget: loss curves"
-_COUNTED, _HEAD, _BACKWARD = 1.3, 3.0, 5.0
+_COUNTED, _HEAD, _BACKWARD = 1.1, 2.9, 3.8
 CURVE_PASSES = _COUNTED + _BACKWARD
 _GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 

@@ -104,7 +104,7 @@ def fit(
     )
 
 
-def fit_work(name: str, arch: Architecture) -> list[tuple[str, int, float]]:
+def fit_work(name: str, arch: Architecture, steps: int | None = None) -> list[tuple[str, int, float]]:
     """The phases of a fit: name, steps, and the floating-point operations of a model's products that take as long."""
     wanted, layers = plan(name, arch), len(arch.layers)
     found: list[tuple[str, int, float]] = []
@@ -112,9 +112,9 @@ def fit_work(name: str, arch: Architecture) -> list[tuple[str, int, float]]:
         widths = [arch.layers[0].site(site).width for site in wanted.sites]
         found.append((_SITES, layers, layers * sum(400.0 * width**3 for width in widths)))
     if wanted.residual:
-        found += residual_work(arch)
+        found += residual_work(arch, steps)
     if wanted.heads:
-        found.append((_HEADS, layers, layers * heads_flops(arch.layers[0])))
+        found.append((_HEADS, layers, layers * heads_flops(arch.layers[0], steps)))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wina_calib.common.devices import has_16_bit_products
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import read_ahead
 from wina_calib.model.architecture import Architecture, Layer
@@ -27,13 +28,14 @@ def default_steps(width: int) -> int:
     return min(STEPS, 2 * width)
 
 
-def residual_work(arch: Architecture) -> list[tuple[str, int, float]]:
+def residual_work(arch: Architecture, steps: int | None) -> list[tuple[str, int, float]]:
     """The phases of the fit, as `fit_work` gives them."""
     layers, width = len(sampled_layers(arch)), arch.hidden_size
-    steps, rows = default_steps(width), SITES_PER_STEP * max(512, width)
+    steps, rows = default_steps(width) if steps is None else steps, SITES_PER_STEP * max(512, width)
+    pace = 0.35 if has_16_bit_products(torch.bfloat16) else 0.8
     return [
-        (_PREPARE, layers, layers * 2e9),
-        (_TURN, checks(steps), steps * (8.0 * rows * width**2 + 16.0 * width**3)),
+        (_PREPARE, layers, layers * 3700.0 * arch.layer_weights),
+        (_TURN, checks(steps), steps * pace * (8.0 * rows * width**2 + 16.0 * width**3)),
     ]
 
 
