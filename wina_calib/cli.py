@@ -95,6 +95,9 @@ class _Lazy(click.Group):
                 raise
             _say(error, "Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.")
             ctx.exit(1)
+        except UnicodeEncodeError as error:
+            _say(error, f"Error: {error.object[:200]!r} holds bytes that are no UTF-8 text. Rename what is called so.")
+            ctx.exit(2)
         except OSError as error:
             _say(error, f"Error: {error.filename or ''}: {error.strerror or error}")
             ctx.exit(1)

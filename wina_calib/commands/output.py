@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from wina_calib.common.bars import hearing
-from wina_calib.common.printable import printable_json, unfiltered
+from wina_calib.common.printable import checked_name, printable_json, unfiltered
 from wina_calib.common.progress import Progress
 from wina_calib.common.text import finite
 from wina_calib.errors import OutputError
@@ -25,6 +25,7 @@ def check_files(paths: Iterable[Path], *, overwrite: bool) -> None:
         OutputError: a file exists, is a folder, or lies in a folder that does not exist.
     """
     for path in paths:
+        checked_name(str(path))
         if not path.absolute().parent.is_dir():
             raise OutputError(f"{path.parent} does not exist. Create it, or give another file.")
         if path.is_dir():

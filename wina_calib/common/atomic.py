@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wina_calib.common.own_folder import problem_of, remove
+from wina_calib.common.printable import checked_name
 from wina_calib.errors import OutputError
 
 _STAGED = ".wina-staged"
@@ -130,6 +131,7 @@ def check_output(target: Path, *, overwrite: bool, keep: Path | None = None, mad
 
 
 def _check_target(target: Path, overwrite: bool, keep: Path | None, made: tuple[str, ...]) -> None:
+    checked_name(str(target))
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file. Give a folder.")
     if target.exists() and not overwrite:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import IO, Any, TextIO, cast
 
+from wina_calib.errors import UsageError
+
 MAX_LINE = 2000  # characters of a line of messages
 MAX_CELL = 400  # of a cell of a table
 
@@ -51,6 +53,19 @@ def printable(text: str, limit: int | None = None) -> str:
 def one_line(text: str, limit: int | None = MAX_CELL) -> str:
     """As `printable`, with line breaks and tabs spelled out too."""
     return printable(text, limit).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def checked_name(name: str) -> str:
+    """A name of a file or folder, if it is text: the libraries that read and write models take no other bytes.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the name {printable(name)} holds bytes that are no UTF-8 text. Rename it.") from None
+    return name
 
 
 def clipped(text: str, limit: int) -> str:

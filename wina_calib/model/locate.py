@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from wina_calib.common.printable import checked_name
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError, ModelFolderError, UsageError
 from wina_calib.model import no_folder
@@ -43,10 +44,10 @@ def given_name(model: object) -> str:
     """What a user gave as a checkpoint or model, as text.
 
     Raises:
-        UsageError: it is neither text nor a path, such as a model that is loaded already.
+        UsageError: it is neither text nor a path, such as a model that is loaded already, or no UTF-8.
     """
     if isinstance(model, str | Path):
-        return str(model)
+        return checked_name(str(model))
     raise UsageError(f"a {type(model).__name__} was given; give its folder or its Hub id, as text or as a Path.")
 
 

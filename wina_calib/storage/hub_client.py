@@ -10,11 +10,14 @@ from pathlib import Path
 from huggingface_hub import constants, errors, get_session, snapshot_download
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from wina_calib.common.text import first_line
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 CONFLICT = 412
 _PATIENCE = 10.0  # seconds for an answer
+# What huggingface_hub raises where a repository lists names such as ../x, or sends what cannot be parsed.
+_UNREADABLE = (ValueError, TypeError, KeyError, errors.SafetensorsParsingError)
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with an account that may use it."
 
@@ -104,11 +107,19 @@ def _from_hub(error: BaseException) -> bool:
         ConnectionError,
         TimeoutError,
     )
+    if _is_unreadable(error):
+        return True
     # The HTTP client below huggingface_hub changed its name between versions; its errors did not.
     return isinstance(error, hub) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
 
 
+def _is_unreadable(error: BaseException) -> bool:
+    return isinstance(error, _UNREADABLE) and not isinstance(error, errors.HfHubHTTPError | errors.HFValidationError)
+
+
 def _reason(error: BaseException, revision: str | None, cached: str, kept: str) -> str:
+    if _is_unreadable(error):
+        return f"what the Hub has of it cannot be used ({first_line(error)}). Tell who keeps the repository."
     cause = next((e for e in _chain(error) if isinstance(e, errors.HfHubHTTPError)), error)
     status = status_of(cause)
     if isinstance(cause, errors.GatedRepoError):
