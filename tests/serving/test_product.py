@@ -1,0 +1,29 @@
+"""The product of a served layer is the reference's, few rows or many, with some rows dense."""
+
+import pytest
+import torch
+
+from wina_calib.runtime.kernels import reference
+from wina_calib.serving import product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17])
+@pytest.mark.parametrize("sparse_rows", [0, 1, 4])
+@pytest.mark.parametrize("opened", [False, True])
+def test_product_is_the_references(dtype: torch.dtype, rows: int, sparse_rows: int, opened: bool) -> None:
+    torch.manual_seed(rows)
+    x, weight_t = torch.randn(rows, 48).to(dtype), torch.randn(48, 40).to(dtype)
+    norm, threshold, bias = torch.rand(48) + 0.5, torch.tensor(0.6), torch.randn(40).to(dtype)
+    dense = torch.arange(rows) % 2 == 0 if opened else None
+    found = product.product(x, weight_t, norm, threshold, dense, bias, sparse_rows)
+    wanted = reference.sparse_site(x.float(), weight_t.float(), norm, threshold, dense, bias.float())
+    assert found.dtype == dtype
+    assert found.shape == wanted.shape == (rows, 40)
+    torch.testing.assert_close(found.float(), wanted, rtol=3 * torch.finfo(dtype).eps, atol=60 * torch.finfo(dtype).eps)
+
+
+def test_policy_is_a_tensor_with_the_measured_crossover() -> None:
+    policy = product.policy_of(first=True, prompts=False, sparse_rows=None, dtype=torch.float32)
+    assert policy.tolist() == [1, 0, 1]
+    assert product.policy_of(first=False, prompts=True, sparse_rows=7, dtype=torch.bfloat16).tolist() == [0, 1, 7]

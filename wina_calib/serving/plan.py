@@ -1,0 +1,178 @@
+"""What a server needs of a checkpoint: masks and thresholds by the names of projections. Nothing here knows vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.checkpoint.settings import Settings
+from wina_calib.choices import PREFILL, is_sparsity
+from wina_calib.errors import RuntimeLoadError, UsageError
+from wina_calib.masks.thresholds import site_sparsity, threshold_between
+from wina_calib.model.tensor_names import is_rotation
+
+VARIABLES = {"sparsity": "WINA_SPARSITY", "prefill": "WINA_PREFILL", "sparse_rows": "WINA_SPARSE_ROWS"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is chosen at start.
+
+    Attributes:
+        sparsity: of the model; None is the checkpoint's.
+        prefill: `sparse` or `dense`; None is the checkpoint's.
+        sparse_rows: rows of a step up to which each reads its own columns; None is what was measured for the processor.
+    """
+
+    sparsity: float | None = None
+    prefill: str | None = None
+    sparse_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not is_sparsity(self.sparsity):
+            raise UsageError(f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1).")
+        if self.prefill is not None and self.prefill not in PREFILL:
+            raise UsageError(f"prefill is {self.prefill!r:.80}; expected one of {', '.join(PREFILL)}.")
+        if self.sparse_rows is not None and (type(self.sparse_rows) is not int or self.sparse_rows < 0):
+            raise UsageError(f"sparse_rows is {self.sparse_rows!r:.80}; expected a whole number of rows.")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask and what it is for.
+
+    Attributes:
+        projections: full names of the modules that share it, in order.
+        norm: (in,) float32, of the whole model.
+        threshold: an input is kept where its score is above it.
+        tells_weights: whether `norm` is the column norms of the weights and they are to be known by it: the outer layers' are.
+    """
+
+    projections: tuple[str, ...]
+    norm: Tensor
+    threshold: float
+    tells_weights: bool
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """A checkpoint as it is served.
+
+    Attributes:
+        folder: where it is.
+        settings: with the sparsity and the prefill that were chosen.
+        calibrated: sparsity that it was calibrated for.
+        masks: all, in order.
+        sparse_rows: as in `Options`.
+    """
+
+    folder: Path
+    settings: Settings
+    calibrated: float
+    masks: tuple[Mask, ...]
+    layers: int
+    sites: int
+    sparse_rows: int | None = None
+
+    def by_projection(self) -> dict[str, Mask]:
+        """The mask of each projection."""
+        return {name: mask for mask in self.masks for name in mask.projections}
+
+
+def options_from(overrides: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Options:
+    """Options as they were given: by name in `overrides`, else in the environment.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    given: dict[str, Any] = {}
+    for name, variable in VARIABLES.items():
+        if overrides.get(name) is not None:
+            given[name] = overrides[name]
+        elif environ.get(variable):
+            text = environ[variable]
+            try:
+                given[name] = {"sparsity": float, "prefill": str, "sparse_rows": int}[name](text)
+            except ValueError:
+                raise UsageError(f"{variable} is {text!r:.80}; expected a number.") from None
+    return Options(**given)
+
+
+def make_plan(folder: Path, options: Options) -> ServingPlan:
+    """Open a checkpoint, check it and choose its thresholds.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, not calibrated or of a newer format.
+        RuntimeLoadError: it is sound and cannot be served.
+    """
+    checkpoint = open_checkpoint(folder)
+    _refuse_what_is_not_served(checkpoint)
+    stored = checkpoint.settings
+    settings = replace(
+        stored,
+        sparsity=stored.sparsity if options.sparsity is None else float(options.sparsity),
+        prefill=options.prefill or stored.prefill,
+    )
+    masks = _masks(checkpoint, options.sparsity)
+    arch = checkpoint.architecture
+    return ServingPlan(
+        checkpoint.folder,
+        settings,
+        stored.sparsity,
+        masks,
+        len(arch.layers),
+        len(list(arch.sites)),
+        options.sparse_rows,
+    )
+
+
+def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
+    settings, found = checkpoint.settings, []
+    outer = (
+        {0, len(checkpoint.architecture.layers) - 1} if settings.score == "wina" and settings.exponent == 1 else set()
+    )
+    for layer, site in checkpoint.architecture.sites:
+        stored = checkpoint.site(layer, site)
+        own = 0.0 if sparsity is None else site_sparsity(settings.anchors, np.asarray(stored.budget), sparsity)
+        for group in settings.rule.groups(site):
+            threshold = (
+                float(stored.thresholds[group.name])
+                if sparsity is None
+                else threshold_between(stored.tables[group.name], settings.anchors, sparsity, own)
+            )
+            names = tuple(layer.prefix + p.module for p in group.projections)
+            found.append(Mask(names, stored.norms[group.name], threshold, layer.index in outer))
+    return tuple(found)
+
+
+def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
+    """Raise RuntimeLoadError for a checkpoint that vLLM would not compute as wina_calib does."""
+    settings, where = checkpoint.settings, checkpoint.folder
+    if any(is_rotation(name) for name in checkpoint.shards):
+        raise RuntimeLoadError(
+            f"{where} needs run-time matrices (transform {settings.transform}), which vLLM has no place for. Calibrate with "
+            "--transform auto or none, or load it with wina_calib.load."
+        )
+    if not settings.has_kernels:
+        raise RuntimeLoadError(
+            f"{where} was calibrated with select {settings.select} and score {settings.score}; vLLM serves scores wina and teal "
+            "above a threshold. Calibrate again without these options, or load it with wina_calib.load."
+        )
+    dtypes = {
+        checkpoint.shards[f"{layer.prefix}{projection.module}.weight"].dtype
+        for layer, site in checkpoint.architecture.sites
+        for projection in site.projections
+    }
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise RuntimeLoadError(
+            f"{where} holds projections of several dtypes ({names}), which vLLM would round to one. Save the model in one dtype "
+            "and calibrate it again."
+        )

@@ -1,0 +1,65 @@
+"""Which rows of a step are computed densely. A step holds tokens of many requests, some of their prompts cut in chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def open_rows(starts: Tensor, lengths: Tensor, count: int, *, first: bool, prompts: bool) -> Tensor | None:
+    """Rows that are never masked.
+
+    A request's first token is here just where it has no more tokens than are computed now, in whatever chunks its prompt
+    comes: what is found in a prefix cache, or is computed again after a preemption, counts by its position.
+
+    Args:
+        starts: (requests + 1,) first row of each request, and the row after the last.
+        lengths: (requests, or more) tokens of each request after this step.
+        count: rows of the step.
+        first: first tokens are dense.
+        prompts: so is everything of a request of which more than one token is computed now.
+
+    Returns:
+        (count,) bool; None where no row is dense.
+    """
+    now = starts.diff()
+    rows = torch.zeros(count, dtype=torch.bool, device=starts.device)
+    if first:
+        begins = (now > 0) & (lengths[: now.numel()] == now)
+        rows[starts[:-1][begins].long()] = True
+    if prompts:
+        many = torch.repeat_interleave(now > 1, now.clamp(min=0).long())
+        rows[: many.numel()] |= many
+    return rows if bool(rows.any()) else None
+
+
+def open_rows_now(count: int, *, first: bool, prompts: bool) -> Tensor | None:
+    """`open_rows` of the step that vLLM computes now, found once for all linear layers; None while it warms up.
+
+    Raises:
+        RuntimeError: the attention says nothing of the requests.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not (first or prompts) or not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    if not context.attn_metadata:
+        return None
+    key = f"wina_open_rows_{first}_{prompts}"
+    if key not in context.additional_kwargs:
+        starts, lengths = _requests(context.attn_metadata)
+        context.additional_kwargs[key] = open_rows(starts, lengths, count, first=first, prompts=prompts)
+    rows: Tensor | None = context.additional_kwargs[key]
+    if rows is not None and rows.shape[0] != count:
+        raise RuntimeError(f"a linear layer is given {count} rows of a step of {rows.shape[0]}")
+    return rows
+
+
+def _requests(metadata: object) -> tuple[Tensor, Tensor]:
+    known = metadata.values() if isinstance(metadata, dict) else ()
+    for found in known:
+        starts, lengths = getattr(found, "query_start_loc", None), getattr(found, "seq_lens", None)
+        if isinstance(starts, Tensor) and isinstance(lengths, Tensor):
+            return starts, lengths
+    raise RuntimeError("the attention layers of this model do not tell vLLM's requests apart: no first token is known")

