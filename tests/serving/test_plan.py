@@ -57,7 +57,9 @@ def test_options_out_of_range_are_refused(overrides: dict[str, object], environ:
 
 
 def test_run_time_matrices_are_refused(llama: Path, text: Path, tmp_path: Path) -> None:
-    wina_calib.calibrate(llama, tmp_path / "c", transform="paper", budget="uniform", data=str(text), samples=80, seq_len=128)
+    wina_calib.calibrate(
+        llama, tmp_path / "c", transform="paper", budget="uniform", data=str(text), samples=80, seq_len=128
+    )
     with pytest.raises(RuntimeLoadError, match=r"needs run-time matrices \(transform paper\)"):
         make_plan(tmp_path / "c", Options())
 

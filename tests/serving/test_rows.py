@@ -24,7 +24,10 @@ def test_rows(name: str, padding: int) -> None:
     starts = torch.cat([torch.zeros(1), now.cumsum(0)]).int()
     lengths = torch.tensor([before + n for before, n in requests] + [1] * padding).int()
     count = int(now.sum()) + padding
-    for rows, asked in ((first, {"first": True, "prompts": False}), (sorted({*first, *many}), {"first": True, "prompts": True})):
+    for rows, asked in (
+        (first, {"first": True, "prompts": False}),
+        (sorted({*first, *many}), {"first": True, "prompts": True}),
+    ):
         found = open_rows(starts, lengths, count, **asked)
         assert ([] if found is None else found.nonzero().view(-1).tolist()) == rows
         assert found is None or found.shape == (count,)

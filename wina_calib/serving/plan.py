@@ -165,6 +165,10 @@ def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
             f"{where} was calibrated with select {settings.select} and score {settings.score}; vLLM serves scores wina and teal "
             "above a threshold. Calibrate again without these options, or load it with wina_calib.load."
         )
+    if settings.weight_format is not None:
+        raise RuntimeLoadError(
+            f"{where} holds weights of {settings.bits} bits, which are not served yet. Load it with wina_calib.load."
+        )
     dtypes = {
         checkpoint.shards[f"{layer.prefix}{projection.module}.weight"].dtype
         for layer, site in checkpoint.architecture.sites

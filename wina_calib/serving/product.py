@@ -62,7 +62,7 @@ def product(
         opened = [None] * count if open_rows is None else list(open_rows.split(1))
         made = [cpu.sparse_site(r, weight_t, norm, threshold, o, bias) for r, o in zip(rows, opened, strict=True)]
         return made[0] if count == 1 else torch.cat(made)
-    return dispatch.dense_site(dispatch.mask_rows(x, norm, threshold, open_rows), weight_t, bias)
+    return dispatch.dense_site(dispatch.mask_inputs(x, norm, threshold, open_rows), weight_t, bias)
 
 
 def shape_of(x: Tensor, weight: Tensor, norm: Tensor, threshold: Tensor, policy: Tensor, bias: Tensor | None) -> Tensor:
