@@ -33,7 +33,7 @@ COMMANDS = {
     "push": "Verify the checkpoint DIR, complete its model card, and upload it to the Hugging Face Hub.",
     "list": "List the calibrated checkpoints of USER, or of everybody, on the Hugging Face Hub.",
     "info": "Say what the checkpoint USER/REPO on the Hugging Face Hub is, without downloading weights.",
-    "report": "Draw the checkpoint DIR: budget, scores and thresholds, errors and quality, as PNG and one HTML page.",
+    "report": "Say how much of DIR can be dropped, where, and what it costs; draw it as PNG and one HTML page.",
     "lm-eval": "Run the lm-eval harness on calibrated checkpoints: its own ARGS, with wina_calib imported first.",
     "bench": "Time decoding, dense against sparse, in one process.",
     "flops": "Count what a token costs at some sparsities, from a config alone.",

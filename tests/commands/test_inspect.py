@@ -17,14 +17,14 @@ def run(*args: object) -> Result:
 def test_what_it_says_fits_a_screen(calibrated: Path) -> None:
     shown = run("inspect", calibrated).stdout
     assert len(shown.splitlines()) <= 24
-    assert max(map(len, shown.splitlines())) <= 130
+    assert max(map(len, shown.splitlines())) <= 120
     facts = json.loads(run("inspect", calibrated, "--json").stdout)
     for name in {site["site"] for site in facts["sites"]}:
         own = [site["sparsity"] for site in facts["sites"] if site["site"] == name]
         (line,) = [line for line in shown.splitlines() if line.startswith(name)]
         assert f"{100 * sum(own) / len(own):.1f} %" in line
         assert f"{100 * min(own):.1f} % in layer" in line and f"{100 * max(own):.1f} % in layer" in line
-    assert "of that site's output alone" in shown
+    assert "of that site's output alone" in shown and "expected rise of perplexity" in shown
 
 
 def test_full_lists_every_site(calibrated: Path) -> None:

@@ -90,12 +90,13 @@ def render(facts: dict[str, Any], *, full: bool = False) -> str:
 
     settings = facts["settings"]
     rows = [
-        ["base model", facts["base_model"]],
-        ["structure", f"{facts['model_type']}, {facts['layers']} layers"],
+        ["base model", f"{facts['base_model']} ({facts['model_type']}, {facts['layers']} layers)"],
         ["sparsity", f"{percent(settings['sparsity'])} (fitted at {', '.join(map(percent, facts['fitted_anchors']))})"],
         ["score, masks, selection", ", ".join(settings[key] for key in ("score", "masks", "select"))],
-        ["transform", f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights)"],
-        ["budget", settings["budget"]],
+        [
+            "transform, budget",
+            f"{settings['transform']} ({facts['runtime_matrices']:,} run-time weights), {settings['budget']}",
+        ],
         ["read fraction", f"{percent(facts['read_fraction'])}, decoder {percent(facts['read_fraction_decoder'])}"],
         ["bits read", f"{facts['bits_read']:.2f} a decoder weight"],
         ["data", f"{', '.join(facts['data']) or 'unknown'} ({settings['provenance'].get('blocks', '?')} blocks)"],
@@ -125,7 +126,7 @@ def _by_site(facts: dict[str, Any]) -> str:
         )
     return (
         table(["site", "dropped", "least", "most", "output error"], rows)
-        + f"\n\noutput error: of that site's output alone at sparsity {percent(facts['anchors'][at])}, not of the model. "
+        + f"\n\noutput error: of that site's output alone at {percent(facts['anchors'][at])}, not the model's. "
         "--full lists every site."
     )
 

@@ -24,6 +24,7 @@ from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.common.text import percent
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import SITES
+from wina_calib.studies.answers import Answer, answers
 
 PAGE = "index.html"
 _STYLE = (
@@ -138,6 +139,7 @@ def _anchor(opened: Checkpoint) -> int:
 def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
     """The page, pictures within. Nothing of it runs, and no text of the checkpoint becomes markup."""
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in _facts(opened))
+    asked = "".join(_answer(answer) for answer in answers(opened))
     shown = "".join(
         f'<figure><img alt="{escape(f.caption)}" src="data:image/png;base64,{base64.b64encode(f.png).decode()}">'
         f"<figcaption>{_text(f.caption)}</figcaption></figure>\n"
@@ -150,8 +152,15 @@ def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>Sparsity of {name}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>Sparsity of {name}</h1>\n<table>{rows}</table>\n{shown}</body></html>\n"
+        f"<body><h1>Sparsity of {name}</h1>\n{asked}<h2>How it was made</h2>\n<table>{rows}</table>\n{shown}</body></html>\n"
     )
+
+
+def _answer(answer: Answer) -> str:
+    heads = "".join(f"<th>{_text(header)}</th>" for header in answer.headers)
+    rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in answer.rows)
+    figures = f"<table><tr>{heads}</tr>{rows}</table>" if answer.rows else ""
+    return f"<h2>{_text(answer.question)}</h2>\n<p>{_text(answer.says)}</p>\n{figures}\n"
 
 
 def _text(value: str) -> str:
