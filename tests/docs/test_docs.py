@@ -40,13 +40,35 @@ def test_examples_of_the_python_page_run(tmp_path: Path, monkeypatch: pytest.Mon
     page = (ROOT / "docs" / "python.md").read_text("utf-8")
     names: dict = {}
     for example in blocks(page, "python"):
-        if "push_to_hub" not in example:  # tests/docs/test_hub.py runs it
+        if (
+            "push_to_hub" not in example and "recover(" not in example
+        ):  # tests/docs/test_hub.py and the next test run these
             exec(example.replace("samples=48", "samples=17, grid=(0.5,)"), names)
     assert names["set_to"] == pytest.approx(0.6, abs=1e-6)
     assert names["quality"].sparsity == 0.4
     assert [row.method for row in names["found"].rows] == ["teal-uniform", "wina"]
-    public = set(names["wina_calib"].__all__) - {"__version__", "Comparison", "Evaluation", "Result"}
+    public = set(names["wina_calib"].__all__) - {
+        "__version__",
+        "Comparison",
+        "Evaluation",
+        "Recovery",
+        "Result",
+        "Verdict",
+    }
     assert [name for name in sorted(public) if f"wina_calib.{name}" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_example_of_recovery_runs(demo_sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wina_calib
+
+    monkeypatch.chdir(tmp_path)
+    Path("demo-sparse").symlink_to(demo_sparse)
+    (example,) = [e for e in blocks((ROOT / "docs" / "python.md").read_text("utf-8"), "python") if "recover(" in e]
+    small = example.replace("samples=48", "samples=17, grid=(0.25,)")
+    names: dict = {"wina_calib": wina_calib}
+    exec(small.replace("tokens=200_000", "tokens=1024, seq_len=128, batch=4"), names)
+    assert names["recovered"].folder.is_dir() and names["small"].folder.is_dir()
 
 
 def test_performance_is_a_page_and_its_notes_are_another() -> None:
