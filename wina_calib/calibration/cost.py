@@ -99,13 +99,15 @@ def estimate(source: Source, transform: Plan, work: Workload) -> Estimate:
     notes = (
         (f"{work.requested} blocks asked, the text gives {blocks}; all are used",) if blocks < work.requested else ()
     )
+    stored = sum(info.nbytes for info in source.shards.values())
+    quantized = stored * work.bits // (8 * source.dtype.itemsize)
     return Estimate(
         parts=parts,
         memory_bytes=work.resident
         + LOADED_LATER
         + _peak(source, transform, work, hidden, held, curve_state, curve_states),
         hidden_bytes=hidden,
-        disk_bytes=sum(info.nbytes for info in source.shards.values()) + 2 * max(hidden + held, curve_states),
+        disk_bytes=stored + quantized + 2 * max(hidden + held, curve_states),
         tokens=work.tokens,
         passes=passes / work.tokens,
         flops=2.0 * weights * passes,
@@ -176,12 +178,16 @@ def _peak(
     backward_states = curve_states if compute.keeps(len(arch.layers) + 1, curve_state) else 0
     backward_tokens = min(work.curves, work.backward * work.seq_len)
 
+    # The Hessian, damped, decomposed and as feedback; a group's weights, their errors, codes and what they were moved to.
+    quantizing = max(4 * (6 * s.width**2 + 6 * s.weights) for _, s in arch.sites) if work.bits else 0
+
     def working(rows: int, floats: tuple[int, int]) -> int:
         return 4 * rows * (floats[0] * arch.hidden_size + floats[1] * arch.width)
 
     return max(
         loading + held,
         running + working(compute.micro_batch * work.seq_len, _FORWARD) + max(held, sample),
+        running + quantizing + held,
         2 * stored + statistics,
         running + working(backward_tokens, _BACKWARD) + backward_states,
         head + 4 * _LOGITS * logit_rows(arch, dtype) * part + max(held, backward_states),

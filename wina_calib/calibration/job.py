@@ -313,8 +313,9 @@ class Job:
 
     @property
     def _fit_states(self) -> int:
-        """Hidden states during the fit: one an anchor, the attention block's outputs, in open loop the dense model's."""
-        return len(self.options.anchors) + 1 + (self.options.loop == "open")
+        """Hidden states during the fit: one an anchor, the attention block's outputs, and the dense model's where they count."""
+        quantizes_dense = self.options.bits > 0 and self.options.sparsity not in self.options.anchors
+        return len(self.options.anchors) + 1 + (self.options.loop == "open" or quantizes_dense)
 
     def _perplexity(self, blocks: Blocks) -> float:
         phase = self.run_state.phase("dense-perplexity")

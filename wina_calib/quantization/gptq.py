@@ -9,6 +9,7 @@ lowers the same error. Scales and zeros of int4 are chosen for the moved weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,32 +23,52 @@ from wina_calib.quantization.formats import LIMIT_8, Quantized, WeightFormat
 from wina_calib.quantization.scales import best_row_scales, best_scales, nearest, packed
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
-SWEEPS = 2
+SWEEPS = 1
 _BLOCK = 128  # inputs whose weights are moved by all errors outside of them at once
 _TOGETHER = 16  # inputs whose scales are chosen together
+_UNIT_BITS = 42  # the largest sum of the first rows in units; 2 million times as much can be added
+_ROWS = 1024  # of a sum that are converted together
 
 
 class HessianSum:
-    """Sum of x x^T over rows of inputs.
+    """Sum of x x^T over rows of inputs, in whole numbers of a unit: the same in whatever order parts are added.
 
     Attributes:
-        total: (width, width) float32.
-        rows: so many were added.
+        parts: (width, width) int64.
+        unit: what 1 stands for; None before the first part.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
-        self.rows = 0
+        self.parts = torch.zeros(width, width, dtype=torch.int64, device=device)
+        self.unit: float | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Add rows x (..., width), masked as the product will see them."""
+    def add(self, x: Tensor, agreed: Callable[[float], float] = float) -> None:
+        """Add rows x (..., width), masked as the product will see them.
+
+        Args:
+            x: the rows.
+            agreed: called once, with the unit that the first rows suggest; gives that of all who add.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        self.rows += rows.shape[0]
         if rows.is_cuda and rows.dtype != torch.float32:
-            self.total += torch.mm(rows.t(), rows, out_dtype=torch.float32)  # 16-bit products are exact in float32
+            found = torch.mm(rows.t(), rows, out_dtype=torch.float32)  # products of 16-bit numbers are exact in float32
         else:
-            rows = rows.float()
-            self.total.addmm_(rows.t(), rows)
+            found = rows.float().t() @ rows.float()
+        if self.unit is None:
+            largest = float(found.diagonal().max())
+            self.unit = agreed(2.0 ** (math.frexp(largest)[1] - _UNIT_BITS) if 0 < largest < math.inf else 1.0)
+        if not bool(found.isfinite().all()):
+            raise NumericError("sums of squared inputs are NaN or infinite. Try --dtype float32.")
+        for own, part in zip(self.parts.split(_ROWS), found.split(_ROWS), strict=True):
+            own += (part.double() / self.unit).round_().long()
+
+    @property
+    def total(self) -> Tensor:
+        """The sum (width, width), float32."""
+        found = torch.empty(self.parts.shape, dtype=torch.float32, device=self.parts.device)
+        for into, own in zip(found.split(_ROWS), self.parts.split(_ROWS), strict=True):
+            into.copy_(own.double() * (self.unit or 0.0))
+        return found
 
 
 @dataclass(frozen=True)
