@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,11 +55,16 @@ class Quantizer:
         """
         groups = masked.groups[site.name]
         sums = [HessianSum(site.width, stream.device) for _ in groups]
+        ranks = stream.ranks
         for x in inputs:
             for group, total in zip(groups, sums, strict=True):
-                total.add(masked.mask_inputs(group, x))
+                with _named(masked, site.name):
+                    total.add(masked.mask_inputs(group, x), ranks.from_first)
+        for total in sums:
+            if total.unit is None:  # none of the text is this process's
+                total.unit = ranks.from_first(1.0)
         for group, total in zip(groups, sums, strict=True):
-            stream.ranks.add(total.total)
+            ranks.add(total.parts)
             made = self._quantized(stream, masked, group, total.total)
             masked.replace(group, made)
             self._done.append((group, made.to(torch.device("cpu"))))
@@ -68,10 +74,8 @@ class Quantizer:
         width, outs = hessian.shape[0], [p.out_features for p in group.projections]
         if stream.ranks.is_first:
             weight_t = torch.cat(masked.weights(group)).t()
-            try:
+            with _named(masked, group.site):
                 made = quantize(weight_t, hessian, self._form)
-            except NumericError as error:
-                raise NumericError(f"layer {masked.layer.index}, {group.site}: {error}") from error
             if stream.ranks.size == 1:
                 return made
             tensors: Mapping[str, Tensor] = made.named()
@@ -79,6 +83,15 @@ class Quantizer:
             specs = self._form.specs(width, outs)
             tensors = {n: torch.empty(shape, dtype=dtype, device=stream.device) for n, (dtype, shape) in specs.items()}
         return Quantized.of(self._form, {n: stream.ranks.from_owner(t, 0) for n, t in tensors.items()})
+
+
+@contextmanager
+def _named(masked: MaskedLayer, site: str) -> Iterator[None]:
+    """Let a NumericError say where it came about."""
+    try:
+        yield
+    except NumericError as error:
+        raise NumericError(f"layer {masked.layer.index}, {site}: {error}") from error
 
 
 def weight_format(options: CalibrateOptions) -> WeightFormat | None:
