@@ -46,7 +46,14 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         model.lm_head.weight.mul_(8)
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    chosen = {"transform": "none", "budget": "uniform", "grid": (0.5, 0.65), "samples": 64, "seq_len": 128}
+    chosen = {
+        "transform": "none",
+        "budget": "uniform",
+        "grid": (0.5, 0.65),
+        "sparsity": 0.5,
+        "samples": 64,
+        "seq_len": 128,
+    }
     wina_calib.calibrate(folder / "model", folder / "sparse", data=str(text), **chosen)
     return folder / "sparse"
 
@@ -135,6 +142,7 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
         0.5, abs=0.02
     )
     assert not list(tmp_path.glob(".*"))
+    assert "trained under masks" in (tmp_path / "out/README.md").read_text()
     with pytest.raises(UsageError, match="Give it with --base"):
         recover(tmp_path / "out", tmp_path / "again", **options | {"base": None})
 

@@ -287,6 +287,7 @@ def _making(settings: Settings, base: Base) -> str:
         *([("budget chosen later", f"`wina-calib budget`: {chosen}")] if later is not None else []),
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
+        *([("trained", trained)] if (trained := _trained(facts)) else []),
         (
             "data",
             f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}",
@@ -299,6 +300,16 @@ def _making(settings: Settings, base: Base) -> str:
         ("versions", ", ".join(code(f"{name} {version}") for name, version in shown.items())),
     ]
     return "## How it was made\n\n" + _table(("", ""), rows)
+
+
+def _trained(facts: Mapping[str, Any]) -> str:
+    """How the weights were trained after calibration; empty where they were not."""
+    found = facts.get("recovered")
+    if not isinstance(found, dict):
+        return ""
+    shares = ", ".join(f"{s:.0%}" for s in found.get("sparsities", ()) if isinstance(s, float))
+    steps, tokens = _count(found.get("steps"), ","), _count(found.get("tokens"), ",")
+    return f"`wina-calib recover`: {steps} steps on {tokens} tokens, under masks at {shares}"
 
 
 def _limits(settings: Settings, *, reference: bool) -> str:
@@ -319,6 +330,11 @@ def _limits(settings: Settings, *, reference: bool) -> str:
         )
     elif settings.transform in ("paper", "stacked"):
         points.append("It needs run-time matrices: without wina_calib it does not load.")
+    elif _trained(settings.provenance):
+        points.append(
+            "Its weights were trained under masks: at sparsity 0, and in transformers without wina_calib, it is another model "
+            "than the base model."
+        )
     elif not reference:
         points.append("Without wina_calib, transformers loads it as the dense model, with a report of unused tensors.")
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)

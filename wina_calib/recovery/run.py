@@ -27,6 +27,7 @@ from wina_calib.budgets.file import explicit, write_budget
 from wina_calib.calibration.run import calibrate
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.export_dense import export_dense
+from wina_calib.checkpoint.local_paths import base_model_here, data_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
@@ -161,8 +162,9 @@ def _base(chosen: RecoverOptions, opened: Checkpoint) -> Path:
     name = chosen.base or opened.settings.provenance.get("base_model")
     if not isinstance(name, str) or not name:
         raise UsageError(f"{opened.folder} does not say which model it was made from. Give that with --base.")
+    here = None if chosen.base else base_model_here(opened.folder, name)
     try:
-        return resolve(name)[0]
+        return here or resolve(name)[0]
     except WinaError as error:
         raise UsageError(f"the base model cannot be had: {error} Give it with --base.") from error
 
@@ -245,8 +247,7 @@ def _data(chosen: RecoverOptions, opened: Checkpoint) -> tuple[str, ...]:
     """Text as given, else the calibration's where it can be had by the name that the checkpoint has, else the built-in."""
     if chosen.data and chosen.data != (SELF,):
         return chosen.data
-    stored = opened.settings.provenance.get("data")
-    names = tuple(map(str, stored)) if isinstance(stored, list | tuple) else ()
+    names = data_here(opened.folder, opened.settings.provenance)
     try:
         for name in names:
             check_spec(name)
