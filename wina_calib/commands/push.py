@@ -77,12 +77,17 @@ def command(
 def _asked() -> str | None:
     """The base model's id, from a person at a terminal; elsewhere a note that the card has none."""
     if sys.stdin.isatty() and sys.stderr.isatty() and not quiet():
-        asked: str = click.prompt(
-            "Id of the base model on the Hub, USER/NAME (empty: it is on none)",
-            default="",
-            show_default=False,
-            err=True,
-        )
+        try:
+            asked: str = click.prompt(
+                "Id of the base model on the Hub, USER/NAME (empty: it is on none)",
+                default="",
+                show_default=False,
+                err=True,
+            )
+        except click.Abort:
+            raise KeyboardInterrupt("\nInterrupted; nothing was sent.") from None
         return asked.strip() or None
-    note("note: the card names no base model: it was calibrated from a local folder. --base-model USER/NAME names it.")
+    note(
+        "note: the card names no base model, as nothing here says which one of the Hub it is. --base-model USER/NAME names it."
+    )
     return None
