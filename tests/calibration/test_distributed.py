@@ -108,6 +108,7 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, llama: Path, text: Pa
             "reference",
         ),
         ("--micro-batch", "40"),  # fewer micro-batches than processes
+        ("--bits", "4", "--group-size", "32", "--transform", "none", "--micro-batch", "40"),
     ],
 )
 def test_four_processes_make_what_one_makes(more: tuple[str, ...], tmp_path: Path, llama: Path, text: Path) -> None:
