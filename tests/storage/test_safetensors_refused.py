@@ -131,7 +131,7 @@ def test_index_may_not_name_other_places(tmp_path, file):
     "text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "{", "null", "\ufeff{}"]
 )
 def test_damaged_index_is_refused(tmp_path, text):
-    save_file({"a": torch.ones(2)}, tmp_path / SINGLE)
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     (tmp_path / INDEX).write_text(text)
     refuses(tmp_path, INDEX)
 
@@ -228,6 +228,7 @@ def test_special_files_are_refused_without_blocking(tmp_path):
     (tmp_path / SINGLE).unlink()
     (tmp_path / SINGLE).mkdir()
     refuses(tmp_path, SINGLE, "not a regular file")
+    (tmp_path / SINGLE).rmdir()
     os.mkfifo(tmp_path / INDEX)
     refuses(tmp_path, INDEX, "not a regular file")
     with pytest.raises(CheckpointError, match="not a regular file"):
