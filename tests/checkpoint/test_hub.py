@@ -470,3 +470,16 @@ def test_a_header_that_is_none_is_one_line(hub: Hub, client: script.Worker, cali
     done = client.run(CLI, "info", "me/broken")
     assert done.returncode == 1
     assert done.stderr.startswith("Error: me/broken: what the Hub has of it cannot be used (")
+
+
+@pytest.mark.parametrize("base", ["../model", "..", "me/../model", "/etc", "model"])
+def test_a_base_model_of_the_hub_is_no_folder_here(base: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {"data": str(text), "samples": 80, "seq_len": 128, "budget": "uniform", "grid": [0.5]}
+    wina_calib.calibrate(llama, tmp_path / "s", weights="reference", **options)
+    path = tmp_path / "s" / "wina_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": base, "base_commit": "a" * 40}))
+    shutil.copytree(llama, tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(HubError):
+        patch.chdir(tmp_path / "s")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        wina_calib.load(tmp_path / "s")

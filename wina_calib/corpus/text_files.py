@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wina_calib.common.printable import checked_name
 from wina_calib.common.text import first_line
 from wina_calib.corpus.rows import Tally, shown, texts, type_name
 from wina_calib.errors import CorpusError, UsageError
@@ -28,7 +29,7 @@ def split_path(spec: str) -> tuple[Path, str]:
     Raises:
         UsageError: there is no such file or folder, it is of another type, or the field makes no sense.
     """
-    path, field = Path(spec), "text"
+    path, field = Path(checked_name(spec)), "text"
     if not path_exists(path) and ":" in spec:
         head, field = spec.rsplit(":", 1)
         path = Path(head)

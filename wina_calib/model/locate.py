@@ -150,4 +150,6 @@ def weights_folder(
             f"{folder} takes its weights from {name}, which is not here. Move that folder back or put a link to it there; in "
             'Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect --no-weights` works without it.'
         )
-    return resolve(base or name, revision=None if base else commit, token=token, local_files_only=local_files_only)[0]
+    if base is None and commit is not None:  # of the Hub: no folder here is meant, whatever it is called
+        return fetch(name, revision=commit, token=token, local_files_only=local_files_only)[0]
+    return resolve(base or name, token=token, local_files_only=local_files_only)[0]
