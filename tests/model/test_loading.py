@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import wina_calib
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.checkpoint.side_files import code_files
 from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, WinaError
-from wina_calib.model.config import ELSEWHERE, open_folder
+from wina_calib.model.config import ELSEWHERE, open_folder, remote_code
 from wina_calib.model.loading import ask, open_weights
 from wina_calib.model.source import open_source
 
@@ -74,6 +75,7 @@ def test_config_json_is_opened_once(llama: Path, calibrated: Path) -> None:
     with opened_files("config.json") as seen:
         source = open_source(llama)
         assert source.raw_config["model_type"] == "llama"
+        assert source.tokenizer()("a text").input_ids
     assert seen == [str(llama / "config.json")]
     with opened_files("config.json") as seen:
         open_checkpoint(calibrated)
@@ -306,6 +308,13 @@ def test_without_peft_an_adapter_is_named(model: Path, monkeypatch: pytest.Monke
         open_source(model)
 
 
+def test_a_pickled_adapter_is_refused(model: Path) -> None:
+    put_adapter(model)
+    (model / "adapter_model.safetensors").rename(model / "adapter_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pickled in adapter_model\.bin"):
+        open_source(model)
+
+
 @pytest.mark.parametrize("base", ["some/base", ".", None, 3])
 def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path, base: Any) -> None:
     put_adapter(tmp_path, base)
@@ -332,3 +341,50 @@ def test_the_language_model_of_a_model_of_pictures_is_calibrated(tmp_path: Path,
     found = wina_calib.load(tmp_path / "out", sparsity=0)
     assert type(found).__name__ == "Gemma3ForCausalLM"
     torch.testing.assert_close(found(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=2e-4, rtol=2e-4)
+
+
+# --- lm_head, tokenizer, code --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["none", "global"])
+def test_a_tied_model_whose_files_hold_another_head_is_untied_as_by_transformers(
+    tmp_path: Path, same: Callable[..., None], transform: str
+) -> None:
+    tiny.save("llama", tmp_path / "m", tie_word_embeddings=True, shard="1GB")
+    state = {name: tensor.clone() for name, tensor in tiny.make("llama", tie_word_embeddings=True).state_dict().items()}
+    save_file(
+        state | {"lm_head.weight": 2 * state["lm_head.weight"]}, tmp_path / "m" / "model.safetensors", {"format": "pt"}
+    )
+    assert not open_source(tmp_path / "m").architecture.tied
+    same(tmp_path / "m", transform=transform)
+    save_file(state, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert open_source(tmp_path / "m").architecture.tied
+
+
+def test_a_tokenizer_of_code_is_asked_to_be_trusted(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "letters.py").write_text("raise RuntimeError('it ran')\n")
+    config = {"auto_map": {"AutoTokenizer": ["letters.Letters", None]}, "tokenizer_class": "Letters"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelFolderError, match=r"a tokenizer of Python code, of which nothing has run\. .*--trust-remote-code"
+    ):
+        open_source(model).tokenizer()
+
+
+def test_code_that_is_named_comes_along_with_all_that_it_imports(model: Path, text: Path, tmp_path: Path) -> None:
+    for name, lines in {"letters": "from .tables import T", "tables": "from .more import M", "more": "M = 1"}.items():
+        (model / f"{name}.py").write_text(f"{lines}\n")
+    (model / "unused.py").write_text("import sys\n")
+    path = model / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, "letters.Letters"]}})
+    )
+    edit(model, auto_map={"AutoModelForCausalLM": "unused.Own", "AutoTokenizer": ["other/repo--far.Far", None]})
+    assert code_files(open_folder(model)) == {"letters.py", "tables.py", "more.py"}
+    wina_calib.calibrate(model, tmp_path / "out", data=str(text), **OPTIONS)
+    assert {p.name for p in (tmp_path / "out").glob("*.py")} == {"letters.py", "tables.py", "more.py"}
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["auto_map"] == {"AutoTokenizer": ["other/repo--far.Far", None]}
+    with remote_code(True):
+        assert "unused.py" in code_files(open_folder(model))

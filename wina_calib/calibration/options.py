@@ -77,8 +77,9 @@ class CalibrateOptions:
     )
     data: tuple[str, ...] = option(
         DEFAULT_DATA,
-        "Calibration text: builtin, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, .parquet "
-        "file or folder. Repeat to mix evenly.",
+        "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, "
+        ".parquet file or folder; rows of messages are rendered by the chat template. Repeat to mix evenly. Without it a "
+        "model with a chat template gets builtin:chat too.",
         multiple=True,
         metavar="SPEC",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
 from wina_calib.checkpoint.local_paths import without_paths
@@ -71,7 +72,7 @@ def write_config(source: Source, folder: Path, *, untied: bool, settings: Settin
         raw["quantization_config"] = settings.to_dict()
         if runtime or settings.weight_format is not None:
             raw["model_type"] = RUNTIME_TYPE + source.config.model_type
-            raw["architectures"] = [f"Wina{name}" for name in raw.get("architectures") or ()]
+            raw["architectures"] = [f"Wina{MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].__name__}"]
     write_json(folder / "config.json", raw)
 
 

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from wina_calib.common.text import first_line
 from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
 from wina_calib.model.config import ADAPTER_FILE, ModelFolder, code_is_trusted
-from wina_calib.model.loading import skeleton, without_quantization
+from wina_calib.model.loading import ask, skeleton, stored_weights, without_quantization
 from wina_calib.storage import Shards, ShardWriter, plan_shards
 
 _SHARD_BYTES = 5 << 30
@@ -52,8 +52,20 @@ class DenseCopy:
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether an adapter lies in a folder; its config alone is none."""
-    return (folder / ADAPTER_FILE).is_file() and any(folder.glob("adapter_model.*"))
+    """Whether an adapter lies in a folder; its config alone is none.
+
+    Raises:
+        UnsupportedModel: it is pickled.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return False
+    whole = (folder / "adapter_model.safetensors").is_file()
+    if not whole and (folder / "adapter_model.bin").is_file():
+        raise UnsupportedModel(
+            f"{folder} holds an adapter beside the model, pickled in adapter_model.bin, which can run code when read. Merge it "
+            f"with peft if you trust its source, or move {ADAPTER_FILE} away to calibrate the model without it."
+        )
+    return whole
 
 
 def quantization_of(folder: ModelFolder) -> str | None:
@@ -94,10 +106,11 @@ def copy_of(folder: ModelFolder, method: str | None) -> DenseCopy:
             f"{folder.path} holds an adapter ({ADAPTER_FILE}) beside the model. Install peft to have it merged into the weights "
             f"(pip install peft), or move {ADAPTER_FILE} away to calibrate the model without it."
         )
+    stored_weights(folder, ask(folder))  # refuses missing, cut and hostile files, and pickled ones
     config = _to_dequantize(folder.config, method)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder.path), config=config, dtype="auto", trust_remote_code=code_is_trusted()
+            str(folder.path), config=config, dtype="auto", use_safetensors=True, trust_remote_code=code_is_trusted()
         )
         if method is not None:
             model = _dequantized(model)

@@ -29,6 +29,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
     except Exception as error:
+        if not code_is_trusted() and "trust_remote_code" in str(error):
+            raise ModelFolderError(
+                f"{folder} has a tokenizer of Python code, of which nothing has run. Read it, then give --trust-remote-code, or "
+                "trust_remote_code=True in Python."
+            ) from error
         raise ModelFolderError(
             f"{folder} has no tokenizer that can be loaded ({first_line(error)}). Copy tokenizer.json and "
             "tokenizer_config.json of the model into the folder."

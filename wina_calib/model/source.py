@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from wina_calib.model.dense_copy import (
     quantization_of,
     write_copy,
 )
-from wina_calib.model.loading import Converted, ask, open_weights
+from wina_calib.model.loading import Converted, ask, meta_model, open_weights
 from wina_calib.model.locate import gguf_file, load_tokenizer, resolve
 from wina_calib.model.tensor_names import is_added, is_derived, is_rotation, rotation_name
 from wina_calib.storage import Shards
@@ -79,7 +80,11 @@ class Source:
             }
             raw = {key: value for key, value in raw.items() if not key.startswith("_")}
         raw.pop("quantization_config", None)
-        return raw
+        return (
+            raw
+            if self.architecture.tied == self.opened.config.tie_word_embeddings
+            else raw | {"tie_word_embeddings": False}
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +137,8 @@ class Source:
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer; see `load_tokenizer`."""
-        return load_tokenizer(self.folder)
+        with self.opened.handed_on(as_stored=True):
+            return load_tokenizer(self.folder)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -181,22 +187,30 @@ def open_source(
     return _checked(Source(str(model), opened, commit, loading.config, arch, seen, notes), loading.model)
 
 
-def _from_copy(name: str, opened: ModelFolder, commit: str | None, copy: DenseCopy) -> Source:
-    model, shards = copy.model, copy.shards
-    return _checked(Source(name, opened, commit, model.config, describe(model), shards, (copy.note,), copy.kept), model)
+def _from_copy(name: str, opened: ModelFolder, commit: str | None, made: DenseCopy) -> Source:
+    model, shards = made.model, made.shards
+    return _checked(Source(name, opened, commit, model.config, describe(model), shards, (made.note,), made.kept), model)
 
 
 def _from_gguf(name: str, file: Path) -> Source:
     """A GGUF file's model: its config and tokenizer lie in a temporary folder, as its weights do."""
     kept = KeptFolder()
-    copy = write_copy(load_gguf(file, kept.path), f"{file}: dequantized from GGUF by transformers")
-    return _from_copy(name, open_folder(kept.path), None, replace(copy, kept=(kept, copy.kept)))
+    made = write_copy(load_gguf(file, kept.path), f"{file}: dequantized from GGUF by transformers")
+    return _from_copy(name, open_folder(kept.path), None, replace(made, kept=(kept, made.kept)))
 
 
 def _checked(source: Source, model: PreTrainedModel) -> Source:
     _check_tensors(source.folder, model, source.architecture, source.shards)
-    _check_tied(source.folder, source.architecture, source.shards)
-    return source
+    return _tied_as_loaded(source)
+
+
+def load_whole(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model in memory, as it is calibrated: what the folder's files hold may be another one's part, or quantized."""
+    model = meta_model(source.config, dtype)
+    names = [name for name in model.state_dict() if name in source.shards]
+    model.load_state_dict({name: source.load(name).to(dtype) for name in names}, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False)
 
 
 def load_into(layer: torch.nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
@@ -248,18 +262,19 @@ def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architectu
         )
 
 
-def _check_tied(folder: Path, architecture: Architecture, shards: Shards) -> None:
-    """Refuse a tied model whose files hold another lm_head: transformers would use it."""
-    head, embed = f"{architecture.lm_head}.weight", f"{architecture.embed}.weight"
-    if not architecture.tied or head not in shards:
-        return
-    for first in range(0, architecture.vocab_size, _TIED_ROWS):
-        rows = slice(first, min(first + _TIED_ROWS, architecture.vocab_size))
+def _tied_as_loaded(source: Source) -> Source:
+    """The source untied where its files hold another lm_head than the embedding: transformers keeps both then."""
+    arch, shards = source.architecture, source.shards
+    head, embed = f"{arch.lm_head}.weight", f"{arch.embed}.weight"
+    if not arch.tied or head not in shards:
+        return source
+    for first in range(0, arch.vocab_size, _TIED_ROWS):
+        rows = slice(first, min(first + _TIED_ROWS, arch.vocab_size))
         if not torch.equal(shards.load(head, rows=rows), shards.load(embed, rows=rows)):
-            raise ModelFolderError(
-                f"{folder}: config.json ties lm_head to the embedding, but {head} differs from {embed}. Set "
-                '"tie_word_embeddings": false in config.json to keep both, or remove the tensor.'
-            )
+            config = copy.deepcopy(source.config)
+            config.tie_word_embeddings = False
+            return replace(source, config=config, architecture=replace(arch, tied=False))
+    return source
 
 
 def fitting_length(source: Source, seq_len: int) -> int:

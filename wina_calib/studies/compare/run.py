@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
@@ -36,8 +36,8 @@ from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
-from wina_calib.model.config import code_is_trusted, remote_code
-from wina_calib.model.source import Source, fitting_length, open_source
+from wina_calib.model.config import remote_code
+from wina_calib.model.source import Source, fitting_length, load_whole, open_source
 from wina_calib.runtime.load import load, set_sparsity
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
 from wina_calib.studies.compare.finished import FORMAT, finished_seconds, json_bytes, key_digest, read_cell
@@ -335,9 +335,7 @@ class _Bench:
         fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
         took = time.monotonic() - start
         self.report.step("gates")
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source.folder, dtype=self.dtype, trust_remote_code=code_is_trusted()
-        ).to(self.device)
+        model = load_whole(self.source, self.dtype).to(self.device)
         cells = count_cells(arch, "none")
         for sparsity, thresholds in zip(task.todo, fitted, strict=True):
             self.report.phase(f"{task.method.name}: measure at {sparsity:g}", len(self.blocks.ids))
