@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError
 from wina_calib.model.locate import resolve
