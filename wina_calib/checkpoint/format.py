@@ -13,6 +13,7 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
 from wina_calib.model.tensor_names import is_added, is_derived, is_packed, is_rotation
+from wina_calib.quantization.bits import bits_read
 from wina_calib.quantization.formats import Spec
 from wina_calib.storage import Shards
 
@@ -97,13 +98,10 @@ def stored_cells(arch: Architecture, settings: Settings) -> Cells:
     cells, form = count_cells(arch, settings.transform), settings.weight_format
     if form is None:
         return cells
-    bits = total = 0.0
-    for _, site in arch.sites:
-        for group in settings.rule.groups(site):
-            outs = [p.out_features for p in group.projections]
-            bits += form.bits_a_weight(outs) * site.width * sum(outs)
-            total += site.width * sum(outs)
-    return replace(cells, bits=bits / total, head_bits=float(settings.head_bits))
+    groups = [[p.out_features for p in g.projections] for _, site in arch.sites for g in settings.rule.groups(site)]
+    widths = [site.width for _, site in arch.sites for _ in settings.rule.groups(site)]
+    stored = ((w * sum(outs), form.bits_a_weight(outs), 0.0) for w, outs in zip(widths, groups, strict=True))
+    return replace(cells, bits=bits_read(stored), head_bits=float(settings.head_bits))
 
 
 def packed_name(layer: Layer, group: MaskGroup, part: str) -> str:

@@ -24,6 +24,7 @@ from wina_calib.common.text import fixed, percent, rise, table
 from wina_calib.errors import UsageError
 
 if TYPE_CHECKING:
+    from wina_calib.studies.against import QuantizedRow
     from wina_calib.studies.evaluate import Evaluation
 
 
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 @heldout_option("--data")
 @click.option("--sparsity", "-s", type=Share(), metavar="S", help="Model sparsity; the calibrated one by default.")
 @tokens_option()
+@click.option(
+    "--against",
+    metavar="FORMAT,...",
+    help="Also measure the dense weights quantized alone, by GPTQ on the calibration text: int4, int4-32 (groups of 32), int8.",
+)
 @click.option("--save", is_flag=True, help="Keep the result in DIR, for its model card and report.")
 @click.option("--tasks", metavar="NAME,...", help="Run tasks of the lm-eval harness instead (extra lm-eval).")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Examples of each task; all by default.")
@@ -48,6 +54,7 @@ def command(
     data: tuple[str, ...],
     sparsity: float | None,
     tokens: int,
+    against: str | None,
     save: bool,
     tasks: str | None,
     limit: int | None,
@@ -65,6 +72,8 @@ def command(
     """
     if tasks is not None and save:
         raise UsageError("--save keeps perplexities; it does not go with --tasks.")
+    if tasks is not None and against is not None:
+        raise UsageError("--against compares perplexities; it does not go with --tasks.")
     load_libraries()
     if tasks is not None:
         from wina_calib.studies.lm_eval_tasks import evaluate_tasks, render_tasks, task_placement
@@ -84,8 +93,11 @@ def command(
     from wina_calib.checkpoint.card import write_card
     from wina_calib.checkpoint.evaluation_file import save_evaluation
     from wina_calib.model.locate import resolve
+    from wina_calib.studies.against import check_names
     from wina_calib.studies.evaluate import evaluate
 
+    formats = [name.strip() for name in (against or "").split(",") if name.strip()]
+    check_names(formats)
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
@@ -104,7 +116,31 @@ def command(
     if save:
         note(f"kept in {save_evaluation(folder, result.to_dict())}")
         write_card(folder)
-    emit(result.to_dict(), render(result), as_json=as_json)
+    beside = _quantized(folder, formats, result, tokens, device, dtype) if formats else ()
+    facts = result.to_dict() | ({"against": [asdict(row) for row in beside]} if formats else {})
+    emit(facts, "\n\n".join([render(result), *([_against(beside, result)] if beside else [])]), as_json=as_json)
+
+
+def _quantized(
+    folder: Path, formats: list[str], result: Evaluation, tokens: int, device: str, dtype: str
+) -> tuple[QuantizedRow, ...]:
+    from wina_calib.checkpoint.reader import open_checkpoint
+    from wina_calib.common.devices import pick_device
+    from wina_calib.model.locate import load_tokenizer
+    from wina_calib.studies.against import quantized_rows
+    from wina_calib.studies.evaluate import evaluation_blocks
+
+    opened = open_checkpoint(folder)
+    blocks = evaluation_blocks(result.data, load_tokenizer(folder), tokens, opened.settings.seq_len)
+    with bars() as progress:
+        return quantized_rows(opened, formats, blocks, device=pick_device(device), dtype=dtype, progress=progress)
+
+
+def _against(beside: tuple[QuantizedRow, ...], result: Evaluation) -> str:
+    """Sparsity beside quantization, by the bits that are read."""
+    rows = [["sparse", f"{result.bits_read:.2f}", fixed(result.sparse_ppl), rise(result.sparse_ppl, result.dense_ppl)]]
+    rows += [[row.name, f"{row.bits_read:.2f}", fixed(row.ppl), rise(row.ppl, result.dense_ppl)] for row in beside]
+    return table(["", "bits read", "perplexity", ""], rows)
 
 
 def render(result: Evaluation) -> str:
@@ -121,7 +157,10 @@ def render(result: Evaluation) -> str:
         ["model sparsity", "0.0 %", percent(result.model_sparsity), f"asked {percent(result.sparsity)}"],
         ["read fraction", "100.0 %", percent(result.read_fraction), "lm_head included"],
         ["read fraction, decoder", "100.0 %", percent(result.read_fraction_decoder), ""],
+        ["bits read a decoder weight", f"{result.bits_stored:.2f}", f"{result.bits_read:.2f}", ""],
     ]
+    if result.bits_stored < 16:  # quantized: what it is at sparsity 0 is no dense model of 16 bits
+        rows = [[name, "" if first == "100.0 %" and "read" in name else first, *rest] for name, first, *rest in rows]
     original = f"; original model's perplexity: {result.base_ppl:.3f}" if result.base_ppl_comparable else ""
     return (
         table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}{original}"

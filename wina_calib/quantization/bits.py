@@ -18,8 +18,3 @@ def bits_read(sites: Iterable[tuple[int, float, float]]) -> float:
         read += weights * bits * (1 - sparsity)
         total += weights
     return read / total if total else 0.0
-
-
-def sparsity_for_bits(bits_a_weight: float, bits: float) -> float:
-    """Model sparsity at which weights of `bits_a_weight` bits are read at `bits` a weight; not below 0."""
-    return max(0.0, 1 - bits / bits_a_weight)

@@ -61,7 +61,8 @@ class Evaluation:
         top1_agreement: share of tokens where both predict the same next token.
         read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
         read_fraction_decoder: the same without lm_head.
-        bits_read: bits of decoder weights read for a token over their number: 16 for the dense model of 16 bits.
+        bits_read: bits of decoder weights read for a token over their number.
+        bits_stored: the same at sparsity 0: 16 where weights are not quantized and no matrices are added.
         tokens: predicted tokens.
         sites: asked and achieved sparsity of every site.
         warnings: what makes these figures doubtful, with the remedy.
@@ -79,6 +80,7 @@ class Evaluation:
     read_fraction: float
     read_fraction_decoder: float
     bits_read: float
+    bits_stored: float
     tokens: int
     data: tuple[str, ...]
     sites: tuple[SiteSparsity, ...]
@@ -196,6 +198,7 @@ def evaluate_model(
         read_fraction=cells.read_fraction_at(found.model_sparsity),
         read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
         bits_read=cells.bits_read_at(found.model_sparsity),
+        bits_stored=cells.bits_read_at(0.0),
         tokens=found.tokens,
         data=data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
