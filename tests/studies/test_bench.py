@@ -10,9 +10,11 @@ import tiny
 import torch
 from click.testing import CliRunner
 
+import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
 from wina_calib.model.architecture import describe
+from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.kernels import dispatch, native
 from wina_calib.runtime.load import sparse_sites
@@ -301,3 +303,52 @@ def test_memory_and_roof() -> None:
         kept = torch.ones(1 << 24)
     assert watch.bytes == 0 or watch.bytes > 0.5 * kept.nbytes
     assert copy_bandwidth(torch.device("cpu")) > 1e8
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_bits(shape: Path, bits: str) -> None:
+    command = [
+        "bench",
+        "--random",
+        str(shape),
+        "--device",
+        "cpu",
+        "--bits",
+        bits,
+        "--group-size",
+        "32",
+        "-s",
+        "0,0.5",
+        *QUICK,
+    ]
+    done = CliRunner().invoke(main, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["bits"] == int(bits)
+    dense, half = found["results"]
+    real = half["achieved_sparsity"]
+    assert dense["bits_read"] == pytest.approx({"4": 4 + 20 / 32, "8": 8}[bits], abs=0.02)
+    assert half["bits_read"] == pytest.approx(dense["bits_read"] * (1 - real))
+    assert half["bytes_per_token"] < dense["bytes_per_token"] < found["dense"]["bytes_per_token"]
+    assert half["limit"] == pytest.approx(found["dense"]["bytes_per_token"] / half["bytes_per_token"])
+    assert found["fixed_ms"] > 0
+
+
+def test_a_quantized_checkpoint_and_what_cannot_be(tmp_path: Path, llama: Path, text: Path) -> None:
+    folder = tmp_path / "sparse"
+    options = {"bits": 4, "group_size": 32, "budget": "uniform", "data": str(text), "samples": 80, "seq_len": 128}
+    wina_calib.calibrate(llama, folder, **options)
+    found = bench(str(folder), sparsities=(0.5,), device="cpu", prompt=12, new=6, rounds=1)
+    assert found.bits == 4
+    assert found.results[0].bits_read < 4.7
+    with pytest.raises(UsageError, match="leave --bits out"):
+        bench(str(folder), bits=4, device="cpu")
+
+
+def test_a_plain_model_is_quantized_from_its_weights(llama: Path) -> None:
+    pair = models.open_pair(str(llama), device=torch.device("cpu"), dtype=torch.float32)
+    ids = torch.randint(4, 300, (1, 16))
+    models.fit(pair, (0.5,), ids, 8, WeightFormat(8))
+    with torch.no_grad(), pair.state.densely():
+        expected, found = pair.dense(ids).logits, pair.sparse(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.03

@@ -28,7 +28,7 @@ from wina_calib.quantization.scales import quantize_nearest
 from wina_calib.runtime.insert_sites import insert_sites
 from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
-from wina_calib.runtime.quantized import QuantizedHead
+from wina_calib.runtime.quantized import QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.studies.flops import find_config
 
@@ -168,15 +168,26 @@ def stock_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     dtype = model.get_input_embeddings().weight.dtype
     twin = meta_model(copy.deepcopy(config), dtype)
     own = {layer.prefix + p.module + ".weight" for layer, site in describe(twin).sites for p in site.projections}
+    shapes = {name: tensor.shape for name, tensor in twin.state_dict().items()}
     state = {
-        name: tensor.clone(memory_format=torch.contiguous_format) if name in own else tensor
-        for name, tensor in model.state_dict().items()
-        if not is_added(name)
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in own else tensor.view(shapes[name])
+        for name, tensor in _plain_weights(model).items()
     }
     twin.load_state_dict(state, strict=True, assign=True)
     twin.tie_weights()
     twin.requires_grad_(False)
     return twin.to(model.device).eval()
+
+
+def _plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors as the base model names them, quantized ones dequantized."""
+    found = {name: tensor for name, tensor in model.state_dict().items() if not is_added(name)}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedHead | QuantizedEmbedding):
+            for part in ("codes", "scales"):
+                found.pop(f"{name}.{part}", None)
+            found[f"{name}.weight"] = module.weight.as_subclass(Tensor)  # type: ignore[arg-type]
+    return found
 
 
 def _with_sites(name: str, dense: PreTrainedModel, config: PreTrainedConfig, folder: Path | None) -> Pair:
