@@ -83,6 +83,7 @@ def compiled(flags, folder):
     compiler = next(filter(None, map(shutil.which, native_build.COMPILERS)))
     patch = pytest.MonkeyPatch()
     patch.setattr(native_build, "TARGETS", (flags,))
+    patch.setattr(native_build, "COMPILE_SECONDS", 300)  # sanitizers take their time
     opened = native_build._open(native_build._compile(compiler, folder))
     assert opened is not None
     patch.setattr(native_build, "library", lambda: opened)
@@ -146,7 +147,7 @@ def test_one_row_of_every_format_and_shape(target, form, width, out):
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-@pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 18])
 def test_a_few_rows_of_every_format(target, form, rows):
     for width, out in ((1, 64), (130, 704 + form.group_size), (65, 6208)):
         check(form, width, out, rows, torch.float32)
@@ -167,8 +168,8 @@ def test_dequantized_tiles_are_the_definition(target, form):
 def test_many_rows_are_multiplied_by_tiles(form, monkeypatch):
     monkeypatch.setattr(quantized_cpu, "TILE_BYTES", 1 << 16)
     weight, bias = random_weight(form, 130, 704), torch.randn(704)
-    x, norm, threshold = inputs("plain", 40, 130, torch.float32)
-    rows = torch.arange(40) % 3 == 1
+    x, norm, threshold = inputs("plain", 70, 130, torch.float32)
+    rows = torch.arange(70) % 3 == 1
     found = quantized_cpu.sparse_site(x, weight, norm, threshold, rows, bias)
     assert error(found, exact(x, weight, norm, threshold, rows, bias)) <= 1e-5
     for dtype in LIMITS:
@@ -179,7 +180,7 @@ def test_many_rows_are_multiplied_by_tiles(form, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "out"), [(1, 1, 1), (1, 33, 300), (3, 255, 129), (2, 256, 127), (16, 576, 257), (17, 40, 50)]
+    ("rows", "width", "out"), [(1, 1, 1), (1, 33, 300), (3, 255, 129), (2, 256, 127), (16, 576, 257), (65, 40, 50)]
 )
 def test_products_with_a_matrix_by_rows(target, rows, width, out):
     weight = quantize_rows(torch.randn(out, width))
@@ -241,7 +242,7 @@ def test_blocks_in_one_call_take_quantized_weights():
 def test_without_a_compiler(form, monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     weight, bias = random_weight(form, 70, 128), torch.randn(128)
-    for rows in (1, 3, 40):
+    for rows in (1, 3, 70):
         x, norm, threshold = inputs("plain", rows, 70, torch.float32)
         expected = exact(x, weight, norm, threshold, None, bias)
         assert error(quantized_cpu.sparse_site(x, weight, norm, threshold, None, bias), expected) <= 1e-5
@@ -255,8 +256,8 @@ def test_what_does_not_fit_is_refused():
     weight = random_weight(FORMATS[0], 64, 128)
     row = native.Row(weight, torch.ones(64), torch.tensor(0.5))
     x = torch.randn(3, 64)
-    for wrong in (x[:, :63], x.double(), x.repeat(10, 1), x[:0], x.to("meta")):
-        with pytest.raises(ValueError, match="expected up to 16 rows of 64"):
+    for wrong in (x[:, :63], x.double(), x.repeat(30, 1), x[:0], x.to("meta")):
+        with pytest.raises(ValueError, match="expected up to 64 rows of 64"):
             quantized_cpu.few(row, wrong)
     turned = Quantized(weight.format, weight.codes.t().contiguous().t(), weight.scales, weight.zeros)
     with pytest.raises(ValueError, match="codes is .* expected it contiguous"):
@@ -288,8 +289,8 @@ sys.path[:0] = [{here!r}]
 import test_quantized_cpu as cases
 flags = (*cases.FLAGS[sys.argv[1]], "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 with cases.compiled(flags, Path(tempfile.mkdtemp())):
-    for form in cases.FORMATS:
-        for width, out in ((1, 64), (65, 320), (130, 704)):
+    for form in (cases.FORMATS[0], cases.FORMATS[3], cases.FORMATS[4]):
+        for width, out in ((1, 64), (65, 320)):
             cases.check(form, width, out, 1, torch.float32, ("plain", "everything"))
             cases.check(form, width, out, 5, torch.bfloat16, ("plain",))
         cases.test_dequantized_tiles_are_the_definition(None, form)

@@ -14,14 +14,16 @@ import ctypes
 import torch
 from torch import Tensor
 
+from wina_calib.common.memory import empty_in_huge_pages
 from wina_calib.masks.mask import mask_inputs
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, native
 from wina_calib.runtime.kernels.native import Row
 from wina_calib.runtime.kernels.native_build import DTYPES, functions
 
-# Rows up to which C reads codes; more are multiplied by dequantized weights.
-MAX_FEW_ROWS = 16
+# Rows that C takes at a time, and up to which it does; more are multiplied by dequantized weights.
+ROWS_AT_ONCE = 16
+MAX_FEW_ROWS = 64
 # Dequantized weights at a time, in bytes; and outputs, of which a tile begins at a multiple.
 TILE_BYTES = 8 << 20
 TILE_OUTPUTS = 128
@@ -59,7 +61,7 @@ def sparse_site(
 
 
 def few(row: Row, x: Tensor, dense_rows: Tensor | None = None) -> Tensor:
-    """`row` for up to `MAX_FEW_ROWS` rows x (rows, in), each with its own mask; reads what one of them keeps.
+    """`row` for up to `MAX_FEW_ROWS` rows x (rows, in), each with its own mask; reads what one of `ROWS_AT_ONCE` keeps.
 
     Args:
         row: of a quantized weight.
@@ -77,9 +79,11 @@ def few(row: Row, x: Tensor, dense_rows: Tensor | None = None) -> Tensor:
     y = torch.empty(x.shape[0], row.out, dtype=x.dtype, device="cpu")
     rows = None if dense_rows is None else dense_rows.contiguous()
     threads = native.threads_for(row.width * row.out)
-    places = (x.data_ptr(), None if rows is None else rows.data_ptr(), y.data_ptr())
-    if functions("few")[x.dtype](row.address, *places, x.shape[0], threads):
-        raise MemoryError(f"no memory to list the kept inputs of {x.shape[0]} rows for {threads} threads")
+    for first in range(0, x.shape[0], ROWS_AT_ONCE):
+        part = slice(first, first + ROWS_AT_ONCE)
+        places = (x[part].data_ptr(), None if rows is None else rows[part].data_ptr(), y[part].data_ptr())
+        if functions("few")[x.dtype](row.address, *places, len(x[part]), threads):
+            raise MemoryError(f"no memory to list the kept inputs of {len(x[part])} rows for {threads} threads")
     return y
 
 
@@ -92,14 +96,16 @@ def dense_site(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tens
         return sparse_site(x, weight, torch.ones(x.shape[1]), torch.full((), -1.0), None, bias)
     y = x.new_empty(x.shape[0], weight.out_features)
     step = max(TILE_OUTPUTS, TILE_BYTES // (x.shape[1] * x.dtype.itemsize) // TILE_OUTPUTS * TILE_OUTPUTS)
+    # New memory costs more to map, page by page, than its tile to fill.
+    room = empty_in_huge_pages((x.shape[1] * min(step, weight.out_features),), x.dtype)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
-        tile = dequantized(weight, start, stop, x.dtype)
+        tile = dequantized(weight, start, stop, x.dtype, room)
         y[:, start:stop] = cpu.dense_columns(x, tile, None if bias is None else bias[start:stop])
     return y
 
 
-def dequantized(weight: Quantized, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Quantized, start: int, stop: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
     """Weights (in, stop - start) of some outputs: products in float32, rounded to `dtype` once.
 
     Args:
@@ -107,16 +113,18 @@ def dequantized(weight: Quantized, start: int, stop: int, dtype: torch.dtype) ->
         start: the first output, a multiple of `TILE_OUTPUTS`.
         stop: the output after the last, a multiple of the group size.
         dtype: of the result.
+        room: (numbers,) of that dtype, contiguous, of which the result is made where it is not None.
     """
     if not available():
         return weight.outputs(start, stop).dequantize(dtype)
     if dtype not in DTYPES:
         return dequantized(weight, start, stop, torch.float32).to(dtype)
-    found = torch.empty(weight.width, stop - start, dtype=dtype, device="cpu")
+    shape = weight.width, stop - start
+    made = torch.empty(shape, dtype=dtype, device="cpu") if room is None else room[: shape[0] * shape[1]].view(shape)
     known = native.quantized_struct(weight)
-    threads = native.threads_for(found.numel())
-    functions("dequantize")[dtype](ctypes.addressof(known), start, stop, found.data_ptr(), threads)
-    return found
+    threads = native.threads_for(made.numel())
+    functions("dequantize")[dtype](ctypes.addressof(known), start, stop, made.data_ptr(), threads)
+    return made
 
 
 def rows_product(x: Tensor, weight: QuantizedRows) -> Tensor:

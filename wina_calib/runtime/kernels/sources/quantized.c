@@ -585,6 +585,46 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         return 0;                                                                                                      \
     }
 
+/* The outputs of `half` bytes of 4-bit codes, the low codes' and then the high ones': (code - zero_point) * scale. */
+#define LOOKED_UP(TYPE)                                                                                                \
+    ALWAYS void outputs_of_##TYPE(const uint8_t *codes, int64_t half, float scale, int zero_point, TYPE *to) {         \
+        TYPE table[16];                                                                                                \
+        for (int code = 0; code < 16; code++) table[code] = narrow_##TYPE((float)(code - zero_point) * scale);         \
+        for (int64_t i = 0; i < half; i++) {                                                                           \
+            to[i] = table[codes[i] & 15];                                                                              \
+            to[i + half] = table[codes[i] >> 4];                                                                       \
+        }                                                                                                              \
+    }
+
+LOOKED_UP(float32)
+#ifdef VECTORS
+/* The same, with the bytes of what each code stands for looked up by one instruction. */
+ALWAYS void outputs_of_bfloat16(const uint8_t *codes, int64_t half, float scale, int zero_point, bfloat16 *to) {
+    const __m256i first = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), one = _mm256_set1_epi32(1);
+    __m256i rounded[2];
+    for (int h = 0; h < 2; h++) {
+        const __m256i code = _mm256_sub_epi32(_mm256_add_epi32(first, _mm256_set1_epi32(8 * h)), _mm256_set1_epi32(zero_point));
+        const __m256i x = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(scale)));
+        const __m256i even = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(_mm256_srli_epi32(x, 16), one));
+        rounded[h] = _mm256_srli_epi32(_mm256_add_epi32(x, even), 16);
+    }
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded[0], rounded[1]), 0xd8);
+    const __m128i a = _mm256_castsi256_si128(words), b = _mm256_extracti128_si256(words, 1), byte = _mm_set1_epi16(255);
+    const __m128i low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    for (int64_t i = 0; i < half; i += 16)
+        for (int h = 0; h < 2; h++) {
+            const __m128i both = _mm_loadu_si128((const __m128i *)(codes + i));
+            const __m128i code = _mm_and_si128(h ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+            const __m128i x = _mm_shuffle_epi8(low, code), y = _mm_shuffle_epi8(high, code);
+            _mm_storeu_si128((__m128i *)(to + h * half + i), _mm_unpacklo_epi8(x, y));
+            _mm_storeu_si128((__m128i *)(to + h * half + i + 8), _mm_unpackhi_epi8(x, y));
+        }
+}
+#else
+LOOKED_UP(bfloat16)
+#endif
+
 /* Weights (in, stop - start) of outputs from `start`, an even group's first, to `stop`. */
 #define DEQUANTIZED(TYPE)                                                                                              \
     void dequantize_##TYPE(const struct quantized *weight, int64_t start, int64_t stop, TYPE *to, int threads) {       \
@@ -603,10 +643,7 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
                 const uint8_t *codes = weight->codes + (k * weight->out + start + o) / 2;                              \
                 const float scale = widen_float16(weight->scales[k * groups + g]);                                     \
                 const int zero = weight->zeros ? weight->zeros[k * row + g / 2] >> g % 2 * 4 & 15 : 8;                 \
-                for (int64_t i = 0; i < half; i++) {                                                                   \
-                    own[o + i] = narrow_##TYPE((float)((codes[i] & 15) - zero) * scale);                               \
-                    own[o + i + half] = narrow_##TYPE((float)((codes[i] >> 4) - zero) * scale);                        \
-                }                                                                                                      \
+                outputs_of_##TYPE(codes, half, scale, zero, own + o);                                                  \
             }                                                                                                          \
         }                                                                                                              \
     }
