@@ -186,7 +186,7 @@ def _plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(module, QuantizedLinear | QuantizedHead | QuantizedEmbedding):
             for part in ("codes", "scales"):
                 found.pop(f"{name}.{part}", None)
-            found[f"{name}.weight"] = module.weight.as_subclass(Tensor)  # type: ignore[arg-type]
+            found[f"{name}.weight"] = module.weight.as_subclass(Tensor)
     return found
 
 
