@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from wina_calib.checkpoint.format import head_names
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.tensor_names import is_rotation
+from wina_calib.quantization.formats import Quantized, QuantizedRows
+from wina_calib.storage import Shards
 
 VARIABLES = {"sparsity": "WINA_SPARSITY", "prefill": "WINA_PREFILL", "sparse_rows": "WINA_SPARSE_ROWS"}
 
@@ -49,12 +53,14 @@ class Mask:
     """One mask and what it is for.
 
     Attributes:
+        path: how the names of its tensors begin.
         projections: full names of the modules that share it, in order.
         norm: (in,) float32, of the whole model.
         threshold: an input is kept where its score is above it.
         tells_weights: whether `norm` is the column norms of the weights and they are to be known by it: the outer layers' are.
     """
 
+    path: str
     projections: tuple[str, ...]
     norm: Tensor
     threshold: float
@@ -70,6 +76,10 @@ class ServingPlan:
         settings: with the sparsity and the prefill that were chosen.
         calibrated: sparsity that it was calibrated for.
         masks: all, in order.
+        layers: how many.
+        sites: how many.
+        head: names of the codes and scales of lm_head in int8; None where it is not.
+        tied: whether the embedding is lm_head's.
         sparse_rows: as in `Options`.
     """
 
@@ -79,11 +89,30 @@ class ServingPlan:
     masks: tuple[Mask, ...]
     layers: int
     sites: int
+    head: tuple[str, str] | None
+    tied: bool
     sparse_rows: int | None = None
 
     def by_projection(self) -> dict[str, Mask]:
         """The mask of each projection."""
         return {name: mask for mask in self.masks for name in mask.projections}
+
+    def quantized(self, mask: Mask) -> Quantized | None:
+        """The weights of a mask's projections from the files; None where they are not quantized."""
+        form, shards = self.settings.weight_format, _shards(self.folder)
+        if form is None:
+            return None
+        parts = [f"{mask.path}.{part}" for part in ("codes", "scales", "zeros")]
+        return Quantized.of(form, {name.rpartition(".")[2]: shards.load(name) for name in parts if name in shards})
+
+    def quantized_head(self) -> QuantizedRows | None:
+        """lm_head in int8 from the files; None where it is not."""
+        return None if self.head is None else QuantizedRows(*(_shards(self.folder).load(name) for name in self.head))
+
+
+@cache
+def _shards(folder: Path) -> Shards:
+    return Shards.open(folder)
 
 
 def options_from(overrides: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Options:
@@ -129,6 +158,8 @@ def make_plan(folder: Path, options: Options) -> ServingPlan:
         masks,
         len(arch.layers),
         len(list(arch.sites)),
+        head_names(arch) if stored.head_bits == 8 else None,
+        arch.tied,
         options.sparse_rows,
     )
 
@@ -148,7 +179,8 @@ def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
                 else threshold_between(stored.tables[group.name], settings.anchors, sparsity, own)
             )
             names = tuple(layer.prefix + p.module for p in group.projections)
-            found.append(Mask(names, stored.norms[group.name], threshold, layer.index in outer))
+            path = f"{layer.prefix}wina.{group.key}"
+            found.append(Mask(path, names, stored.norms[group.name], threshold, layer.index in outer))
     return tuple(found)
 
 
@@ -166,9 +198,7 @@ def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
             "above a threshold. Calibrate again without these options, or load it with wina_calib.load."
         )
     if settings.weight_format is not None:
-        raise RuntimeLoadError(
-            f"{where} holds weights of {settings.bits} bits, which are not served yet. Load it with wina_calib.load."
-        )
+        return
     dtypes = {
         checkpoint.shards[f"{layer.prefix}{projection.module}.weight"].dtype
         for layer, site in checkpoint.architecture.sites

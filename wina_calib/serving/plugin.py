@@ -27,6 +27,18 @@ def register() -> None:
     from wina_calib.serving.vllm_config import WinaConfig
 
     register_quantization_config(METHOD)(WinaConfig)
+    _name_own_classes()
+
+
+def _name_own_classes() -> None:
+    """Let vLLM compute checkpoints that plain transformers must refuse, quantized ones, by the base model's class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(ModelRegistry.get_supported_archs()):
+        known = ModelRegistry.models[name]
+        if hasattr(known, "module_name"):
+            ModelRegistry.register_model(f"Wina{name}", f"{known.module_name}:{known.class_name}")
 
 
 def refusal(version: str) -> str | None:

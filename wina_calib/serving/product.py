@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wina_calib.quantization.formats import Quantized, WeightFormat
 from wina_calib.runtime.kernels import cpu, dispatch
 from wina_calib.serving.rows import open_rows_now
 
-NAME = "wina_linear"
+NAME, QUANTIZED_NAME = "wina_linear", "wina_quantized_linear"
 
 
 def policy_of(*, first: bool, prompts: bool, sparse_rows: int | None, dtype: torch.dtype) -> Tensor:
@@ -68,3 +69,41 @@ def product(
 def shape_of(x: Tensor, weight: Tensor, norm: Tensor, threshold: Tensor, policy: Tensor, bias: Tensor | None) -> Tensor:
     """A tensor like the result, for the compiler."""
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    norm: Tensor,
+    threshold: Tensor,
+    policy: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """As `linear`, of quantized weights, whose tensors are as in `formats`; the kernel knows how many rows are few."""
+    first, prompts, _ = policy.tolist()
+    rows = open_rows_now(x.shape[0], first=bool(first), prompts=bool(prompts))
+    return dispatch.quantized_site(x, weight_of(codes, scales, zeros), norm, threshold, rows, bias)
+
+
+def weight_of(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Quantized:
+    """Quantized weights, whose format their tensors tell."""
+    if codes.dtype == torch.int8:
+        return Quantized(WeightFormat(8), codes, scales)
+    group = 2 * codes.shape[1] // scales.shape[1]
+    return Quantized(WeightFormat(4, group, zeros is not None), codes, scales, zeros)
+
+
+def quantized_shape_of(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    norm: Tensor,
+    threshold: Tensor,
+    policy: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A tensor like the result, for the compiler."""
+    return x.new_empty(x.shape[0], codes.shape[1] * (1 if codes.dtype == torch.int8 else 2))

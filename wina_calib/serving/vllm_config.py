@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -26,6 +27,7 @@ from wina_calib.errors import RuntimeLoadError, UnsupportedModel
 from wina_calib.masks.score import column_norms
 from wina_calib.model.config import METHOD
 from wina_calib.model.locate import resolve
+from wina_calib.quantization.formats import QuantizedRows
 from wina_calib.runtime.kernels import dispatch, native
 from wina_calib.serving import product
 from wina_calib.serving.plan import VARIABLES, Mask, Options, ServingPlan, make_plan, options_from
@@ -34,6 +36,7 @@ logger = init_logger("vllm.plugins.wina")
 
 if not hasattr(torch.ops.vllm, product.NAME):
     direct_register_custom_op(product.NAME, product.linear, fake_impl=product.shape_of)
+    direct_register_custom_op(product.QUANTIZED_NAME, product.quantized_linear, fake_impl=product.quantized_shape_of)
 
 
 class WinaConfig(QuantizationConfig):
@@ -44,7 +47,6 @@ class WinaConfig(QuantizationConfig):
         self.raw = raw
         self.plan: ServingPlan | None = None
         self.masks: dict[str, Mask] = {}
-        self.served: set[str] = set()
 
     def get_name(self) -> str:
         """As in config.json."""
@@ -90,10 +92,9 @@ class WinaConfig(QuantizationConfig):
         """Take the names that the model's modules have in vLLM."""
         self.masks = hf_to_vllm_mapper.apply_dict(self.masks)
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """What calibration added is read by our own reader."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"\.wina\."): None})
+        return CheckpointMapper(orig_to_new_regex={re.compile(r"\.wina\.|\.codes$|\.scales$"): None})
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """The method of a linear layer, found by the projections that it is made of; None for embeddings and attention.
@@ -104,6 +105,8 @@ class WinaConfig(QuantizationConfig):
         _refuse_options()
         if isinstance(layer, RoutedExperts):
             raise UnsupportedModel(f"{prefix} holds experts, which are not served. Serve a model without them.")
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._head_method(layer)
         if not isinstance(layer, LinearBase):
             return None
         names = self._projections(prefix)
@@ -115,12 +118,35 @@ class WinaConfig(QuantizationConfig):
             )
         return WinaLinearMethod(self.plan, [self.masks[name] for name in names])
 
+    def _head_method(self, layer: nn.Module) -> Any:
+        """The method of lm_head or of the embedding, where they are quantized."""
+        if self.plan is None or self.plan.head is None or not (self.plan.tied or isinstance(layer, ParallelLMHead)):
+            return None
+        return WinaHeadMethod(self.plan)
+
     def _projections(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the projections that vLLM holds side by side."""
         if prefix in self.masks:
             return [prefix]
         parent, _, last = prefix.rpartition(".")
         return [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
+
+
+class CheckpointMapper(WeightsMapper):
+    """Renames tensors as the mappers that it is joined with, and gives a quantized checkpoint's final norm its shape."""
+
+    def __or__(self, other: WeightsMapper) -> WeightsMapper:
+        """Stay what it is."""
+        return CheckpointMapper(**vars(super().__or__(other)))
+
+    def __ror__(self, other: WeightsMapper) -> WeightsMapper:
+        """Stay what it is also where it is joined to another: Python asks the derived class first."""
+        return CheckpointMapper(**vars(WeightsMapper.__or__(other, self)))
+
+    def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """As the base class."""
+        shaped = ((name, t.view(-1) if "norm" in name and t.ndim == 2 and len(t) == 1 else t) for name, t in weights)
+        yield from super().apply(shaped)
 
 
 @register_weight_loader_v2_supported_method
@@ -147,9 +173,17 @@ class WinaLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """As of a dense layer; loaded as that."""
+        """As of a dense layer, loaded as that; nothing where weights are quantized."""
         self.sizes, self.inputs = list(output_partition_sizes), input_size
         self.has_all_outputs = sum(output_partition_sizes) == output_size
+        if self.plan.settings.weight_format is not None:
+            if not self.has_all_outputs or input_size_per_partition != input_size:
+                raise RuntimeLoadError(
+                    "Quantized checkpoints are served by one process. Leave out --tensor-parallel-size, or serve the checkpoint "
+                    "in 16 bits."
+                )
+            layer.weight = _constant(torch.empty(0, dtype=params_dtype))
+            return
         super().create_weights(
             layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra
         )
@@ -161,6 +195,7 @@ class WinaLinearMethod(UnquantizedLinearMethod):
             RuntimeLoadError: the weights are not those of the calibration.
         """
         weight = layer.weight.data
+        width = weight.shape[1] if weight.ndim == 2 else self.inputs
         if self.masks[0].norm.shape[0] != self.inputs:
             raise RuntimeLoadError(
                 f"{layer.prefix} has {self.inputs} inputs in vLLM, the calibration {self.masks[0].norm.shape[0]}."
@@ -176,18 +211,24 @@ class WinaLinearMethod(UnquantizedLinearMethod):
         parts = self._parts()
         start = 0
         for i, (mask, size) in enumerate(parts):
+            norm = self._own_inputs(layer, mask.norm, width)
+            setattr(layer, f"wina_norm_{i}", _constant(norm.contiguous()))
+            setattr(layer, f"wina_threshold_{i}", _constant(torch.tensor(mask.threshold)))
+            quantized = self.plan.quantized(mask)
+            if quantized is not None:
+                for name, tensor in quantized.named().items():
+                    setattr(layer, f"wina_{name}_{i}", _constant(tensor.contiguous()))
+                continue
             own = weight[start : start + size]
             start += size
-            norm = self._own_inputs(layer, mask.norm, weight.shape[1])
             if mask.tells_weights and self.has_all_outputs and not norms_match(norm, column_norms([own])):
                 raise RuntimeLoadError(
                     f"{layer.prefix}: the weights are not those that the calibration was made for. Calibrate them again."
                 )
             setattr(layer, f"wina_weight_{i}", _constant(dispatch.column_storage([own]).t()))
-            setattr(layer, f"wina_norm_{i}", _constant(norm.contiguous()))
-            setattr(layer, f"wina_threshold_{i}", _constant(torch.tensor(mask.threshold)))
         self.bounds = [size for _, size in parts]
-        layer.weight = layer.wina_weight_0 if len(parts) == 1 else _constant(weight.new_empty(0))
+        whole = len(parts) == 1 and self.plan.settings.weight_format is None
+        layer.weight = layer.wina_weight_0 if whole else _constant(weight.new_empty(0))
 
     def _parts(self) -> list[tuple[Mask, int]]:
         """The masks of this layer and how many outputs of this process each one serves."""
@@ -201,15 +242,60 @@ class WinaLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The masked product (..., out) of x (..., in)."""
-        operator = getattr(torch.ops.vllm, product.NAME)
         rows = x.reshape(-1, x.shape[-1])
         biases = [bias] if bias is None or len(self.bounds) == 1 else list(bias.split(self.bounds))
         made = []
         for i in range(len(self.bounds)):
             mask = getattr(layer, f"wina_norm_{i}"), getattr(layer, f"wina_threshold_{i}"), layer.wina_policy
-            made.append(operator(rows, getattr(layer, f"wina_weight_{i}"), *mask, biases[i % len(biases)]))
+            own_bias = biases[i % len(biases)]
+            if self.plan.settings.weight_format is None:
+                made.append(torch.ops.vllm.wina_linear(rows, getattr(layer, f"wina_weight_{i}"), *mask, own_bias))
+            else:
+                weight = (getattr(layer, f"wina_{part}_{i}", None) for part in ("codes", "scales", "zeros"))
+                made.append(torch.ops.vllm.wina_quantized_linear(rows, *weight, *mask, own_bias))
         out = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class WinaHeadMethod(QuantizeMethodBase):
+    """lm_head in int8 by rows, and the embedding where it is the same."""
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, plan: ServingPlan) -> None:
+        self.plan = plan
+
+    def create_weights(self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **extra: Any) -> None:
+        """Nothing: the rows are read when all else is loaded."""
+        layer.weight = _constant(torch.empty(0, dtype=params_dtype))
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Take the embedding's rows, once they are there."""
+        layer.__dict__["wina_tied"] = embed_tokens
+        return layer
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Read this process's rows, and zeros where vLLM pads."""
+        tied = layer.__dict__.get("wina_tied")
+        if tied is not None and hasattr(tied, "wina_codes"):
+            layer.wina_codes, layer.wina_scales = tied.wina_codes, tied.wina_scales
+            return
+        head = self.plan.quantized_head()
+        assert head is not None
+        found, size = layer.shard_indices, layer.num_embeddings_per_partition
+        for name, rows in (("codes", head.codes), ("scales", head.scales)):
+            own = rows[found.org_vocab_start_index : found.org_vocab_end_index]
+            padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])]) if len(own) < size else own
+            setattr(layer, f"wina_{name}", _constant(padded.contiguous()))
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """Rows (..., width) of ids (...)."""
+        return QuantizedRows(layer.wina_codes[input_], layer.wina_scales[input_]).dequantize(layer.weight.dtype)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits (..., vocab) of states x (..., hidden)."""
+        out = dispatch.quantized_rows(x, QuantizedRows(layer.wina_codes, layer.wina_scales))
+        return out if bias is None else out + bias
 
 
 def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
@@ -217,7 +303,7 @@ def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
     settings = plan.settings
     found = (
         f"wina: {plan.sites} sites in {plan.layers} layers, format {settings.format_version}, transform {settings.transform}, "
-        f"calibrated for sparsity {plan.calibrated:g}"
+        f"{settings.bits}-bit weights, calibrated for sparsity {plan.calibrated:g}"
     )
     kernels = "in C" if native.available(torch.bfloat16) else "by torch's operators (no compiler was found)"
     rows = "few rows" if plan.sparse_rows is None else f"up to {plan.sparse_rows} rows"
