@@ -104,9 +104,10 @@ def test_quantized_checkpoints_give_the_log_probabilities_of_load(bits: int, tex
     folder = tmp_path / "c"
     wina_calib.calibrate("demo", folder, budget="uniform", samples=32, seq_len=256, grid=(0.25,), bits=bits)
     prompts, params = requests(12, 60)
-    found, said = run(folder, {"dtype": "float32", "max_num_batched_tokens": 48}, prompts, params)
-    apart = differences(folder, 0.5, prompts, found["outputs"])
-    assert float(apart.median()) < 5e-3, apart  # the kernel of one row rounds inputs to 16 bits
+    options = {"dtype": "float32", "max_num_batched_tokens": 48, "hf_overrides": {"wina_sparsity": 0.0}}
+    found, said = run(folder, options, prompts, params)
+    apart = differences(folder, 0.0, prompts, found["outputs"])
+    assert float(apart.max()) < 5e-3, apart  # kernels of few rows round inputs to 16 bits
     assert f"{bits}-bit weights" in said
 
 
@@ -124,8 +125,18 @@ def server(demo_sparse: Path, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(demo_sparse), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--enforce-eager", "--max-model-len", "256", "--served-model-name", "demo"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo_sparse)]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--served-model-name",
+        "demo",
+    ]
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
