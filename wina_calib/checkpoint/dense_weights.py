@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import header_metadata, write_config, write_index
@@ -18,8 +22,171 @@ from wina_calib.storage.resume import NOT_SAVED, Phase
 from wina_calib.storage.safetensors_layout import nbytes
 from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, fold_final_norm, head_rows
 
+Spec = tuple[torch.dtype, tuple[int, ...]]
 SHARD_BYTES = 5 << 30
 _ROW_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What a folder of transformed weights will hold.
+
+    Attributes:
+        specs: dtype and shape of every tensor.
+        shards: its names and specs, one mapping a file.
+        untied: whether embedding and lm_head have to be untied.
+        wide_norm: whether the final norm's weight is stored as (1, hidden).
+    """
+
+    specs: Mapping[str, Spec]
+    shards: tuple[Mapping[str, Spec], ...]
+    untied: bool
+    wide_norm: bool
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The file of every tensor."""
+        return {name: file for file, shard in self.by_file.items() for name in shard}
+
+    @property
+    def by_file(self) -> dict[str, Mapping[str, Spec]]:
+        """The shards by the names of their files."""
+        return {shard_file(i, len(self.shards)): shard for i, shard in enumerate(self.shards)}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor."""
+        return {name: nbytes(*spec) for name, spec in self.specs.items()}
+
+
+class Shelf:
+    """Open shards, by which a tensor finds its file.
+
+    Args:
+        plan: what there will be.
+        writers: a writer a file.
+    """
+
+    def __init__(self, plan: WeightPlan, writers: Mapping[str, ShardWriter]) -> None:
+        self._specs, self._files, self._writers = plan.specs, plan.files, writers
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, in the dtype that is planned for it."""
+        self._writers[self._files[name]].write(name, tensor.to(self._specs[name][0]))
+
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Write some rows of a tensor, from number `first` on."""
+        self._writers[self._files[name]].write_rows(name, first, rows)
+
+    def sync(self) -> None:
+        """Force what is written to disk."""
+        for writer in self._writers.values():
+            writer.sync()
+
+
+def plan_weights(source: Source, plan: Plan, *, untied: bool) -> WeightPlan:
+    """Names, dtypes, shapes and files of the transformed weights.
+
+    Where run-time matrices are needed the final norm's weight is stored as (1, hidden): the base model's own class, which
+    takes any `model_type` with a warning, then refuses the shape instead of computing without the matrices.
+
+    Args:
+        source: the original model.
+        plan: the transform.
+        untied: whether embedding and lm_head, tied in the model, become different.
+    """
+    arch = source.architecture
+    specs: dict[str, Spec] = {
+        name: (source.shards[name].dtype, source.shards[name].shape) for name in _disk_order(source)
+    }
+    for layer in arch.layers:
+        for site in plan.sites:
+            width = layer.site(site).width
+            specs[rotation_name(layer, site)] = (source.dtype, (width, width))
+    norm = _norm_name(arch)
+    if plan.sites:
+        specs[norm] = (specs[norm][0], (1, *specs[norm][1]))
+    if untied:
+        specs[f"{arch.lm_head}.weight"] = specs[f"{arch.embed}.weight"]
+    shards = tuple(plan_shards(by_layer(specs, arch), SHARD_BYTES))
+    return WeightPlan(specs, shards, untied, wide_norm=bool(plan.sites))
+
+
+@contextmanager
+def open_shards(folder: Path, plan: WeightPlan, phase: Phase) -> Iterator[Shelf]:
+    """Open all shards, to go on after the tensors that the phase has.
+
+    They are closed at the end; after an error they are left to be gone on with, or removed where nothing is saved.
+    """
+    if (phase.step or phase.finished) and not all((folder / file).exists() for file in plan.by_file):
+        phase.forget()
+    written = phase.values.get("written", [])
+    writers = {
+        file: ShardWriter(folder / file, shard, header_metadata(), [name for name in written if name in shard])
+        for file, shard in plan.by_file.items()
+    }
+    try:
+        yield Shelf(plan, writers)
+        for writer in writers.values():
+            writer.close()
+    except BaseException:
+        for writer in writers.values():
+            if phase.is_saved:
+                writer.suspend()
+            else:
+                writer.abort()
+        raise
+
+
+def write_layers(
+    source: Source, rotations: Rotations, shelf: Shelf, *, device: torch.device, phase: Phase, progress: Progress
+) -> None:
+    """Transform and write the decoder layers that are not written yet; one is in memory at a time."""
+    layers = source.architecture.layers
+    written: list[str] = phase.values.get("written", [])
+    for layer in layers[phase.step :]:
+        done = apply_layer(source.architecture, layer.index, source.load_layer(layer.index), rotations, device=device)
+        for path, tensor in done.items():
+            shelf.write(layer.prefix + path, tensor)
+            written.append(layer.prefix + path)
+        phase.save(layer.index + 1, values={"written": written}, prepare=shelf.sync)
+        progress.step(f"weights: layer {layer.index + 1} of {len(layers)}")
+
+
+def write_ends(
+    source: Source,
+    rotations: Rotations,
+    plan: WeightPlan,
+    shelf: Shelf,
+    final_norm: tuple[Tensor | None, Tensor],
+    *,
+    device: torch.device,
+) -> None:
+    """Transform and write what is outside of the layers, some rows at a time.
+
+    Args:
+        source: the original model.
+        rotations: the transform's matrices.
+        plan: what there will be.
+        shelf: where to write.
+        final_norm: the gain that goes into lm_head, if any does, and the weight to store.
+        device: where the weights are transformed.
+    """
+    arch, turned = source.architecture, rotations.residual is not None
+    norm, head, embed = _norm_name(arch), f"{arch.lm_head}.weight", f"{arch.embed}.weight"
+    gain, weight = final_norm
+    for name in source.end_names():
+        if name == norm:
+            shelf.write(norm, weight.unsqueeze(0) if plan.wide_norm else weight)
+            continue
+        for first, rows in row_chunks(source, name):
+            if name == embed and plan.untied:
+                shelf.write_rows(head, first, head_rows(rows, gain, rotations, device=device))
+            if turned and name == embed:
+                rows = embedding_rows(rows, rotations, device=device)
+            elif turned and name == head:
+                rows = head_rows(rows, gain, rotations, device=device)
+            shelf.write_rows(name, first, rows)
 
 
 def write_weights(
@@ -34,9 +201,6 @@ def write_weights(
 ) -> bool:
     """Write the transformed weights, config and side files as a dense model folder; one layer is in memory at a time.
 
-    Where run-time matrices are needed the final norm's weight is stored as (1, hidden): the base model's own class, which
-    takes any `model_type` with a warning, then refuses the shape instead of computing without the matrices.
-
     Args:
         source: the original model.
         plan: the transform.
@@ -49,78 +213,22 @@ def write_weights(
     Returns:
         Whether embedding and lm_head had to be untied.
     """
-    arch = source.architecture
-    norm_name = f"{arch.final_norm.module}.weight"
-    gain, norm = (
-        fold_final_norm(arch, source.load(norm_name))
-        if rotations.residual is not None
-        else (None, source.load(norm_name))
-    )
-    untied = arch.tied and gain is not None
-    head = f"{arch.lm_head}.weight"
-    specs = {name: (source.shards[name].dtype, source.shards[name].shape) for name in _disk_order(source)}
-    for layer in arch.layers:
-        for site in plan.sites:
-            width = layer.site(site).width
-            specs[rotation_name(layer, site)] = (source.dtype, (width, width))
-    if plan.sites:
-        norm = norm.unsqueeze(0)
-        specs[norm_name] = (specs[norm_name][0], tuple(norm.shape))
-    if untied:
-        specs[head] = specs[f"{arch.embed}.weight"]
-    shards = plan_shards(by_layer(specs, arch), SHARD_BYTES)
-    files = {name: shard_file(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
-    names = [shard_file(i, len(shards)) for i in range(len(shards))]
-    if (phase.step or phase.finished) and not all((folder / name).exists() for name in names):
-        phase.forget()
-    written: list[str] = phase.values.get("written", [])
-    writers = {
-        name: ShardWriter(folder / name, shard, header_metadata(), [n for n in written if n in shard])
-        for name, shard in zip(names, shards, strict=True)
-    }
-
-    def sync() -> None:
-        for writer in writers.values():
-            writer.sync()
-
-    try:
-        for layer in () if phase.finished else arch.layers[phase.step :]:
-            index = layer.index
-            done = apply_layer(arch, index, source.load_layer(index), rotations, device=device)
-            for path, tensor in done.items():
-                name = layer.prefix + path
-                writers[files[name]].write(name, tensor.to(specs[name][0]))
-                written.append(name)
-            phase.save(index + 1, values={"written": written}, prepare=sync)
-            progress.step(f"weights: layer {index + 1} of {len(arch.layers)}")
-        for name in () if phase.finished else source.end_names():
-            if name == norm_name:
-                writers[files[name]].write(name, norm)
-                continue
-            for first, rows in row_chunks(source, name):
-                out = rows
-                if name == f"{arch.embed}.weight":
-                    if untied:
-                        writers[files[head]].write_rows(head, first, head_rows(rows, gain, rotations, device=device))
-                    out = embedding_rows(rows, rotations, device=device) if rotations.residual is not None else rows
-                elif name == head and rotations.residual is not None:
-                    out = head_rows(rows, gain, rotations, device=device)
-                writers[files[name]].write_rows(name, first, out)
+    arch, norm = source.architecture, source.load(_norm_name(source.architecture))
+    folded = fold_final_norm(arch, norm) if rotations.residual is not None else (None, norm)
+    weights = plan_weights(source, plan, untied=arch.tied and folded[0] is not None)
+    with open_shards(folder, weights, phase) as shelf:
         if not phase.finished:
-            phase.finish(values={"written": list(specs)}, prepare=sync)
-        for writer in writers.values():
-            writer.close()
-    except BaseException:
-        for writer in writers.values():
-            if phase.is_saved:
-                writer.suspend()
-            else:
-                writer.abort()
-        raise
-    write_index(folder, files, {name: nbytes(*spec) for name, spec in specs.items()})
-    write_config(source, folder, untied=untied, settings=None, runtime=False)
+            write_layers(source, rotations, shelf, device=device, phase=phase, progress=progress)
+            write_ends(source, rotations, weights, shelf, folded, device=device)
+            phase.finish(values={"written": list(weights.specs)}, prepare=shelf.sync)
+    write_index(folder, weights.files, weights.sizes)
+    write_config(source, folder, untied=weights.untied, settings=None, runtime=False)
     copy_side_files(source.opened, folder)
-    return untied
+    return weights.untied
+
+
+def _norm_name(arch: Architecture) -> str:
+    return f"{arch.final_norm.module}.weight"
 
 
 def _disk_order(source: Source) -> list[str]:
