@@ -35,11 +35,9 @@ def dense_pass(
     arch = stream.source.architecture
     blocks, seq_len = stream.batches[0].shape
     hidden = stream.embed()
-    if phase.step:
-        phase.restore("hidden", hidden, stream.blocks)
-        if statistics is not None:
-            statistics.load_state_dict(phase.tensors())
-    for index, module in stream.layers(phase.step):
+    if phase.step and statistics is not None:
+        statistics.load_state_dict(phase.tensors())
+    for (index, module), done in phase.each(stream.layers, {"hidden": hidden}, stream.blocks, progress):
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:
             for batch in stream.mine:
                 if statistics is not None:
@@ -50,12 +48,7 @@ def dense_pass(
                 hidden[batch] = layer.run(hidden[batch], stream.kwargs(index, batch))
         if statistics is not None:
             statistics.reduce(index, stream.ranks)
-        phase.save(
-            index + 1,
-            tensors=None if statistics is None else statistics.state_dict(index),
-            stores={"hidden": hidden},
-        )
-        progress.step(f"layer {index + 1}")
+        done(f"layer {index + 1}", tensors=None if statistics is None else statistics.state_dict(index))
     return hidden
 
 

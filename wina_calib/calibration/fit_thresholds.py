@@ -63,14 +63,10 @@ def fit_thresholds(
     # First the states that weights are quantized on: the others meet the quantized layer.
     order = sorted(range(len(anchors)), key=lambda a: anchors[a] != options.sparsity)
     tensors: dict[str, Tensor] = phase.tensors()
-    if phase.step:
-        for name, store in stores.items():
-            phase.restore(name, store, stream.blocks)
-        if held_out is not None:
-            held_out.restore(phase)
-    if held_out is not None:
-        stores |= held_out.stores
-    for index, module in stream.layers(phase.step):
+    if phase.step and held_out is not None:
+        held_out.restore(phase)
+    more = {} if held_out is None else held_out.stores
+    for (index, module), done in phase.each(stream.layers, stores, stream.blocks, progress, more=more):
         layer = arch.layers[index]
         fits: dict[int, dict[str, SiteFit]] = {}
         with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
@@ -102,14 +98,12 @@ def fit_thresholds(
         worst = max(fits[len(anchors) - 1].items(), key=lambda item: item[1].error)
         if quantizer is not None:
             quantizer.write(layer)
-        phase.save(
-            index + 1,
+        done(
+            f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})",
             tensors=new,
-            stores=stores,
             values=None if held_out is None else held_out.values,
             prepare=None if quantizer is None else quantizer.sync,
         )
-        progress.step(f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})")
     for state in (*states, *(() if dense is None else (dense,))):
         state.clear()
     return tensors

@@ -121,9 +121,8 @@ def greedy(
     rows = np.zeros((len(anchors), len(arch.layers), len(SITES)))
     for name, value in phase.tensors().items():
         rows[:, int(name)] = value.numpy()
-    if phase.step:
-        phase.restore("hidden", hidden, stream.blocks)
-    for index, module in stream.layers(phase.step):
+    stores = {"hidden": hidden}
+    for (index, module), done in phase.each(stream.layers, stores, stream.blocks, progress):
         layer = arch.layers[index]
         following = stream.store()
         masked = _TailLayer(layer, module, rule, stream.rotations(index))
@@ -133,11 +132,10 @@ def greedy(
             path = search.path(anchors[-1], lazy=lazy)
             search.clear()
         hidden.clear()
-        hidden = following
+        stores["hidden"] = hidden = following
         rows[:, index] = _along(path, anchors)
         new = {str(index): torch.from_numpy(rows[:, index].copy())}
-        phase.save(index + 1, tensors=new, values=asdict(cost), stores={"hidden": hidden})
-        progress.step(f"greedy search of layer {index + 1}")
+        done(f"greedy search of layer {index + 1}", tensors=new, values=asdict(cost))
     hidden.clear()
     return GreedyBudget(rows, cost)
 

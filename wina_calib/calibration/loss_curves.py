@@ -170,8 +170,6 @@ def _forward(
     if phase.step:
         inputs[0].clear()
         inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
-        for i, store in inputs.items():
-            phase.restore(f"input{i}", store, stream.blocks)
         for name, value in phase.tensors().items():
             kind, where, key = name.split(":")
             if kind == "threshold":
@@ -179,7 +177,8 @@ def _forward(
     begun = min(phase.step, len(arch.layers))
     if begun < len(arch.layers):
         progress.phase(_DENSE, len(arch.layers) - begun)
-    for index, module in stream.layers(begun):
+    steps = phase.each(lambda _: stream.layers(begun), lambda: _named(inputs), stream.blocks, progress)
+    for (index, module), done in steps:
         outputs = stream.store()
         histograms: dict[str, ScoreHistogram] = {}
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, stream.rotations(index)) as layer:
@@ -199,12 +198,10 @@ def _forward(
             stream.ranks.add(histogram.counts)
         thresholds[index] = {key: h.quantiles(levels).float().to(stream.device) for key, h in histograms.items()}
         inputs[index + 1] = outputs
-        phase.save(
-            index + 1,
+        done(
+            f"layer {index + 1}",
             tensors={f"threshold:{index}:{key}": value for key, value in thresholds[index].items()},
-            stores=_named(inputs),
         )
-        progress.step(f"layer {index + 1}")
     return thresholds, inputs
 
 
@@ -223,11 +220,9 @@ def _backward(
     arch = stream.source.architecture
     count = len(arch.layers)
     found = np.zeros((count, len(arch.layers[0].sites), 1 + len(CURVE_LEVELS)))
-    done = max(phase.step - count, 0)
-    if done:
+    begun = max(phase.step - count, 0)
+    if begun:
         gradients = stream.store(), stream.store()
-        for name, store in zip(_GRADIENTS, gradients, strict=True):
-            phase.restore(name, store, stream.blocks)
         for name, value in phase.tensors().items():
             kind, where, _ = name.split(":")
             if kind == "loss":
@@ -235,17 +230,21 @@ def _backward(
     else:
         progress.phase(_GRADIENTS_PHASE, len(stream.mine) + head_parts(arch, stream.dtype))
         gradients = loss_gradients(stream, last, seed, progress)
-    progress.phase(_CURVES, count - done)
-    for index, module in stream.layers(0, count - done, backward=True):
+    progress.phase(_CURVES, count - begun)
+    named = dict(zip(_GRADIENTS, gradients, strict=True))
+    steps = phase.each(
+        lambda _: stream.layers(0, count - begun, backward=True),
+        named if begun else {},
+        stream.blocks,
+        progress,
+        more=lambda: _named(inputs) | {f"input{count}": last} | named,
+        begun=count + begun,
+    )
+    for (index, module), done in steps:
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
         found[index] = layer
         inputs.pop(index).clear()
-        phase.save(
-            2 * count - index,
-            tensors={f"loss:{index}:": torch.from_numpy(layer)},
-            stores=_named(inputs) | {f"input{count}": last} | dict(zip(_GRADIENTS, gradients, strict=True)),
-        )
-        progress.step(f"layer {index + 1}")
+        done(f"layer {index + 1}", tensors={f"loss:{index}:": torch.from_numpy(layer)})
     for store in gradients:
         store.clear()
     return found

@@ -144,13 +144,12 @@ def write_layers(
     """Transform and write the decoder layers that are not written yet; one is in memory at a time."""
     layers = source.architecture.layers
     written: list[str] = phase.values.get("written", [])
-    for layer in layers[phase.step :]:
-        done = apply_layer(source.architecture, layer.index, source.load_layer(layer.index), rotations, device=device)
-        for path, tensor in done.items():
+    for layer, done in phase.each(lambda step: layers[step:], {}, {}, progress):
+        made = apply_layer(source.architecture, layer.index, source.load_layer(layer.index), rotations, device=device)
+        for path, tensor in made.items():
             shelf.write(layer.prefix + path, tensor)
             written.append(layer.prefix + path)
-        phase.save(layer.index + 1, values={"written": written}, prepare=shelf.sync)
-        progress.step(f"weights: layer {layer.index + 1} of {len(layers)}")
+        done(f"weights: layer {layer.index + 1} of {len(layers)}", values={"written": written}, prepare=shelf.sync)
 
 
 def write_ends(

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,8 @@ from wina_calib.errors import OutputError, StateError
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume_files import FULL, JOB, STATE, check_same, encode, is_useful, read_record, readable
 
+T = TypeVar("T")
+Stores = Mapping[str, HiddenStates] | Callable[[], Mapping[str, HiddenStates]]
 PATIENCE = 20.0
 _EMPTY: Mapping[str, Any] = {
     "step": 0,
@@ -46,6 +48,21 @@ _EMPTY: Mapping[str, Any] = {
     "stores": {},
 }
 _PASSING = ".passing.safetensors"
+
+
+class Done(Protocol):
+    """Says that a step is done; see `Phase.each`."""
+
+    def __call__(
+        self,
+        text: str,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        passing: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Any] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        """Save if it is time to, and report."""
 
 
 @dataclass
@@ -126,11 +143,47 @@ class Phase:
     def restore(self, name: str, store: HiddenStates, blocks: Mapping[int, int]) -> None:
         """Fill a store with its micro-batches as they were saved; `blocks` says which, and the blocks of each."""
         assert self._folder is not None
-        meta = self._stores[name]
         with readable(self._folder):
+            meta = self._stores[name]
             for index, count in blocks.items():
                 path = self._folder / f"{self._serial:04d}" / f"{name}.{index}"
                 store.read_from(index, path, getattr(torch, meta["dtype"]), (count, *meta["block"]))
+
+    def each(
+        self,
+        items: Callable[[int], Iterable[T]],
+        stores: Stores,
+        blocks: Mapping[int, int],
+        progress: Progress,
+        *,
+        more: Stores | None = None,
+        begun: int | None = None,
+    ) -> Iterator[tuple[T, Done]]:
+        """Go through the steps that are left: restore, then for each item work, save and say so.
+
+        Args:
+            items: the items after so many steps.
+            stores: what the steps need of those before: restored first, saved after each step. A function where it changes.
+            blocks: which micro-batches they have, and the blocks of each.
+            progress: hears of every step.
+            more: stores that are saved as well, and that somebody else restores.
+            begun: steps done, where more are than were saved.
+
+        Yields:
+            An item, and the function to call when its work is done: with a line for people, and what `save` takes beside
+            the stores.
+        """
+        if self.step:
+            for name, store in _now(stores).items():
+                self.restore(name, store, blocks)
+        first = self.step if begun is None else begun
+        for number, item in enumerate(items(first), first + 1):
+
+            def done(text: str, *, number: int = number, **parts: Any) -> None:
+                self.save(number, stores={**_now(stores), **_now(more or {})}, **parts)
+                progress.step(text)
+
+            yield item, done
 
     def save(
         self,
@@ -270,6 +323,10 @@ class Phase:
                 raise
             fits = False
         return all(self._ranks.gather([fits]))
+
+
+def _now(stores: Stores) -> Mapping[str, HiddenStates]:
+    return stores() if callable(stores) else stores
 
 
 def _saved(folder: Path | None) -> Mapping[str, Any]:
