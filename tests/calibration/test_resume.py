@@ -216,7 +216,7 @@ def test_an_error_of_the_disk_keeps_the_state(tmp_path: Path, llama: Path, text:
 
 def test_interrupted_on_the_command_line(tmp_path: Path, llama: Path, text: Path, monkeypatch: Any) -> None:
     steps = Stopping(after=5)
-    monkeypatch.setattr("wina_calib.commands.output.Bars.step", lambda self, text: steps.step(text))
+    monkeypatch.setattr("wina_calib.common.progress.Silent.step", lambda self, text: steps.step(text))
     command = ["calibrate", str(llama), "-o", str(tmp_path / "out"), "--data", str(text), "--samples", "64"]
     result = CliRunner().invoke(main, ["--quiet", *command, "--seq-len", "128"])
     assert result.exit_code == 130
