@@ -29,7 +29,7 @@ from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
-from wina_calib.common.progress import Progress, Silent
+from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.errors import BudgetError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
@@ -48,7 +48,7 @@ class Refit:
 
 
 def apply(
-    choice: Choice, destination: Checkpoint, *, refit: Refit | None = None, progress: Progress | None = None
+    choice: Choice, destination: Checkpoint, *, refit: Refit | None = None, progress: Progress = SILENT
 ) -> Settings:
     """Put a budget into a checkpoint: `wina.safetensors`, its index and the settings change, in one step; no weights do.
 
@@ -86,7 +86,7 @@ def apply(
     if refit is None:
         tensors = _interpolated(destination, settings, rows)
     else:
-        tensors, facts = _refitted(destination, settings, rows, refit, progress or Silent())
+        tensors, facts = _refitted(destination, settings, rows, refit, progress)
         settings = replace(settings, provenance=settings.provenance | facts)
     held = HeldOut.from_dict(settings.provenance.get(HELD_OUT)) if refit else _expected(choice, old, rows, anchors)
     told = (
