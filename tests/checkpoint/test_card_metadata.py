@@ -1,13 +1,16 @@
 """Metadata of model cards: of others only short sound facts come through, soon, whatever they hold; one's own stays whole."""
 
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, sound_facts, split_card
+from wina_calib.cli import main
 from wina_calib.errors import CheckpointError
 
 MERGES = "\n".join(["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 27))])
@@ -134,3 +137,16 @@ def test_any_damage_to_a_card_is_only_ours(tmp_path: Path):
         except CheckpointError:
             continue
         head(metadata)
+
+
+def test_a_card_that_cannot_be_read_is_said_before_an_evaluation(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = Path(shutil.copytree(calibrated, tmp_path / "sparse"))
+    base(folder, HOSTILE["merges"])
+    monkeypatch.setattr(
+        "wina_calib.studies.evaluate.evaluate", lambda *args, **options: pytest.fail("it was evaluated")
+    )
+    done = CliRunner().invoke(main, ["evaluate", str(folder), "--save"])
+    assert done.exit_code == 1
+    assert "README.md: the metadata between the --- lines is no plain YAML (line 2: anchors" in done.stderr

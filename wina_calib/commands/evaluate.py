@@ -91,6 +91,7 @@ def command(
         emit({"tasks": [asdict(score) for score in scores]}, render_tasks(scores), as_json=as_json)
         return
     from wina_calib.checkpoint.card import write_card
+    from wina_calib.checkpoint.card_metadata import CARD, split_card
     from wina_calib.checkpoint.evaluation_file import save_evaluation
     from wina_calib.model.locate import resolve
     from wina_calib.studies.against import check_names
@@ -101,6 +102,8 @@ def command(
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
+    if save and (folder / CARD).is_file():
+        split_card(folder / CARD)  # what people wrote there may be no card: better said before the work
     with bars() as progress:
         result = evaluate(
             folder,
