@@ -42,6 +42,7 @@ def test_files(calibrated: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "wina.safetensors",
+        ".wina_local.json",  # paths of this machine, never pushed
     }
 
 
