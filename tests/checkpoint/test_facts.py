@@ -28,7 +28,7 @@ NAMES = (
         "versions",
         "prediction",
     ),
-    *("interpolated_anchors", "rebudgeted"),
+    *("interpolated_anchors", "rebudgeted", "held_out", "verdict", "recovered"),
 )
 
 

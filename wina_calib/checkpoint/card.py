@@ -307,7 +307,8 @@ def _trained(facts: Mapping[str, Any]) -> str:
     found = facts.get("recovered")
     if not isinstance(found, dict):
         return ""
-    shares = ", ".join(f"{s:.0%}" for s in found.get("sparsities", ()) if isinstance(s, float))
+    given = found.get("sparsities")
+    shares = ", ".join(f"{s:.0%}" for s in given if isinstance(s, float)) if isinstance(given, list) else "?"
     steps, tokens = _count(found.get("steps"), ","), _count(found.get("tokens"), ",")
     return f"`wina-calib recover`: {steps} steps on {tokens} tokens, under masks at {shares}"
 
