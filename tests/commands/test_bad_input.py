@@ -110,12 +110,6 @@ def test_other_kinds_of_models_are_refused_with_what_is_supported(tmp_path: Path
         refused(SUPPORTED, model=tmp_path / folder)
 
 
-def test_a_head_of_its_own_in_a_tied_model(model: Path, refused: Callable[..., None]) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    refused("lm_head.weight differs")
-
-
 # --- weights and activations -----------------------------------------------------------------------------------------
 
 
