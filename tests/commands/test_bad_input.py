@@ -185,7 +185,7 @@ def test_an_output_that_exists(model: Path, tmp_path: Path, refused: Callable[..
 def test_a_checkpoint_of_a_newer_format(command: str, calibrated: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(calibrated, tmp_path / "s"))
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = "2.0"
+    config["quantization_config"]["format_version"] = "3.0"
     (folder / "config.json").write_text(json.dumps(config))
     before = {p: p.read_bytes() for p in folder.iterdir()}
     more = {"generate": ["a text"], "push": ["me/s"], "report": ["-o", str(tmp_path / "report")]}
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_a_newer_format(command: str, calibrated: Path, tmp_path
     assert done.exit_code == 1, done.output
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("Error: ") and "format 2.0" in line and "Update" in line
+    assert line.startswith("Error: ") and "format 3.0" in line and "Update" in line
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
     assert not (tmp_path / "report").exists()
 
