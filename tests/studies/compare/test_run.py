@@ -189,8 +189,13 @@ def test_stopped_between_cells_it_goes_on(
 
 def test_stopped_while_calibrating_leaves_no_cell(llama: Path, protocol: dict[str, object], tmp_path: Path) -> None:
     class Stopping(Silent):
+        calibrates = False
+
         def phase(self, name: str, steps: int) -> None:
-            if name == "teal-uniform: fit thresholds":
+            self.calibrates = name == "teal-uniform: calibrate"
+
+        def step(self, note: str) -> None:
+            if self.calibrates:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
