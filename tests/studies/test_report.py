@@ -157,7 +157,9 @@ def test_without_matplotlib_it_says_what_to_install(
 def test_command(calibrated: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["report", str(calibrated), "-o", str(tmp_path / "report"), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == {"page": str(tmp_path / "report" / "index.html")}
+    told = json.loads(done.stdout)
+    assert told["page"] == str(tmp_path / "report" / "index.html")
+    assert len(told["answers"]) == 3
 
 
 def test_evaluate_saves_where_asked(calibrated: Path, text: Path, tmp_path: Path) -> None:
