@@ -158,6 +158,7 @@ def test_command(calibrated: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["report", str(calibrated), "-o", str(tmp_path / "report"), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
+    assert told.keys() == {"page", "answers"}
     assert told["page"] == str(tmp_path / "report" / "index.html")
     assert len(told["answers"]) == 3
 
