@@ -460,6 +460,24 @@ def test_names_that_leave_the_folder_are_one_line(
     assert client.run(CLI, "info", repo).returncode == 0
 
 
+@pytest.mark.parametrize("under", ["", "inner/"])
+def test_hidden_files_of_the_hub_stay_there(under: str, hub: Hub, client: script.Worker, calibrated: Path) -> None:
+    """Else a checkpoint of others would name folders of this machine as its base model and text."""
+    repo = f"me/hidden{len(under)}"
+    hub.repos[repo] = Repo("me", False)
+    files = {path.name: File(path.read_bytes(), False) for path in calibrated.iterdir() if path.suffix != ".png"}
+    files[".wina_local.json"] = File(json.dumps({"base_model": "/etc", "data": ["/etc/passwd"]}).encode(), False)
+    hub.commit(repo, "main", {under + name: file for name, file in files.items()}, "made by hand")
+    resolve = (
+        "import sys; from wina_calib.model.locate import resolve; print(resolve(sys.argv[1], subfolder=sys.argv[2])[0])"
+    )
+    done = client.run(resolve, repo, under)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {path.name for path in Path(done.stdout.strip()).iterdir()}
+    assert "config.json" in names
+    assert not any(name.startswith(".") for name in names)
+
+
 def test_a_header_that_is_none_is_one_line(hub: Hub, client: script.Worker, calibrated: Path) -> None:
     hub.repos["me/broken"] = Repo("me", False)
     files = {

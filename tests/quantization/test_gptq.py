@@ -1,9 +1,12 @@
 """Quantizers: less error than rounding, the same bytes each time, and inputs that never occur."""
 
+import threading
+
 import pytest
 import torch
 
 from wina_calib.errors import NumericError
+from wina_calib.quantization import gptq
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.quantization.gptq import HessianSum, output_error, quantize
 from wina_calib.quantization.scales import best_scales, nearest, quantize_nearest
@@ -139,3 +142,27 @@ def test_numbers_that_are_none_are_refused() -> None:
     weights[3, 3] = torch.inf
     with pytest.raises(NumericError, match="NaN or infinite"):
         quantize(weights, hessian, WeightFormat(4, 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_memory_may_be_had_in_another_thread_meanwhile() -> None:
+    """A layer is read ahead to the card while steps are recorded."""
+    weights, hessian = (t.cuda() for t in problem(width=500, out=192))
+    stop = threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
+            torch.cuda.empty_cache()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        for form in FORMATS:
+            gptq._graph.cache_clear()
+            assert output_error(weights, quantize(weights, hessian, form), hessian) < 0.5
+    finally:
+        stop.set()
+        thread.join()

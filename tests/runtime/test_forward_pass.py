@@ -269,6 +269,44 @@ def test_a_pass_that_is_broken_off_leaves_nothing_behind(loaded: PreTrainedModel
     assert torch.equal(model(IDS).logits, expected)
 
 
+@torch.no_grad()
+def test_a_wait_that_is_broken_off_leaves_no_pass_behind(loaded: PreTrainedModel) -> None:
+    model = copy.deepcopy(loaded)
+    model(IDS)  # its storage is looked at here
+    state = runtime_state(model)
+    waiting, done = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with state.gate.alone():
+            waiting.set()
+            done.wait(30)
+
+    thread = in_thread(change)
+    waiting.wait(30)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(state.gate, "_changed", Interrupted(state.gate._changed))
+        model(IDS)
+    done.set()
+    thread.join(30)
+    assert getattr(here, "current", None) is None
+
+
+class Interrupted:
+    """A condition whose wait is broken off."""
+
+    def __init__(self, condition: threading.Condition) -> None:
+        self.condition = condition
+
+    def __enter__(self) -> bool:
+        return self.condition.__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        self.condition.__exit__(None, None, None)
+
+    def wait(self) -> None:
+        raise Stopped
+
+
 def in_thread(call: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

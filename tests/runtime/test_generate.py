@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.runtime.generate import Generated, chat_inputs, generate
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -120,3 +121,12 @@ def test_a_template_that_fails_is_told() -> None:
 
     with pytest.raises(UsageError, match="by nothing.*--raw"):
         chat_inputs(Broken(), "hello")
+
+
+def test_a_tokenizer_that_makes_no_mask_reads_all_tokens(calibrated: Path, tmp_path: Path) -> None:
+    folder = with_template(calibrated, tmp_path / "chat")
+    tokenizer = load_tokenizer(folder)
+    whole = chat_inputs(tokenizer, "the weather")
+    tokenizer.model_input_names = ["input_ids"]
+    made = chat_inputs(tokenizer, "the weather")
+    assert all(torch.equal(made[name], whole[name]) for name in ("input_ids", "attention_mask"))

@@ -150,6 +150,23 @@ def test_copies_and_what_is_replaced(calls: dict[str, int]) -> None:
     assert distance(logits(model), reference(model)) < LIMIT
 
 
+def test_what_is_written_to_a_bias_counts_and_its_gradient_comes() -> None:
+    model = sparse(family="qwen2")
+    found = logits(model)
+    bias = model.model.layers[0].self_attn.k_proj.bias
+    with torch.no_grad():
+        bias.add_(1.0)
+    assert distance(logits(model), found) > 1e-3
+    assert distance(logits(model), reference(model)) < LIMIT
+    number = model.model.layers[0].self_attn.k_proj.number
+    wina_calib.set_sparsity(model, 0.3)
+    logits(model)
+    assert model.model.layers[0].self_attn.k_proj.number == number  # nothing is made anew
+    bias.requires_grad_(True)
+    model(IDS).logits.square().sum().backward()
+    assert bias.grad is not None and bool(bias.grad.any())
+
+
 def test_a_step_is_one_operator_a_group_when_compiled() -> None:
     model, graphs = sparse(), []
     expected = logits(model, StaticCache(config=model.config, max_cache_len=40))

@@ -108,9 +108,9 @@ def _expected(choice: Choice, old: Settings, rows: Floats, anchors: Sequence[flo
         return held
     if choice.curves is None or held is None:
         return None
-    loss = tuple(Budget(row).predicted_loss(choice.curves) for row in rows)
+    loss = tuple(held.base + Budget(row).predicted_loss(choice.curves) for row in rows)
     off = tuple(held.achieved_at(anchor) for anchor in anchors)
-    return HeldOut(tuple(anchors), loss, loss, off, 0, held.data, held.unmasked)
+    return HeldOut(tuple(anchors), loss, loss, off, 0, held.data, (held.base, held.base))
 
 
 def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[str, Tensor]:
@@ -187,9 +187,19 @@ def _refitted(
         report=report,
     )
     tensors, measured = job.fit(source, ChosenBudget(rows), held_out_blocks(tokenizer, seq_len))
+    held = _beside_the_original(measured[HELD_OUT], HeldOut.from_dict(facts.get(HELD_OUT)))
     kept = {name: tensor for name, tensor in opened.tensors.items() if name.endswith((".curve", ".sample"))}
     changed = {"data": list(map(published, data)), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}
-    return tensors | kept, changed | {HELD_OUT: measured[HELD_OUT]}
+    return tensors | kept, changed | {HELD_OUT: held}
+
+
+def _beside_the_original(measured: dict[str, Any], before: HeldOut | None) -> dict[str, Any]:
+    """What was measured beside a checkpoint's own weights as it is beside the original model, from which quantizing took more."""
+    if before is None or not before.unmasked[1]:
+        return measured
+    loss, kl = before.unmasked
+    rows = {"loss_rise": [loss + own for own in measured["loss_rise"]], "kl": [kl + own for own in measured["kl"]]}
+    return measured | rows | {"unmasked": list(before.unmasked)}
 
 
 def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -> None:
@@ -198,7 +208,7 @@ def _write(opened: Checkpoint, settings: Settings, tensors: dict[str, Tensor]) -
     sizes = {name: info.nbytes for name, info in opened.shards.items() if name not in names}
     files = {name: info.file.name for name, info in opened.shards.items() if name not in names}
     with staged_files(folder) as staged:
-        write_wina_file(staged / WINA_FILE, tensors)
+        write_wina_file(staged / WINA_FILE, tensors, quantized=settings.weight_format is not None)
         added = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_index(staged, files | dict.fromkeys(tensors, WINA_FILE), sizes | added)
         write_json(

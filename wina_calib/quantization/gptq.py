@@ -265,6 +265,7 @@ class _Graph:
             self._function(*arguments)
         here.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The next layer comes to the card in another thread meanwhile, for which memory may have to be had.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = self._function(*arguments)
         self._arguments = arguments

@@ -117,7 +117,8 @@ def chat_inputs(tokenizer: Any, prompt: str, system: str | None = None) -> dict[
         raise UsageError(
             f"the model's chat template does not take this ({first_line(error)}). Leave --system out, or give --raw."
         ) from error
-    return {name: made[name] for name in ("input_ids", "attention_mask")}
+    ids = made["input_ids"]
+    return {"input_ids": ids, "attention_mask": made.get("attention_mask", torch.ones_like(ids))}
 
 
 def _ends(model: Any, written: Tensor, most: int) -> bool:

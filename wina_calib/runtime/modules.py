@@ -171,6 +171,7 @@ class SiteState(Float32Buffers):
             packed = self._quantized.get(group.name)
             if packed is None or not packed.is_made_of(*given):
                 packed = QuantizedGroup([m.out_features for m in members], *given)
+                _share_bias(packed, members)
             self._quantized[group.name] = packed
         starts = [0, *accumulate(m.out_features for m in members)]
         for member, start in zip(members, starts, strict=False):
@@ -306,6 +307,16 @@ def _pack(members: Sequence[SparseLinear], *, columns: bool) -> PackedGroup:
             if member.bias is not None:
                 member.bias = _moved(member.bias, part)
     return packed
+
+
+def _share_bias(packed: QuantizedGroup, members: Sequence[SparseLinear]) -> None:
+    """Make the members' biases views of the group's, so that what is written to them counts."""
+    if packed.bias is None:
+        return
+    for member, part in zip(members, packed.bias.split(packed.sizes), strict=True):
+        if member.bias is not None and member.bias.dtype == part.dtype:
+            member.bias = _moved(member.bias, part)
+    packed.is_now_of([member.bias for member in members])
 
 
 def _moved(parameter: Any, storage: Tensor) -> Any:

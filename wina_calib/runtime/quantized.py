@@ -54,9 +54,13 @@ class QuantizedLinear(SparseLinear):
         packed, now = self.packed, self.site.state.now()
         if now.watch is not None:
             self.site.note_row(self, input, now)
-        if packed is None or not packed.serves(input, now):
+        if packed is None or not packed.serves(input, now) or (torch.is_grad_enabled() and self._is_trained()):
             return self.site.product(self, input, now)
         return packed.part(self.position, input, now)
+
+    def _is_trained(self) -> bool:
+        """Whether gradients go to the module's bias; to its weight none can."""
+        return self.bias is not None and self.bias.requires_grad
 
     @property
     def input_dtype(self) -> torch.dtype:

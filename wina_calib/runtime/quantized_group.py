@@ -45,7 +45,7 @@ class QuantizedGroup:
         owner: int,
     ) -> None:
         self.sizes, self.weight, self.norm, self.threshold = tuple(sizes), weight, norm, threshold
-        self.rotation, self.dtype = rotation, dtype
+        self.rotation, self.dtype, self._owner = rotation, dtype, owner
         self.bias: Tensor | None = None
         if any(b is not None for b in biases):
             both = zip(biases, self.sizes, strict=True)
@@ -62,6 +62,11 @@ class QuantizedGroup:
     def is_made_of(self, *given: Any) -> bool:
         """Whether these are what it was made of: all arguments but the sizes, in order."""
         return self._given == _identity(*given)
+
+    def is_now_of(self, biases: Sequence[Tensor | None]) -> None:
+        """Take it that it was made of these biases, which are views of its own."""
+        given = self.weight, biases, self.norm, self.threshold, self.rotation, self.dtype, self._owner
+        self._given = _identity(*given)
 
     @property
     def out_features(self) -> int:

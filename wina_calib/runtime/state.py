@@ -82,10 +82,11 @@ class RuntimeState:
             self._look(args, kwargs)
             self.refresh()
         before: Pass | None = getattr(here, "current", None)
-        here.current = made = self._pass(Rows(args, kwargs), compiling=compiling)
+        made = self._pass(Rows(args, kwargs), compiling=compiling)
         if not compiling:
             self.gate.enter()
             made.gated, made.revision = True, self.revision
+        here.current = made  # only now: a wait at the gate may be broken off
         return before
 
     def end(self, before: Pass | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, errors, get_session, snapshot_download
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -14,6 +14,7 @@ from wina_calib.common.text import first_line
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
+HIDDEN = (".*", "*/.*")  # such as `.wina_local.json`, which speaks of the machine that it lies on
 CONFLICT = 412
 _PATIENCE = 10.0  # seconds for an answer
 # What huggingface_hub raises where a repository lists names such as ../x, or sends what cannot be parsed.
@@ -45,11 +46,16 @@ def fetch(
     Raises:
         HubError: it cannot be had; the message says why.
     """
-    patterns = [f"{subfolder}/{pattern}" for pattern in MODEL_FILES] if subfolder else list(MODEL_FILES)
+    patterns = [(PurePosixPath(subfolder) / pattern).as_posix() for pattern in MODEL_FILES]
     asked = "was not asked (local_files_only)" if local_files_only else "did not answer"
     with readable_errors(repo, revision, cached=f"not all of it is in the cache, and {constants.ENDPOINT} {asked}"):
         found = snapshot_download(
-            repo, revision=revision, token=token, allow_patterns=patterns, local_files_only=local_files_only
+            repo,
+            revision=revision,
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=list(HIDDEN),
+            local_files_only=local_files_only,
         )
     folder = Path(found)
     return folder, folder.name if folder.parent.name == "snapshots" else None

@@ -257,7 +257,8 @@ def _quantize(pair: Pair, arch: Architecture, sites: list[SiteState], form: Weig
             if pair.folder is None:
                 _fill(own, float(weights[0].std()), generator)
                 continue
-            for inputs in torch.arange(own.width).split(QUANTIZED_INPUTS):
+            together = own.width if form.bits == 8 else QUANTIZED_INPUTS  # an output's scale at 8 bits is of all inputs
+            for inputs in torch.arange(own.width).split(together):
                 made = quantize_nearest(torch.cat([w[:, inputs].t() for w in weights], dim=1), form)
                 for name, tensor in made.named().items():
                     part = own.named()[name]
