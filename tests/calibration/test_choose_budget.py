@@ -1,6 +1,8 @@
 """Bounds, budget files and anchors: what a calibration is told to fit."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from wina_calib.budgets import Budget, explicit, write_budget
 from wina_calib.budgets.anchors import Bounds, solve_rows, spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.file import file_budget
-from wina_calib.calibration.choose_budget import allowed, settle
+from wina_calib.calibration.choose_budget import allocate, allowed, settle
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.scale_curves import measured_pairs, scale
+from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.errors import BudgetError
+from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import open_source
 
@@ -142,3 +146,20 @@ def test_facts_that_are_none_are_refused(change: dict) -> None:
     facts = {"predicted": [0.01, 0.1, 0.4], "loss_rise": [0.007, 0.1, 0.5], "kl": [0.01, 0.1, 0.5], "tokens": 1000}
     with pytest.raises(BudgetError, match="measured"):
         measured_pairs(facts | change)
+
+
+def test_the_spread_of_another_checkpoint_is_taken_at_every_anchor(
+    demo_sparse: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = open_source("demo").architecture
+    cells = count_cells(arch, "none")
+    options = make_options({"budget": str(demo_sparse), "grid": (0.3, 0.5)})
+    settled = settle(options, arch, cells)
+    assert settled.sparsity == 0.5  # its own
+    assert settle(replace(options, sparsity=0.3), arch, cells).sparsity == 0.3
+    other = open_checkpoint(demo_sparse)
+    monkeypatch.setattr("wina_calib.calibration.choose_budget.measure_curves", lambda *_, **__: None)
+    found = allocate(settled, arch, cells, MaskRule(), 8192, lambda tokens: SimpleNamespace(tokens=tokens))
+    np.testing.assert_array_equal(found.rows, [other.sparsities(0.3), other.sparsities(0.5)])
+    with pytest.raises(BudgetError, match="other sizes than this model"):
+        settle(replace(options, budget=str(calibrated)), arch, cells)

@@ -1,16 +1,17 @@
-"""Which site sparsities a calibration fits, at every anchor: uniform, the papers' greedy, global, or a budget file."""
+"""Which site sparsities a calibration fits at every anchor: uniform, greedy, global, of a file or of another checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from wina_calib.budgets import (
-    Cells,
-)
+import numpy as np
+
+from wina_calib.budgets import Cells
 from wina_calib.budgets.anchors import Bounds, solve_rows, spread
-from wina_calib.budgets.count import model_key
+from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.file import file_budget
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.dropped_levels import CURVE_LEVELS
@@ -18,10 +19,13 @@ from wina_calib.calibration.greedy import greedy
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.loss_curves import CURVE_PASSES, LossCurves, measure_curves, usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.checkpoint.format import WINA_FILE
+from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
+from wina_calib.model.config import config_file
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")
@@ -44,7 +48,7 @@ class ChosenBudget:
 
 
 def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> CalibrateOptions:
-    """Check budget, bounds and sparsity before any work; a budget file sets the sparsity.
+    """Check budget, bounds and sparsity before any work; a budget file sets the sparsity, a checkpoint does where none is asked.
 
     Raises:
         BudgetError: the file is for another model, or the bounds leave no room for the sparsity.
@@ -65,6 +69,8 @@ def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Calib
         return options
     if options.min or options.max:
         raise BudgetError(f"--min and --max do not apply to a budget file: edit {options.budget}, or leave them out.")
+    if (other := _checkpoint(options, arch, cells)) is not None:
+        return options if options.sparsity is not None else replace(options, sparsity=other.settings.sparsity)
     _, own = file_budget(options.budget, model_key(arch, cells), cells)
     if options.sparsity is not None and abs(options.sparsity - own) > 0.005:
         raise BudgetError(
@@ -130,7 +136,9 @@ def allocate(
         return ChosenBudget(found.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
     felt = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
-    if is_file(options.budget):
+    if (other := _checkpoint(options, arch, cells)) is not None:
+        rows = np.array([other.sparsities(anchor) for anchor in options.anchors])
+    elif is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
         rows = solve_rows(cells, options.anchors, asked, bounds, felt.loss)
@@ -139,8 +147,33 @@ def allocate(
 
 
 def is_file(budget: str) -> bool:
-    """Whether a `--budget` value is a file rather than a method."""
+    """Whether a `--budget` value is a file or a folder rather than a method."""
     return budget not in METHODS
+
+
+def budget_files(budget: str) -> list[Path]:
+    """The files that a `--budget` value stands for."""
+    path = Path(budget)
+    if not is_file(budget):
+        return []
+    return [config_file(path), path / WINA_FILE] if path.is_dir() else [path]
+
+
+def _checkpoint(options: CalibrateOptions, arch: Architecture, cells: Cells) -> Checkpoint | None:
+    """The calibrated checkpoint whose site sparsities are to be taken; None where `--budget` is no folder.
+
+    Raises:
+        BudgetError: it is of a model of another shape.
+    """
+    if not is_file(options.budget) or not Path(options.budget).is_dir():
+        return None
+    opened = open_checkpoint(Path(options.budget))
+    if count_cells(opened.architecture, "none").fingerprint() != cells.fingerprint():
+        raise BudgetError(
+            f"the sites of {opened.folder} have other sizes than this model's. Give a checkpoint of the same model, or "
+            "--budget global."
+        )
+    return opened
 
 
 def stored_name(options: CalibrateOptions) -> str:

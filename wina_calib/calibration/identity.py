@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from wina_calib.calibration.choose_budget import is_file
+from wina_calib.calibration.choose_budget import budget_files, is_file
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import OPERATIONAL
 from wina_calib.checkpoint.format import model_names
@@ -42,7 +42,7 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
         },
         "text": {"calibration": job.blocks.fingerprint, "perplexity": base.fingerprint},
         "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},
-        "budget_file": _digest([Path(job.options.budget)]) if is_file(job.options.budget) else None,
+        "budget_file": _digest(budget_files(job.options.budget)) if is_file(job.options.budget) else None,
         "compute": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "dtype": str(job.compute.dtype).removeprefix("torch."),

@@ -60,8 +60,9 @@ class CalibrateOptions:
     budget: str = option(
         "global",
         "How sparsity is spread over sites: global (least predicted loss), uniform, greedy (the "
-        "papers', slow), or a budget file, which sets the sparsity too.",
-        metavar="NAME|FILE",
+        "papers', slow), a budget file, which sets the sparsity too, or another checkpoint of the model, whose spread is "
+        "taken at every sparsity.",
+        metavar="NAME|FILE|DIR",
     )
     min: tuple[str, ...] = option(
         (),

@@ -122,7 +122,11 @@ def _flag(f: Any) -> Callable[..., Any]:
     elif meta.get("multiple"):
         extra |= {"multiple": True, "metavar": meta["metavar"], "show_default": ", ".join(f.default) or False}
     elif isinstance(f.default, tuple):
-        extra |= {"type": Fractions(), "metavar": meta["metavar"], "default": ",".join(map(str, f.default))}
+        extra |= {
+            "type": Counts() if meta.get("counts") else Fractions(),
+            "metavar": meta["metavar"],
+            "default": ",".join(map(str, f.default)),
+        }
     else:
         plain = type(f.default) if f.default is not None else str
         extra |= {"type": Share() if meta.get("share") else plain, "metavar": meta.get("metavar")}

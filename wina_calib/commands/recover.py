@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def command(checkpoint: str, output: Path, as_json: bool, **options: Any) -> Non
 
     with bars() as progress, stoppable():
         found = recover(checkpoint, output, progress=progress, **options)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+        return
     emit(found.to_dict(), table(found), as_json=as_json)
 
 
@@ -49,4 +52,9 @@ def table(found: Any) -> str:
                 f"{kind:<20}{sparsity:>9.0%}{before.rise:>13.1%}{after.rise:>9.1%}{before.top1_agreement:>12.3f}"
                 f"{after.top1_agreement:>8.3f}{before.kl:>8.3f}{after.kl:>8.3f}"
             )
+    if found.tasks_before:
+        lines += ["", f"{'task, share solved':<20}{'sparsity':>9}{'before':>13}{'after':>9}"]
+    for task, solved in found.tasks_before.items():
+        for sparsity, share in solved.items():
+            lines.append(f"{task:<20}{sparsity:>9.0%}{share:>13.3f}{found.tasks_after[task][sparsity]:>9.3f}")
     return "\n".join(lines)

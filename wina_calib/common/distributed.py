@@ -155,8 +155,11 @@ ALONE = Ranks()
 
 
 @contextmanager
-def shared_ranks() -> Iterator[Ranks]:
+def shared_ranks(backend: str = "gloo") -> Iterator[Ranks]:
     """The processes that `torchrun` has started, connected for the length of the context; alone without it.
+
+    Args:
+        backend: of torch; what a `Ranks` does needs gloo for a CPU.
 
     Raises:
         RankError: the others cannot be reached.
@@ -166,7 +169,7 @@ def shared_ranks() -> Iterator[Ranks]:
         return
     with _together():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        dist.init_process_group("gloo", store=PrefixStore("wina", store), rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=PrefixStore("wina", store), rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(rank, size, store)
     except BaseException:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 ROWS_TIMES_VOCABULARY = 1 << 27  # logits at a time
@@ -19,31 +19,46 @@ def rows_of(vocabulary: int) -> int:
     return max(16, ROWS_TIMES_VOCABULARY // vocabulary)
 
 
-def divergence(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, rows: int) -> Tensor:
-    """Sum over tokens of KL(teacher || student), in nats.
+class _Divergence(torch.autograd.Function):
+    """The sum, with its gradient at the student's outputs computed at once: no logits are kept for the backward pass."""
 
-    Logits are computed for some rows at a time and again in the backward pass, so that those of one part are in memory.
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, rows: int
+    ) -> Tensor:
+        """The sum of KL(teacher || student) over rows (n, hidden)."""
+        wanted = bool(ctx.needs_input_grad[0])
+        total, gradients = torch.zeros((), device=student.device), []
+        for some, dense in zip(student.split(rows), teacher.split(rows), strict=True):
+            target = log_softmax(teacher_head(dense[None])[0].float(), -1)
+            with torch.set_grad_enabled(wanted):
+                leaf = some.detach().requires_grad_(wanted)
+                logits = student_head(leaf[None])[0]
+            found = log_softmax(logits.detach().float(), -1)
+            chance = target.exp()
+            total += target.sub_(found).mul_(chance).sum()
+            if wanted:
+                gradients += torch.autograd.grad(logits, leaf, found.exp_().sub_(chance).to(logits.dtype))
+        ctx.gradient = torch.cat(gradients) if wanted else None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        """The gradient at the student's outputs; there is no other."""
+        return ctx.gradient * outer[0], None, None, None, None
+
+
+def divergence(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, rows: int) -> Tensor:
+    """Sum over tokens of KL(teacher || student), in nats. Gradients go to the student's outputs, not into its head.
 
     Args:
         student: (batch, seq, hidden) the sparse decoder's output.
         teacher: (batch, seq, hidden) the dense one's.
         student_head: from outputs (1, rows, hidden) to logits (1, rows, vocabulary).
         teacher_head: the same for the dense model.
-        rows: rows at a time.
+        rows: rows whose logits are in memory at a time.
     """
-
-    def part(some: Tensor, target: Tensor) -> Tensor:
-        return kl_div(log_softmax(student_head(some[None])[0].float(), -1), target, reduction="sum", log_target=True)
-
-    total = student.new_zeros((), dtype=torch.float32)
-    both = zip(student.flatten(0, 1).split(rows), teacher.flatten(0, 1).split(rows), strict=True)
-    for some, dense in both:
-        with torch.no_grad():
-            target = log_softmax(teacher_head(dense[None])[0].float(), -1)
-        if torch.is_grad_enabled():
-            total = total + checkpoint(part, some, target, use_reentrant=False)
-        else:
-            total = total + part(some, target)
+    total: Tensor = _Divergence.apply(student.flatten(0, 1), teacher.flatten(0, 1), student_head, teacher_head, rows)
     return total
 
 
@@ -76,15 +91,15 @@ def sums(student: Tensor, teacher: Tensor, labels: Tensor, student_head: Head, t
     """Sums over tokens, float64 (4,): dense loss, sparse loss, divergence, agreement.
 
     Args:
-        student: (1, seq, hidden) the sparse decoder's output for tokens but the last.
+        student: (tokens, hidden) the sparse decoder's output.
         teacher: the same of the dense model.
-        labels: (seq,) the tokens that come next.
+        labels: (tokens,) that come next.
         student_head: as for `divergence`.
         teacher_head: as for `divergence`.
         rows: rows at a time.
     """
     out = torch.zeros(4, dtype=torch.float64)
-    for s, t, target in zip(student[0].split(rows), teacher[0].split(rows), labels.split(rows), strict=True):
+    for s, t, target in zip(student.split(rows), teacher.split(rows), labels.split(rows), strict=True):
         q, p = log_softmax(student_head(s[None])[0].float(), -1), log_softmax(teacher_head(t[None])[0].float(), -1)
         parts = [
             -p.gather(1, target[:, None]).double().sum(),

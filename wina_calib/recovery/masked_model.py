@@ -7,7 +7,8 @@ constant in the backward pass, and is the same where a layer is computed again: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +17,38 @@ from torch import Tensor, nn
 
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.errors import UsageError
-from wina_calib.masks.mask import first_token_rows, mask_inputs
+from wina_calib.masks.mask import keep_mask
 from wina_calib.masks.score import scores, stored_norm
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 
-SAMPLE = 1 << 16  # scores of a site that a threshold is moved by
+SAMPLE = 1 << 14  # scores of a site that a threshold is moved by
 MOVE = 0.2  # share of the way to the threshold that a step's scores call for
+
+
+class Masked(torch.autograd.Function):
+    """Inputs that are not kept set to 0, in the dtype that the product takes; the gradient of what is kept passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, cut: Tensor, score: str, dense_rows: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Masked x (batch, seq, in), as it is in `dtype`."""
+        ctx.dtype = x.dtype
+        x = x.to(dtype)
+        dropped = keep_mask(x, norm, cut, score, dense_rows).logical_not_()
+        ctx.save_for_backward(dropped)
+        return x.masked_fill(dropped, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        """The gradient at x."""
+        (dropped,) = ctx.saved_tensors
+        return outer[0].masked_fill(dropped, 0).to(ctx.dtype), None, None, None, None, None
 
 
 @dataclass
 class _Group:
-    """One mask group: its projections' modules, norm (in,) and thresholds () by model sparsity."""
+    """One mask group: its projections' modules, norm (in,), and its sparsity and threshold () by model sparsity."""
 
     modules: list[nn.Module]
     norm: Tensor
@@ -58,6 +80,7 @@ class MaskedModel:
         self.sparsity: float | None = None
         self.follows = False
         self._groups: dict[str, _Group] = {}
+        self._rows: Tensor | None = None
         device = next(model.parameters()).device
         for layer, site in checkpoint.architecture.sites:
             stored = checkpoint.site(layer, site)
@@ -87,33 +110,40 @@ class MaskedModel:
                 masked = made.last[1]
                 made.last = None if last else made.last
                 return (masked, *args[1:])
-            rows = first_token_rows(x) if self._rule.first_token == "dense" else None
             if self.follows and not made.seen:
-                made.seen.append(_sampled(scores(self._rule.masked_rows(x.detach()), made.norm, self._rule.score)))
-            masked = mask_inputs(x, made.norm, made.thresholds[self.sparsity], self._rule.score, rows)
+                values, norm = _sampled(self._rule.masked_rows(x.detach()), made.norm)
+                made.seen.append(scores(values, norm, self._rule.score))
+            cut, kind = made.thresholds[self.sparsity], x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            masked = Masked.apply(x, made.norm, cut, self._rule.score, self._dense_rows(x), dtype)
             made.last = None if last else (x, masked)
             return (masked, *args[1:])
 
         return hook
 
+    def _dense_rows(self, x: Tensor) -> Tensor | None:
+        """Rows of x (batch, seq, in) that are never masked, (batch, seq) bool; made once for a shape."""
+        if self._rule.first_token == "dense" and (self._rows is None or self._rows.shape != x.shape[:2]):
+            self._rows = self._rule.dense_rows(x)
+        return self._rows
+
     @torch.no_grad()
-    def follow(self, agree: Callable[[Tensor], Tensor] = lambda cut: cut) -> None:
+    def follow(self, agree: Callable[[Tensor], Tensor] = lambda cuts: cuts) -> None:
         """After a step: move the thresholds of its sparsity to where they drop what is asked, by the scores that were seen.
 
         Args:
-            agree: the mean of a threshold over the processes that train together.
+            agree: the mean of thresholds (groups,) over the processes that train together.
         """
-        assert self.sparsity is not None
+        sparsity = self.sparsity
+        assert sparsity is not None
+        groups = [g for g in self._groups.values() if g.seen and g.shares[sparsity] > 0]
+        if groups:
+            wanted = agree(_cuts([g.seen[0] for g in groups], [g.shares[sparsity] for g in groups]))
+            now = torch.stack([g.thresholds[sparsity] for g in groups])
+            moved = now + (wanted - now) * torch.where(now >= 0, MOVE, 1.0)  # a negative one keeps everything
+            moved = torch.where(moved.isfinite(), moved, now)
+            torch._foreach_copy_([g.thresholds[sparsity] for g in groups], list(moved.unbind()))
         for group in self._groups.values():
-            if not group.seen:
-                continue
-            share = group.shares[self.sparsity]
-            if share > 0:
-                found = group.seen[0].float()
-                place = min(len(found) - 1, int(share * len(found)))
-                wanted = agree(found.kthvalue(place + 1).values)
-                now = group.thresholds[self.sparsity]
-                now.add_((wanted - now) * torch.where(now >= 0, MOVE, 1.0))  # a negative one keeps everything
             group.seen.clear()
 
     @torch.no_grad()
@@ -135,9 +165,24 @@ class MaskedModel:
             cut.copy_(saved[name])
 
 
-def _sampled(found: Tensor) -> Tensor:
-    flat = found.flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)]
+def _sampled(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Some inputs of x (..., in), flat, from all columns alike, with the norms of their columns."""
+    width = x.shape[-1]
+    step = max(1, x.numel() // SAMPLE)
+    while math.gcd(step, width) > 1:  # else some columns are never seen
+        step += 1
+    some = x.reshape(-1)[::step]
+    return some, norm[torch.arange(0, x.numel(), step, device=x.device) % width]
+
+
+def _cuts(seen: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """For scores (n,) of each group, n alike or not, the value below which a share of them lies: (groups,)."""
+    places = [min(len(found) - 1, int(share * len(found))) for found, share in zip(seen, shares, strict=True)]
+    if seen[0].device.type == "cpu":
+        return torch.stack([found.kthvalue(k + 1).values for found, k in zip(seen, places, strict=True)])
+    # One sort of all is much faster on a GPU than a search in each.
+    ordered = nn.utils.rnn.pad_sequence(list(seen), batch_first=True, padding_value=math.inf).sort(-1).values
+    return ordered.gather(1, torch.tensor(places, device=ordered.device)[:, None])[:, 0]
 
 
 def _merged(module: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from wina_calib.calibration.options import option
@@ -37,6 +38,15 @@ class RecoverOptions:
     sparsities: tuple[float, ...] = option(
         (), "Model sparsities trained in turn; the checkpoint's own by default.", metavar="S,S,..."
     )
+    turns: tuple[int, ...] = option(
+        (),
+        "How many steps in a row each of the sparsities gets, from the lowest on; one by default.",
+        metavar="N,N,...",
+        counts=True,
+    )
+    hidden: float = option(
+        1.0, "Weight of the layers' hidden states in the loss, beside the divergence of predictions.", metavar="W"
+    )
     lr: float = option(0.0, "Highest learning rate; 0 chooses by the model's size.", metavar="RATE")
     train: str = option(
         "auto", "What is trained: all decoder weights, or low-rank adapters where memory is short.", choices=TRAINED
@@ -46,6 +56,14 @@ class RecoverOptions:
         0, "Quantize in the last part of the training and afterwards: 4 or 8; 0 does not.", metavar="BITS"
     )
     group_size: int = option(64, "Outputs that share a scale at 4 bits: 64 or 32.", metavar="N")
+    tasks: tuple[str, ...] = option(
+        (),
+        "File of tasks that are solved before and after: JSON lines with query, choices and gold, or with context and "
+        "continuation.",
+        multiple=True,
+        metavar="FILE",
+    )
+    task_items: int = option(200, "Items of each file of tasks, from its beginning; 0 takes all.", metavar="N")
     max_time: float = option(0.0, "Minutes of training at most; 0 sets no limit.", metavar="MINUTES")
     seed: int = option(0, "Seed of every random choice.", metavar="N")
     device: str = option("auto", "Compute device: auto, cpu, cuda, cuda:1 ...", metavar="DEVICE")
@@ -63,6 +81,12 @@ class RecoverOptions:
                 all(isinstance(s, int | float) and 0 < s < 1 for s in self.sparsities),
                 f"sparsities are {self.sparsities}; expected numbers in (0, 1)",
             ),
+            (
+                not self.turns or (len(self.turns) == len(self.sparsities) and min(self.turns) >= 1),
+                f"turns are {self.turns}; expected a number from 1 on for each of the sparsities {self.sparsities}",
+            ),
+            (0 <= self.hidden < 1e6, f"hidden is {self.hidden}; expected a number from 0 on"),
+            (self.task_items >= 0, f"task-items is {self.task_items}; expected 0 or more"),
             (0 <= self.lr < 1, f"lr is {self.lr}; expected a number in [0, 1)"),
             (self.train in TRAINED, f"train is {self.train!r}; expected one of {', '.join(TRAINED)}"),
             (self.rank >= 1, f"rank is {self.rank}; expected at least 1"),
@@ -78,6 +102,12 @@ class RecoverOptions:
         for spec in self.data:
             if spec != SELF:
                 check_spec(spec)
+
+    @property
+    def in_turn(self) -> tuple[float, ...]:
+        """The sparsities of a round of steps."""
+        turns = self.turns or (1,) * len(self.sparsities)
+        return tuple(s for s, n in zip(self.sparsities, turns, strict=True) for _ in range(n))
 
     def learning_rate(self, weights: int, *, adapters: bool) -> float:
         """The highest learning rate for a model of so many weights."""
@@ -97,7 +127,11 @@ def make_options(values: dict[str, Any]) -> RecoverOptions:
         raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     sparsities = values.get("sparsities", ())
     sparsities = (sparsities,) if isinstance(sparsities, int | float) else tuple(sparsities)
-    data = values.get("data") or ()
-    return RecoverOptions(
-        **values | {"data": data_specs(data) if data else (), "sparsities": tuple(sorted(sparsities))}
-    )
+    data, tasks = values.get("data") or (), values.get("tasks") or ()
+    plain = {
+        "data": data_specs(data) if data else (),
+        "sparsities": tuple(sorted(sparsities)),
+        "turns": tuple(values.get("turns", ())),
+        "tasks": (str(tasks),) if isinstance(tasks, str | Path) else tuple(map(str, tasks)),
+    }
+    return RecoverOptions(**values | plain)

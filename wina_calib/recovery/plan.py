@@ -16,6 +16,7 @@ TRAINED_BYTES = 16
 # Floats a token that a layer keeps while it is computed again: of the residual stream's width, and of the MLP's.
 LAYER_FLOATS = 14, 6
 SPARE = 0.9
+FULL = 4096  # tokens computed together that keep a device busy
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class TrainingPlan:
     Attributes:
         adapters: low-rank adapters, else all decoder weights.
         micro_batch: sequences computed together.
+        again: layers are computed again in the backward pass, as memory cannot hold what they leave behind.
         steps: optimizer steps.
         memory_bytes: what all that needs.
         learning_rate: the highest.
@@ -57,6 +59,7 @@ class TrainingPlan:
 
     adapters: bool
     micro_batch: int
+    again: bool
     steps: int
     memory_bytes: int
     learning_rate: float
@@ -64,43 +67,57 @@ class TrainingPlan:
     def describe(self, options: RecoverOptions, available: int) -> str:
         """The plan in one line."""
         what = f"adapters of rank {options.rank}" if self.adapters else "all decoder weights"
+        again = ", layers computed again in the backward pass" if self.again else ""
         return (
             f"{self.steps} steps of {options.batch} x {options.seq_len} tokens, {what}, learning rate "
-            f"{self.learning_rate:g}, {self.micro_batch} sequences at a time; about {human_bytes(self.memory_bytes)} of "
-            f"{human_bytes(available)} of memory"
+            f"{self.learning_rate:g}, {self.micro_batch} sequences at a time{again}; about "
+            f"{human_bytes(self.memory_bytes)} of {human_bytes(available)} of memory"
         )
 
 
-def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_batch: int) -> int:
+def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_batch: int, again: bool) -> int:
     """Bytes that training takes, the dense model's weights counted in."""
     trained = size.projections * options.rank if adapters else size.trained
     kept = size.weights - (0 if adapters else size.trained)
     weights = trained * TRAINED_BYTES + kept * (size.itemsize if adapters else 4) + size.weights * size.itemsize
     if not adapters:
-        weights += size.trained * 4  # the best weights so far
+        weights += size.trained * 4 * (2 if options.bits else 1)  # the best weights so far, and the rounded ones
     tokens = micro_batch * options.seq_len
     layer = LAYER_FLOATS[0] * size.width + LAYER_FLOATS[1] * size.inner
-    activations = tokens * 4 * (size.layers * size.width + layer)
+    states = size.layers * size.width * (4 if options.hidden else 1)  # in the loss: both models' and their difference
+    activations = tokens * 4 * (states + layer * (1 if again else size.layers))
     logits = 4 * 4 * min(tokens * size.vocabulary, 1 << 27)
     return weights + activations + logits
 
 
-def plan_training(size: Size, options: RecoverOptions, available: int) -> TrainingPlan:
-    """The plan whose needs fit: all weights where they do, else adapters; as many sequences together as fit.
+def plan_training(size: Size, options: RecoverOptions, available: int, processes: int = 1) -> TrainingPlan:
+    """The plan whose needs fit: all weights where they do, else adapters; what the backward pass needs is kept where it fits.
+
+    Args:
+        size: of the model.
+        options: of the recovery.
+        available: bytes for each process; 0 where nobody knows.
+        processes: that share a step's sequences.
 
     Raises:
-        UsageError: nothing fits; the message has the numbers.
+        UsageError: nothing fits; the message has the numbers. Or the sequences cannot be shared evenly.
     """
+    own, left = divmod(options.batch, processes)
+    if left or not own:
+        raise UsageError(
+            f"a batch of {options.batch} cannot be shared by {processes} processes. Give a multiple with --batch."
+        )
     steps = max(1, options.tokens // (options.batch * options.seq_len))
     choices = {"all": (False,), "adapters": (True,), "auto": (False, True)}[options.train]
-    batches = [options.micro_batch] if options.micro_batch else _divisors(options.batch)
+    batches = [min(own, options.micro_batch)] if options.micro_batch else _divisors(own)
+    busy = [n for n in batches if n * options.seq_len >= min(FULL, own * options.seq_len)] or batches
     needs = 0
     for adapters in choices:
-        for micro_batch in batches:
-            needs = memory_needed(size, options, adapters=adapters, micro_batch=micro_batch)
-            if needs <= SPARE * available:
+        for again, micro_batch in [*((False, n) for n in busy), *((True, n) for n in batches)]:
+            needs = memory_needed(size, options, adapters=adapters, micro_batch=micro_batch, again=again)
+            if not available or needs <= SPARE * available:
                 rate = options.learning_rate(size.weights, adapters=adapters)
-                return TrainingPlan(adapters, micro_batch, steps, needs, rate)
+                return TrainingPlan(adapters, micro_batch, again, steps, needs, rate)
     raise UsageError(
         f"training needs about {human_bytes(needs)} of memory with the smallest choices, and {human_bytes(available)} is "
         f"available. Take a smaller --seq-len than {options.seq_len}, --train adapters, or a device with more memory."

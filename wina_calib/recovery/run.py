@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import gc
-import shutil
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,40 +18,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
-from wina_calib.budgets import Budget
-from wina_calib.budgets.count import count_cells, model_key
-from wina_calib.budgets.file import explicit, write_budget
-from wina_calib.calibration.run import calibrate
+from wina_calib.calibration.quantize_sites import check_format
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.export_dense import export_dense
-from wina_calib.checkpoint.local_paths import base_model_here, data_here
+from wina_calib.checkpoint.local_paths import base_model_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
-from wina_calib.checkpoint.side_files import copy_side_files
-from wina_calib.checkpoint.writer import write_json
 from wina_calib.common.atomic import check_output, claimed, publish
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device
-from wina_calib.common.progress import Estimate, Part, Progress, Within
+from wina_calib.common.distributed import Ranks, shared_ranks
+from wina_calib.common.progress import SILENT, Estimate, Part, Progress, Ticking, Within
 from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, check_spec
-from wina_calib.errors import CorpusError, UsageError, WinaError
-from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import code_is_trusted, open_folder, read_config, remote_code
+from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.errors import UsageError, WinaError
+from wina_calib.model.architecture import describe
+from wina_calib.model.config import remote_code
 from wina_calib.model.locate import load_tokenizer, resolve
+from wina_calib.quantization.formats import WeightFormat
 from wina_calib.recovery.loss import Quality
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.measure import measure
-from wina_calib.recovery.options import SELF, RecoverOptions, make_options
-from wina_calib.recovery.plan import Size, TrainingPlan, available_memory, plan_training
+from wina_calib.recovery.models import load_plain, prepared, rotation_to, size_of
+from wina_calib.recovery.options import RecoverOptions, make_options
+from wina_calib.recovery.plan import TrainingPlan, available_memory, plan_training
+from wina_calib.recovery.result import calibrate_trained, stored_dtype, write_trained
+from wina_calib.recovery.tasks import read_tasks
+from wina_calib.recovery.text import training_text
 from wina_calib.recovery.train import Trained, Training
 from wina_calib.storage.resume import RunState, open_run_state
-from wina_calib.storage.resume_files import drop
+from wina_calib.storage.resume_files import drop, state_folder
 
-HELD_OUT_SHARE, HELD_OUT_MOST = 20, 16  # one sequence of so many is held out, at most so many
-MEASURED = {"trained on": None, "built-in held-out": HELDOUT_DATA, "code": ("builtin:heldout:code",)}
+MEASURED = {"built-in held-out": HELDOUT_DATA, "code": ("builtin:heldout:code",)}
 MEASURED_TOKENS = 16_384
 
 
@@ -65,6 +64,8 @@ class Recovery:
         trained: what the training came to.
         before: quality of the given checkpoint against the dense model, by kind of text and model sparsity.
         after: of the new one.
+        tasks_before: share of items that it solved, by file of tasks and model sparsity; the dense model's at 0.
+        tasks_after: the new one.
     """
 
     folder: Path
@@ -72,13 +73,21 @@ class Recovery:
     trained: Trained
     before: dict[str, dict[float, Quality]]
     after: dict[str, dict[float, Quality]]
+    tasks_before: dict[str, dict[float, float]]
+    tasks_after: dict[str, dict[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"folder": str(self.folder), "plan": asdict(self.plan), "training": asdict(self.trained)} | {
+        texts = {
             name: {kind: {f"{s:g}": asdict(q) | {"rise": q.rise} for s, q in by.items()} for kind, by in found.items()}
             for name, found in (("before", self.before), ("after", self.after))
         }
+        tasks = {
+            name: {task: {f"{s:g}": share for s, share in by.items()} for task, by in found.items()}
+            for name, found in (("tasks_before", self.tasks_before), ("tasks_after", self.tasks_after))
+        }
+        plain = {"folder": str(self.folder), "plan": asdict(self.plan), "training": asdict(self.trained)}
+        return plain | texts | tasks
 
 
 def recover(checkpoint: str | Path, output: str | Path, *, progress: Hearing = None, **options: Any) -> Recovery:
@@ -99,62 +108,155 @@ def recover(checkpoint: str | Path, output: str | Path, *, progress: Hearing = N
         ```
     """
     chosen = make_options(options)
+    _refuse_sharding()
     target = Path(output).expanduser().resolve()
-    with remote_code(chosen.trust_remote_code), hearing(progress) as report, ExitStack() as held:
-        folder, _ = resolve(checkpoint)
-        check_output(target, overwrite=chosen.overwrite, keep=folder, made=("config.json",))
-        opened = open_checkpoint(folder)
-        base = _base(chosen, opened)
-        held.enter_context(claimed(target, overwrite=chosen.overwrite))
-        state = target.with_name(f".{target.name}.state")
-        run = open_run_state(state, lambda: _identity(opened, base, chosen), restart=chosen.restart, report=report)
+    backend = "gloo" if chosen.device == "cpu" or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl"
+    with (
+        remote_code(chosen.trust_remote_code),
+        hearing(progress) as heard,
+        shared_ranks(backend) as ranks,
+        ExitStack() as held,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        report = heard if ranks.is_first else SILENT
         try:
-            made = _recover(opened, base, target, run, chosen, report)
+            work = ranks.agree(lambda: _begin(checkpoint, target, chosen, ranks, report, held))
+            try:
+                made = _Recovering(*work, target, chosen, ranks, report).run()
+            except BaseException as error:
+                if ranks.is_first and isinstance(error, WinaError) and not work[2].useful:
+                    drop(state_folder(target))
+                raise
+            if ranks.is_first:
+                drop(state_folder(target))
+            return made
         except BaseException as error:
-            if isinstance(error, WinaError) and not run.useful:
-                drop(state)
+            error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened
             raise
-        drop(state)
-        return made
 
 
-def _recover(
-    opened: Checkpoint, base: Path, target: Path, run: RunState, chosen: RecoverOptions, report: Progress
-) -> Recovery:
-    assert run.folder is not None
-    state = run.folder
-    device = pick_device(chosen.device)
-    sparsities = chosen.sparsities or (opened.settings.sparsity,)
-    if sparsities == (0.0,):
-        raise UsageError("the checkpoint is calibrated for sparsity 0; give the sparsities to train with --sparsities.")
-    dense = state / "dense"
+def _refuse_sharding() -> None:
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise UsageError(
+                f"{what} is set ({name}), and weights that are spread over processes cannot be trained under masks: "
+                "start plain processes with torchrun, and give --train adapters where one device cannot hold the model."
+            )
+
+
+def _begin(
+    checkpoint: str | Path, target: Path, chosen: RecoverOptions, ranks: Ranks, report: Progress, held: ExitStack
+) -> tuple[Checkpoint, Path, RunState]:
+    """Check what was given and lay hold of the output; the checkpoint, the dense model's folder, and the run's state."""
+    folder, _ = resolve(checkpoint)
+    if ranks.is_first:
+        check_output(target, overwrite=chosen.overwrite, keep=folder, made=("config.json",))
+    opened = open_checkpoint(folder)
+    base = _base(chosen, opened)
+    if chosen.bits:
+        check_format(opened.architecture, WeightFormat(chosen.bits, chosen.group_size))
+    state = state_folder(target)
+    if not ranks.is_first:
+        return opened, base, RunState(state, ranks=ranks)
+    held.enter_context(claimed(target, overwrite=chosen.overwrite))
+    run = open_run_state(
+        state, lambda: _identity(opened, base, chosen, ranks), restart=chosen.restart, ranks=ranks, report=report
+    )
+    return opened, base, run
+
+
+@dataclass(frozen=True)
+class _Recovering:
+    """A recovery under way."""
+
+    opened: Checkpoint
+    base: Path
+    run_state: RunState
+    target: Path
+    chosen: RecoverOptions
+    ranks: Ranks
+    report: Progress
+
+    def run(self) -> Recovery:
+        """Train, calibrate and measure; every process calls this, the first one writes."""
+        opened, chosen, ranks, report = self.opened, self.chosen, self.ranks, self.report
+        assert self.run_state.folder is not None
+        state, device = self.run_state.folder, pick_device(chosen.device)
+        sparsities = chosen.sparsities or (opened.settings.sparsity,)
+        if sparsities == (0.0,):
+            raise UsageError(
+                "the checkpoint is calibrated for sparsity 0; give the sparsities to train with --sparsities."
+            )
+        tasks = {Path(name).stem: read_tasks(Path(name), chosen.task_items) for name in chosen.tasks}
+        dense = state / "dense"
+        ranks.first(lambda _: _export(opened.folder, dense))
+        teacher = load_plain(self.base, device, "auto").eval().requires_grad_(False)
+        tokenizer = load_tokenizer(self.base)
+        _check_tokenizer(tokenizer, load_tokenizer(opened.folder), self.base)
+        student = load_plain(dense, device, torch.float32)
+        arch, free = describe(student), available_memory(device)
+        plan = ranks.from_first(
+            ranks.agree(lambda: plan_training(size_of(student, arch, teacher), chosen, free, ranks.size))
+        )
+        report.planned(_estimate(plan, chosen, sparsities, len(tasks)))
+        report.note(plan.describe(chosen, free))
+        ids, held_out = ranks.first(lambda _: training_text(chosen, opened, tokenizer, teacher))
+        texts = {"trained on": held_out, **_other_texts(tokenizer, held_out.shape[1], chosen.seed)}
+
+        def measured(when: str, folder: Path, heard: Progress) -> Any:
+            heard.phase(f"measure {when}", len(texts) + len(tasks))
+            return measure(folder, teacher, tokenizer, sparsities, texts, tasks, heard)
+
+        before = ranks.first(lambda tick: measured("before", opened.folder, Ticking(report, tick)))
+        student = prepared(student, arch, plan, chosen, stored_dtype(dense))
+        training = Training(
+            student=student,
+            teacher=teacher,
+            masks=MaskedModel(student, opened, sparsities),
+            architecture=arch,
+            ids=ids,
+            held_out=held_out,
+            options=chosen,
+            plan=plan,
+            sparsities=sparsities,
+            in_turn=chosen.in_turn or sparsities,
+            turn=rotation_to(teacher, student, chosen, report),
+            phase=self.run_state.phase("training"),
+            ranks=ranks,
+            report=report,
+            device=device,
+        )
+        trained = training.run()
+        del training
+
+        def finish(heard: Progress) -> Recovery:
+            weights, made = state / "trained", state / "calibrated"
+            write_trained(student, dense, weights, plan)
+            student.to("meta")
+            gc.collect()
+            inner = Within(heard, "calibrate")
+            calibrate_trained(weights, made, opened, chosen, sparsities, trained, self.base, inner)
+            write_card(made, name=self.target.name)
+            after = measured("after", made, heard)
+            publish(made, self.target)
+            return Recovery(self.target, plan, trained, before[0], after[0], before[1], after[1])
+
+        return ranks.first(lambda tick: finish(Ticking(report, tick)))
+
+
+def _export(folder: Path, dense: Path) -> None:
     if not (dense / "config.json").exists():
-        export_dense(opened.folder, dense, overwrite=True)
-    teacher = _loaded(base, device, "auto").eval().requires_grad_(False)
-    tokenizer = load_tokenizer(base)
-    _check_tokenizer(tokenizer, load_tokenizer(opened.folder), base)
-    student = _loaded(dense, device, torch.float32)
-    arch = describe(student)
-    plan = plan_training(_size(student, arch, teacher), chosen, available_memory(device))
-    report.planned(_estimate(plan, chosen, sparsities))
-    report.note(plan.describe(chosen, available_memory(device)))
-    ids, held_out = _text(chosen, opened, tokenizer, teacher)
-    before = _qualities("before", opened.folder, teacher, sparsities, tokenizer, held_out, chosen, report)
-    student = _prepared(student, arch, plan, chosen)
-    masks = MaskedModel(student, opened, sparsities)
-    phase = run.phase("training")
-    training = Training(student, teacher, masks, arch, ids, held_out, chosen, plan, sparsities, phase, report, device)
-    trained = training.run()
-    weights = state / "trained"
-    _write(student, opened, dense, weights, plan)
-    del training, masks, student
-    gc.collect()
-    made = state / "calibrated"
-    _calibrate(weights, made, opened, chosen, sparsities, trained, base, Within(report, "calibrate"))
-    write_card(made, name=target.name)
-    after = _qualities("after", made, teacher, sparsities, tokenizer, held_out, chosen, report)
-    publish(made, target)
-    return Recovery(target, plan, trained, before, after)
+        export_dense(folder, dense, overwrite=True)
+
+
+def _other_texts(tokenizer: Any, seq_len: int, seed: int) -> dict[str, Tensor]:
+    """Text of other kinds than was trained on, (sequences, seq) by kind."""
+    samples = max(1, MEASURED_TOKENS // seq_len)
+    return {
+        kind: load_blocks(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed, min_tokens=1).ids
+        for kind, data in MEASURED.items()
+    }
 
 
 def _base(chosen: RecoverOptions, opened: Checkpoint) -> Path:
@@ -169,17 +271,10 @@ def _base(chosen: RecoverOptions, opened: Checkpoint) -> Path:
         raise UsageError(f"the base model cannot be had: {error} Give it with --base.") from error
 
 
-def _identity(opened: Checkpoint, base: Path, chosen: RecoverOptions) -> Mapping[str, Any]:
-    operational = ("overwrite", "restart", "device", "trust_remote_code", "max_time")
+def _identity(opened: Checkpoint, base: Path, chosen: RecoverOptions, ranks: Ranks) -> Mapping[str, Any]:
+    operational = ("overwrite", "restart", "device", "trust_remote_code", "max_time", "tasks", "task_items")
     options = {k: v for k, v in asdict(chosen).items() if k not in operational}
-    return {"checkpoint": opened.settings.weights, "base": base.name, "options": options}
-
-
-def _loaded(folder: Path, device: torch.device, dtype: Any) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=code_is_trusted(), attn_implementation="sdpa"
-    )
-    return model.to(device)
+    return {"checkpoint": opened.settings.weights, "base": base.name, "processes": ranks.size, "options": options}
 
 
 def _check_tokenizer(base: Any, own: Any, folder: Path) -> None:
@@ -190,197 +285,15 @@ def _check_tokenizer(base: Any, own: Any, folder: Path) -> None:
         )
 
 
-def _size(student: PreTrainedModel, arch: Architecture, teacher: PreTrainedModel) -> Size:
-    config = student.config.get_text_config()
-    projections = [p for _, site in arch.sites for p in site.projections]
-    return Size(
-        weights=sum(p.numel() for p in student.parameters()),
-        trained=sum(p.in_features * p.out_features for p in projections),
-        projections=sum(p.in_features + p.out_features for p in projections),
-        layers=len(arch.layers),
-        width=arch.hidden_size,
-        inner=max(site.width for _, site in arch.sites),
-        vocabulary=config.vocab_size,
-        itemsize=teacher.dtype.itemsize,
-    )
-
-
-def _prepared(
-    student: PreTrainedModel, arch: Architecture, plan: TrainingPlan, chosen: RecoverOptions
-) -> PreTrainedModel:
-    """The student with its trained weights: those of the decoder's layers, or adapters put into it."""
-    student.requires_grad_(False)
-    if plan.adapters:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        names = [layer.prefix + p.module for layer, site in arch.sites for p in site.projections]
-        torch.manual_seed(chosen.seed)
-        inject_adapter_in_model(LoraConfig(r=chosen.rank, lora_alpha=chosen.rank, target_modules=names), student)
-    else:
-        layers: nn.Module = student.get_submodule(arch.layers_path)
-        layers.requires_grad_(True)
-    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # the first name since transformers 5.24
-    return student
-
-
-def _text(
-    chosen: RecoverOptions, opened: Checkpoint, tokenizer: Any, teacher: PreTrainedModel
-) -> tuple[Tensor, Tensor]:
-    """Sequences to train on, and held-out ones of the same kind."""
-    count = max(2, chosen.tokens // chosen.seq_len)
-    seq_len = min(chosen.seq_len, int(getattr(teacher.config, "max_position_embeddings", chosen.seq_len)))
-    if chosen.data == (SELF,):
-        ids = _written(teacher, tokenizer, min(count, 512), seq_len, chosen.seed)
-    else:
-        data = _data(chosen, opened)
-        ids = load_blocks(data, tokenizer, samples=count, seq_len=seq_len, seed=chosen.seed, min_tokens=2 * seq_len).ids
-    held = min(HELD_OUT_MOST, max(1, len(ids) // HELD_OUT_SHARE))
-    if len(ids) <= held:
-        raise CorpusError(
-            f"only {len(ids)} sequences of {seq_len} tokens; at least 2 are needed. Give more text with --data."
-        )
-    return ids[:-held], ids[-held:]
-
-
-def _data(chosen: RecoverOptions, opened: Checkpoint) -> tuple[str, ...]:
-    """Text as given, else the calibration's where it can be had by the name that the checkpoint has, else the built-in."""
-    if chosen.data and chosen.data != (SELF,):
-        return chosen.data
-    names = data_here(opened.folder, opened.settings.provenance)
-    try:
-        for name in names:
-            check_spec(name)
-    except WinaError:
-        return DEFAULT_DATA
-    return names or DEFAULT_DATA
-
-
-@torch.no_grad()
-def _written(teacher: PreTrainedModel, tokenizer: Any, count: int, seq_len: int, seed: int) -> Tensor:
-    """Text that the dense model writes, sampled from its start token: (count, seq_len)."""
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    torch.manual_seed(seed)
-    rows = []
-    for first in range(0, count, 32):
-        begin = torch.full((min(32, count - first), 1), start, device=teacher.device)
-        out = teacher.generate(
-            begin,
-            attention_mask=torch.ones_like(begin),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            max_new_tokens=seq_len - 1,
-            min_new_tokens=seq_len - 1,
-            pad_token_id=start,
-        )
-        rows.append(out.cpu())
-    return torch.cat(rows)
-
-
-def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[float, ...]) -> Estimate:
+def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[float, ...], tasks: int) -> Estimate:
     """The parts of the work; costs in passes over a thousand tokens, a step counting four."""
-    measured = 2 * MEASURED_TOKENS * (1 + len(sparsities)) / 1000
+    texts = 1 + len(MEASURED)
+    measured = 2 * MEASURED_TOKENS * (1 + len(sparsities)) * (1 + tasks / texts) / 1000
     tokens = plan.steps * chosen.batch * chosen.seq_len
     parts = (
-        Part("measure before", len(MEASURED), measured),
+        Part("measure before", texts + tasks, measured),
         Part("train", plan.steps, 5 * tokens / 1000),
         Part("calibrate", Within.STEPS, 262.0 * 5),
-        Part("measure after", len(MEASURED), measured),
+        Part("measure after", texts + tasks, measured),
     )
     return Estimate(parts=parts, memory_bytes=plan.memory_bytes, tokens=tokens)
-
-
-def _qualities(
-    when: str,
-    folder: Path,
-    teacher: PreTrainedModel,
-    sparsities: tuple[float, ...],
-    tokenizer: Any,
-    held: Tensor,
-    chosen: RecoverOptions,
-    report: Progress,
-) -> dict[str, dict[float, Quality]]:
-    """Quality of a checkpoint on each kind of text."""
-    out: dict[str, dict[float, Quality]] = {}
-    report.phase(f"measure {when}", len(MEASURED))
-    for kind, data in MEASURED.items():
-        ids = held
-        if data is not None:
-            samples = max(1, MEASURED_TOKENS // held.shape[1])
-            ids = load_blocks(
-                data, tokenizer, samples=samples, seq_len=held.shape[1], seed=chosen.seed, min_tokens=1
-            ).ids
-        out[kind] = measure(folder, teacher, sparsities, ids)
-        report.step(kind)
-    return out
-
-
-@torch.no_grad()
-def _write(student: PreTrainedModel, opened: Checkpoint, dense: Path, folder: Path, plan: TrainingPlan) -> None:
-    """The trained weights as a plain model folder, in the dtype of the checkpoint."""
-    if plan.adapters:
-        for module in list(student.modules()):
-            if hasattr(module, "get_delta_weight"):
-                module.merge()
-        names = {n: n.replace(".base_layer.", ".") for n, _ in student.named_parameters() if ".lora_" not in n}
-        values = dict(student.named_parameters())
-        state = {new: values[old].detach() for old, new in names.items()}
-        plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, trust_remote_code=code_is_trusted())
-        plain.load_state_dict(state, strict=False)
-        student = plain
-    dtype = opened.shards[next(n for n in opened.shards if n.endswith("_proj.weight"))].dtype
-    student.to(dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    student.save_pretrained(folder)
-    copy_side_files(open_folder(dense), folder)
-
-
-def _calibrate(
-    weights: Path,
-    made: Path,
-    opened: Checkpoint,
-    chosen: RecoverOptions,
-    sparsities: tuple[float, ...],
-    trained: Trained,
-    base: Path,
-    report: Progress,
-) -> None:
-    """Fit thresholds for the trained weights, with the budget that they were trained under."""
-    settings, provenance = opened.settings, opened.settings.provenance
-    cells = count_cells(opened.architecture, "none")
-    asked = settings.sparsity if settings.sparsity in sparsities else sparsities[-1]
-    budget = Budget(opened.sparsities(asked))
-    file = weights.parent / "budget.yaml"
-    content = explicit(budget, cells, model_key(opened.architecture, cells), asked, settings.score)
-    write_budget(file, content)
-    facts = {
-        "recovered": asdict(trained)
-        | {"sparsities": list(sparsities), "tokens": trained.steps * chosen.batch * chosen.seq_len},
-        "base_model": provenance.get("base_model", base.name),
-        "base_commit": provenance.get("base_commit"),
-    }
-    calibrate(
-        weights,
-        made,
-        progress=report,
-        budget=str(file),
-        transform="none",
-        grid=tuple(a for a in settings.anchors if a > 0),
-        data=_data(chosen, opened),
-        samples=int(provenance.get("samples", 128)),
-        seq_len=settings.seq_len,
-        score=settings.score,
-        masks=settings.masks,
-        exponent=settings.exponent,
-        first_token=settings.first_token,
-        prefill=settings.prefill,
-        sparsity=asked,
-        overwrite=True,
-        device=chosen.device,
-        **({"bits": chosen.bits, "group_size": chosen.group_size} if chosen.bits else {}),
-    )
-    config = read_config(made)
-    config["quantization_config"]["provenance"] |= facts
-    write_json(made / "config.json", config)

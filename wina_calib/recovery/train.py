@@ -1,5 +1,6 @@
 """The training itself: steps of distillation under masks, saved on the way, the best weights kept.
 
+A step depends on its number and on what the last save holds, so that a run that was stopped goes on as if it had not been.
 Where a step is not a number it is skipped; `MAX_SKIPPED` in a row end the training with the last good state kept.
 """
 
@@ -7,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,45 +18,28 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wina_calib.calibration.layer_stream import Head
+from wina_calib.common.distributed import Ranks
 from wina_calib.common.progress import Progress
 from wina_calib.errors import NumericError
 from wina_calib.model.architecture import Architecture
 from wina_calib.quantization.formats import WeightFormat
-from wina_calib.recovery.loss import divergence, rows_of
+from wina_calib.recovery.distiller import Distiller
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan
-from wina_calib.recovery.straight_through import quantize_in_training, stop_quantizing
+from wina_calib.recovery.straight_through import straight_through
 from wina_calib.storage.resume import Phase
 
 MAX_SKIPPED = 8
+LOOK_EVERY = {"cpu": 1}  # steps after which their losses are looked at; on a device that means waiting for it
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
-LOWEST = 0.1  # of the highest learning rate, at the end
+LOWEST = 0.02  # of the highest learning rate, at the end
 CLIP = 1.0
 QUANTIZED = 0.3  # share of the steps, the last ones, that compute with quantized weights
 NORMS_EVERY = 10
+SAVE_AFTER = 30.0  # seconds of training that are worth a save
+PROBE = 4  # steps whose time says how many fit into a limit of time
 CHECKS = (0.0, 0.5, 1.0)  # of the steps, where held-out text is looked at
-
-
-class Distiller(nn.Module):
-    """The sparse model beside the dense one: ids (batch, seq) in, mean divergence out."""
-
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        super().__init__()
-        self.student = student
-        self.__dict__["teacher"] = teacher  # no child: it is not trained, cast or shared
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Mean KL(dense || sparse) a token, nats."""
-        teacher: PreTrainedModel = self.__dict__["teacher"]
-        with torch.no_grad():
-            dense = teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        sparse = self.student.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        heads = Head(self.student, self.student.get_decoder()), Head(teacher, teacher.get_decoder())
-        return (
-            divergence(sparse, dense, *heads, rows_of(self.student.config.get_text_config().vocab_size)) / ids.numel()
-        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +52,7 @@ class Trained:
         seconds: they took, those of earlier runs too.
         held_out: divergence on held-out text at each sparsity, by step.
         best: the step whose weights were kept.
+        losses: divergence of every step since the run was last begun.
     """
 
     steps: int
@@ -75,6 +60,36 @@ class Trained:
     seconds: float
     held_out: dict[int, list[float]]
     best: int
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Log:
+    """What came of the steps: looked at some at a time."""
+
+    losses: list[float]
+    skipped: int
+    in_a_row: int = 0
+    waiting: list[Tensor] = field(default_factory=list)
+
+    def look(self, engine: Accelerator, rate: float) -> None:
+        """Take what is waiting, (divergence, whether it was a number) of a step each.
+
+        Raises:
+            NumericError: too many steps in a row were not a number.
+        """
+        if not self.waiting:
+            return
+        found = engine.reduce(torch.stack(self.waiting), "mean").tolist()
+        self.waiting.clear()
+        for loss, fine in found:
+            self.losses.append(loss if fine else math.nan)
+            self.skipped += not fine
+            self.in_a_row = 0 if fine else self.in_a_row + 1
+            if self.in_a_row >= MAX_SKIPPED:
+                raise NumericError(
+                    f"{self.in_a_row} steps in a row were not a number. Give a lower --lr than {rate:g}."
+                )
 
 
 @dataclass
@@ -90,8 +105,11 @@ class Training:
         held_out: (sequences, seq) text to choose the best weights by.
         options: of the recovery.
         plan: what was planned.
-        sparsities: trained in turn.
+        sparsities: that are trained.
+        in_turn: the sparsities of a round of steps.
+        turn: takes the dense model's hidden states to the student's axes; None where they are not compared.
         phase: where the state is saved.
+        ranks: the processes that train together.
         report: hears of it.
         device: that computes.
     """
@@ -105,7 +123,10 @@ class Training:
     options: RecoverOptions
     plan: TrainingPlan
     sparsities: tuple[float, ...]
+    in_turn: tuple[float, ...]
+    turn: Tensor | None
     phase: Phase
+    ranks: Ranks
     report: Progress
     device: torch.device
 
@@ -114,77 +135,75 @@ class Training:
         bf16 = self.device.type == "cuda"
         self._engine = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=self.device.type == "cpu")
         self._weights = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._weights.values(), lr=self.plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        self._optimizer: Any = torch.optim.AdamW(
+            self._weights.values(), lr=self.plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self._best = {name: p.detach().clone() for name, p in self._weights.items()}
         values = self._restore()
-        distiller, optimizer = self._engine.prepare(Distiller(self.student, self.teacher), self._optimizer)
-        try:
-            return self._steps(distiller, optimizer, values)
-        finally:
-            if self._quantizes:
-                stop_quantizing(self.student)
+        self._planned = int(values.get("planned", self.plan.steps))
+        layers = None if self.turn is None else self.architecture.layers_path
+        distiller = Distiller(self.student, self.teacher, layers, self.turn)
+        return self._steps(self._engine.prepare_model(distiller, device_placement=False), values)
 
-    def _steps(self, distiller: Any, optimizer: Any, values: dict[str, Any]) -> Trained:
+    def _steps(self, distiller: nn.Module, values: dict[str, Any]) -> Trained:
         held = {int(k): list(map(float, v)) for k, v in values.get("held_out", {}).items()}
-        skipped, in_a_row, before = int(values.get("skipped", 0)), 0, float(values.get("seconds", 0.0))
+        log, before = _Log([], int(values.get("skipped", 0))), float(values.get("seconds", 0.0))
         start, first, done = time.monotonic(), self.phase.step, self.phase.step
         best = int(values.get("best", 0))
-        checks = {round(share * self.plan.steps) for share in CHECKS}
+        every = LOOK_EVERY.get(self.device.type, MAX_SKIPPED)
         self.report.phase("train", self.plan.steps - first)
         if not held:
             held[0] = self._held_out_losses()
             self.report.note(f"divergence on held-out text before: {self._shown(held[0])}")
-        for step in range(first, self.plan.steps):
-            if self._is_over(before + time.monotonic() - start):
-                break
-            if self._is_quantized(step) and not self._quantizes:
-                self._quantize()
-            loss = self._step(distiller, optimizer, step)
-            if math.isfinite(loss):
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                if in_a_row >= MAX_SKIPPED:
-                    raise NumericError(
-                        f"{in_a_row} steps in a row were not a number. Give a lower --lr than {self.plan.learning_rate:g}."
-                    )
+        while done < self._planned and not self._is_over(before + time.monotonic() - start):
+            step = done
+            log.waiting.append(self._step(distiller, step))
             done = step + 1
+            if done % every == 0:
+                log.look(self._engine, self.plan.learning_rate)
             seconds = before + time.monotonic() - start
             speed = (done - first) * self.options.batch * self.ids.shape[1] / max(1e-9, seconds - before)
-            self.report.step(f"divergence {loss:.4f} at {self.masks.sparsity:g}, {speed:,.0f} tokens a second")
-            if done in checks:
+            last = f"divergence {log.losses[-1]:.4f}, " if log.losses else ""
+            self.report.step(f"{last}sparsity {self.masks.sparsity:g}, {speed:,.0f} tokens a second")
+            if done == PROBE and self.options.max_time:
+                log.look(self._engine, self.plan.learning_rate)
+                self._planned = self.ranks.from_first(self._fitting(time.monotonic() - start))
+            if done in {round(share * self._planned) for share in CHECKS}:
+                log.look(self._engine, self.plan.learning_rate)
                 best = self._check(done, held, best)
-            state = {"held_out": held, "skipped": skipped, "seconds": seconds, "best": best}
-            self.phase.save(done, passing=self._saved(), values=state)
+            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
+            state["planned"] = self._planned
+            if self.ranks.from_first(seconds - before >= SAVE_AFTER):
+                self.phase.save(done, passing=self._saved, values=state)
+        log.look(self._engine, self.plan.learning_rate)
         if done not in held:
             best = self._check(done, held, best)
         self._take(self._best)
-        return Trained(done, skipped, before + time.monotonic() - start, held, best)
+        return Trained(done, log.skipped, before + time.monotonic() - start, held, best, log.losses)
 
-    def _step(self, distiller: Any, optimizer: Any, step: int) -> float:
-        """One optimizer step; its loss, or NaN where it was left out."""
+    def _step(self, distiller: nn.Module, step: int) -> Tensor:
+        """One optimizer step; (2,): its divergence, and 1, or 0 where it was not a number and left out."""
         self.student.train()
-        self.masks.sparsity, self.masks.follows = self.sparsities[step % len(self.sparsities)], True
-        for group in optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate * _schedule(step, self.plan.steps)
-        rows = self._rows(step)
-        parts = rows[self._engine.process_index :: self._engine.num_processes].split(self.plan.micro_batch)
-        total = 0.0
-        for some in parts:
-            loss = distiller(self.ids[some].to(self.device)) / len(parts)
-            self._engine.backward(loss)
-            total += float(loss.detach())
-        norm = self._engine.clip_grad_norm_(list(self._weights.values()), CLIP)
-        fine = math.isfinite(total) and bool(torch.isfinite(torch.as_tensor(norm)))
-        if fine:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.masks.follow(lambda cut: self._engine.reduce(cut, "mean"))
+        self.masks.sparsity, self.masks.follows = self.in_turn[step % len(self.in_turn)], True
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate * _schedule(step, self._planned)
+        rows = self._rows(step)[self.ranks.rank :: self.ranks.size]
+        parts = rows.split(self.plan.micro_batch)
+        total = torch.zeros((), device=self.device)
+        with self._rounded(step):
+            for number, some in enumerate(parts, 1):
+                with nullcontext() if number == len(parts) else self._engine.no_sync(distiller):
+                    kl, apart = distiller(self.ids[some].to(self.device)) * (len(some) / len(rows))
+                    self._engine.backward(kl + self.options.hidden * apart)
+                total += kl.detach()
+        fine = nn.utils.clip_grad_norm_(list(self._weights.values()), CLIP).isfinite()
+        self._optimizer.found_inf = fine.logical_not().float()  # read by fused steps, which then change nothing
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.masks.follow(lambda cuts: self._engine.reduce(cuts, "mean"))
         if step % NORMS_EVERY == 0:
             self.masks.refresh_norms()
-        return total if fine else math.nan
+        return torch.stack([total, fine.float()])
 
     def _rows(self, step: int) -> Tensor:
         """Which sequences a step takes: all once in a random order, then all again in another."""
@@ -210,51 +229,42 @@ class Training:
         self.masks.refresh_norms()
         self.student.eval()
         self.masks.follows = False
-        distiller, found = Distiller(self.student, self.teacher), []
-        with self._quantizing(after=self._quantizes), self._engine.autocast():
-            for sparsity in self.sparsities:
+        distiller = Distiller(self.student, self.teacher)
+        total = torch.zeros(len(self.sparsities), device=self.device)
+        parts = self.held_out.split(self.plan.micro_batch)[self.ranks.rank :: self.ranks.size]
+        with self._rounded(), self._engine.autocast():
+            for number, sparsity in enumerate(self.sparsities):
                 self.masks.sparsity = sparsity
-                losses = [float(distiller(some.to(self.device))) for some in self.held_out.split(self.plan.micro_batch)]
-                found.append(sum(losses) / len(losses))
+                for some in parts:
+                    total[number] += distiller(some.to(self.device))[0] * (len(some) / len(self.held_out))
+        found: list[float] = self._engine.reduce(total, "sum").tolist()
         return found
 
-    _quantizes = False
+    def _rounded(self, step: int | None = None) -> AbstractContextManager[None]:
+        """Where bits were asked for, weights as they will be stored: in the last steps, and where no step is given."""
+        if not self.options.bits or self.plan.adapters:
+            return nullcontext()
+        if step is not None and step < (1 - QUANTIZED) * self._planned:
+            return nullcontext()
+        form = WeightFormat(self.options.bits, self.options.group_size)
+        return straight_through(self.student, self.architecture, form)
 
-    @property
-    def _form(self) -> WeightFormat | None:
-        return WeightFormat(self.options.bits, self.options.group_size) if self.options.bits else None
-
-    def _is_quantized(self, step: int) -> bool:
-        return bool(self.options.bits) and not self.plan.adapters and step >= (1 - QUANTIZED) * self.plan.steps
-
-    def _quantize(self) -> None:
-        assert self._form is not None
-        quantize_in_training(self.student, self.architecture, self._form)
-        self._quantizes = True
-
-    @contextmanager
-    def _quantizing(self, *, after: bool) -> Iterator[None]:
-        """With quantized weights where bits were asked for; then, or if that fails, as `after` says."""
-        if self._form is None or self.plan.adapters:
-            yield
-            return
-        if not self._quantizes:
-            self._quantize()
-        try:
-            yield
-        finally:
-            if not after and self._quantizes:
-                stop_quantizing(self.student)
-                self._quantizes = False
+    def _fitting(self, seconds: float) -> int:
+        """Steps that fit into the limit of time, as the first ones took so many seconds: the learning rate falls over these."""
+        fitting = int(60 * self.options.max_time / seconds * PROBE)
+        if fitting < self._planned:
+            self.report.note(f"{fitting} steps fit into {self.options.max_time:g} minutes")
+        return max(PROBE, min(self._planned, fitting))
 
     def _is_over(self, seconds: float) -> bool:
-        return bool(self.options.max_time) and seconds >= 60 * self.options.max_time
+        limit = self.options.max_time
+        return bool(limit) and self.ranks.from_first(seconds >= 60 * limit)
 
     def _saved(self) -> dict[str, Tensor]:
         out = {f"masks/{name}": value for name, value in self.masks.state().items()}
         for name, p in self._weights.items():
             out |= {f"weight/{name}": p.detach(), f"best/{name}": self._best[name]}
-            out |= {f"{key}/{name}": torch.as_tensor(v) for key, v in self._optimizer.state[p].items()}
+            out |= {f"{key}/{name}": v for key, v in self._optimizer.state[p].items()}
         return out
 
     def _restore(self) -> dict[str, Any]:
@@ -266,8 +276,8 @@ class Training:
         self._best = {name: t.to(self.device) for name, t in _part(saved, "best/").items()}
         self.masks.load_state(_part(saved, "masks/"))
         for name, p in self._weights.items():
-            state = {key: saved[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self._optimizer.state[p] = {k: v if k == "step" else v.to(self.device) for k, v in state.items()}
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self._optimizer.state[p] = {key: saved[f"{key}/{name}"].to(self.device) for key in keys}
         return self.phase.values
 
     @torch.no_grad()

@@ -190,7 +190,7 @@ class Phase:
         step: int,
         *,
         tensors: Mapping[str, Tensor] | None = None,
-        passing: Mapping[str, Tensor] | None = None,
+        passing: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
         values: Mapping[str, Any] | None = None,
         stores: Mapping[str, HiddenStates] | None = None,
         prepare: Callable[[], None] | None = None,
@@ -201,7 +201,7 @@ class Phase:
         Args:
             step: steps done.
             tensors: what is new since the last call; kept until it is saved.
-            passing: what counts until the next save only.
+            passing: what counts until the next save only; a function where it takes time to say.
             values: all small values.
             stores: all stores that the next steps need.
             prepare: called before a save, to force to disk what it relies on.
@@ -214,6 +214,7 @@ class Phase:
             return
         start = time.monotonic()
         serial = self._serial + 1
+        passing = passing() if callable(passing) else passing
         new = {f"{serial:04d}.safetensors": self._pending, f"{serial:04d}{_PASSING}": dict(passing or {})}
         new = {name: found for name, found in new.items() if found} if self._ranks.is_first else {}
         state = {

@@ -1,0 +1,121 @@
+"""From trained weights to the checkpoint that is given back: written as a plain model, and calibrated as any."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from wina_calib.calibration.run import calibrate
+from wina_calib.checkpoint.reader import Checkpoint
+from wina_calib.checkpoint.side_files import copy_side_files
+from wina_calib.checkpoint.writer import write_json
+from wina_calib.common.progress import Progress
+from wina_calib.errors import OutputError
+from wina_calib.model.config import code_is_trusted, open_folder, read_config
+from wina_calib.recovery.options import RecoverOptions
+from wina_calib.recovery.plan import TrainingPlan
+from wina_calib.recovery.text import data_of
+from wina_calib.recovery.train import Trained
+from wina_calib.storage import Shards
+
+
+@torch.no_grad()
+def write_trained(student: PreTrainedModel, dense: Path, folder: Path, plan: TrainingPlan) -> None:
+    """Write the trained weights as a plain model folder, in the dtype that they had; adapters are merged.
+
+    Args:
+        student: the trained model.
+        dense: the checkpoint's weights as a plain model, untrained.
+        folder: to write.
+        plan: of the training.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    if plan.adapters:
+        for module in list(student.modules()):
+            if hasattr(module, "get_delta_weight"):
+                module.merge()
+        names = {n: n.replace(".base_layer.", ".") for n, _ in student.named_parameters() if ".lora_" not in n}
+        values = dict(student.named_parameters())
+        state = {new: values[old].detach() for old, new in names.items()}
+        plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, trust_remote_code=code_is_trusted())
+        plain.load_state_dict(state, strict=False)
+        student = plain
+    student.to(stored_dtype(dense))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        student.save_pretrained(folder)
+    except SafetensorError as error:  # the library's own, with the system's in its text
+        if "No space left" not in str(error):
+            raise
+        raise OutputError(f"{folder}: the disk is full. Free space, and run the same command again.") from error
+    copy_side_files(open_folder(dense), folder)
+
+
+def stored_dtype(dense: Path) -> torch.dtype:
+    """The dtype of a plain model's weights on disk."""
+    shards = Shards.open(dense)
+    return shards[next(name for name in shards if name.endswith("_proj.weight"))].dtype
+
+
+def calibrate_trained(
+    weights: Path,
+    made: Path,
+    opened: Checkpoint,
+    chosen: RecoverOptions,
+    sparsities: tuple[float, ...],
+    trained: Trained,
+    base: Path,
+    report: Progress,
+) -> None:
+    """Fit thresholds for the trained weights, with the site sparsities that they were trained under.
+
+    Args:
+        weights: the trained model.
+        made: folder to write.
+        opened: the checkpoint that was given.
+        chosen: options of the recovery.
+        sparsities: that were trained.
+        trained: what the training came to.
+        base: the dense model's folder.
+        report: hears of it.
+    """
+    settings, provenance = opened.settings, opened.settings.provenance
+    calibrate(
+        weights,
+        made,
+        progress=report,
+        budget=str(opened.folder),
+        transform="none",
+        grid=tuple(sorted({*(a for a in settings.anchors if a > 0), *sparsities})),
+        data=data_of(chosen, opened),
+        samples=int(provenance.get("samples", 128)),
+        seq_len=settings.seq_len,
+        score=settings.score,
+        masks=settings.masks,
+        exponent=settings.exponent,
+        first_token=settings.first_token,
+        prefill=settings.prefill,
+        sparsity=settings.sparsity if settings.sparsity in sparsities else sparsities[-1],
+        overwrite=True,
+        device=chosen.device,
+        **({"bits": chosen.bits, "group_size": chosen.group_size} if chosen.bits else {}),
+    )
+    facts = asdict(trained) | {
+        "sparsities": list(sparsities),
+        "tokens": trained.steps * chosen.batch * chosen.seq_len,
+    }
+    del facts["losses"]
+    config = read_config(made)
+    config["quantization_config"]["provenance"] |= {
+        "recovered": facts,
+        "base_model": provenance.get("base_model", base.name),
+        "base_commit": provenance.get("base_commit"),
+    }
+    write_json(made / "config.json", config)
