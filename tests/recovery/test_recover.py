@@ -288,7 +288,7 @@ def test_a_full_disk_at_the_end_keeps_what_was_saved(
 def test_time_that_is_short_is_planned_for(
     calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Training, "_fitting", lambda self, _: 6)
+    monkeypatch.setattr(Training, "_fitting", lambda *_: 6)
     found = recover(calibrated, tmp_path / "out", **options | {"max_time": 1.0})
     assert found.trained.steps == 6
     assert set(found.trained.held_out) == {0, 6}  # the middle had passed when it was known

@@ -155,6 +155,7 @@ class Training:
         if not held:
             held[0] = self._held_out_losses()
             self.report.note(f"divergence on held-out text before: {self._shown(held[0])}")
+        opened = time.monotonic()
         while done < self._planned and not self._is_over(before + time.monotonic() - start):
             step = done
             log.waiting.append(self._step(distiller, step))
@@ -167,7 +168,8 @@ class Training:
             self.report.step(f"{last}sparsity {self.masks.sparsity:g}, {speed:,.0f} tokens a second")
             if done == PROBE and self.options.max_time:
                 log.look(self._engine, self.plan.learning_rate)
-                self._planned = self.ranks.from_first(self._fitting(time.monotonic() - start))
+                left = 60 * self.options.max_time - before - 3 * (opened - start)  # the two checks to come
+                self._planned = self.ranks.from_first(self._fitting(left, (time.monotonic() - opened) / (done - first)))
             if done in {round(share * self._planned) for share in CHECKS}:
                 log.look(self._engine, self.plan.learning_rate)
                 best = self._check(done, held, best)
@@ -249,12 +251,12 @@ class Training:
         form = WeightFormat(self.options.bits, self.options.group_size)
         return straight_through(self.student, self.architecture, form)
 
-    def _fitting(self, seconds: float) -> int:
-        """Steps that fit into the limit of time, as the first ones took so many seconds: the learning rate falls over these."""
-        fitting = int(60 * self.options.max_time / seconds * PROBE)
+    def _fitting(self, left: float, each: float) -> int:
+        """Steps that fit into the seconds that are left, at so many each: the learning rate falls over these."""
+        fitting = max(PROBE, int(left / each))
         if fitting < self._planned:
             self.report.note(f"{fitting} steps fit into {self.options.max_time:g} minutes")
-        return max(PROBE, min(self._planned, fitting))
+        return min(self._planned, fitting)
 
     def _is_over(self, seconds: float) -> bool:
         limit = self.options.max_time
