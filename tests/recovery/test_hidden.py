@@ -16,7 +16,8 @@ def test_the_rotation_is_found_again() -> None:
 def test_there_is_none_to_another_model() -> None:
     torch.manual_seed(0)
     assert rotation_between(torch.randn(300, 16), torch.randn(300, 16)) is None
-    assert rotation_between(dense := torch.randn(300, 16), dense * torch.linspace(0.5, 2, 16)) is None
+    dense = torch.randn(300, 16)
+    assert rotation_between(dense, dense * torch.linspace(0.5, 2, 16)) is None
 
 
 def test_the_distance_is_a_share_of_each_states_square() -> None:

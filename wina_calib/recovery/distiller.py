@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,6 +46,6 @@ class Distiller(nn.Module):
 
     def _run(self, model: PreTrainedModel, ids: Tensor, *, train: bool) -> tuple[Tensor, list[Tensor]]:
         path = self._layers_path
-        caught = nullcontext([]) if path is None else layer_outputs(model.get_submodule(path))
-        with torch.set_grad_enabled(train and torch.is_grad_enabled()), caught as states:
+        layers = [] if path is None else model.get_submodule(path)
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()), layer_outputs(layers) as states:
             return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, states

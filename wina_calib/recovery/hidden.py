@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ _ROWS = 1 << 15  # of the embeddings, at most
 
 
 @contextmanager
-def layer_outputs(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs (batch, seq, hidden) of layers, in order, as they are made within the context."""
     found: list[Tensor] = []
 

@@ -58,7 +58,8 @@ def divergence(student: Tensor, teacher: Tensor, student_head: Head, teacher_hea
         teacher_head: the same for the dense model.
         rows: rows whose logits are in memory at a time.
     """
-    total: Tensor = _Divergence.apply(student.flatten(0, 1), teacher.flatten(0, 1), student_head, teacher_head, rows)
+    apply: Any = _Divergence.apply  # torch does not type it
+    total: Tensor = apply(student.flatten(0, 1), teacher.flatten(0, 1), student_head, teacher_head, rows)
     return total
 
 

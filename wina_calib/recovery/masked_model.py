@@ -107,15 +107,16 @@ class MaskedModel:
                 return None
             x: Tensor = args[0]
             if made.last is not None and made.last[0] is x:
-                masked = made.last[1]
+                before = made.last[1]
                 made.last = None if last else made.last
-                return (masked, *args[1:])
+                return (before, *args[1:])
             if self.follows and not made.seen:
                 values, norm = _sampled(self._rule.masked_rows(x.detach()), made.norm)
                 made.seen.append(scores(values, norm, self._rule.score))
             cut, kind = made.thresholds[self.sparsity], x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            masked = Masked.apply(x, made.norm, cut, self._rule.score, self._dense_rows(x), dtype)
+            apply: Any = Masked.apply  # torch does not type it
+            masked: Tensor = apply(x, made.norm, cut, self._rule.score, self._dense_rows(x), dtype)
             made.last = None if last else (x, masked)
             return (masked, *args[1:])
 
