@@ -118,8 +118,12 @@ def main() -> None:
     out = {"model": Path(given.model).name, "options": options, "seconds": whole, **known, "after": after}
     (given.folder / "result.json").write_text(json.dumps(out | {"recovery": found.to_dict()}))
     each = [f"{s} {known['before'][s]['rise']:.1%} -> {a['rise']:.1%} ({a['achieved']:.3f})" for s, a in after.items()]
+    kept = [", ".join(f"{kl:.3f}" for kl in found.trained.held_out[n]) for n in (0, max(found.trained.held_out))]
     step = found.trained.seconds / max(1, found.trained.steps)
-    click.echo(f"RESULT {given.folder.name}: {', '.join(each)}; {step:.3f} s a step, {whole:.0f} s in all")
+    click.echo(
+        f"RESULT {given.folder.name}: {', '.join(each)}; divergence {kept[0]} -> {kept[1]}, step {found.trained.best} kept; "
+        f"{step:.3f} s a step, {whole:.0f} s in all"
+    )
 
 
 if __name__ == "__main__":
