@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +32,12 @@ from wina_calib.studies.flops import find_config
 
 CHILD = Path(__file__).with_name("llama_cpp_process.py")
 CPU = torch.device("cpu")
+STARTED = time.monotonic()
+
+
+def say(what):
+    """One line of progress."""
+    click.echo(f"{time.monotonic() - STARTED:6.0f} s  {what}", err=True)
 
 
 class Llama:
@@ -67,6 +74,7 @@ def measure(variants, servers, prompt, new, rounds):
     """Milliseconds of a token and of the prompt, a list for each name."""
     steps, prompts = {}, {}
     for turn in range(-1, rounds):  # the first is not counted
+        say(f"round {turn + 1} of {rounds}" if turn >= 0 else "warm up")
         for name, server in servers.items():
             first, step = server.ask(f"prompt {prompt}"), server.ask(str(new))
             if turn >= 0:
@@ -98,7 +106,7 @@ def measure(variants, servers, prompt, new, rounds):
 @click.option("--threads", default=2, show_default=True)
 @click.option("--prompt", default=32, show_default=True)
 @click.option("--new", default=8, show_default=True)
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(
     llama_python, random, model, gguf, files, kinds, sparsity, bits, group_size, threads, prompt, new, rounds, as_json
@@ -108,6 +116,7 @@ def main(
     torch.manual_seed(0)
     sparsities = tuple(float(s) for s in sparsity.split(","))
     found = dict(pair.split("=", 1) for pair in gguf)
+    say("weights")
     if random:
         found = files_of(llama_python, files, random, kinds.split(","))
         pair = random_pair(random, device=CPU, dtype=torch.bfloat16, seed=0)
@@ -115,7 +124,9 @@ def main(
         pair = open_pair(model, device=CPU, dtype=torch.bfloat16)
     vocabulary = pair.dense.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, prompt + new))
+    say("thresholds")
     fit(pair, sparsities, ids, prompt, WeightFormat(bits, group_size))
+    say("what is dropped, and which of torch's products is the faster")
     real = [achieved(pair, s, ids, prompt) for s in sparsities]
     ((stock, *ours),) = make_variants(pair, sparsities, ids, prompt, compiled=False)
     for module in (attention, lm_head):

@@ -2,6 +2,8 @@
 
 import torch
 
+from wina_calib.quantization.formats import Quantized
+
 # Relative error of the output vector against float64, by dtype.
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = list(LIMITS)
@@ -60,3 +62,19 @@ def error(y, expected):
     assert y.shape == expected.shape
     scale = expected.norm()
     return ((y.double() - expected).norm() / (scale if scale > 0 else 1)).item()
+
+
+def random_weight(form, width, out, seed=0):
+    """Codes and zeros of all values, scales of either sign and some hundredfold of others."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, (dtype, shape) in form.specs(width, (out,)).items():
+        if name == "scales":
+            found[name] = (0.01 * torch.exp(torch.randn(shape, generator=generator))).to(dtype)
+            found[name] *= torch.randint(0, 2, shape, generator=generator).to(dtype) * 2 - 1
+        else:
+            low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+            found[name] = torch.randint(low, high, shape, generator=generator).to(dtype)
+    if form.bits == 4:
+        found["scales"][0, 0] = 0.0
+    return Quantized.of(form, found)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--sample/--greedy", default=False, help="Sample, or take the likeliest token.")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
+@click.option("--draft-for", metavar="BASE", help="Write BASE's own text faster: DIR drafts, the dense BASE decides.")
 @device_option
 @click.option("--dtype", default="auto", type=click.Choice(DTYPES), help="Of the weights; auto is the stored one.")
 @revision_option
@@ -42,10 +43,14 @@ def command(
     Where the model has a chat template, PROMPT is a user's turn and what is printed is the answer; else, and with --raw, the
     text goes on. In a terminal it appears as it is written.
 
+    With --draft-for the text is that of the dense model BASE: DIR, calibrated from it, writes a few tokens ahead, BASE reads them
+    in one pass and keeps those that it would have written itself.
+
     \b
     Examples:
       wina-calib generate demo-sparse "The old lighthouse"
       wina-calib generate chat-sparse "What is a lighthouse?" --system "Be brief." --new 200
+      wina-calib generate chat-sparse "What is a lighthouse?" --draft-for chat
     """
     if raw and system is not None:
         raise UsageError("--raw uses no chat template, so that --system has no place. Leave one of them out.")
@@ -65,5 +70,10 @@ def command(
 def speed(done: Generated, most: int) -> str:
     """How much was written how fast, and whether it was cut."""
     rate = "" if done.tokens_per_second is None else f", {done.tokens_per_second:.1f} tokens/s"
+    kept = (
+        ""
+        if not done.drafted
+        else f", {done.kept} of {done.drafted} drafted tokens kept ({done.kept / done.drafted:.0%})"
+    )
     cut = "" if done.ended else f"; cut at {most}, --new N lets it write more"
-    return f"[{done.prompt_tokens} tokens read, {done.tokens} written{rate}{cut}]"
+    return f"[{done.prompt_tokens} tokens read, {done.tokens} written{rate}{kept}{cut}]"

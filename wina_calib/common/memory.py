@@ -21,7 +21,8 @@ _IMPORTED = 400 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 OWN_PAGES = 4 << 20  # bytes from which on a tensor gets pages of its own
 _HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
+_MOVED = 1 << 20  # bytes from which on a tensor is worth a huge page that it does not fill
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _GROWTH = 32 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
 
@@ -60,24 +61,42 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def advise_huge_pages(first: int, size: int) -> None:
-    """Ask for huge pages for memory that was not touched yet, by its address and bytes. Advice only: failure is ignored."""
+def advise_huge_pages(first: int, size: int, *, filled: bool = False) -> None:
+    """Ask for huge pages for memory by its address and bytes. Advice only: failure is ignored.
+
+    Args:
+        first: address.
+        size: bytes.
+        filled: the memory has pages already, which are joined at once where the system does that (Linux from 6.1 on).
+    """
     start = -(-first // _HUGE_PAGE) * _HUGE_PAGE
     whole = (first + size - start) // _HUGE_PAGE * _HUGE_PAGE
-    if whole > 0 and sys.platform.startswith("linux"):
+    _advise(start, whole, _MADV_HUGEPAGE)
+    if filled:
+        _advise(start, whole, _MADV_COLLAPSE)
+
+
+def _advise(start: int, size: int, advice: int) -> None:
+    """`madvise` for whole pages; failure is ignored."""
+    if size > 0 and sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        libc.madvise(start, whole, _MADV_HUGEPAGE)
+        libc.madvise(start, size, advice)
 
 
-def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, least: int = OWN_PAGES) -> Tensor:
     """A tensor on the CPU whose memory is new, so that the system can give huge pages for it; a small one is any tensor.
 
     What torch allocates may be memory that was freed before, whose pages are there already and stay small.
+
+    Args:
+        shape: of the tensor.
+        dtype: of its numbers.
+        least: bytes below which it is small.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < OWN_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < least or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -87,6 +106,23 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
+
+
+def moved_to_huge_pages(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU with its numbers in memory of its own, in huge pages. The old one must not be read any more.
+
+    What transformers loads lies in the pages of the file, which stay small. They are given back at once: moving all tensors, one
+    after another, takes no more memory than the largest of them.
+    """
+    size = tensor.nbytes
+    if not tensor.is_cpu or size < _MOVED or not tensor.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    made = empty_in_huge_pages(tuple(tensor.shape), tensor.dtype, _MOVED).copy_(tensor)
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    whole = (tensor.data_ptr() + size - start) // page * page
+    _advise(start, whole, mmap.MADV_DONTNEED)
+    return made
 
 
 class Growth:

@@ -27,8 +27,10 @@ class Decoder(Derived):
         state = self.wina_state
         before = state.begin(args, kwargs)
         try:
-            if self.training and not torch.compiler.is_compiling():
-                self._carry_passes()
+            if not torch.compiler.is_compiling():
+                here.current.layers = getattr(self, self.wina_layers)
+                if self.training:
+                    self._carry_passes()
             return super().forward(*args, **kwargs)
         finally:
             state.end(before)

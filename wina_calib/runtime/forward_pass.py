@@ -49,6 +49,8 @@ class Pass:
         group: the mask group that they belong to, or its number.
         out: what all projections of the group give.
         gated: whether changes of the model wait for it.
+        layers: of its decoder, while a token may still be computed for all of them by the first.
+        ahead: what was computed so, see `fast_path.layers`.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Pass:
         self.group: Any = None
         self.out: Any = None
         self.gated = False
+        self.layers: Any = None
+        self.ahead: Any = None
 
     def again(self) -> Pass:
         """The same pass for a layer that is computed again: with products of its own, and counted into nothing."""

@@ -16,6 +16,7 @@ from wina_calib.common.devices import pick_device
 from wina_calib.common.text import first_line
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve
+from wina_calib.runtime.drafting import Drafted, drafting, load_base
 from wina_calib.runtime.load import load
 
 
@@ -29,7 +30,9 @@ class Generated:
         prompt_tokens: tokens of the prompt, the template's included.
         tokens: new tokens.
         ended: whether the model ended by itself, and not at the most tokens that it might write.
-        tokens_per_second: of all new tokens but the first, which the prompt is read for; None where there is one alone.
+        tokens_per_second: of all new tokens but those of the first pass, which the prompt is read in; None where it is alone.
+        drafted: tokens that a draft wrote ahead; None without one.
+        kept: how many of these the dense model kept.
     """
 
     text: str
@@ -38,6 +41,8 @@ class Generated:
     tokens: int
     ended: bool
     tokens_per_second: float | None
+    drafted: int | None = None
+    kept: int | None = None
 
 
 def generate(
@@ -53,6 +58,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    draft_for: str | Path | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Generated:
     """Load a checkpoint and let it answer or continue a prompt.
@@ -69,10 +75,11 @@ def generate(
         device: `auto`, `cpu`, `cuda` ...
         dtype: of the weights; `auto` is the stored one.
         revision: branch, tag or commit on the Hub.
+        draft_for: the dense model, a folder or Hub id, that is to write the text with the checkpoint as its draft.
         show: called with pieces of `text` as they come.
 
     Raises:
-        UsageError: the prompt is empty, or the template does not take it.
+        UsageError: the prompt is empty, the template does not take it, or the dense model has other tokens.
     """
     folder, _ = resolve(checkpoint, revision=revision)
     tokenizer: Any = load_tokenizer(folder)
@@ -82,17 +89,28 @@ def generate(
         raise UsageError(f"--system {missing}. Leave it out, or put its text into the prompt.")
     inputs = chat_inputs(tokenizer, prompt, system) if chat else text_inputs(tokenizer, prompt)
     place = pick_device(device)
-    model = load(folder, sparsity, dtype=dtype, device_map=place if place.type != "cpu" else None)
+    where = place if place.type != "cpu" else None
+    model = load(folder, sparsity, dtype=dtype, device_map=where)
+    dense = None if draft_for is None else load_base(draft_for, model, tokenizer, dtype=dtype, device_map=where)
     torch.manual_seed(seed)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     length = inputs["input_ids"].shape[1]
     clock = _Clock(tokenizer, show, skip_prompt=chat)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(**inputs, max_new_tokens=new, do_sample=sample, pad_token_id=pad, streamer=clock)
+    options = {"max_new_tokens": new, "do_sample": sample, "pad_token_id": pad, "streamer": clock}
+    drafted: Drafted | None = None
+    if dense is None:
+        out = model.generate(**inputs, **options)
+    else:
+        with drafting(dense, model, length) as (more, drafted):
+            out = dense.generate(**inputs, **options, **more)
+        drafted.kept = out.shape[1] - length - drafted.passes
     written = out[0, length:]
     text = str(tokenizer.decode(written if chat else out[0], skip_special_tokens=True))
     rate = clock.tokens_per_second
-    return Generated(text, chat, length, len(written), ended=_ends(model, written, new), tokens_per_second=rate)
+    counts = (None, None) if drafted is None else (drafted.tokens, drafted.kept)
+    ended = _ends(model if dense is None else dense, written, new)
+    return Generated(text, chat, length, len(written), ended, rate, *counts)
 
 
 def text_inputs(tokenizer: Any, prompt: str) -> dict[str, Tensor]:
@@ -135,12 +153,14 @@ class _Clock(TextStreamer):
         super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._show = show
         self._times: list[float] = []
+        self._tokens: list[int] = []
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then one token after another."""
         if self._prompt_seen:
             self._times.append(time.perf_counter())
+            self._tokens.append(value.numel())
         self._prompt_seen = True
         if self._show is not None:
             super().put(value)
@@ -157,7 +177,7 @@ class _Clock(TextStreamer):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens after the first over the time that they took."""
+        """Tokens after those of the first pass over the time that they took."""
         if len(self._times) < 2:
             return None
-        return (len(self._times) - 1) / (self._times[-1] - self._times[0])
+        return sum(self._tokens[1:]) / (self._times[-1] - self._times[0])

@@ -20,9 +20,10 @@ from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.architecture import Architecture
 from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
-from wina_calib.runtime.modules import SiteState, SparseLinear, site_states
+from wina_calib.runtime.fast_path import layers as fast_layers
+from wina_calib.runtime.modules import GroupState, SiteState, SparseLinear, site_states
 from wina_calib.runtime.patches import compile_guards, continuous_batching, late_stop
-from wina_calib.runtime.quantized import QuantizedLinear, quantize_head
+from wina_calib.runtime.quantized import QuantizedLinear, QuantizedRowsModule, quantize_head
 from wina_calib.runtime.state import RuntimeState
 from wina_calib.runtime.watch import Watch
 from wina_calib.transforms import plan
@@ -68,6 +69,7 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     attention.prefer(model)
     for described in arch.layers:
         blocks.shorten(layers.get_submodule(str(described.index)), described)
+        fast_layers.shorten(layers.get_submodule(str(described.index)), described)
     lm_head.prefer(model)
     late_stop.install()
     continuous_batching.install(attention.NAME, attention.STOCK)
@@ -101,6 +103,9 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
             f"{model.name_or_path}: {len(other)} weights are not those that the calibration was made for, such as "
             f"{other[0]}. Were they trained or replaced afterwards, or an adapter merged? Calibrate them again."
         )
+    for module in model.modules():
+        if isinstance(module, GroupState | QuantizedRowsModule):
+            module.settle()
 
 
 def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) -> Iterator[tuple[str, bool]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.common.memory import moved_to_huge_pages
 from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_inputs
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
 from wina_calib.model.architecture import MaskGroup, Site
@@ -62,6 +63,13 @@ class GroupState(Float32Buffers):
         assert self.format is not None
         buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         return Quantized.of(self.format, buffers)
+
+    def settle(self) -> None:
+        """Move quantized weights that were just loaded to where columns are read fast, see `memory.moved_to_huge_pages`."""
+        for name in () if self.format is None else ("codes", "scales", "zeros"):
+            tensor = self._buffers.get(name)
+            if tensor is not None:
+                self._buffers[name] = moved_to_huge_pages(tensor)
 
 
 class SiteState(Float32Buffers):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.common.memory import moved_to_huge_pages
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.model.architecture import Architecture, MaskGroup
 from wina_calib.quantization.formats import Quantized, QuantizedRows
@@ -78,7 +79,7 @@ class QuantizedLinear(SparseLinear):
         return own + tuple(tensor.data_ptr() for tensor in self.site.group(self.group).quantized.named().values())
 
 
-class _Rows(Float32Buffers):
+class QuantizedRowsModule(Float32Buffers):
     """A matrix in int8 by rows, in place of a `weight`."""
 
     codes: Tensor
@@ -90,6 +91,11 @@ class _Rows(Float32Buffers):
         self.register_buffer("codes", torch.zeros(rows, width, dtype=torch.int8, device=like.device))
         self.register_buffer("scales", torch.zeros(rows, dtype=torch.float32, device=like.device))
         self.register_buffer("like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+
+    def settle(self) -> None:
+        """Move rows that were just loaded to where they are read fast, see `memory.moved_to_huge_pages`."""
+        if self._buffers.get("codes") is not None:
+            self._buffers["codes"] = moved_to_huge_pages(self.codes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         like = self._buffers["like"]
@@ -108,7 +114,7 @@ class _Rows(Float32Buffers):
         return _read_only(self.quantized.dequantize(self.like.dtype))
 
 
-class QuantizedEmbedding(_Rows, nn.Embedding):  # type: ignore[override]  # its weight is a property
+class QuantizedEmbedding(QuantizedRowsModule, nn.Embedding):  # type: ignore[override]  # its weight is a property
     """Stands before an embedding's class in one that is made of both: its rows are read from int8."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Embedding uses
@@ -150,7 +156,7 @@ def _quantized_embedding(dense: nn.Embedding) -> QuantizedEmbedding:
     return made
 
 
-class QuantizedHead(_Rows, nn.Linear):
+class QuantizedHead(QuantizedRowsModule, nn.Linear):
     """lm_head in int8: rows of its own, or those of the embedding that it is tied to."""
 
     tied: QuantizedEmbedding | None

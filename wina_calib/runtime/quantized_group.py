@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wina_calib.common.memory import advise_huge_pages
 from wina_calib.quantization.formats import Quantized
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
@@ -52,6 +53,11 @@ class QuantizedGroup:
             parts = [norm.new_zeros(n, dtype=dtype) if b is None else b.detach().to(dtype) for b, n in both]
             self.bias = torch.cat(parts)
         self.row = dispatch.quantized_row_of(weight, norm, threshold, self.bias, dtype)
+        if (
+            self.row is not None
+        ):  # columns are read here and there, and with small pages each costs a walk through tables
+            for tensor in weight.named().values():
+                advise_huge_pages(tensor.data_ptr(), tensor.nbytes, filled=True)
         self.number = group_operator.new_number(self, owner)
         self._given = _identity(weight, biases, norm, threshold, rotation, dtype, owner)
 

@@ -50,6 +50,7 @@ class RuntimeState:
         watch: samples what decode steps drop, until it has seen enough.
         gate: keeps passes and changes of the model apart.
         local: what a thread asked for by `counting` and `densely`.
+        plan: how a token goes through all layers in one call, see `fast_path.layers`; False where it cannot.
         number: of this state among all in the process.
     """
 
@@ -65,14 +66,21 @@ class RuntimeState:
     gate: Gate = field(default_factory=Gate, repr=False)
     local: threading.local = field(default_factory=threading.local, repr=False)
     number: int = field(default_factory=group_operator.new_owner, repr=False)
+    plan: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to threads."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("gate", "local")}
+        """Without what belongs to threads, and what holds addresses."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("gate", "local", "plan")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy is a state of its own, whose weights get numbers of their own."""
-        own = {"gate": Gate(), "local": threading.local(), "number": group_operator.new_owner(), "stale": True}
+        own = {
+            "gate": Gate(),
+            "local": threading.local(),
+            "number": group_operator.new_owner(),
+            "stale": True,
+            "plan": None,
+        }
         self.__dict__.update(values | own)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
@@ -92,6 +100,8 @@ class RuntimeState:
     def end(self, before: Pass | None) -> None:
         """End this thread's pass."""
         ended, here.current = here.current, before
+        if ended.ahead is not None:
+            ended.ahead.finish()
         if ended.gated:
             self.gate.leave()
         if ended.watch is not None and ended.watch.has_seen_enough():
@@ -138,6 +148,7 @@ class RuntimeState:
         late_stop.mark(cache_of(args, kwargs), tokens)
         if not self.stale and (tokens is None or tokens.shape[1] > 1):
             self.stale = any(site.is_replaced() for site in self.sites)
+            self.plan = self.plan or None  # what stood in its way may be gone
 
     def refresh(self) -> None:
         """Look at the weights' storage again where something changed."""

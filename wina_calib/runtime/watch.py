@@ -20,10 +20,14 @@ SHARE, LEAST = 0.25, 0.1
 
 
 class Watch:
-    """Sums what is dropped in the passes that it is part of."""
+    """Sums what is dropped in the passes that it is part of.
 
-    def __init__(self) -> None:
-        self._left, self._lock = STEPS, threading.Lock()
+    Args:
+        steps: passes after which it has seen enough.
+    """
+
+    def __init__(self, steps: float = STEPS) -> None:
+        self._left, self._lock = steps, threading.Lock()
         self._seen = 0.0
         self._asked = 0.0
         self._dropped: float | Tensor = 0.0
@@ -53,6 +57,12 @@ class Watch:
                 share = dropped.double() * outputs
                 earlier = self._dropped
                 self._dropped = share + (earlier.to(share.device) if isinstance(earlier, Tensor) else earlier)
+
+    @property
+    def share(self) -> float:
+        """Of all inputs those that were dropped, weighted by the outputs that they reach; 0 where none were seen."""
+        with self._lock:
+            return float(self._dropped) / self._seen if self._seen else 0.0
 
     def has_seen_enough(self) -> bool:
         """Whether the pass that has ended was the last one; if it was, says so where what was dropped is far off."""

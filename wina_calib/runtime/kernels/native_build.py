@@ -23,8 +23,8 @@ from wina_calib.common.own_cache import cache_folder, find_kept, keep
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "sources"
-HEADERS = [FOLDER / name for name in ("numbers.h", "site.h")]
-SOURCES = [FOLDER / name for name in ("site.c", "quantized.c", "rows.c", "attend.c")]
+HEADERS = [FOLDER / name for name in ("numbers.h", "site.h", "attend.h")]
+SOURCES = [FOLDER / name for name in ("site.c", "quantized.c", "rows.c", "attend.c", "layers.c")]
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
@@ -34,6 +34,10 @@ SIGNATURES = {
     "site": ([*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2], ctypes.c_int),
     "turned": ([*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
     "gated": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int] * 2], ctypes.c_int),
+    "layers": (
+        [*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int],
+        ctypes.c_int,
+    ),
     "attend": ([*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int], ctypes.c_int),
     "mask": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None),
     "norm": ([*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 2, ctypes.c_int], None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.load import choose_sparsity, runtime_state, sparse_sites
 from wina_calib.runtime.patches import compile_guards
-from wina_calib.runtime.watch import is_far, warning
+from wina_calib.runtime.watch import Watch, is_far, warning
 from wina_calib.studies.bench.instruments import PeakMemory, onednn, onednn_pays, seconds
 from wina_calib.studies.bench.models import Pair
 
@@ -197,14 +198,14 @@ def _round(group: Sequence[Variant], new: int, turn: int) -> None:
 
 def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
     """Model sparsity of decoded tokens at the thresholds for `sparsity`."""
-    pair.state.watch = None  # this looks at more
     choose_sparsity(pair.sparse, sparsity)
     run = session(pair.sparse, ids, prompt, compiled=False)
+    pair.state.watch = seen = Watch(math.inf)
     with torch.no_grad():
         run.prefill()
-        with pair.state.counting() as counts:
-            run.steps(min(COUNTED_STEPS, ids.shape[1] - prompt))
-    return sum(c.dropped for c in counts.values()) / max(1, sum(c.seen for c in counts.values()))
+        run.steps(min(COUNTED_STEPS, ids.shape[1] - prompt))
+    pair.state.watch = None  # this has looked at more than it would
+    return seen.share
 
 
 def warn_of_far(asked: Sequence[float], found: Sequence[float]) -> None:

@@ -4,9 +4,7 @@
 
 #include <stdlib.h>
 
-#include "numbers.h"
-
-#define PLACES 4 /* keys or values that are widened and multiplied at a time */
+#include "attend.h"
 
 /* Where keys or values are, in numbers: the next head's and the next place's. */
 struct strides {
@@ -59,49 +57,56 @@ static inline void soften(float *restrict row, const uint8_t *seen, int64_t leng
     for (int64_t t = 0; t < length; t++) row[t] *= scale;
 }
 
+/* One key head of `attend`: to y (group, size), with `scratch` as SCRATCH says. */
+#define ATTEND_HEAD(TYPE)                                                                                              \
+    void attend_head_##TYPE(const TYPE *query, const TYPE *key, int64_t key_place, const TYPE *value,                  \
+                            int64_t value_place, const uint8_t *seen, TYPE *y, int64_t group, int64_t length,          \
+                            int64_t size, float scale, float *scratch) {                                               \
+        const int64_t padded = (length + PLACES - 1) / PLACES * PLACES;                                                \
+        float *weight = scratch, *wide = weight + group * padded, *sum = wide + group * size;                          \
+        float *block = sum + group * size;                                                                             \
+        for (int64_t i = 0; i < group * size; i++) {                                                                   \
+            wide[i] = scale * widen_##TYPE(query[i]);                                                                  \
+            sum[i] = 0;                                                                                                \
+        }                                                                                                              \
+        for (int64_t t = 0; t < length; t += PLACES) {                                                                 \
+            wide_##TYPE(key, key_place, t, length, size, block);                                                       \
+            for (int64_t r = 0; r < group; r++)                                                                        \
+                score_places(wide + r * size, block, size, weight + r * padded + t);                                   \
+        }                                                                                                              \
+        for (int64_t r = 0; r < group; r++) {                                                                          \
+            soften(weight + r * padded, seen, length);                                                                 \
+            for (int64_t t = length; t < padded; t++) weight[r * padded + t] = 0;                                      \
+        }                                                                                                              \
+        for (int64_t t = 0; t < length; t += PLACES) {                                                                 \
+            wide_##TYPE(value, value_place, t, length, size, block);                                                   \
+            for (int64_t r = 0; r < group; r++)                                                                        \
+                add_places(weight + r * padded + t, block, size, sum + r * size);                                      \
+        }                                                                                                              \
+        for (int64_t i = 0; i < group * size; i++) y[i] = narrow_##TYPE(sum[i]);                                       \
+    }
+
 /* To y (heads, size). `seen` (length,) or null says which places are attended to; what lies before the first or behind the last
    of them, such as the rest of a static cache, is not read. Returns 1 without memory. */
 #define ATTEND(TYPE)                                                                                                   \
     int attend_##TYPE(const TYPE *query, const TYPE *key, const TYPE *value, const uint8_t *seen, TYPE *y,             \
                       const struct strides *strides, int64_t heads, int64_t key_heads, int64_t length, int64_t size,   \
                       float scale, int threads) {                                                                      \
-        for (; seen && length > 1 && !seen[length - 1]; length--) continue;                                            \
-        for (; seen && length > 1 && !seen[0]; length--, seen++) {                                                     \
-            key += strides[0].place;                                                                                   \
-            value += strides[1].place;                                                                                 \
-        }                                                                                                              \
-        const int64_t group = heads / key_heads, padded = (length + PLACES - 1) / PLACES * PLACES;                     \
-        const int64_t own = group * (padded + 2 * size) + PLACES * size;                                               \
+        const int64_t first = first_seen(seen, &length), group = heads / key_heads, own = SCRATCH(group, length, size); \
         float *memory = malloc((size_t)(key_heads * own) * sizeof(float));                                             \
         if (!memory) return 1;                                                                                         \
-        _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t h = 0; h < key_heads; h++) {    \
-            float *weight = memory + h * own, *wide = weight + group * padded, *sum = wide + group * size;             \
-            float *block = sum + group * size;                                                                         \
-            for (int64_t i = 0; i < group * size; i++) {                                                               \
-                wide[i] = scale * widen_##TYPE(query[h * group * size + i]);                                           \
-                sum[i] = 0;                                                                                            \
-            }                                                                                                          \
-            for (int64_t t = 0; t < length; t += PLACES) {                                                             \
-                wide_##TYPE(key + h * strides[0].head, strides[0].place, t, length, size, block);                      \
-                for (int64_t r = 0; r < group; r++)                                                                    \
-                    score_places(wide + r * size, block, size, weight + r * padded + t);                               \
-            }                                                                                                          \
-            for (int64_t r = 0; r < group; r++) {                                                                      \
-                soften(weight + r * padded, seen, length);                                                             \
-                for (int64_t t = length; t < padded; t++) weight[r * padded + t] = 0;                                  \
-            }                                                                                                          \
-            for (int64_t t = 0; t < length; t += PLACES) {                                                             \
-                wide_##TYPE(value + h * strides[1].head, strides[1].place, t, length, size, block);                    \
-                for (int64_t r = 0; r < group; r++)                                                                    \
-                    add_places(weight + r * padded + t, block, size, sum + r * size);                                  \
-            }                                                                                                          \
-            for (int64_t i = 0; i < group * size; i++) y[h * group * size + i] = narrow_##TYPE(sum[i]);                \
-        }                                                                                                              \
+        key += first * strides[0].place, value += first * strides[1].place;                                            \
+        _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t h = 0; h < key_heads; h++)      \
+            attend_head_##TYPE(query + h * group * size, key + h * strides[0].head, strides[0].place,                  \
+                               value + h * strides[1].head, strides[1].place, seen ? seen + first : seen,              \
+                               y + h * group * size, group, length, size, scale, memory + h * own);                    \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
     }
 
 WIDEN(float32)
 WIDEN(bfloat16)
+ATTEND_HEAD(float32)
+ATTEND_HEAD(bfloat16)
 ATTEND(float32)
 ATTEND(bfloat16)

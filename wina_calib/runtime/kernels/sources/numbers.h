@@ -1,5 +1,7 @@
 /* The numbers that weights and inputs are stored in, to and from float. */
 
+#pragma once
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -18,7 +18,6 @@ int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
 #define WORDS 16   /* words of four bytes in a cache line */
-#define UNIT 32    /* outputs that a thread's share is a multiple of */
 #define BLOCK 6144 /* outputs whose results a thread holds at a time */
 
 #define EIGHT(EACH) EACH(0) EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) EACH(7)
@@ -143,8 +142,8 @@ static void add_bfloat16(const bfloat16 *weight, int64_t out, const int64_t *ind
 
 /* List the kept inputs' indices and values, at most `in`; a NaN is kept, so that it shows. Returns their number. */
 #define KEPT(TYPE)                                                                                                     \
-    static int64_t kept_##TYPE(const TYPE *x, const float *norm, float threshold, int64_t in, int64_t *index,          \
-                               float *value) {                                                                         \
+    int64_t kept_##TYPE(const TYPE *x, const float *norm, float threshold, int64_t in, int64_t *index,                 \
+                        float *value) {                                                                                \
         int64_t count = 0, i = 0;                                                                                      \
         KEPT_BY_VECTORS(TYPE)                                                                                          \
         for (; i < in; i++) {                                                                                          \
@@ -182,26 +181,10 @@ static inline __m512 vector_bfloat16(const bfloat16 *x) {
 KEPT(float32)
 KEPT(bfloat16)
 
-/* What a thread lists kept inputs in, for inputs of up to `in`. */
-struct list {
-    int64_t *index;
-    float *value;
-};
-
-static inline struct list list_of(void *memory, int64_t threads, int64_t in, int64_t me) {
-    int64_t *index = memory;
-    return (struct list){index + me * in, (float *)(index + threads * in) + me * in};
-}
-
-#define LIST_BYTES(threads, in) ((size_t)(threads) * (size_t)(in) * (sizeof(int64_t) + sizeof(float)))
-
-/* Outputs that a thread's share of a site is a multiple of. */
-static inline int64_t unit_of(const struct site *site) { return site->quantized ? QUANTIZED_UNIT : UNIT; }
-
 /* Of y (out,) the numbers from `start` to `stop`, from `count` kept inputs. */
 #define OUTPUTS(TYPE)                                                                                                  \
-    static void outputs_##TYPE(const struct site *site, struct list kept, int64_t count, int64_t start, int64_t stop,  \
-                               TYPE *y) {                                                                              \
+    void site_outputs_##TYPE(const struct site *site, struct list kept, int64_t count, int64_t start, int64_t stop,    \
+                             TYPE *y) {                                                                                \
         const TYPE *weight = site->weight, *bias = site->bias;                                                         \
         float result[BLOCK];                                                                                           \
         for (int64_t j = start; j < stop; j += BLOCK) {                                                                \
@@ -227,7 +210,7 @@ static inline int64_t unit_of(const struct site *site) { return site->quantized 
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), out = site->out, unit = unit_of(site); \
             const struct list own = list_of(memory, threads, site->in, me);                                            \
             const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);               \
-            outputs_##TYPE(site, own, count, share(out, unit, me, team), share(out, unit, me + 1, team), y);           \
+            site_outputs_##TYPE(site, own, count, share(out, unit, me, team), share(out, unit, me + 1, team), y);           \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -246,33 +229,56 @@ static inline int64_t unit_of(const struct site *site) { return site->quantized 
         }                                                                                                              \
     }
 
-/* As `site`, for queries, keys and values of heads of `size` numbers, of which those of `queries` and `keys` are then normed by
-   the weights (size,) that are given for each, and turned by cosine (size,) and sine (size,). Threads share whole heads. */
+/* The outputs from `start` to `stop`, whole heads of queries, keys and values: those of queries and keys are then normed, where
+   there are weights for it, and turned by cosine (size,) and sine (size,). */
+#define OWN_HEADS(TYPE)                                                                                                \
+    void own_heads_##TYPE(const struct site *site, const struct heads *heads, const TYPE *cosine, const TYPE *sine,    \
+                          struct list kept, int64_t count, int64_t start, int64_t stop, TYPE *y) {                     \
+        const int64_t size = heads->size;                                                                              \
+        site_outputs_##TYPE(site, kept, count, start, stop, y);                                                        \
+        for (int64_t h = start / size; h < heads->queries + heads->keys && h < stop / size; h++) {                     \
+            const TYPE *weight = h < heads->queries ? heads->query_norm : heads->key_norm;                             \
+            if (weight) normed_##TYPE(y + h * size, weight, y + h * size, heads->epsilon, size);                       \
+            turn_##TYPE(y + h * size, cosine, sine, size);                                                             \
+        }                                                                                                              \
+    }
+
+/* As `site`, for queries, keys and values. Threads share whole heads. */
 #define TURNED(TYPE)                                                                                                   \
     int turned_##TYPE(const struct site *site, const TYPE *x, TYPE *y, const TYPE *cosine, const TYPE *sine,           \
                       const TYPE *query_norm, const TYPE *key_norm, float epsilon, int64_t queries, int64_t keys,      \
                       int64_t size, int threads) {                                                                     \
+        const struct heads heads = {queries, keys, size, query_norm, key_norm, epsilon};                               \
         void *memory = malloc(LIST_BYTES(threads, site->in));                                                          \
         if (!memory) return 1;                                                                                         \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
-            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), heads = queries + keys;             \
+            const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
             const int64_t start = share(site->out, size, me, team), stop = share(site->out, size, me + 1, team);       \
             const struct list own = list_of(memory, threads, site->in, me);                                            \
             const int64_t count = kept_##TYPE(x, site->norm, *site->threshold, site->in, own.index, own.value);        \
-            outputs_##TYPE(site, own, count, start, stop, y);                                                          \
-            for (int64_t h = start / size; h < heads && h < stop / size; h++) {                                        \
-                const TYPE *weight = h < queries ? query_norm : key_norm;                                              \
-                if (weight) normed_##TYPE(y + h * size, weight, y + h * size, epsilon, size);                          \
-                turn_##TYPE(y + h * size, cosine, sine, size);                                                         \
-            }                                                                                                          \
+            own_heads_##TYPE(site, &heads, cosine, sine, own, count, start, stop, y);                                  \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
     }
 
-/* A gated MLP from x (in,) to y (out,): `first` gives gate and up side by side in both (2 * width,), of which the first half
-   becomes the input of `second`: x * sigmoid(x) of the gate, or its GELU by tanh, times up. A thread computes gate and up of the
-   same outputs, so that threads wait for each other once. Returns 1 without memory. */
+/* Of gate and up side by side in both (out,) the numbers from `start` to `stop` of each; the first half becomes x * sigmoid(x) of
+   the gate, or its GELU by tanh, times up. */
+#define OWN_GATED(TYPE)                                                                                                \
+    void own_gated_##TYPE(const struct site *site, int gelu, struct list kept, int64_t count, int64_t start,           \
+                          int64_t stop, TYPE *both) {                                                                  \
+        const int64_t width = site->out / 2;                                                                           \
+        site_outputs_##TYPE(site, kept, count, start, stop, both);                                                     \
+        site_outputs_##TYPE(site, kept, count, width + start, width + stop, both);                                     \
+        for (int64_t j = start; j < stop; j++) {                                                                       \
+            const float gate = widen_##TYPE(both[j]);                                                                  \
+            const TYPE open = narrow_##TYPE(gate / (1.0f + exponential(gelu ? -2.0f * inner_of_gelu(gate) : -gate)));  \
+            both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                               \
+        }                                                                                                              \
+    }
+
+/* A gated MLP from x (in,) to y (out,): `first` gives gate and up, from which the input of `second` is made in both (2 * width,).
+   A thread computes gate and up of the same outputs, so that threads wait for each other once. Returns 1 without memory. */
 #define GATED(TYPE)                                                                                                    \
     int gated_##TYPE(const struct site *first, const struct site *second, const TYPE *x, TYPE *both, TYPE *y,          \
                      int gelu, int threads) {                                                                          \
@@ -284,16 +290,10 @@ static inline int64_t unit_of(const struct site *site) { return site->quantized 
             const struct list own = list_of(memory, threads, most, me);                                                \
             const int64_t unit = unit_of(first), start = share(width, unit, me, team), stop = share(width, unit, me + 1, team); \
             int64_t count = kept_##TYPE(x, first->norm, *first->threshold, first->in, own.index, own.value);           \
-            outputs_##TYPE(first, own, count, start, stop, both);                                                      \
-            outputs_##TYPE(first, own, count, width + start, width + stop, both);                                      \
-            for (int64_t j = start; j < stop; j++) {                                                                   \
-                const float gate = widen_##TYPE(both[j]);                                                              \
-                const TYPE open = narrow_##TYPE(gate / (1.0f + exponential(gelu ? -2.0f * inner_of_gelu(gate) : -gate))); \
-                both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                           \
-            }                                                                                                          \
+            own_gated_##TYPE(first, gelu, own, count, start, stop, both);                                              \
             _Pragma("omp barrier") count = kept_##TYPE(both, second->norm, *second->threshold, width, own.index, own.value); \
             const int64_t last = unit_of(second), end = share(second->out, last, me + 1, team);                        \
-            outputs_##TYPE(second, own, count, share(second->out, last, me, team), end, y);                            \
+            site_outputs_##TYPE(second, own, count, share(second->out, last, me, team), end, y);                       \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -305,7 +305,11 @@ SITE(float32)
 SITE(bfloat16)
 TURN(float32)
 TURN(bfloat16)
+OWN_HEADS(float32)
+OWN_HEADS(bfloat16)
 TURNED(float32)
 TURNED(bfloat16)
+OWN_GATED(float32)
+OWN_GATED(bfloat16)
 GATED(float32)
 GATED(bfloat16)

@@ -1,5 +1,7 @@
 /* What is known of a site before it gets an input, and how threads share it. */
 
+#pragma once
+
 #include "numbers.h"
 
 /* Weights (in, out) by input: codes of 8 bits, or of 4, of which byte i of a group holds outputs i (low) and i + group / 2. */
@@ -23,6 +25,7 @@ struct site {
     const struct quantized *quantized;
 };
 
+#define UNIT 32            /* outputs that a thread's share is a multiple of */
 #define QUANTIZED_UNIT 128 /* outputs that a thread's share of quantized ones is a multiple of */
 
 /* Where the share of thread `me` begins of `out` numbers in units, and the one's before it ends. */
@@ -30,6 +33,42 @@ static inline int64_t share(int64_t out, int64_t unit, int64_t me, int64_t team)
     const int64_t start = (out + unit - 1) / unit * me / team * unit;
     return start < out ? start : out;
 }
+
+/* What a thread lists kept inputs in, for inputs of up to `in`. */
+struct list {
+    int64_t *index;
+    float *value;
+};
+
+static inline struct list list_of(void *memory, int64_t threads, int64_t in, int64_t me) {
+    int64_t *index = memory;
+    return (struct list){index + me * in, (float *)(index + threads * in) + me * in};
+}
+
+#define LIST_BYTES(threads, in) ((size_t)(threads) * (size_t)(in) * (sizeof(int64_t) + sizeof(float)))
+
+/* Outputs that a thread's share of a site is a multiple of. */
+static inline int64_t unit_of(const struct site *site) { return site->quantized ? QUANTIZED_UNIT : UNIT; }
+
+/* How queries and keys become heads: their counts, the numbers of each, the weights (size,) of their norms or null. */
+struct heads {
+    int64_t queries, keys, size;
+    const void *query_norm, *key_norm;
+    float epsilon;
+};
+
+/* Parts of a token that several calls are made of, for each type; what they do is said where they are. */
+#define DECLARED(TYPE)                                                                                                 \
+    int64_t kept_##TYPE(const TYPE *x, const float *norm, float threshold, int64_t in, int64_t *index, float *value);  \
+    void site_outputs_##TYPE(const struct site *site, struct list kept, int64_t count, int64_t start, int64_t stop,    \
+                             TYPE *y);                                                                                 \
+    void own_heads_##TYPE(const struct site *site, const struct heads *heads, const TYPE *cosine, const TYPE *sine,    \
+                          struct list kept, int64_t count, int64_t start, int64_t stop, TYPE *y);                      \
+    void own_gated_##TYPE(const struct site *site, int gelu, struct list kept, int64_t count, int64_t start,           \
+                          int64_t stop, TYPE *both);
+
+DECLARED(float32)
+DECLARED(bfloat16)
 
 /* Results (rows, stop - start) of quantized outputs from `start` to `stop` for kept inputs with values (rows, spacing). */
 void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
