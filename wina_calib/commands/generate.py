@@ -72,7 +72,7 @@ def speed(done: Generated, most: int) -> str:
     rate = "" if done.tokens_per_second is None else f", {done.tokens_per_second:.1f} tokens/s"
     kept = (
         ""
-        if not done.drafted
+        if not done.drafted or done.kept is None
         else f", {done.kept} of {done.drafted} drafted tokens kept ({done.kept / done.drafted:.0%})"
     )
     cut = "" if done.ended else f"; cut at {most}, --new N lets it write more"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from wina_calib.errors import UsageError
 from wina_calib.model.architecture import Layer
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.decoder import Recomputed
@@ -96,12 +97,15 @@ class Plan:
         self.attentions: list[Any] = [layer._modules[layer.form.attention] for layer in layers]
         self.norms = list(_norms(layers))
         self.modules = [module for layer in layers for module in _computing(layer)]
+        self.dropping = [*self.attentions, *(m for m in self.modules if isinstance(m, nn.Dropout))]
         self.parents = [m._modules for m in self.modules if m._modules]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.projections: list[Any] = [m for m in self.modules if isinstance(m, PROJECTIONS)]
         self.groups: list[Any] = list(dict.fromkeys(m.packed for m in self.projections))
         self.quantized = all(isinstance(group, QuantizedGroup) for group in self.groups)
-        self.derived = {type(m): m for m in self.modules if isinstance(m, ShortLayer | ShortAttention | ShortMLP)}
+        self.derived: dict[Any, Any] = {
+            type(m): m for m in self.modules if isinstance(m, ShortLayer | ShortAttention | ShortMLP)
+        }
         self.configs = list({id(a.config): a.config for a in self.attentions}.values())
         self.shapes = [(a.parts.heads[1], a.head_dim) for a in self.attentions]
         self.grouped = any(a.parts.heads[0] != a.parts.heads[1] for a in self.attentions)
@@ -118,7 +122,7 @@ class Plan:
         """Whether hooks see the calls of a module, or one computes something else by now."""
         if any(self.hooks) or torch_modules._has_any_global_hook():
             return True
-        if any("forward" in module.__dict__ or module.training for module in self.modules):
+        if any("forward" in module.__dict__ for module in self.modules) or any(m.training for m in self.dropping):
             return True
         return any(kind.__bases__[1].forward is not module.known[0] for kind, module in self.derived.items())
 
@@ -152,7 +156,10 @@ def shorten(layer: nn.Module, described: Layer) -> None:
     known = {described.attention, described.mlp, "wina", *norms}
     if len(norms) != 2 or any(n not in known and type(m) is not nn.Dropout for n, m in layer.named_children()):
         return
-    name = cache_name(type(layer).forward)
+    try:
+        name = cache_name(type(layer).forward)
+    except UsageError:
+        return
     for first, second in (norms, norms[::-1]):
         form = Form(described.attention, first, described.mlp, second, name)
         if _matches(layer, form):

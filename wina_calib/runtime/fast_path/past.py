@@ -114,7 +114,8 @@ def caches_of(past: Any, count: int) -> Caches | None:
         return None
     found = _known.get(past)
     if found is None or found.layers != past.layers:
-        if not all(_is_known(type(layer)) for layer in past.layers):
+        kinds: set[Any] = {type(layer) for layer in past.layers}
+        if not all(map(_is_known, kinds)):
             return None
         found = _known[past] = Caches(past.layers)
     return found
@@ -136,7 +137,7 @@ def _serves(layer: Any, shape: tuple[int, int], dtype: torch.dtype) -> bool:
 
 
 @cache
-def _is_known(kind: type) -> bool:
+def _is_known(kind: Any) -> bool:
     """Whether a class of layers adds tokens as it is done here, seen on a small one."""
     if kind not in (DynamicLayer, StaticLayer):
         return False
