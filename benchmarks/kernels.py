@@ -16,7 +16,7 @@ import click
 import torch
 from torch.nn import functional as F
 
-from wina_calib.runtime.kernels import cuda, dispatch
+from wina_calib.runtime.kernels import cpu, cuda, dispatch
 
 MODELS = {
     "Llama-3-8B": {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
@@ -59,7 +59,7 @@ class Site:
         self.norm = torch.exp(0.2 * torch.randn(width, device="cuda"))
         self.threshold = torch.zeros((), device="cuda")
         self.dense = [torch.randn(out, width, device="cuda", dtype=dtype) / width**0.5 for _ in range(layers)]
-        self.sparse = [dispatch.column_storage([w]) for w in self.dense]
+        self.sparse = [cpu.column_storage([w]) for w in self.dense]
 
     def set(self, sparsity):
         score = self.x.float().abs() * self.norm

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def main() -> None:
         [args.heldout], tokenizer, samples=args.heldout_blocks, seq_len=args.seq_len, seed=0, min_tokens=2
     ).ids
     base = base_perplexity(args.model, held, 4)
-    print(f"{held.numel()} held-out tokens, perplexity {base:.3f}", flush=True)  # noqa: T201
+    click.echo(f"{held.numel()} held-out tokens, perplexity {base:.3f}")
     rows: list[dict[str, Any]] = []
     for case in args.case:
         options, folder, start = parse(case) | others, args.out_dir / "checkpoint", time.perf_counter()
@@ -104,7 +105,7 @@ def main() -> None:
             row = {"case": case, "sparsity": sparsity, "achieved": achieved, "bits_read": cells.bits_read_at(achieved)}
             rows.append(row | {"perplexity": found, "rise": found / base - 1, "seconds": seconds} | others)
             line = f"{case} at {sparsity:.0%} ({achieved:.1%}): {row['bits_read']:.2f} bits, {found:.3f}, {found / base - 1:+.1%}"
-            print(f"{line}, calibrated in {seconds:.0f} s", flush=True)  # noqa: T201
+            click.echo(f"{line}, calibrated in {seconds:.0f} s")
         (args.out_dir / "quality_bits.json").write_text(json.dumps({"base": base, "rows": rows}, indent=1))
         del model
         shutil.rmtree(folder)

@@ -37,17 +37,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrated(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
     """The tiny Llama, calibrated without a transform."""
     folder = tmp_path_factory.mktemp("calibrated") / "sparse"
-    wina_calib.calibrate(
-        llama,
-        folder,
-        transform="none",
-        budget="uniform",
-        data=str(text),
-        samples=80,
-        seq_len=128,
-        sparsity=0.5,
-        grid=(0.25, 0.5, 0.65),
-    )
+    tiny.calibrate(llama, folder, text, transform="none", samples=80)
     return folder
 
 

@@ -30,17 +30,7 @@ def test_generate_drops_what_was_calibrated(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_steps_give_what_one_pass_gives(family: str, tmp_path: Path, text: Path) -> None:
     tiny.save(family, tmp_path / "model")
-    wina_calib.calibrate(
-        tmp_path / "model",
-        tmp_path / "out",
-        transform="none",
-        budget="uniform",
-        data=str(text),
-        samples=64,
-        seq_len=128,
-        sparsity=0.5,
-        grid=(0.25, 0.5, 0.65),
-    )
+    tiny.calibrate(tmp_path / "model", tmp_path / "out", text, transform="none")
     model = wina_calib.load(tmp_path / "out", 0.5)
     tokens = model.generate(
         PROMPT, max_new_tokens=12, do_sample=False, pad_token_id=3, output_logits=True, return_dict_in_generate=True

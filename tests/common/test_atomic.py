@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import script
+import tiny
 
 import wina_calib
 from wina_calib.checkpoint.reader import open_checkpoint
@@ -123,16 +124,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def test_a_full_disk(tmp_path: Path, llama: Path, text: Path) -> None:
     with mounted(tmp_path / "small", "size=300k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
-            wina_calib.calibrate(
-                llama,
-                folder / "out",
-                data=str(text),
-                samples=64,
-                seq_len=128,
-                budget="uniform",
-                sparsity=0.5,
-                grid=(0.25, 0.5, 0.65),
-            )
+            tiny.calibrate(llama, folder / "out", text)
         assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
@@ -141,31 +133,13 @@ def test_a_disk_that_fills_while_the_fit_is_written(tmp_path: Path, llama: Path,
     weights = sum(p.stat().st_size for p in llama.iterdir())
     with mounted(tmp_path / "small", f"size={weights // 4096 * 4 + 40}k") as folder:
         with pytest.raises(OutputError, match=r"[Ff]ree"):
-            wina_calib.calibrate(
-                llama,
-                folder / "out",
-                data=str(text),
-                samples=64,
-                seq_len=128,
-                budget="uniform",
-                sparsity=0.5,
-                grid=(0.25, 0.5, 0.65),
-            )
+            tiny.calibrate(llama, folder / "out", text)
         assert set(names(folder)) <= {".out.state"}  # from which the same command goes on when there is room
 
 
 def test_a_read_only_disk(tmp_path: Path, llama: Path, text: Path) -> None:
     with mounted(tmp_path / "fixed", "ro,size=1m") as folder, pytest.raises(OutputError, match=r"writable|written"):
-        wina_calib.calibrate(
-            llama,
-            folder / "out",
-            data=str(text),
-            samples=64,
-            seq_len=128,
-            budget="uniform",
-            sparsity=0.5,
-            grid=(0.25, 0.5, 0.65),
-        )
+        tiny.calibrate(llama, folder / "out", text)
 
 
 _KILLER = """
@@ -244,17 +218,7 @@ def test_two_processes_on_one_output_folder(tmp_path: Path, llama: Path, text: P
     assert first.stdout.readline() == "half way\n"
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="another process"):
-            wina_calib.calibrate(
-                llama,
-                tmp_path / "out",
-                data=str(text),
-                samples=64,
-                seq_len=128,
-                budget="uniform",
-                overwrite=overwrite,
-                sparsity=0.5,
-                grid=(0.25, 0.5, 0.65),
-            )
+            tiny.calibrate(llama, tmp_path / "out", text, overwrite=overwrite)
     first.communicate("go on\n", timeout=120)
     assert first.returncode == 0
     assert names(tmp_path) == ["out"]

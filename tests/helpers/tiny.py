@@ -23,6 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
+import wina_calib
+
 _SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -35,15 +37,15 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
-EXPERTS = MixtralConfig(
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    intermediate_size=32,
-    vocab_size=320,
-    num_local_experts=2,
-)
+EXPERT_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 320,
+}
+EXPERTS = MixtralConfig(**EXPERT_SIZES, num_local_experts=2)
 _CONFIGS = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
@@ -105,6 +107,12 @@ def save(family: str, folder: Path, *, shard: str = "60KB", **overrides: Any) ->
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
     return model
+
+
+def calibrate(model: Path, folder: Path, text: Path, **others: Any) -> None:
+    """Calibrate a tiny model on a text file, with a uniform budget and three anchors unless told otherwise."""
+    options = {"budget": "uniform", "samples": 64, "seq_len": 128, "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
+    wina_calib.calibrate(model, folder, data=str(text), **(options | others))
 
 
 def text_file(folder: Path, *, words: int = 12_000, seed: int = 0) -> Path:

@@ -53,23 +53,8 @@ def test_fused_projections_are_one_mask_group() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (
-            tiny.EXPERTS,
-            "model.layers.0",
-        ),
-        (
-            Qwen3MoeConfig(
-                hidden_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                intermediate_size=32,
-                vocab_size=64,
-                num_experts=2,
-                moe_intermediate_size=16,
-            ),
-            "model.layers.0",
-        ),
+        (tiny.EXPERTS, "model.layers.0"),
+        (Qwen3MoeConfig(**tiny.EXPERT_SIZES, num_experts=2, moe_intermediate_size=16), "model.layers.0"),
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "transformer"),
     ],
     ids=["mixtral", "qwen3-moe", "gpt2"],

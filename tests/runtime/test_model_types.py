@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import script
+import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
@@ -20,17 +21,7 @@ IDS = torch.arange(4, 28).view(2, 12)
 def rotated(request: pytest.FixtureRequest, llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama, calibrated with run-time matrices."""
     folder = tmp_path_factory.mktemp("runtime") / request.param
-    wina_calib.calibrate(
-        llama,
-        folder,
-        transform=request.param,
-        budget="uniform",
-        data=str(text),
-        samples=80,
-        seq_len=128,
-        sparsity=0.5,
-        grid=(0.25, 0.5, 0.65),
-    )
+    tiny.calibrate(llama, folder, text, transform=request.param, samples=80)
     return folder
 
 

@@ -59,7 +59,10 @@ def run(model: Path, options: dict, prompts: list, params: list, check: bool = T
 def requests(count: int, longest: int) -> tuple[list[list[int]], list[tuple[float, int]]]:
     """Prompts of mixed lengths, a third of which begin alike; greedy and sampled, of different lengths."""
     random = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(4, 300, (n,), generator=random).tolist()  # noqa: E731
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(4, 300, (count,), generator=random).tolist()
+
     shared = draw(longest)
     prompts = [shared[: 40 + i] if i % 3 == 0 else draw(1 + (7 * i) % longest) for i in range(count)]
     return prompts, [(float(i % 2), 20 + (11 * i) % 40) for i in range(count)]

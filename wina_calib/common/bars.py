@@ -124,7 +124,7 @@ def hearing(progress: Hearing) -> Iterator[Progress]:
             yield bars
     elif progress is None or progress is False:
         yield SILENT
-    elif hasattr(progress, "planned"):
-        yield progress  # type: ignore[misc]
-    else:
+    elif callable(progress):
         yield Counted(progress)
+    else:
+        yield progress
