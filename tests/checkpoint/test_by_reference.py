@@ -42,7 +42,6 @@ def reference(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 @torch.no_grad()
 def test_it_is_small_and_equals_the_checkpoint_with_weights(reference: Path, calibrated: Path) -> None:
     assert {path.name for path in reference.iterdir()} == {
-        ".wina_local.json",
         "README.md",
         "model.safetensors.index.json",
         "wina.safetensors",
@@ -108,6 +107,35 @@ def test_another_model_is_not_the_base_model(reference: Path, tmp_path: Path, si
     tiny.save("llama", tmp_path / "other", **sizes)
     with pytest.raises(CheckpointError, match=f"is not the base model that {reference} was made for"):
         wina_calib.load(reference, base=str(tmp_path / "other"))
+
+
+def test_a_base_model_is_found_where_it_was_beside_the_checkpoint_or_where_one_says_once(
+    reference: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(reference, tmp_path / "a" / "sparse"))
+    assert json.loads((folder / "wina_config.json").read_text())["base_model"] == llama.name
+    wina_calib.load(folder)  # where it was
+    monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        ModelFolderError, match=f"takes its weights from {llama.name}, which is not here. Put that folder"
+    ):
+        wina_calib.load(folder)
+    (folder.parent / llama.name).symlink_to(llama)
+    wina_calib.load(folder)
+    (folder.parent / llama.name).unlink()
+    wina_calib.load(folder, base=str(llama))
+    wina_calib.load(folder)
+    assert CliRunner().invoke(main, ["inspect", str(folder)]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "sparse", ""])
+def test_a_crafted_name_of_a_base_model_leads_nowhere(reference: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(reference, tmp_path / "a" / "sparse"))
+    (tmp_path / "x").mkdir()
+    raw = json.loads((folder / "wina_config.json").read_text())
+    (folder / "wina_config.json").write_text(json.dumps(raw | {"base_model": name}))
+    with pytest.raises(ModelFolderError, match="is not here"):
+        wina_calib.load(folder)
 
 
 def test_a_base_model_that_is_not_here_is_named(reference: Path, tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ def test_files(calibrated: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "wina.safetensors",
-        ".wina_local.json",  # paths of this machine, never pushed
     }
 
 
@@ -61,6 +60,7 @@ def test_wina_file_is_pinned(calibrated: Path) -> None:
     sites = {"attn_in": (64, 3), "attn_out": (64, 1), "mlp_in": (64, 2), "mlp_out": (128, 1)}
     expected = {}
     for layer in range(3):
+        expected[f"model.layers.{layer}.wina.others.sample"] = (2, 32)
         for site, (width, projections) in sites.items():
             path = f"model.layers.{layer}.wina.{site}"
             expected |= {
@@ -93,7 +93,8 @@ def test_config_is_pinned(calibrated: Path, llama: Path) -> None:
     assert config == json.loads((llama / "config.json").read_text())
     assert list(section) == [
         "quant_method", "sparsity", "anchors", "score", "masks", "exponent", "transform", "budget", "prefill",
-        "select", "first_token", "curve_levels", "weights", "samples", "provenance", "format_version",
+        "select", "first_token", "curve_levels", "weights", "samples", "whole_layers",
+        "provenance", "format_version",
     ]  # fmt: skip
     assert section["quant_method"] == "wina"
     assert section["format_version"] == FORMAT_VERSION == "1.0"
@@ -112,6 +113,8 @@ def test_stored_values_mean_what_they_say(calibrated: Path, llama: Path) -> None
     assert (table.diff(dim=1) >= 0).all()
     row, column = 5 * 64 // 32, (5 * 40_503 + 7_919) % 64
     assert tensors[f"{path}.sample"][0, 5] == weights["model.layers.1.self_attn.q_proj.weight"][row, column]
+    gain = weights["model.layers.1.post_attention_layernorm.weight"]
+    assert tensors["model.layers.1.wina.others.sample"][1, 5] == gain[5 * 64 // 32]
     assert tensors[f"{path}.budget"].tolist() == pytest.approx([0.25, 0.5, 0.65])
     opened.verify_weights()
 
@@ -130,17 +133,7 @@ def test_side_files_are_copied_as_they_are(calibrated: Path, llama: Path) -> Non
 
 def test_tied_embeddings_stay_tied(tmp_path: Path, text: Path) -> None:
     tiny.save("llama", tmp_path / "m", tie_word_embeddings=True)
-    wina_calib.calibrate(
-        tmp_path / "m",
-        tmp_path / "s",
-        transform="none",
-        budget="uniform",
-        data=str(text),
-        samples=64,
-        seq_len=128,
-        sparsity=0.5,
-        grid=(0.25, 0.5, 0.65),
-    )
+    tiny.calibrate(tmp_path / "m", tmp_path / "s", text, transform="none")
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "s").shards
     model = wina_calib.load(tmp_path / "s")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -156,7 +149,7 @@ def test_missing_tensors_are_noticed(copy: Path) -> None:
     del index["weight_map"]["model.layers.2.wina.mlp_out.shared.norm"]
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     for opener in (open_checkpoint, wina_calib.load):
-        with pytest.raises(CheckpointError, match=r"1 of 72 .* model\.layers\.2\.wina\.mlp_out\.shared\.norm"):
+        with pytest.raises(CheckpointError, match=r"1 of 75 .* model\.layers\.2\.wina\.mlp_out\.shared\.norm"):
             opener(copy)
 
 

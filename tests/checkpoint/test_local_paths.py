@@ -1,4 +1,4 @@
-"""No path of this machine in what is published; what later commands need of it stays in a file that is not pushed."""
+"""No path of this machine in what is published; what later commands need of it stays in the user's cache."""
 
 import json
 import shutil
@@ -12,12 +12,13 @@ from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.checkpoint.hub import prepare
 from wina_calib.checkpoint.local_paths import (
-    LOCAL_FILE,
+    base_model_here,
     data_here,
     published,
     published_command,
     published_facts,
     remember,
+    without_paths,
 )
 from wina_calib.checkpoint.reader import read_settings
 from wina_calib.studies.evaluate import evaluate
@@ -85,11 +86,33 @@ def test_a_command_is_published_argument_by_argument():
     assert published_facts(published_facts(facts)) == published_facts(facts)
 
 
+def test_configs_lose_paths_at_every_level():
+    config = {
+        "name_or_path": "/home/a/model",
+        "vocab_file": "vocab.json",
+        "tokenizer_file": "/home/a/model/tokenizer.json",
+        "text_config": {"_name_or_path": "../model", "hidden_size": 8, "rope": {"_name_or_path": "USER/NAME"}},
+        "file_of_nothing": "/kept",
+    }
+    assert without_paths(config) == {
+        "vocab_file": "vocab.json",
+        "text_config": {"hidden_size": 8, "rope": {"_name_or_path": "USER/NAME"}},
+        "file_of_nothing": "/kept",
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def files_that_tell(folder: Path, secret: str) -> list[str]:
-    return [p.name for p in folder.iterdir() if not p.name.startswith(".") and secret.encode() in p.read_bytes()]
+    return [p.name for p in folder.rglob("*") if secret.encode() in p.read_bytes()]
 
 
-def test_nothing_that_is_pushed_tells_where_model_and_text_were(tmp_path: Path):
+@pytest.mark.parametrize("weights", ["full", "reference"])
+def test_no_file_of_a_checkpoint_tells_where_model_and_text_were(tmp_path: Path, cache: Path, weights: str):
     secret = tmp_path / "secret"
     model = secret / "model"
     secret.mkdir()
@@ -100,32 +123,58 @@ def test_nothing_that_is_pushed_tells_where_model_and_text_were(tmp_path: Path):
         key = "_name_or_path" if name == "config.json" else "name_or_path"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: str(secret / "model")}))
     out = tmp_path / "out"
-    wina_calib.calibrate(
-        model, out, data=str(text), samples=64, seq_len=128, budget="uniform", transform="none", grid=(0.5,)
-    )
+    options = {"samples": 64, "seq_len": 128, "budget": "uniform", "transform": "none", "grid": (0.5,)}
+    wina_calib.calibrate(model, out, data=str(text), weights=weights, **options)
     save_evaluation(out, evaluate(out, data=str(text), tokens=512).to_dict())
-    prepare(out, "me/out")
+    if weights == "full":
+        prepare(out, "me/out")
     assert files_that_tell(out, "secret") == []
-    facts = read_settings(out).provenance
+    settings = read_settings(out)
+    facts = settings.provenance
     assert (facts["base_model"], facts["data"]) == ("model", [text.name])
-    assert data_here(out, facts) == (str(text),)
-    (out / LOCAL_FILE).unlink()
-    assert data_here(out, facts) == (text.name,)
+    out.rename(tmp_path / "moved")
+    assert data_here(facts) == (str(text),)
+    assert base_model_here(settings.weights, "model") == model
+    shutil.rmtree(cache)
+    assert data_here(facts) == (text.name,)
+    assert base_model_here(settings.weights, "model") is None
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"about": 1, "places": ["/x"]}', None])
+def test_a_damaged_record_of_places_counts_for_nothing(cache: Path, tmp_path: Path, damage: bytes | None):
+    facts = {"base_model": "model", "data": ["a.txt"], "data_fingerprint": "f"}
+    remember("w", facts, base_model=tmp_path, data=[str(tmp_path / "a.txt")])
+    assert (base_model_here("w", "model"), data_here(facts)) == (tmp_path, (str(tmp_path / "a.txt"),))
+    for file in cache.glob("*/place-*"):
+        if damage is None:
+            file.chmod(0o666)  # others may have written it
+        else:
+            file.write_bytes(damage)
+    assert (base_model_here("w", "model"), data_here(facts)) == (None, ("a.txt",))
+
+
+def test_without_a_cache_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file" / "cache"))
+    facts = {"base_model": "model", "data": ["a.txt"]}
+    remember("w", facts, base_model=tmp_path, data=[str(tmp_path / "a.txt")])
+    assert (base_model_here("w", "model"), data_here(facts)) == (None, ("a.txt",))
 
 
 def test_the_licence_of_a_local_base_model_is_found_and_one_of_the_same_name_is_not(
-    calibrated: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = Path(shutil.copytree(calibrated, tmp_path / "sparse"))
     for place, licence in (("model", "mit"), ("here/model", "apache-2.0")):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
     monkeypatch.chdir(tmp_path / "here")
-    remember(folder, base_model=tmp_path / "model", data=())
+    settings = read_settings(folder)
+    remember(settings.weights, settings.provenance, base_model=tmp_path / "model")
     for kept, expected in ((True, True), (False, False)):
         (folder / "README.md").unlink()
         if not kept:
-            (folder / LOCAL_FILE).unlink()
+            shutil.rmtree(cache)
         write_card(folder)
         assert ("license: mit" in (folder / "README.md").read_text()) is expected
         assert "apache-2.0" not in (folder / "README.md").read_text()

@@ -110,10 +110,16 @@ def test_staged_files_are_not_taken_through_a_link(tmp_path: Path, precious: Pat
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / ".wina-staged").symlink_to(precious)
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is a link"):
         finish_staged(folder)
     (folder / ".wina-staged").unlink()
     (folder / ".wina-staged").mkdir()
+    (folder / ".wina-staged" / "README.md").write_text("of others")
+    (folder / ".wina-staged").chmod(0o777)
+    with pytest.raises(OutputError, match="may be written by others"):
+        finish_staged(folder)
+    (folder / ".wina-staged").chmod(0o700)
+    (folder / ".wina-staged" / "README.md").unlink()
     (folder / ".wina-staged" / "config.json").symlink_to(precious / "letter.txt")
     with pytest.raises(OutputError, match="is no regular file"):
         finish_staged(folder)

@@ -49,7 +49,7 @@ def test_a_save_keeps_what_was_and_shares_what_stays(spilled: bool, tmp_path: Pa
     assert names(tmp_path / "s" / "p") == ["0001.safetensors", "0002", "0002.safetensors", "state.json"]
     assert (tmp_path / "s" / "p" / "0002" / "h.1").stat().st_ino == inode
     reopened = RunState(tmp_path / "s").phase("p")
-    assert (reopened.step, reopened.values, reopened.finished) == (2, {"f": 0.2}, False)
+    assert (reopened.done_items, reopened.values, reopened.finished) == (2, {"f": 0.2}, False)
     assert reopened.tensors() == {"x": torch.tensor([1.0]), "y": torch.tensor([2])}
     reopened.restore("h", again, {0: 2, 1: 1})
     assert torch.equal(again[0], -values[0])
@@ -88,7 +88,7 @@ def test_saving_costs_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytes
 
         clock[0] += 4.0  # what a layer takes
         phase.save(step, tensors={str(step): torch.tensor(step)}, prepare=prepare)
-        if phase.step == step:
+        if phase.done_items == step:
             saved.append(step)
     assert saved == list(range(1, 60, 5))
     assert sorted(map(int, RunState(tmp_path / "s").phase("p").tensors())) == list(range(1, 57))
@@ -107,7 +107,7 @@ def test_waiting_for_the_identity_is_no_part_of_a_save(tmp_path: Path, monkeypat
     phase.save(1)
     clock[0] += 1.0
     phase.save(2)
-    assert phase.step == 2
+    assert phase.done_items == 2
 
 
 def test_small_values_keep_their_order(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.M
         phase.save(2, tensors={"b": torch.tensor(2)})
     assert "too full" in notes[0]
     assert names(tmp_path / "s" / "p") == ["0001", "0001.safetensors", "state.json"]
-    assert RunState(tmp_path / "s").phase("p").step == 1
+    assert RunState(tmp_path / "s").phase("p").done_items == 1
     phase.save(3, tensors={"c": torch.tensor(3)})
     reopened = RunState(tmp_path / "s").phase("p")
-    assert (reopened.step, sorted(reopened.tensors())) == (3, ["a", "b", "c"])
+    assert (reopened.done_items, sorted(reopened.tensors())) == (3, ["a", "b", "c"])
 
 
 def test_differences_are_listed(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_folder_half_removed_counts_for_nothing(tmp_path: Path, monkeypatch: p
     resume_files.drop(tmp_path / "s")
     monkeypatch.undo()
     assert names(tmp_path / "s") == ["p"]
-    assert open_run_state(tmp_path / "s", lambda: {"a": 2}).phase("p").step == 0
+    assert open_run_state(tmp_path / "s", lambda: {"a": 2}).phase("p").done_items == 0
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
@@ -162,4 +162,4 @@ def test_without_a_folder_nothing_is_kept() -> None:
     phase.save(1, tensors={"a": torch.tensor(1)})
     phase.finish()
     assert isinstance(phase, Phase)
-    assert (phase.step, phase.finished, phase.tensors()) == (0, False, {})
+    assert (phase.done_items, phase.finished, phase.tensors()) == (0, False, {})

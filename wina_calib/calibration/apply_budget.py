@@ -19,22 +19,23 @@ from wina_calib.calibration.held_out import held_out_blocks
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.rebudget import Choice
-from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.dequantized import weights_of
 from wina_calib.checkpoint.facts import INTERPOLATED, REBUDGETED
 from wina_calib.checkpoint.format import WINA_FILE, SiteTensors, expected_tensors, stored_cells
-from wina_calib.checkpoint.local_paths import base_model_here, data_here, published, remember
+from wina_calib.checkpoint.local_paths import data_here, is_path_of_here, published, remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
+from wina_calib.checkpoint.weight_sample import others_name
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import load_blocks
+from wina_calib.corpus.sources import is_local
 from wina_calib.errors import BudgetError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
 from wina_calib.model.config import config_file
-from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.transforms import plan
 
 
@@ -96,8 +97,7 @@ def apply(
     settings = replace(settings, provenance=facts | told)
     _write(destination, settings, tensors)
     if refit is not None and refit.data:
-        base = base_model_here(destination.folder, settings.base_model)
-        remember(destination.folder, base_model=base, data=refit.data)
+        remember(settings.weights, settings.provenance, base_model=None, data=refit.data)
     return settings
 
 
@@ -136,18 +136,19 @@ def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[
             sample=stored.sample,
         )
         tensors |= changed.named(layer.prefix, site.name)
-    return tensors
+    others = (others_name(layer) for layer in opened.architecture.layers)
+    return tensors | {name: opened.tensors[name] for name in others if name in opened.tensors}
 
 
 def _between(values: Tensor, known: Sequence[float], anchors: Sequence[float]) -> Tensor:
     """Rows (anchors, ...) linear between the rows (known, ...); the ends' beyond them."""
-    found = []
+    rows = []
     for anchor in anchors:
         above = next((i for i, a in enumerate(known) if a >= anchor), len(known) - 1)
         below = max(above - 1, 0) if known[above] > anchor else above
         share = (anchor - known[below]) / (known[above] - known[below]) if above != below else 0.0
-        found.append(values[below] + (values[above] - values[below]) * max(share, 0.0))
-    return torch.stack(found)
+        rows.append(values[below] + (values[above] - values[below]) * max(share, 0.0))
+    return torch.stack(rows)
 
 
 def _refitted(
@@ -155,14 +156,17 @@ def _refitted(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All calibration tensors from a new closed loop; what changed of the provenance."""
     facts = opened.settings.provenance
-    data = refit.data or data_here(opened.folder, facts)
+    data = refit.data or data_here(facts)
     seq_len, blocks = (int(facts.get(name, 0)) for name in ("seq_len", "blocks"))
     if not data or seq_len < 2 or blocks < 1:
         raise UsageError(f"{opened.folder} does not say what text it was calibrated on. Give it with --data.")
-    weights = weights_folder(opened.folder)
-    source = open_weights(weights)
+    if missing := [spec for spec in data if is_path_of_here(spec) and not is_local(spec)]:
+        raise CorpusError(
+            f"{missing[0]}, which {opened.folder} was calibrated on, is not here. Give that or other text with --data."
+        )
+    source = weights_of(opened)
     seed, samples = int(facts.get("seed", 0)), int(facts.get("samples", blocks))
-    tokenizer = load_tokenizer(weights)
+    tokenizer = source.tokenizer()
     text = load_blocks(data, tokenizer, samples=samples, seq_len=seq_len, seed=seed, min_tokens=1)
     if not refit.data and text.fingerprint != facts.get("data_fingerprint"):
         raise CorpusError(

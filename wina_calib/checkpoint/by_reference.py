@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.checkpoint.format import WINA_FILE
-from wina_calib.checkpoint.local_paths import without_paths
+from wina_calib.checkpoint.local_paths import base_model_here, remember, without_paths
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import side_files
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
 from wina_calib.model.config import REFERENCE_FILE, ModelFolder, open_folder
-from wina_calib.model.loading import ask, stored_weights
+from wina_calib.model.loading import ask, open_weights, stored_weights
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import Source
 from wina_calib.storage import Shards
@@ -56,7 +56,7 @@ def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Setti
     write_index(folder, dict.fromkeys(tensors, WINA_FILE), sizes)
     reference = {
         "format": FORMAT,
-        "base_model": source.name if source.commit else str(source.folder.absolute()),
+        "base_model": settings.base_model,
         "base_commit": source.commit,
         "config": without_paths(source.raw_config),
         "quantization_config": settings.to_dict(),
@@ -66,7 +66,7 @@ def write_reference(folder: Path, tensors: Mapping[str, Tensor], settings: Setti
 
 def complete_folder(
     opened: ModelFolder, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
-) -> tuple[Path, Any]:
+) -> tuple[ModelFolder, Any]:
     """A folder that transformers can load: the checkpoint's own, or one of links to the base model's weights.
 
     Args:
@@ -84,13 +84,16 @@ def complete_folder(
     """
     if not opened.is_reference:
         Shards.open(opened.path)  # refuses missing, cut and hostile files with one message
-        return opened.path, None
+        return opened, None
     checkpoint = open_checkpoint(opened)
-    weights = weights_folder(opened.path, base=base, token=token, local_files_only=local_files_only)
-    checkpoint.verify_weights(weights)
+    weights = open_folder(weights_folder(opened, base=base, token=token, local_files_only=local_files_only))
+    loading = ask(weights)
+    checkpoint.verify_base(weights, open_weights(weights, loading))
+    settings = checkpoint.settings
+    if base is not None and base_model_here(settings.weights, settings.base_model) is None:
+        remember(settings.weights, settings.provenance, base_model=weights.path)  # for commands that cannot be told
     kept = tempfile.TemporaryDirectory(prefix="wina-")
-    _link(checkpoint, weights, Path(kept.name))
-    return Path(kept.name), kept
+    return _link(checkpoint, weights, stored_weights(weights, loading), Path(kept.name)), kept
 
 
 def keep_with(model: object, kept: Any) -> None:
@@ -99,10 +102,8 @@ def keep_with(model: object, kept: Any) -> None:
         weakref.finalize(model, kept.cleanup)
 
 
-def _link(opened: Checkpoint, weights: Path, target: Path) -> None:
+def _link(opened: Checkpoint, base: ModelFolder, shards: Shards, target: Path) -> ModelFolder:
     """Fill `target` with links, and with the config and index that a whole checkpoint would have."""
-    base = open_folder(weights)
-    shards = stored_weights(base, ask(base))
     # transformers prefers a file called model.safetensors to an index.
     names = {"model.safetensors": "model-00001-of-00001.safetensors"}
     for path in [*side_files(base), *{info.file for info in shards.values()}]:
@@ -112,4 +113,6 @@ def _link(opened: Checkpoint, weights: Path, target: Path) -> None:
     files |= dict.fromkeys(opened.shards, WINA_FILE)
     sizes = {name: info.nbytes for name, info in [*shards.items(), *opened.shards.items()]}
     write_index(target, files, sizes)
-    write_json(target / "config.json", opened.opened.raw | {"quantization_config": opened.settings.to_dict()})
+    whole = ModelFolder(target / "config.json", opened.opened.raw | {"quantization_config": opened.settings.to_dict()})
+    write_json(whole.file, whole.stored)
+    return whole

@@ -72,7 +72,7 @@ def write_card(
         metadata = metadata | {"base_model": base_model}
     if metadata.get("license_name") == _UNKNOWN_LICENCE:  # made by us when nothing was known of it
         metadata = {key: value for key, value in metadata.items() if key not in _LICENCE}
-    base = find_base(folder, opened.settings, metadata)
+    base = find_base(opened.settings, metadata)
     name = repo or name or Path(folder).name.removeprefix(".").removesuffix(".partial")
     measured = read_evaluation(folder)
     shown = {} if measured is None else figures(name.rpartition("/")[2], measured)
@@ -139,7 +139,7 @@ def hub_datasets(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if is_repo_name(name)))
 
 
-def find_base(folder: Path, settings: Settings, metadata: Mapping[str, Any] | None = None) -> Base:
+def find_base(settings: Settings, metadata: Mapping[str, Any] | None = None) -> Base:
     """What is known of the base model without asking the network, by the calibration or by the card that people filled."""
     name, commit = settings.provenance.get("base_model"), settings.provenance.get("base_commit")
     name = name if isinstance(name, str) else "unknown"
@@ -148,7 +148,7 @@ def find_base(folder: Path, settings: Settings, metadata: Mapping[str, Any] | No
     if isinstance(told, str) and "/" in told and is_repo_name(told) and told != name:
         return Base(told, None, told, _cached_facts(told, None))
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not is_repo_name(name):
-        local = demo_folder() if name == DEMO else base_model_here(folder, name)
+        local = demo_folder() if name == DEMO else base_model_here(settings.weights, name)
         shown = published(name) if local is None else local.name
         return Base(None, None, shown, facts_of_base(local) if local is not None else {})
     return Base(name, commit, name, _cached_facts(name, commit))
@@ -318,7 +318,7 @@ def _limits(settings: Settings, *, reference: bool) -> str:
     points = [
         "Thresholds fit text like the calibration data. On other text the achieved sparsity and the quality differ: "
         "measure with `wina-calib evaluate DIR --data YOUR_TEXT`.",
-        f"Thresholds were fitted between {percent(first)} and {percent(last)}; beyond, they are extrapolated.",
+        f"Thresholds were fitted at {percent(first)} to {percent(last)} sparsity; above, they are extrapolated.",
         "Memory and file size are the dense model's; what falls is the bytes read for a token while decoding."
         if settings.weight_format is None
         else "Kernels for its quantized weights are wina_calib's: where there is none for a device, it is slower than dense.",

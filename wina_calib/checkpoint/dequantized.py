@@ -9,27 +9,38 @@ import torch
 from torch import Tensor
 
 from wina_calib.checkpoint.format import head_names, packed_name
-from wina_calib.checkpoint.reader import check_packed, settings_of
+from wina_calib.checkpoint.reader import Checkpoint, check_packed, settings_of
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
-from wina_calib.model.config import ModelFolder
-from wina_calib.model.source import Source, open_source
+from wina_calib.model.config import ModelFolder, open_folder
+from wina_calib.model.locate import weights_folder
+from wina_calib.model.source import Source, source_of
 from wina_calib.model.tensor_names import is_packed, is_rotation
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
 from wina_calib.storage import Shards
 from wina_calib.storage.safetensors_layout import TensorInfo, nbytes
 
 
-def open_weights(folder: Path | str) -> Source:
-    """Open the weights of a calibrated checkpoint as a dense model; what calibration added is left aside.
+def weights_of(checkpoint: Checkpoint, *, verified: bool = False) -> Source:
+    """The weights of a checkpoint as a dense model, its own or its base model's; what calibration added is left aside.
 
     Args:
-        folder: with the weights themselves.
+        checkpoint: of either kind.
+        verified: whether a look at all weights, that they are those of the calibration, was taken before.
 
     Raises:
-        ModelFolderError, CheckpointError: the folder is damaged.
+        CheckpointError: they are not those of the calibration, or damaged.
+        ModelFolderError, HubError: the base model cannot be had.
     """
-    return open_source(str(folder), calibrated=True, view=dense_view)
+    opened = checkpoint.opened if verified else checkpoint.verify_weights()
+    if opened.is_reference:
+        opened = open_folder(weights_folder(opened))
+    return source_of(opened, str(opened.path), calibrated=True, view=dense_view)
+
+
+def open_weights(folder: Path | str) -> Source:
+    """Open weights that lie in a folder, a checkpoint's or a model's, as a dense model."""
+    return source_of(open_folder(Path(folder)), str(folder), calibrated=True, view=dense_view)
 
 
 def dense_view(opened: ModelFolder, arch: Architecture, shards: Shards) -> Shards:
@@ -86,7 +97,7 @@ class DequantizedShards(Shards):
             name = f"{codes.removesuffix('.codes')}.weight"
             self._head[name] = (codes, scales)
             infos[name] = _info(stored[codes], name, dtype, (arch.vocab_size, arch.hidden_size))
-        super().__init__(stored.folder, infos, stored.metadata)
+        super().__init__(stored.folder, infos)
 
     def load(self, name: str, *, rows: slice | Tensor | None = None) -> Tensor:
         """Read one tensor or some of its rows; see `Shards.load`."""

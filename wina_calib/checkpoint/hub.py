@@ -165,7 +165,7 @@ def known_base(folder: Path) -> str | None:
     """The id of a checkpoint's base model on the Hub, by its calibration or its card; None where neither has one."""
     opened = open_checkpoint(folder)
     path = folder / CARD
-    return find_base(folder, opened.settings, split_card(path)[0] if path.is_file() else None).repo
+    return find_base(opened.settings, split_card(path)[0] if path.is_file() else None).repo
 
 
 def prepare(folder: Path, repo: str, *, base_model: str | None = None, api: HfApi | None = None) -> None:
@@ -219,7 +219,7 @@ def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | 
     """
     with readable_errors(user or "the Hub"):
         check_reachable()
-        found = HfApi(token=token).list_models(
+        models = HfApi(token=token).list_models(
             author=user, filter=TAGS[0], sort="last_modified", limit=limit, cardData=True, full=True
         )
         return [
@@ -230,7 +230,7 @@ def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | 
                 downloads=int(model.downloads or 0),
                 modified=model.last_modified.date().isoformat() if model.last_modified else "",
             )
-            for model in found
+            for model in models
         ]
 
 

@@ -1,29 +1,25 @@
-"""Paths of this machine: what of them is published, and a file beside the checkpoint, never pushed, that keeps the rest.
+"""Paths of this machine: what of them is published, and where the rest is kept for later commands.
 
 A checkpoint is made to be shown to others, who learn nothing from where its maker keeps files. `published` leaves the last
-part of a path; `.wina_local.json` has the whole of it for later commands on the same machine, and may be deleted.
+part of a path; the whole of it lies in the user's cache (`storage/places.py`), so that no upload of the folder takes it along.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wina_calib.common.atomic import write_file
 from wina_calib.common.printable import printable
 from wina_calib.corpus.sources import catalogue
-from wina_calib.errors import CheckpointError
+from wina_calib.model.locate import base_key
 from wina_calib.storage.hub_client import is_repo_name
-from wina_calib.storage.safe_files import read_json
+from wina_calib.storage.places import places_of, remember_places
 
-LOCAL_FILE = ".wina_local.json"
-_MAX_BYTES = 1 << 20
-_ORIGINS = ("_name_or_path", "name_or_path")  # keys of configs
+_ORIGIN = re.compile(r"_?name_or_path|.*_file")  # keys of configs that may tell where something was loaded from
 _NAMED = ("builtin", "hub")  # what a data spec begins with that is no path
 _PATH = re.compile(r"(?:~|\.{0,2}/|[A-Za-z]:[\\/])")  # begins what can only be a path
 
@@ -67,14 +63,14 @@ def _last(path: str) -> str:
 
 def published_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """The provenance of a checkpoint without paths; the same where there are none."""
-    found = dict(facts)
+    told = dict(facts)
     for name in ("base_model", "command"):
-        if isinstance(found.get(name), str):
-            found[name] = published(found[name]) if name == "base_model" else _without_paths(found[name])
+        if isinstance(told.get(name), str):
+            told[name] = published(told[name]) if name == "base_model" else _without_paths(told[name])
     for name in ("data", "base_ppl_data"):
-        if isinstance(found.get(name), list | tuple):
-            found[name] = [published(str(spec)) for spec in found[name]]
-    return found
+        if isinstance(told.get(name), list | tuple):
+            told[name] = [published(str(spec)) for spec in told[name]]
+    return told
 
 
 def _without_paths(command: str) -> str:
@@ -85,37 +81,45 @@ def _without_paths(command: str) -> str:
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of transformers without the folder that it was loaded from, which some versions write into it."""
-    return {k: v for k, v in config.items() if k not in _ORIGINS or not isinstance(v, str) or published(v) == v}
+    """A config of transformers without the places that it was loaded from, which some versions write into it."""
+    return {
+        key: without_paths(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not (isinstance(value, str) and _ORIGIN.fullmatch(key)) or published(value) == value
+    }
 
 
-def remember(folder: Path, *, base_model: Path | None, data: Sequence[str]) -> None:
-    """Keep beside a checkpoint where its base model and its text are on this machine."""
+def remember(weights: str, facts: Mapping[str, Any], *, base_model: Path | None, data: Sequence[str] = ()) -> None:
+    """Keep where a checkpoint's base model and its text are on this machine.
+
+    Args:
+        weights: the fingerprint of the checkpoint's weights.
+        facts: its provenance, with what is published of both.
+        base_model: the base model's folder; None where it is of the Hub, or not known.
+        data: the data specs as they were given, where that is known.
+    """
+    if base_model is not None:
+        remember_places(base_key(weights, str(facts.get("base_model"))), [str(base_model.absolute())])
     whole = [str(Path.cwd() / Path(spec).expanduser()) if is_path_of_here(spec) else spec for spec in data]
-    record = {"base_model": None if base_model is None else str(base_model.absolute()), "data": whole}
-    write_file(folder / LOCAL_FILE, json.dumps(record, indent=1).encode())
+    if whole and tuple(whole) != _told(facts):
+        remember_places(_data_key(facts), whole)
 
 
-def base_model_here(folder: Path, told: str) -> Path | None:
-    """The folder of a checkpoint's base model of which `told` is published, if it is one of this machine."""
-    base = (
-        told if Path(told).is_absolute() else _record(folder).get("base_model")
-    )  # earlier versions told the whole path
-    return Path(base) if isinstance(base, str) and published(base) == published(told) and Path(base).is_dir() else None
+def base_model_here(weights: str, told: str) -> Path | None:
+    """The folder of the base model of which `told` is published, if it is one of this machine."""
+    known = places_of(base_key(weights, told)) or ()
+    places = (told, *known) if Path(told).is_absolute() else known  # earlier versions told the whole path
+    return next((Path(place) for place in places if Path(place).is_dir()), None)
 
 
-def data_here(folder: Path, facts: dict[str, Any]) -> tuple[str, ...]:
+def data_here(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Data specs that a checkpoint was calibrated on, with the paths of this machine where they are known."""
-    told = tuple(map(str, facts.get("data", ())))
-    here = _record(folder).get("data")
-    if isinstance(here, list) and all(isinstance(spec, str) for spec in here) and tuple(map(published, here)) == told:
-        return tuple(here)
-    return told
+    return places_of(_data_key(facts)) or _told(facts)
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        found = read_json(folder / LOCAL_FILE, max_bytes=_MAX_BYTES)
-    except CheckpointError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _told(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, facts.get("data", ())))
+
+
+def _data_key(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("text", str(facts.get("data_fingerprint")), *_told(facts))

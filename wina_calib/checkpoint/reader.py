@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from wina_calib.common.atomic import finish_staged
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
+from wina_calib.model import no_folder
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site, describe
-from wina_calib.model.config import METHOD, ModelFolder, config_file, open_folder
+from wina_calib.model.config import ADAPTER_FILE, METHOD, ModelFolder, config_file, open_folder
 from wina_calib.model.loading import ask, describe_config, open_weights
 from wina_calib.model.locate import DEMO, demo_folder, weights_folder
 from wina_calib.quantization.formats import Spec
@@ -78,34 +79,38 @@ class Checkpoint:
         added = expected_tensors(self.architecture, self.settings)
         return sorted(name for name in self.shards if name not in added)
 
-    def verify_weights(self, folder: Path | None = None) -> None:
-        """Read all weights and check that they are those that the calibration was made for.
-
-        Args:
-            folder: where the weights are; by default here, or in the base model that the checkpoint refers to.
+    def verify_weights(self) -> ModelFolder:
+        """Read all weights and check that they are those that the calibration was made for; gives the folder that has them.
 
         Raises:
             CheckpointError: they are not.
+            ModelFolderError, HubError: the base model that has them cannot be had.
         """
-        folder = folder or weights_folder(self.folder)
-        if folder == self.folder:
-            shards, names = self.shards, self.weight_names()
-        else:
-            base = open_folder(folder)
-            shards = open_weights(base, ask(base))
-            names = model_names(shards, self.architecture)
-        found = shards.fingerprint(names)
-        if found != self.settings.weights and not self._is_cast_of_the_weights(shards):
-            differ = (
-                f"the weights are not those that the calibration was made for (fingerprint {found[:12]}, expected "
-                f"{self.settings.weights[:12]})"
-            )
-            if folder == self.folder:
-                raise CheckpointError(f"{folder}: {differ}. Calibrate these weights again.")
+        if self.opened.is_reference:
+            base = open_folder(weights_folder(self.opened))
+            self.verify_base(base, open_weights(base, ask(base)))
+            return base
+        if (differ := self._difference(self.shards, self.weight_names())) is not None:
+            raise CheckpointError(f"{self.folder}: {differ}. Calibrate these weights again.")
+        return self.opened
+
+    def verify_base(self, base: ModelFolder, shards: Shards) -> None:
+        """Raise CheckpointError unless a base model's weights are those that the calibration was made for."""
+        if (differ := self._difference(shards, model_names(shards, self.architecture))) is not None:
             raise CheckpointError(
-                f"{folder} is not the base model that {self.folder} was made for: {differ}. Give that model, or calibrate "
+                f"{base.path} is not the base model that {self.folder} was made for: {differ}. Give that model, or calibrate "
                 "this one."
             )
+
+    def _difference(self, shards: Shards, names: Sequence[str]) -> str | None:
+        """In what weights are not those of the calibration; None where they are."""
+        digest = shards.fingerprint(names)
+        if digest == self.settings.weights or self._is_cast_of_the_weights(shards):
+            return None
+        return (
+            f"the weights are not those that the calibration was made for (fingerprint {digest[:12]}, expected "
+            f"{self.settings.weights[:12]})"
+        )
 
     def _is_cast_of_the_weights(self, shards: Shards) -> bool:
         """Whether the weights have the stored norms in another dtype, as a model saved after a cast has."""
@@ -158,11 +163,22 @@ def open_calibrated(folder: Path) -> ModelFolder:
     """Read the config of a checkpoint's folder, after what was interrupted in it is finished.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is not calibrated.
     """
+    if not folder.is_dir():
+        told = no_folder.reason(str(folder)) or f"{folder} is not a folder. Give the folder of a checkpoint."
+        raise CheckpointError(told)
     finish_staged(folder)
-    if not config_file(folder).is_file():
+    if not config_file(folder).is_file() and not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{folder} has no config.json: not a checkpoint.")
+    opened = open_folder(folder)
+    settings_of(opened)
+    return opened
+
+
+def open_any(folder: Path) -> ModelFolder:
+    """Read the config of a model's folder, calibrated or not, after what was interrupted in it is finished."""
+    finish_staged(folder)
     return open_folder(folder)
 
 
@@ -180,11 +196,11 @@ def settings_of(opened: ModelFolder) -> Settings:
 
 
 def check_complete(
-    where: Path | str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    where: Path | str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise CheckpointError unless all expected tensors are there with their shapes."""
-    missing = sorted(set(expected) - set(found))
-    wrong = [n for n, shape in expected.items() if n in found and tuple(found[n]) != shape]
+    missing = sorted(set(expected) - set(stored))
+    wrong = [n for n, shape in expected.items() if n in stored and tuple(stored[n]) != shape]
     if missing:
         raise CheckpointError(
             f"{where}: {len(missing)} of {len(expected)} calibration tensors are missing, such as {missing[0]}. Another tool "
@@ -193,7 +209,7 @@ def check_complete(
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{where}: {name} has shape {tuple(found[name])}, expected {expected[name]}. Download it again or calibrate again."
+            f"{where}: {name} has shape {tuple(stored[name])}, expected {expected[name]}. Download it again or calibrate again."
         )
 
 
@@ -207,10 +223,10 @@ def check_packed(where: Path, arch: Architecture, settings: Settings, shards: Sh
             "Download it again or calibrate again."
         )
     for name, spec in expected.items():
-        found = shards[name].dtype, tuple(shards[name].shape)
-        if found != spec:
+        stored = shards[name].dtype, tuple(shards[name].shape)
+        if stored != spec:
             raise CheckpointError(
-                f"{where}: {name} is {_told(found)}, expected {_told(spec)}. Download it again or calibrate again."
+                f"{where}: {name} is {_told(stored)}, expected {_told(spec)}. Download it again or calibrate again."
             )
     check_values(where, {name: shards.load(name) for name in expected if name.endswith(".scales")})
 

@@ -220,8 +220,8 @@ def finish_staged(folder: Path) -> None:
     if not os.path.lexists(staged):
         return
     with readable_errors(folder):
-        if not stat.S_ISDIR(staged.lstat().st_mode):
-            raise OutputError(f"{staged} is no folder, so nothing is taken from it. Remove it.")
+        if (problem := problem_of(staged)) is not None:
+            raise OutputError(f"{staged} {problem}, so nothing is taken from it. Remove it.")
         for path in sorted(staged.iterdir()):
             # Another process may be finishing too: what it has moved is done.
             with suppress(FileNotFoundError):

@@ -45,7 +45,7 @@ def cache_folder() -> Path | None:
 
 @cache
 def _warn(reason: str) -> None:
-    logger.warning("the cache of compiled code is not used: %s", reason)
+    logger.warning("the cache is not used: %s", reason)
 
 
 def read_own(path: Path, limit: int = _MAX_KEPT) -> bytes | None:

@@ -31,18 +31,18 @@ def problem_of(path: Path, kind: int = stat.S_IFDIR) -> str | None:
     Raises:
         OSError: it cannot be looked at.
     """
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
         return f"is a link (to {path.readlink()})"
-    if stat.S_IFMT(found.st_mode) != kind:
+    if stat.S_IFMT(status.st_mode) != kind:
         return "is no folder" if kind == stat.S_IFDIR else "is no regular file"
-    if found.st_uid == os.geteuid() and not found.st_mode & _OTHERS:
+    if status.st_uid == os.geteuid() and not status.st_mode & _OTHERS:
         return None
     # Some file systems show one owner and one mode for everything, so that only what is new tells.
     owner, loose = _new_folder_in(path.parent)
-    if found.st_uid != owner:
-        return f"belongs to another user (number {found.st_uid})"
-    return f"may be written by others (mode {stat.S_IMODE(found.st_mode):04o})" if not loose else None
+    if status.st_uid != owner:
+        return f"belongs to another user (number {status.st_uid})"
+    return f"may be written by others (mode {stat.S_IMODE(status.st_mode):04o})" if not loose else None
 
 
 def make_own(path: Path) -> None:
@@ -102,8 +102,8 @@ def _new_folder_in(parent: Path) -> tuple[int, bool]:
     """Owner of a new folder, and whether others may write into it though they may not."""
     made = Path(tempfile.mkdtemp(prefix=".wina-", dir=parent))
     try:
-        found = made.stat()
-        return found.st_uid, bool(found.st_mode & _OTHERS)
+        status = made.stat()
+        return status.st_uid, bool(status.st_mode & _OTHERS)
     finally:
         with suppress(OSError):
             made.rmdir()

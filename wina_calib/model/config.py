@@ -95,8 +95,8 @@ class ModelFolder:
     @property
     def section(self) -> dict[str, Any] | None:
         """The `quantization_config` of the folder; None where there is none."""
-        found = self.stored.get("quantization_config")
-        return found if isinstance(found, dict) else None
+        section = self.stored.get("quantization_config")
+        return section if isinstance(section, dict) else None
 
     @property
     def is_calibrated(self) -> bool:
@@ -244,11 +244,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def base_config(raw: dict[str, Any]) -> dict[str, Any]:
     """What a calibrated checkpoint's config.json says, as the base model's would say it."""
-    found = {name: value for name, value in raw.items() if name != "quantization_config"}
+    base = {name: value for name, value in raw.items() if name != "quantization_config"}
     if str(raw.get("model_type", "")).startswith(RUNTIME_TYPE):
-        found["model_type"] = str(raw["model_type"]).removeprefix(RUNTIME_TYPE)
-        found["architectures"] = [str(name).removeprefix("Wina") for name in raw.get("architectures") or ()]
-    return found
+        base["model_type"] = str(raw["model_type"]).removeprefix(RUNTIME_TYPE)
+        base["architectures"] = [str(name).removeprefix("Wina") for name in raw.get("architectures") or ()]
+    return base
 
 
 def calibration_of(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -331,7 +331,7 @@ def _hand_on() -> None:
             return stock.__func__(cls, json_file)
         return cls._decode_special_floats(copy.deepcopy(folder.stored) if as_stored else folder.read(path))
 
-    read.hands_on = True  # type: ignore[attr-defined]
+    read.hands_on = True  # type: ignore[attr-defined]  # a mark on a function
     PreTrainedConfig._dict_from_json_file = classmethod(read)
 
 

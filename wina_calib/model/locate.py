@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,25 @@ from wina_calib.common.printable import checked_name
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError, ModelFolderError, UsageError
 from wina_calib.model import no_folder
-from wina_calib.model.config import CONFIG_BYTES, REFERENCE_FILE, code_is_trusted, config_file, is_reference
-from wina_calib.storage import read_json
+from wina_calib.model.config import ModelFolder, code_is_trusted, config_file, is_reference, open_folder
 from wina_calib.storage.hub_client import fetch
+from wina_calib.storage.places import places_of
 
 DEMO = "demo"
 _GGUF = ".gguf"
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder.
+def load_tokenizer(given: Path | ModelFolder) -> Any:
+    """Load the tokenizer of a model folder, opened or not.
 
     Raises:
         ModelFolderError: there is none that can be loaded.
     """
-    folder = weights_folder(folder)
+    folder = weights_folder(given)
+    opened = given if isinstance(given, ModelFolder) else None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
+        with nullcontext() if opened is None else opened.handed_on(as_stored=True):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
     except Exception as error:
         if not code_is_trusted() and "trust_remote_code" in str(error):
             raise ModelFolderError(
@@ -131,12 +134,16 @@ def gguf_file(model: str | Path) -> Path | None:
 
 
 def weights_folder(
-    folder: Path, *, base: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+    checkpoint: ModelFolder | Path,
+    *,
+    base: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """The folder with the weights and the tokenizer of a checkpoint: itself, or its base model's.
 
     Args:
-        folder: a checkpoint or a model.
+        checkpoint: the folder of a checkpoint or a model, opened or not.
         base: where the base model is, if not where a checkpoint by reference says.
         token: as huggingface_hub takes it.
         local_files_only: do not ask the network.
@@ -144,17 +151,41 @@ def weights_folder(
     Raises:
         ModelFolderError, HubError: the base model cannot be had.
     """
-    if not is_reference(folder):
-        return folder
-    raw = read_json(folder / REFERENCE_FILE, max_bytes=CONFIG_BYTES)
-    name, commit = (raw.get("base_model"), raw.get("base_commit")) if isinstance(raw, dict) else (None, None)
+    if isinstance(checkpoint, Path):
+        if not is_reference(checkpoint):
+            return checkpoint
+        checkpoint = open_folder(checkpoint)
+    if not checkpoint.is_reference:
+        return checkpoint.path
+    name, commit = checkpoint.stored.get("base_model"), checkpoint.stored.get("base_commit")
     if not isinstance(name, str) or not isinstance(commit, str | None):
-        raise ModelFolderError(f"{folder / REFERENCE_FILE} names no base model. Download or calibrate it again.")
-    if base is None and commit is None and not Path(name).is_dir():
-        raise ModelFolderError(
-            f"{folder} takes its weights from {name}, which is not here. Move that folder back or put a link to it there; in "
-            'Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect --no-weights` works without it.'
-        )
-    if base is None and commit is not None:  # of the Hub: no folder here is meant, whatever it is called
+        raise ModelFolderError(f"{checkpoint.file} names no base model. Download or calibrate it again.")
+    if base is not None:
+        return resolve(base, token=token, local_files_only=local_files_only)[0]
+    if commit is not None:  # of the Hub: no folder here is meant, whatever it is called
         return fetch(name, revision=commit, token=token, local_files_only=local_files_only)[0]
-    return resolve(base or name, token=token, local_files_only=local_files_only)[0]
+    if name == DEMO:
+        return demo_folder()
+    here = _base_here(checkpoint, name)
+    if here is None:
+        raise ModelFolderError(
+            f"{checkpoint.path} takes its weights from {name}, which is not here. Put that folder, or a link to it, beside "
+            'the checkpoint; in Python, wina_calib.load(..., base="FOLDER") says where it is. `wina-calib inspect '
+            "--no-weights` works without it."
+        )
+    return here
+
+
+def base_key(weights: str, name: str) -> tuple[str, ...]:
+    """What is known of a base model's folder on this machine is kept by the weights made of it and the name published."""
+    return ("base model", weights, name)
+
+
+def _base_here(checkpoint: ModelFolder, name: str) -> Path | None:
+    """The folder of a base model that is on no Hub: where it was at last, or beside the checkpoint."""
+    weights = str((checkpoint.section or {}).get("weights", ""))
+    plain = name not in ("", "..") and name == Path(name).name
+    beside = [checkpoint.path.absolute().with_name(name)] if plain else []
+    known = [Path(place) for place in (*(places_of(base_key(weights, name)) or ()), name)]
+    places = [place for place in known if place.is_absolute()] + beside  # earlier versions wrote the whole path
+    return next((place for place in places if place.is_dir() and not is_reference(place)), None)

@@ -137,8 +137,7 @@ class Source:
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer; see `load_tokenizer`."""
-        with self.opened.handed_on(as_stored=True):
-            return load_tokenizer(self.folder)
+        return load_tokenizer(self.opened)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -147,12 +146,7 @@ def all_finite(values: Tensor) -> bool:
 
 
 def open_source(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    calibrated: bool = False,
-    view: Callable[[ModelFolder, Architecture, Shards], Shards] = lambda _folder, _architecture, shards: shards,
+    model: str | Path, *, revision: str | None = None, token: str | bool | None = None, calibrated: bool = False
 ) -> Source:
     """Open a model for calibration and check it against its config.
 
@@ -161,7 +155,6 @@ def open_source(
         revision: branch, tag or commit on the Hub.
         token: as huggingface_hub takes it.
         calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
-        view: gives a folder's tensors as those of the model that is meant.
 
     Raises:
         ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.
@@ -170,21 +163,32 @@ def open_source(
     if (file := gguf_file(model)) is not None:
         return _from_gguf(str(model), file)
     folder, commit = resolve(model, revision=revision, token=token)
-    opened = open_folder(folder)
+    return source_of(open_folder(folder), str(model), commit, calibrated=calibrated)
+
+
+def source_of(
+    opened: ModelFolder,
+    name: str,
+    commit: str | None = None,
+    *,
+    calibrated: bool = False,
+    view: Callable[[ModelFolder, Architecture, Shards], Shards] = lambda _folder, _architecture, shards: shards,
+) -> Source:
+    """`open_source` of a folder whose config was read; `view` gives its tensors as those of the model that is meant."""
     if not calibrated:
         _refuse_calibrated(opened)
     method = None if calibrated else quantization_of(opened)
-    if method is not None or (not calibrated and has_adapter(folder)):
-        return _from_copy(str(model), opened, commit, copy_of(opened, method))
+    if method is not None or (not calibrated and has_adapter(opened.path)):
+        return _from_copy(name, opened, commit, copy_of(opened, method))
     loading = ask(opened)
     try:
         shards = open_weights(opened, loading)
     except Converted:
-        return _from_copy(str(model), opened, commit, copy_of(opened, None))
+        return _from_copy(name, opened, commit, copy_of(opened, None))
     notes = (loading.left_out,) if loading.left_out else ()
     arch = describe(loading.model)
     seen = view(opened, arch, shards)
-    return _checked(Source(str(model), opened, commit, loading.config, arch, seen, notes), loading.model)
+    return _checked(Source(name, opened, commit, loading.config, arch, seen, notes), loading.model)
 
 
 def _from_copy(name: str, opened: ModelFolder, commit: str | None, made: DenseCopy) -> Source:
@@ -251,14 +255,14 @@ def _check_tensors(folder: Path, meta: PreTrainedModel, architecture: Architectu
         (wrong, "shapes are wrong"),
         (sorted({*not_float, *narrow}), "tensors are not bfloat16, float16, float32 or float64"),
     ]
-    found = [
+    told = [
         f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for names, what in problems
         if names
     ]
-    if found:
+    if told:
         raise ModelFolderError(
-            f"{folder} does not match its config.json: {'; '.join(found)}. Download or save it again."
+            f"{folder} does not match its config.json: {'; '.join(told)}. Download or save it again."
         )
 
 

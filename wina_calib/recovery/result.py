@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.calibration.run import calibrate
+from wina_calib.checkpoint.local_paths import remember
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
 from wina_calib.common.progress import Progress
 from wina_calib.errors import OutputError
 from wina_calib.model.config import code_is_trusted, open_folder, read_config
+from wina_calib.model.locate import DEMO
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan
 from wina_calib.recovery.text import data_of
@@ -113,9 +115,12 @@ def calibrate_trained(
     }
     del facts["losses"]
     config = read_config(made)
-    config["quantization_config"]["provenance"] |= {
+    section = config["quantization_config"]
+    section["provenance"] |= {
         "recovered": facts,
         "base_model": provenance.get("base_model", base.name),
         "base_commit": provenance.get("base_commit"),
     }
     write_json(made / "config.json", config)
+    if provenance.get("base_commit") is None and provenance.get("base_model") != DEMO:
+        remember(section["weights"], section["provenance"], base_model=base)

@@ -31,7 +31,7 @@ from wina_calib.common.devices import pick_device
 from wina_calib.common.distributed import Ranks, shared_ranks
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress, Ticking, Within
 from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.corpus.sources import HELDOUT
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import remote_code
@@ -50,7 +50,7 @@ from wina_calib.recovery.train import Trained, Training
 from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import drop, state_folder
 
-MEASURED = {"built-in held-out": HELDOUT_DATA, "code": ("builtin:heldout:code",)}
+MEASURED = {"built-in held-out": (HELDOUT,), "code": ("builtin:heldout:code",)}
 MEASURED_TOKENS = 16_384
 
 
@@ -264,7 +264,7 @@ def _base(chosen: RecoverOptions, opened: Checkpoint) -> Path:
     name = chosen.base or opened.settings.provenance.get("base_model")
     if not isinstance(name, str) or not name:
         raise UsageError(f"{opened.folder} does not say which model it was made from. Give that with --base.")
-    here = None if chosen.base else base_model_here(opened.folder, name)
+    here = None if chosen.base else base_model_here(opened.settings.weights, name)
     try:
         return here or resolve(name)[0]
     except WinaError as error:

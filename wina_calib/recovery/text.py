@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint
-from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import DEFAULT_DATA, check_spec
+from wina_calib.corpus.blocks import data_for, load_blocks
+from wina_calib.corpus.sources import check_spec
 from wina_calib.errors import CorpusError, WinaError
 from wina_calib.recovery.options import SELF, RecoverOptions
 
@@ -33,7 +33,7 @@ def training_text(
     if chosen.data == (SELF,):
         ids = _written(teacher, tokenizer, min(count, WRITTEN), seq_len, chosen.seed)
     else:
-        data = data_of(chosen, opened)
+        data = data_for(tokenizer, data_of(chosen, opened))
         ids = load_blocks(data, tokenizer, samples=count, seq_len=seq_len, seed=chosen.seed, min_tokens=2 * seq_len).ids
     held = min(HELD_OUT_MOST, max(1, len(ids) // HELD_OUT_SHARE))
     if len(ids) <= held:
@@ -44,16 +44,16 @@ def training_text(
 
 
 def data_of(chosen: RecoverOptions, opened: Checkpoint) -> tuple[str, ...]:
-    """Text as given, else the calibration's where it can be had by the name that the checkpoint has, else the built-in."""
+    """Text as given, else the calibration's where it can be had by the name that the checkpoint has; else none."""
     if chosen.data and chosen.data != (SELF,):
         return chosen.data
-    names = data_here(opened.folder, opened.settings.provenance)
+    names = data_here(opened.settings.provenance)
     try:
         for name in names:
             check_spec(name)
     except WinaError:
-        return DEFAULT_DATA
-    return names or DEFAULT_DATA
+        return ()
+    return names
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ class Training:
     def _steps(self, distiller: nn.Module, values: dict[str, Any]) -> Trained:
         held = {int(k): list(map(float, v)) for k, v in values.get("held_out", {}).items()}
         log, before = _Log([], int(values.get("skipped", 0))), float(values.get("seconds", 0.0))
-        start, first, done = time.monotonic(), self.phase.step, self.phase.step
+        start, first, done = time.monotonic(), self.phase.done_items, self.phase.done_items
         best = int(values.get("best", 0))
         every = LOOK_EVERY.get(self.device.type, MAX_SKIPPED)
         self.report.phase("train", self.plan.steps - first)
@@ -271,7 +271,7 @@ class Training:
 
     def _restore(self) -> dict[str, Any]:
         """Take what an earlier run saved; its small values."""
-        if not self.phase.step:
+        if not self.phase.done_items:
             return {}
         saved = self.phase.tensors()
         self._take(_part(saved, "weight/"))

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from wina_calib.checkpoint.reader import open_calibrated
 from wina_calib.common.devices import pick_device
 from wina_calib.common.text import first_line
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.drafting import Drafted, drafting, load_base
-from wina_calib.runtime.load import load
+from wina_calib.runtime.load import load_opened, set_sparsity
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def generate(
         UsageError: the prompt is empty, the template does not take it, or the dense model has other tokens.
     """
     folder, _ = resolve(checkpoint, revision=revision)
-    tokenizer: Any = load_tokenizer(folder)
+    opened = open_calibrated(folder)
+    tokenizer: Any = load_tokenizer(opened)
     chat = bool(tokenizer.chat_template) and not raw
     if system is not None and not chat:
         missing = "goes with no --raw" if tokenizer.chat_template else "needs a chat template, which this model has not"
@@ -90,7 +92,9 @@ def generate(
     inputs = chat_inputs(tokenizer, prompt, system) if chat else text_inputs(tokenizer, prompt)
     place = pick_device(device)
     where = place if place.type != "cpu" else None
-    model = load(folder, sparsity, dtype=dtype, device_map=where)
+    model = load_opened(opened, dtype=dtype, device_map=where)
+    if sparsity is not None:
+        set_sparsity(model, sparsity)
     dense = None if draft_for is None else load_base(draft_for, model, tokenizer, dtype=dtype, device_map=where)
     torch.manual_seed(seed)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

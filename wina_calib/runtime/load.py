@@ -14,7 +14,7 @@ from wina_calib.checkpoint.by_reference import complete_folder, keep_with
 from wina_calib.checkpoint.reader import open_calibrated, open_checkpoint, settings_of
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
-from wina_calib.model.config import code_is_trusted, remote_code
+from wina_calib.model.config import ModelFolder, code_is_trusted, remote_code
 from wina_calib.model.locate import resolve
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.quantization_config import WinaConfig
@@ -69,23 +69,43 @@ def load(
         path_or_repo, revision=revision, token=token, subfolder=subfolder, local_files_only=local_files_only
     )
     opened = open_calibrated(folder)
-    settings = settings_of(opened)
     with remote_code(trust_remote_code):
-        opened.check_code()
-        if settings.weight_format is not None:
-            open_checkpoint(opened)  # refuses damaged codes and scales with one message
-        whole, kept = complete_folder(opened, base=base, token=token, local_files_only=local_files_only)
-        kwargs["trust_remote_code"] = code_is_trusted()
-        with opened.handed_on(as_stored=True):
-            model = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype, device_map=device_map, **kwargs)
-    keep_with(model, kept)
-    if commit is not None or kept is not None:
+        model = load_opened(
+            opened,
+            base=base,
+            token=token,
+            local_files_only=local_files_only,
+            dtype=dtype,
+            device_map=device_map,
+            **kwargs,
+        )
+    if commit is not None or opened.is_reference:
         # What is derived from the model, such as an adapter's base, is to name what was asked for and not its cache.
         model.name_or_path = model.config._name_or_path = str(path_or_repo)
     if prefill is not None:
         set_prefill(model, prefill)
     if sparsity is not None:
         set_sparsity(model, sparsity)
+    return model
+
+
+def load_opened(
+    opened: ModelFolder,
+    *,
+    base: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a calibrated checkpoint whose config was read, at the sparsity that it says; arguments as those of `load`."""
+    opened.check_code()
+    if settings_of(opened).weight_format is not None:
+        open_checkpoint(opened)  # refuses damaged codes and scales with one message
+    whole, kept = complete_folder(opened, base=base, token=token, local_files_only=local_files_only)
+    kwargs["trust_remote_code"] = code_is_trusted()
+    with whole.handed_on(as_stored=True):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(whole.path, **kwargs)
+    keep_with(model, kept)
     return model
 
 
@@ -97,7 +117,7 @@ def set_sparsity(model: torch.nn.Module, sparsity: float) -> float:
         sparsity: in [0, 1); 0 computes everything.
 
     Returns:
-        The weight-averaged site sparsity that the thresholds are set for: `sparsity` up to rounding. Outside of those that
+        The weight-averaged site sparsity that the thresholds are set for: `sparsity` up to rounding. Above those that
         thresholds were fitted at it is extrapolated, which is logged as a warning.
 
     Raises:

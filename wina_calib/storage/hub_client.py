@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, errors, get_session, snapshot_download
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not listed there
 
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError
@@ -49,7 +49,7 @@ def fetch(
     patterns = [(PurePosixPath(subfolder) / pattern).as_posix() for pattern in MODEL_FILES]
     asked = "was not asked (local_files_only)" if local_files_only else "did not answer"
     with readable_errors(repo, revision, cached=f"not all of it is in the cache, and {constants.ENDPOINT} {asked}"):
-        found = snapshot_download(
+        place = snapshot_download(
             repo,
             revision=revision,
             token=token,
@@ -57,7 +57,7 @@ def fetch(
             ignore_patterns=list(HIDDEN),
             local_files_only=local_files_only,
         )
-    folder = Path(found)
+    folder = Path(place)
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
 

@@ -111,7 +111,7 @@ class Phase:
     """What is saved of one phase.
 
     Attributes:
-        step: steps done at the last save.
+        done_items: items done at the last save.
         finished: whether the phase is done.
         values: small things that JSON can hold, of the last save.
     """
@@ -173,10 +173,10 @@ class Phase:
             An item, and the function to call when its work is done: with a line for people, and what `save` takes beside
             the stores.
         """
-        if self.step:
+        if self.done_items:
             for name, store in _now(stores).items():
                 self.restore(name, store, blocks)
-        first = self.step if begun is None else begun
+        first = self.done_items if begun is None else begun
         for number, item in enumerate(items(first), first + 1):
 
             def done(text: str, *, number: int = number, **parts: Any) -> None:
@@ -187,7 +187,7 @@ class Phase:
 
     def save(
         self,
-        step: int,
+        done_items: int,
         *,
         tensors: Mapping[str, Tensor] | None = None,
         passing: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
@@ -199,7 +199,7 @@ class Phase:
         """Save if it is time to.
 
         Args:
-            step: steps done.
+            done_items: items done.
             tensors: what is new since the last call; kept until it is saved.
             passing: what counts until the next save only; a function where it takes time to say.
             values: all small values.
@@ -218,7 +218,7 @@ class Phase:
         new = {f"{serial:04d}.safetensors": self._pending, f"{serial:04d}{_PASSING}": dict(passing or {})}
         new = {name: found for name, found in new.items() if found} if self._ranks.is_first else {}
         state = {
-            "step": step,
+            "step": done_items,
             "finished": finished,
             "values": dict(values or {}),
             "serial": serial,
@@ -245,7 +245,7 @@ class Phase:
         prepare: Callable[[], None] | None = None,
     ) -> None:
         """Save the phase's result; arguments as for `save`."""
-        self.save(self.step, tensors=tensors, values=values, stores=stores, prepare=prepare, finished=True)
+        self.save(self.done_items, tensors=tensors, values=values, stores=stores, prepare=prepare, finished=True)
 
     def forget(self) -> None:
         """Drop all that was saved of the phase."""
@@ -255,7 +255,7 @@ class Phase:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         try:
-            self.step, self.finished = int(state["step"]), bool(state["finished"])
+            self.done_items, self.finished = int(state["step"]), bool(state["finished"])
             self.values: dict[str, Any] = dict(state["values"])
             self._serial, self._files = int(state["serial"]), [str(name) for name in state["tensors"]]
             self._passing = [str(name) for name in state["passing"]]

@@ -94,10 +94,10 @@ def encode(value: Any) -> bytes:
 def read_record(path: Path) -> dict[str, Any]:
     """A JSON object of the state."""
     with readable(path):
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
             raise ValueError("no JSON object")
-        return found
+        return record
 
 
 @contextmanager

@@ -97,8 +97,8 @@ def header_length(prefix: bytes | bytearray, file_size: int, path: Path) -> int:
     return int(length)
 
 
-def parse_header(header: bytes | bytearray, file_size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Validate the header of the file `path` and return its tensors, by name in file order, and its metadata.
+def parse_header(header: bytes | bytearray, file_size: int, path: Path) -> dict[str, TensorInfo]:
+    """Validate the header of the file `path` and return its tensors, by name in file order.
 
     Raises:
         CheckpointError: listing everything that is wrong with the header.
@@ -124,7 +124,7 @@ def parse_header(header: bytes | bytearray, file_size: int, path: Path) -> tuple
         problems = _gaps(infos, 8 + len(header), file_size)
     if problems:
         raise CheckpointError(f"{path}: damaged header, convert or download it again: {listed(problems)}")
-    return {info.name: info for info in infos}, metadata
+    return {info.name: info for info in infos}
 
 
 def _tensor_info(name: str, entry: object, path: Path, data_start: int) -> TensorInfo | str:

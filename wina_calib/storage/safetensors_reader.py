@@ -30,12 +30,10 @@ class Shards(Mapping[str, TensorInfo]):
 
     Attributes:
         folder: the model folder.
-        metadata: the header metadata of each file, by file name.
     """
 
-    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, dict[str, str]]) -> None:
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
-        self.metadata = dict(metadata)
         self._infos = dict(infos)
 
     @classmethod
@@ -60,27 +58,26 @@ class Shards(Mapping[str, TensorInfo]):
             index = _read_index(folder)
             expected = index if not expected or expected.keys() == index.keys() else expected
         infos: dict[str, TensorInfo] = {}
-        metadata: dict[str, dict[str, str]] = {}
         problems: list[str] = []
         for file in sorted(expected):
             try:
-                found, metadata[file] = _read_header(folder, file)
+                header = _read_header(folder, file)
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
             listed_names = expected[file]
             if listed_names is not None:
-                problems += [f"{file} lacks tensor {shown(name)}" for name in sorted(listed_names - found.keys())]
-                extra = sorted(found.keys() - listed_names)
+                problems += [f"{file} lacks tensor {shown(name)}" for name in sorted(listed_names - header.keys())]
+                extra = sorted(header.keys() - listed_names)
                 problems += [f"{file} holds tensor {shown(name)}, which {INDEX} does not place there" for name in extra]
-            infos.update(found)
+            infos.update(header)
         if problems:
             raise CheckpointError(f"{folder}: the checkpoint cannot be used: {listed(problems)}")
         if not infos:
             raise CheckpointError(
                 f"{folder}: {listed(sorted(expected))} holds no tensor; save or download the model again"
             )
-        return cls(folder, infos, metadata)
+        return cls(folder, infos)
 
     def renamed(self, names: Mapping[str, str]) -> "Shards":
         """The tensors that `names` has, by the names that it gives them.
@@ -94,7 +91,7 @@ class Shards(Mapping[str, TensorInfo]):
             raise CheckpointError(
                 f"{self.folder}: holds tensor {shown(twice)} twice, under two names; remove one of them"
             )
-        return Shards(self.folder, infos, self.metadata)
+        return Shards(self.folder, infos)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -216,7 +213,7 @@ def _file_names(folder: Path) -> set[str]:
         raise CheckpointError(f"{folder}: not a readable model folder: {error}") from error
 
 
-def _read_header(folder: Path, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
     path = folder / file
     with open_regular(safe_path(folder, file)) as (descriptor, size):
         prefix = bytearray(min(8, size))

@@ -223,9 +223,9 @@ class ShardWriter:
         if unknown:
             raise CheckpointError(f"{self.path}: already written but not in the plan: {listed(unknown)}; start afresh")
         with open_regular(self.path) as (descriptor, size):
-            found = bytearray(min(len(header), size))
-            read_into(descriptor, memoryview(found), 0, self.path)
-        if size != self._size or found != header:
+            start = bytearray(min(len(header), size))
+            read_into(descriptor, memoryview(start), 0, self.path)
+        if size != self._size or start != header:
             raise CheckpointError(f"{self.path}: the partial file is of another plan; remove it and start afresh")
 
 

@@ -13,7 +13,7 @@ from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.quantize_sites import Quantizer, check_format
-from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.dequantized import weights_of
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch, pick_dtype
@@ -21,7 +21,6 @@ from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.errors import UsageError
 from wina_calib.model.architecture import SITES, Architecture
-from wina_calib.model.locate import load_tokenizer, weights_folder
 from wina_calib.model.source import Source
 from wina_calib.quantization.bits import bits_read
 from wina_calib.quantization.formats import WeightFormat
@@ -71,14 +70,13 @@ def quantized_rows(
     settings = opened.settings
     if settings.weight_format is not None:
         raise UsageError(f"{opened.folder} holds quantized weights; --against needs a checkpoint without --bits.")
-    folder = weights_folder(opened.folder)
-    source = open_weights(folder)
+    source = weights_of(opened, verified=True)  # `evaluate` has loaded them
     for name in names:
         check_format(source.architecture, FORMATS[name])
     facts = settings.provenance
     text = load_blocks(
-        data_here(opened.folder, facts),
-        load_tokenizer(folder),
+        data_here(facts),
+        source.tokenizer(),
         samples=int(facts.get("blocks", 1)),
         seq_len=settings.seq_len,
         seed=int(facts.get("seed", 0)),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from wina_calib.budgets import Cells
-from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.evaluation_file import read_evaluation
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.verdict import ASKED_RISES, HELD_OUT, SHOWN, HeldOut, Verdict
 from wina_calib.common.text import percent, rise, table
@@ -41,7 +41,7 @@ class Answer:
 
 def answers(opened: Checkpoint) -> tuple[Answer, ...]:
     """The three answers, from what the checkpoint holds."""
-    cells = count_cells(opened.architecture, opened.settings.transform)
+    cells = stored_cells(opened.architecture, opened.settings)
     held = HeldOut.from_dict(opened.settings.provenance.get(HELD_OUT))
     return how_much(opened, cells, held), where(opened, cells), what_it_costs(opened, cells, held)
 
@@ -55,10 +55,10 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
             "The sparse model was not measured on held-out text when this was calibrated. Calibrate again to know it."
         )
         return Answer(question, says, (), ())
-    says = (
-        f"At {percent(verdict.sparsity, 0)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: measured on "
-        f"{held.tokens:,} tokens that nothing was fitted on."
-    )
+    source = "predicted from the loss curves"
+    if held.tokens:
+        source = f"measured on {held.tokens:,} tokens that nothing was fitted on"
+    says = f"At {percent(verdict.sparsity, 0)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: {source}."
     if verdict.warning is not None:
         says += f" That is much; {percent(held.sparsity_for(0.05), 0)} costs about 5 %."
     rows = tuple((f"+{percent(r, 0)}", *_at(cells, held.sparsity_for(r), more=_more(held, r))) for r in ASKED_RISES)

@@ -18,16 +18,18 @@ from wina_calib.calibration.layer_stream import Head
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
+from wina_calib.checkpoint.reader import open_calibrated
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
-from wina_calib.corpus.blocks import Blocks, load_blocks, text_hashes
-from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs, is_local
+from wina_calib.corpus.blocks import Blocks, data_for, load_blocks, text_hashes
+from wina_calib.corpus.sources import Data, data_specs, is_local
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.model.architecture import SITES, describe
+from wina_calib.model.config import ModelFolder
 from wina_calib.model.locate import load_tokenizer, resolve
-from wina_calib.runtime.load import choose_sparsity, load, runtime_state, sparse_sites
+from wina_calib.runtime.load import choose_sparsity, load_opened, runtime_state, sparse_sites
 from wina_calib.runtime.modules import SiteState, model_weighted
 from wina_calib.runtime.state import SiteCount
 
@@ -128,7 +130,7 @@ class Measured:
 def evaluate(
     path_or_repo: str | Path,
     *,
-    data: Data = HELDOUT_DATA,
+    data: Data = None,
     sparsity: float | None = None,
     tokens: int = 32_768,
     device: str = "auto",
@@ -140,7 +142,7 @@ def evaluate(
 
     Args:
         path_or_repo: checkpoint folder or Hub id.
-        data: data specs, as for `calibrate`; the built-in held-out text by default.
+        data: data specs, as for `calibrate`; by default the built-in held-out text, as `calibrate` measures on.
         sparsity: model sparsity; None is the one it was calibrated for.
         tokens: tokens to use, in blocks of the calibration's length.
         device: compute device.
@@ -152,25 +154,35 @@ def evaluate(
     Raises:
         WinaError: the checkpoint or the text cannot be used.
     """
-    folder, _ = resolve(path_or_repo, revision=revision)
+    opened = open_calibrated(resolve(path_or_repo, revision=revision)[0])
     place = pick_device(device)
     with hearing(progress) as report:
         return evaluate_model(
-            load_on(folder, place, dtype), folder, data_specs(data), sparsity=sparsity, tokens=tokens, progress=report
+            load_on(opened, place, dtype), opened, data_specs(data), sparsity=sparsity, tokens=tokens, progress=report
         )
 
 
 def evaluate_model(
     model: PreTrainedModel,
-    folder: Path,
-    data: tuple[str, ...],
+    folder: Path | ModelFolder,
+    data: tuple[str, ...] = (),
     *,
     sparsity: float | None = None,
     tokens: int = 32_768,
     progress: Progress = SILENT,
     budget: NDArray[np.float64] | None = None,
 ) -> Evaluation:
-    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities."""
+    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities.
+
+    Args:
+        model: the model.
+        folder: with its tokenizer.
+        data: text to measure on.
+        sparsity: model sparsity.
+        tokens: tokens to use.
+        progress: hears of every block.
+        budget: site sparsities.
+    """
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2.")
     sites = sparse_sites(model)
@@ -200,10 +212,10 @@ def evaluate_model(
         bits_read=cells.bits_read_at(found.model_sparsity),
         bits_stored=cells.bits_read_at(0.0),
         tokens=found.tokens,
-        data=data,
+        data=blocks.data,
         sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
         warnings=find_warnings(
-            settings, data, asked, found.model_sparsity, found.tokens, calibration=data_here(folder, provenance)
+            settings, blocks.data, asked, found.model_sparsity, found.tokens, calibration=data_here(provenance)
         ),
     )
 
@@ -238,8 +250,8 @@ def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 
 def evaluation_blocks(data: Sequence[str], tokenizer: Any, tokens: int, seq_len: int) -> Blocks:
-    """The text that an evaluation reads: about so many tokens, in blocks of at most `seq_len`."""
-    length = min(seq_len, tokens)
+    """The text that an evaluation reads: about so many tokens, in blocks of at most `seq_len`; see `data_for`."""
+    data, length = data_for(tokenizer, data, heldout=True), min(seq_len, tokens)
     samples = max(len(data), tokens // length)  # at least one of each
     return load_blocks(data, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=2)
 
@@ -318,12 +330,12 @@ def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:
     return len(mine & text_hashes(local)) / len(mine) if mine else 0.0
 
 
-def load_on(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+def load_on(opened: ModelFolder, device: torch.device, dtype: str) -> PreTrainedModel:
     """Load a checkpoint to measure it: `auto` is the stored dtype on an accelerator, float32 on a CPU."""
     cpu = device.type == "cpu"
     stored = dtype == "auto" and not cpu
     chosen = "auto" if stored else pick_dtype(dtype, torch.float32, device)
-    return load(folder, dtype=chosen, device_map=None if cpu else device)
+    return load_opened(opened, dtype=chosen, device_map=None if cpu else device)
 
 
 def set_budget(model: PreTrainedModel, sparsity: float, budget: NDArray[np.float64]) -> None:

@@ -76,14 +76,14 @@ def evaluate_tasks(
     set_prefill(model, "sparse")
     asked = sparse_sites(model)[0].settings.sparsity if sparsity is None else sparsity
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=batch_size)
-    found = []
+    scores = []
     for level in (0.0, asked):
         set_sparsity(model, level)
         answer = simple_evaluate(
             harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
         )
-        found.append(answer["results"])
-    return tuple(_scores(*found))
+        scores.append(answer["results"])
+    return tuple(_scores(*scores))
 
 
 def task_placement(device: str, dtype: str) -> dict[str, Any]:

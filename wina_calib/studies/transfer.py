@@ -26,7 +26,7 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
-from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.dequantized import open_weights, weights_of
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
@@ -35,7 +35,7 @@ from wina_calib.common.devices import default_micro_batch, pick_device, pick_dty
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
+from wina_calib.corpus.sources import Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import threshold_at, threshold_between
@@ -126,7 +126,7 @@ def transfer(
     target: str | Path,
     *,
     sparsities: Sequence[float] = (),
-    heldout: Data = HELDOUT_DATA,
+    heldout: Data = None,
     tokens: int = 32_768,
     data: Data = (),
     samples: int = TRANSFER_SAMPLES,
@@ -159,10 +159,9 @@ def transfer(
             f"samples is {samples}, tokens {tokens}, sparsities {', '.join(map(str, asked))}; expected at least 1 and 2, "
             "and sparsities in (0, 1)."
         )
-    held = data_specs(heldout)
     place = pick_device(device)
     text = _dense_text(taker, data_specs(data), samples)
-    blocks = evaluation_blocks(held, load_tokenizer(taker.folder), tokens, taker.settings.seq_len)
+    blocks = evaluation_blocks(data_specs(heldout), load_tokenizer(taker.opened), tokens, taker.settings.seq_len)
     skipped = _impossible(giver, taker)
     ways = [way for way in WAYS if way not in skipped]
     layers, count = len(taker.architecture.layers), len(blocks.ids) * len(ways) * len(asked)
@@ -172,7 +171,7 @@ def transfer(
         dense_scores = _dense_scores(taker, text, place, dtype, report) if fits else []
         report.phase(_MEASURE, count)
         cells = stored_cells(taker.architecture, taker.settings)
-        model = load_on(taker.folder, place, dtype)
+        model = load_on(taker.opened, place, dtype)
         states = dense_states(model, blocks.ids)
         rows: list[Row] = []
         budgets: list[Likeness] = []
@@ -180,7 +179,7 @@ def transfer(
             matched = matched_budget(giver, cells, sparsity)
             budgets.append(_likeness(sparsity, cells, matched, taker.sparsities(sparsity)))
             set_sparsity(model, sparsity)
-            found: dict[str, Measured] = {}
+            by_way: dict[str, Measured] = {}
             for way in ways:
                 if way == "uniform":
                     set_budget(model, sparsity, np.full_like(matched, sparsity))
@@ -190,17 +189,17 @@ def transfer(
                     _set_quantiles(model, matched, dense_scores)
                 elif way == "values":
                     _set_values(model, giver, sparsity, matched)
-                found[way] = measure(model, blocks, report, states)
+                by_way[way] = measure(model, blocks, report, states)
             rows += [
-                Row(way, sparsity, f.model_sparsity, f.ppl, found["native"].ppl, f.kl, f.top1_agreement)
-                for way, f in found.items()
+                Row(way, sparsity, f.model_sparsity, f.ppl, by_way["native"].ppl, f.kl, f.top1_agreement)
+                for way, f in by_way.items()
             ]
         return Transfer(
             source=str(source),
             target=str(target),
-            dense_ppl=found["native"].dense_ppl,
-            tokens=found["native"].tokens,
-            data=held,
+            dense_ppl=by_way["native"].dense_ppl,
+            tokens=by_way["native"].tokens,
+            data=blocks.data,
             samples=len(text.ids),
             rows=tuple(rows),
             budgets=tuple(budgets),
@@ -227,8 +226,8 @@ def matched_budget(giver: Checkpoint, cells: Cells, sparsity: float) -> Floats:
     Returns:
         (layers, sites) of the model that takes it.
     """
-    found: Floats = spread([sparsity], cells, by_depth(giver.sparsities(sparsity), cells.layers))[0]
-    return found
+    matched: Floats = spread([sparsity], cells, by_depth(giver.sparsities(sparsity), cells.layers))[0]
+    return matched
 
 
 def budget_file(source: str | Path, target: str | Path, sparsity: float | None = None) -> BudgetFile:
@@ -250,7 +249,7 @@ def budget_file(source: str | Path, target: str | Path, sparsity: float | None =
     return explicit(budget, cells, model_key(opened.architecture, cells), asked, giver.settings.score)
 
 
-def render(found: Transfer) -> str:
+def render(made: Transfer) -> str:
     """A transfer as text."""
     headers = [
         "sparsity",
@@ -265,12 +264,12 @@ def render(found: Transfer) -> str:
     ]
     rows = [
         [
-            f"{r.sparsity:g}", r.way, f"{r.model_sparsity:.3f}", f"{r.ppl:.3f}", rise(r.ppl, found.dense_ppl),
+            f"{r.sparsity:g}", r.way, f"{r.model_sparsity:.3f}", f"{r.ppl:.3f}", rise(r.ppl, made.dense_ppl),
             rise(r.ppl, r.native_ppl), f"{r.kl:.3f}", percent(r.top1_agreement), WAYS[r.way][1],
         ]
-        for r in found.rows
+        for r in made.rows
     ]  # fmt: skip
-    about = [f"{way}: {what}" for way, (what, _) in WAYS.items() if way not in found.skipped]
+    about = [f"{way}: {what}" for way, (what, _) in WAYS.items() if way not in made.skipped]
     alike = [
         f"budgets at {b.sparsity:g}: site sparsities differ by {b.distance:.3f} on average, "
         + (
@@ -278,12 +277,12 @@ def render(found: Transfer) -> str:
             if math.isnan(b.correlation)
             else f"correlation {b.correlation:+.2f}"
         )
-        for b in found.budgets
+        for b in made.budgets
     ]
-    left = [f"{way}: left out. {reason}" for way, reason in found.skipped.items()]
+    left = [f"{way}: left out. {reason}" for way, reason in made.skipped.items()]
     start = (
-        f"{found.source} on {found.target}: dense perplexity {found.dense_ppl:.3f}, {found.tokens:,} tokens of "
-        f"{', '.join(found.data)}; dense pass over {found.samples} blocks"
+        f"{made.source} on {made.target}: dense perplexity {made.dense_ppl:.3f}, {made.tokens:,} tokens of "
+        f"{', '.join(made.data)}; dense pass over {made.samples} blocks"
     )
     return "\n\n".join([start, table(headers, rows), "\n".join([*alike, *about, *left])])
 
@@ -304,7 +303,7 @@ def _impossible(giver: Checkpoint, taker: Checkpoint) -> dict[str, str]:
 
 def _dense_text(taker: Checkpoint, data: tuple[str, ...], samples: int) -> Blocks:
     facts = taker.settings.provenance
-    specs = data or data_here(taker.folder, facts)
+    specs = data or data_here(facts)
     if not specs:
         raise UsageError(f"{taker.folder} does not say what text it was calibrated on. Give text with --data.")
     return load_blocks(
@@ -321,7 +320,7 @@ def _dense_scores(
     taker: Checkpoint, text: Blocks, place: torch.device, dtype: str, progress: Progress
 ) -> list[dict[str, Tensor]]:
     """Score quantiles of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
-    source = open_weights(weights_folder(taker.folder))
+    source = weights_of(taker)
     progress.phase(_SCORES, len(source.architecture.layers))
     micro_batch = default_micro_batch(place, text.ids.shape[1], source.architecture.width)
     compute = Compute(place, pick_dtype(dtype, source.dtype, place), micro_batch)
@@ -331,14 +330,14 @@ def _dense_scores(
 @torch.no_grad()
 def dense_scores(stream: LayerStream, rule: MaskRule, progress: Progress = SILENT) -> list[dict[str, Tensor]]:
     """Score quantiles at `LEVELS` of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
-    hidden, found = stream.embed(), []
+    hidden, quantiles = stream.embed(), []
     for index, module in stream.layers():
         with MaskedLayer(stream.source.architecture.layers[index], module, rule, stream.rotations(index)) as masked:
             sites = dense_tables(stream, masked, hidden)
-        found.append({key: table for tables in sites.values() for key, table in tables.items()})
+        quantiles.append({key: table for tables in sites.values() for key, table in tables.items()})
         progress.step(f"layer {index + 1}")
     hidden.clear()
-    return found
+    return quantiles
 
 
 def _set_quantiles(model: PreTrainedModel, budget: Floats, tables: Sequence[Mapping[str, Tensor]]) -> None:

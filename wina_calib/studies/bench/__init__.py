@@ -12,9 +12,9 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import device_name, pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.corpus.sources import HELDOUT
 from wina_calib.errors import UsageError, WinaError
-from wina_calib.model.locate import load_tokenizer, weights_folder
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.fast_path import attention, lm_head
 from wina_calib.studies.bench.decode import Variant, achieved, fixed_cost, make_variants, measure, session, warn_of_far
@@ -182,8 +182,8 @@ def _tokens(pair: Pair, count: int, seed: int) -> Tensor:
         raise UsageError(f"prompt and new tokens are {count} together; the model takes {limit}.")
     if pair.folder is not None:
         try:
-            tokenizer = load_tokenizer(weights_folder(pair.folder))
-            ids = load_blocks(HELDOUT_DATA, tokenizer, samples=1, seq_len=count, seed=seed, min_tokens=1).ids
+            tokenizer = load_tokenizer(pair.folder)
+            ids = load_blocks((HELDOUT,), tokenizer, samples=1, seq_len=count, seed=seed, min_tokens=1).ids
             if ids.shape == (1, count):
                 return ids
         except WinaError as error:

@@ -61,9 +61,9 @@ def onednn_pays(run: Callable[[], object], device: torch.device, dtype: torch.dt
         return True
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(ONEDNN_REPEATS + 1):
-        for enabled, found in times.items():
+        for enabled, taken in times.items():
             with onednn(enabled):
-                found.append(seconds(run, device))
+                taken.append(seconds(run, device))
     return statistics.median(times[True][1:]) <= statistics.median(times[False][1:])
 
 
@@ -111,15 +111,15 @@ def _resident(key: str) -> int:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions that a figure depends on."""
-    found = version.versions()
+    known = version.versions()
     if device.type == "cpu":
-        found["sparse product"] = "C" if native.available(torch.float32) else "torch operators"
+        known["sparse product"] = "C" if native.available(torch.float32) else "torch operators"
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
             import triton
 
-            found["triton"] = str(triton.__version__)
+            known["triton"] = str(triton.__version__)
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
-    return found
+            known["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
+    return known

@@ -9,24 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
+from wina_calib.checkpoint.reader import open_any
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.score import scores
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import calibration_of, code_is_trusted, load_config
-from wina_calib.model.loading import meta_model
+from wina_calib.model.loading import language_model, meta_model
 from wina_calib.model.locate import resolve
+from wina_calib.model.source import load_whole, source_of
 from wina_calib.model.tensor_names import is_added
 from wina_calib.quantization.bits import UNQUANTIZED_BITS, bits_read
 from wina_calib.quantization.formats import Quantized, WeightFormat, quantize_rows
 from wina_calib.quantization.scales import quantize_nearest
 from wina_calib.runtime.insert_sites import insert_sites
-from wina_calib.runtime.load import choose_sparsity, load, sparse_sites
+from wina_calib.runtime.load import choose_sparsity, load_opened, sparse_sites
 from wina_calib.runtime.modules import SiteState, SparseLinear
 from wina_calib.runtime.quantized import QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from wina_calib.runtime.state import RuntimeState
@@ -108,17 +109,16 @@ def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) ->
         WinaError: it cannot be loaded or has no sites.
     """
     folder, _ = resolve(model)
-    config = load_config(folder)
-    place = None if device.type == "cpu" else device
-    if calibration_of(config):
-        sparse = load(model, dtype=dtype or "auto", device_map=place).eval()
+    opened = open_any(folder)
+    if opened.is_calibrated:
+        place = None if device.type == "cpu" else device
+        sparse = load_opened(opened, dtype=dtype or "auto", device_map=place).eval()
         settings = sparse_sites(sparse)[0].settings
-        dense = stock_twin(sparse, config)
+        dense = stock_twin(sparse, opened.config)
         return Pair(model, dense, sparse, count_cells(describe(dense), settings.transform), True, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", device_map=place, trust_remote_code=code_is_trusted()
-    )
-    return _with_sites(model, loaded.eval(), config, folder)
+    source = source_of(opened, model)
+    loaded = load_whole(source, dtype or source.dtype).to(device)
+    return _with_sites(model, loaded, source.config, source.folder)
 
 
 def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: int) -> Pair:
@@ -130,9 +130,7 @@ def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: in
         dtype: of the weights.
         seed: of the weights.
     """
-    config = find_config(name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = language_model(find_config(name)).config
     return _with_sites(name, random_model(config, device, dtype, seed), config, None)
 
 

@@ -15,7 +15,7 @@ from wina_calib.errors import UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import Site
 from wina_calib.model.loading import describe_config
-from wina_calib.runtime.kernels import dispatch
+from wina_calib.runtime.kernels import cpu, dispatch
 from wina_calib.studies.bench.instruments import copy_bandwidth, onednn, onednn_pays, seconds, versions
 from wina_calib.studies.bench.results import Products, Timing
 from wina_calib.studies.flops import find_config
@@ -147,7 +147,7 @@ def _site(
 
     weights = tuple(normal(p.out_features, site.width).div_(site.width**0.5) for p in site.projections)
     pays = dispatch.column_layout_pays(device.type, dtype, site.width, site.out_features, sparsity)
-    sparse = dispatch.column_storage(weights) if pays else torch.cat(weights).t()
+    sparse = cpu.column_storage(weights) if pays else torch.cat(weights).t()
     norm = column_norms(weights).to(device)
     return SiteWeights(weights, sparse, norm, normal(1, site.width), torch.zeros((), device=device))
 

@@ -18,25 +18,24 @@ from torch.nn.functional import linear
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer
-from wina_calib.checkpoint.dequantized import open_weights
-from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.checkpoint.dequantized import weights_of
+from wina_calib.checkpoint.reader import Checkpoint, open_any, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import Estimate, Part
 from wina_calib.common.text import percent, table
-from wina_calib.corpus.blocks import load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
+from wina_calib.corpus.sources import Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.masks.mask import Cut, kept_inputs
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
 from wina_calib.model.architecture import Layer, MaskGroup
-from wina_calib.model.config import calibration_of, load_config
 from wina_calib.model.locate import resolve
-from wina_calib.model.source import Source, fitting_length, open_source
+from wina_calib.model.source import Source, fitting_length, source_of
 from wina_calib.studies.bounds.lemmas import accumulated_bound, column_lengths, theoretical_error
 from wina_calib.studies.bounds.transformed_source import see_through
 from wina_calib.studies.defaults import BOUNDS_TOKENS, BOUNDS_TRANSFORMS
+from wina_calib.studies.evaluate import evaluation_blocks
 
 _SEQ_LEN = 512
 _ROUNDING = 1e-5
@@ -127,7 +126,7 @@ def model_bounds(
     sparsity: float | None = None,
     score: str | None = None,
     masks: str | None = None,
-    data: Data = HELDOUT_DATA,
+    data: Data = None,
     tokens: int = BOUNDS_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
@@ -158,13 +157,14 @@ def model_bounds(
     """
     if tokens < 2 or (sparsity is not None and not 0.0 <= sparsity < 1.0):
         raise UsageError(f"tokens is {tokens} and sparsity {sparsity}; expected at least 2, and a number in [0, 1).")
-    folder, _ = resolve(model, revision=revision)
-    opened = open_checkpoint(folder) if calibration_of(load_config(folder)) else None
+    folder, commit = resolve(model, revision=revision)
+    read = open_any(folder)
+    opened = open_checkpoint(read) if read.is_calibrated else None
     if opened is not None and (transforms or score or masks):
         raise UsageError(
             f"{model} is calibrated: its transform, score and masks are fixed. Give the base model to vary them."
         )
-    source = open_source(model, revision=revision) if opened is None else open_weights(opened.folder)
+    source = source_of(read, str(model), commit) if opened is None else weights_of(opened)
     place = pick_device(device)
     names = tuple(transforms or BOUNDS_TRANSFORMS)
     total = len(source.architecture.layers) * (len(names) if opened is None else 1)
@@ -175,7 +175,7 @@ def model_bounds(
             ids=_ids(source, data_specs(data), tokens),
             device=place,
             dtype=pick_dtype(dtype, source.dtype, place),
-            step=lambda: report.step("layer"),
+            tell=lambda: report.step("layer"),
         )
         report.planned(Estimate((Part("bounds", total),)))
         report.phase("bounds", total)
@@ -237,14 +237,14 @@ class _Run:
     ids: Tensor
     device: torch.device
     dtype: torch.dtype
-    step: Callable[[], None]
+    tell: Callable[[], None]
 
     def calibrated(self, opened: Checkpoint, sparsity: float | None) -> ModelBounds:
         settings = opened.settings
         asked = settings.sparsity if sparsity is None else sparsity
 
         def cuts(layer: Layer) -> dict[str, Cut]:
-            found: dict[str, Cut] = {}
+            cut_by_group: dict[str, Cut] = {}
             for site in layer.sites:
                 stored = opened.site(layer, site)
                 own = site_sparsity(settings.anchors, stored.budget.numpy(), asked)
@@ -252,8 +252,10 @@ class _Run:
                     value = threshold_between(stored.tables[group.name], settings.anchors, asked, own)
                     chosen = stored.thresholds[group.name] if sparsity is None else torch.tensor(value)
                     top = settings.select == "topk"
-                    found[group.key] = kept_inputs(site.width, own) if top else chosen.to(self.device, torch.float32)
-            return found
+                    cut_by_group[group.key] = (
+                        kept_inputs(site.width, own) if top else chosen.to(self.device, torch.float32)
+                    )
+            return cut_by_group
 
         return self._result(settings.rule, asked, self._measure(self.source, settings.rule, cuts))
 
@@ -277,7 +279,7 @@ class _Run:
         stream = LayerStream(source, self.ids, Compute(self.device, self.dtype))
         dense, sparse = stream.embed(), stream.store()
         sparse.copy_from(dense)
-        found: list[SiteBound] = []
+        bounds: list[SiteBound] = []
         for index, module in stream.layers():
             with _Watched(arch.layers[index], module, rule, stream.rotations(index)) as layer:
                 layer.cuts = dict(cuts(arch.layers[index]))
@@ -288,9 +290,9 @@ class _Run:
                     sparse[batch], masked = layer.watch(sparse[batch], kwargs, sparse=True)
                     for group, own in sums.items():
                         own.add(reads[group][0], *masked[group])
-                found += [own.bound(index, group) for group, own in sums.items()]
-            self.step()
-        return tuple(found)
+                bounds += [own.bound(index, group) for group, own in sums.items()]
+            self.tell()
+        return tuple(bounds)
 
 
 class _Watched(MaskedLayer):
@@ -353,5 +355,4 @@ class _Sums:
 
 
 def _ids(source: Source, data: tuple[str, ...], tokens: int) -> Tensor:
-    seq_len = min(fitting_length(source, _SEQ_LEN), tokens)
-    return load_blocks(data, source.tokenizer(), samples=tokens // seq_len, seq_len=seq_len, seed=0, min_tokens=2).ids
+    return evaluation_blocks(data, source.tokenizer(), tokens, fitting_length(source, _SEQ_LEN)).ids

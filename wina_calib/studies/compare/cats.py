@@ -48,12 +48,12 @@ def activation(layer: Layer, module: nn.Module) -> nn.Module:
         UnsupportedModel: there is not just one.
     """
     mlp = module.get_submodule(layer.mlp)
-    found = [child for child in mlp.children() if next(child.parameters(), None) is None]
-    if len(found) != 1:
+    plain = [child for child in mlp.children() if next(child.parameters(), None) is None]
+    if len(plain) != 1:
         raise UnsupportedModel(
-            f"{layer.prefix}{layer.mlp} has {len(found)} activation modules, CATS needs one. Leave the method out."
+            f"{layer.prefix}{layer.mlp} has {len(plain)} activation modules, CATS needs one. Leave the method out."
         )
-    return found[0]
+    return plain[0]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
-from wina_calib.calibration.run import calibrate
+from wina_calib.calibration.run import run_calibration
 from wina_calib.checkpoint.format import model_names
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
@@ -32,8 +32,8 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
 from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.common.text import finite
-from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.sources import DEFAULT_DATA, HELDOUT_DATA, Data, data_specs
+from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
+from wina_calib.corpus.sources import Data, data_specs
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import remote_code
@@ -48,6 +48,7 @@ from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, qu
 from wina_calib.transforms import needed_sites, plan
 from wina_calib.version import versions
 
+_HELD_TOKENS = 64  # of a calibration's own measurement, which is made anew here on the text of all methods
 _IRRELEVANT = OPERATIONAL | {"sparsity", "grid", "weights"}
 
 
@@ -57,8 +58,8 @@ def compare(
     *,
     methods: str | Method | Sequence[str | Method] = COMPARE_METHODS,
     sparsities: float | Sequence[float] = COMPARE_SPARSITIES,
-    data: Data = DEFAULT_DATA,
-    heldout: Data = HELDOUT_DATA,
+    data: Data = None,
+    heldout: Data = None,
     samples: int = 128,
     seq_len: int = 2048,
     tokens: int = 32_768,
@@ -112,16 +113,15 @@ def compare(
     shared = make_options(base)  # refuses what is out of range before any work
     if not grid or tokens < 2:
         raise UsageError(f"{len(grid)} sparsities and {tokens} tokens; expected at least one, and two tokens.")
-    held = data_specs(heldout)
     with remote_code(trust_remote_code), hearing(progress) as report:
         source = open_source(model, revision=revision)
-        place = pick_device(device)
+        tokenizer, place = source.tokenizer(), pick_device(device)
+        shared = replace(shared, data=data_for(tokenizer, shared.data))
         bench = _Bench(
             source=source,
             folder=Path(output).expanduser(),
             shared=shared,
-            heldout=held,
-            blocks=evaluation_blocks(held, source.tokenizer(), tokens, fitting_length(source, seq_len)),
+            blocks=evaluation_blocks(data_specs(heldout), tokenizer, tokens, fitting_length(source, seq_len)),
             weights=source.shards.fingerprint(model_names(source.shards, source.architecture)),
             device=place,
             dtype=pick_dtype(dtype, source.dtype, place),
@@ -161,7 +161,6 @@ class _Bench:
     source: Source
     folder: Path
     shared: CalibrateOptions
-    heldout: tuple[str, ...]
     blocks: Blocks
     weights: str
     device: torch.device
@@ -248,7 +247,7 @@ class _Bench:
     def _protocol(self) -> dict[str, Any]:
         return {
             "data": list(self.shared.data),
-            "heldout": list(self.heldout),
+            "heldout": list(self.blocks.data),
             "samples": self.shared.samples,
             "seq_len": fitting_length(self.source, self.shared.seq_len),
             "tokens": self.blocks.tokens,
@@ -308,13 +307,15 @@ class _Bench:
             place.mkdir(parents=True)
             values = asdict(task.options)
             untouched = plan(task.options.transform, self.source.architecture).name == "none"
-            weights = "reference" if untouched and not self.source.opened.runs_code else "full"
-            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": weights}
+            by_reference = untouched and self.source.is_plain and not self.source.opened.runs_code
+            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": "reference" if by_reference else "full"}
             start = time.monotonic()
-            calibrate(self.source.name, checkpoint, progress=Within(self.report, f"{name}: calibrate"), **values)
+            heard = Within(self.report, f"{name}: calibrate")
+            run_calibration(self.source.name, checkpoint, make_options(values), heard, held_tokens=_HELD_TOKENS)
             took = time.monotonic() - start
             write_file(place / "seconds.json", json_bytes(took))
-        model = load(checkpoint, dtype=self.dtype, device_map=self.device if self.device.type != "cpu" else None)
+        device_map = self.device if self.device.type != "cpu" else None
+        model = load(checkpoint, dtype=self.dtype, device_map=device_map, base=str(self.source.folder))
         cells = count_cells(describe(model), plan(task.options.transform, self.source.architecture).name)
         for sparsity in task.todo:
             self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))

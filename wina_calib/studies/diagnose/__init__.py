@@ -15,7 +15,7 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import Estimate, Part
 from wina_calib.common.text import percent
-from wina_calib.corpus.sources import HELDOUT_DATA, Data, data_specs
+from wina_calib.corpus.sources import Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.studies.defaults import (
@@ -70,14 +70,14 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = asdict(self)
+        values = asdict(self)
         if self.importance is not None:
-            found["importance"]["measured"] = self.importance.measured()
+            values["importance"]["measured"] = self.importance.measured()
         if self.propagation is not None:
-            found["propagation"] |= {"kl_sum": self.propagation.kl_sum, "error_sum": self.propagation.error_sum}
+            values["propagation"] |= {"kl_sum": self.propagation.kl_sum, "error_sum": self.propagation.error_sum}
         if self.texts is not None:
-            found["texts"] = [asdict(row) | {"drifts": row.drifts} for row in self.texts]
-        return found
+            values["texts"] = [asdict(row) | {"drifts": row.drifts} for row in self.texts]
+        return values
 
     def text(self) -> str:
         """Tables for people."""
@@ -101,7 +101,7 @@ def diagnose(
     inputs: int = DIAGNOSE_INPUTS,
     amounts: Sequence[int] = DIAGNOSE_AMOUNTS,
     fit_seq_len: int | None = None,
-    data: Data = HELDOUT_DATA,
+    data: Data = None,
     tokens: int = DIAGNOSE_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
@@ -146,10 +146,9 @@ def diagnose(
         raise UsageError(
             f"{checkpoint}: {reason}, so that there is nothing to find out. Ask for some of {', '.join(DIAGNOSE_PARTS[:-1])}."
         )
-    specs = data_specs(data)
     place = pick_device(device)
-    blocks = evaluation_blocks(specs, load_tokenizer(opened.folder), tokens, opened.settings.seq_len)
-    model = load_on(opened.folder, place, dtype)
+    blocks = evaluation_blocks(data_specs(data), load_tokenizer(opened.opened), tokens, opened.settings.seq_len)
+    model = load_on(opened.opened, place, dtype)
     subject = Subject(opened, model, blocks, place, pick_dtype(dtype, model.dtype, place))
     # A caller's no_grad or inference_mode would take away the gradients that importance is told by.
     with hearing(progress) as report, torch.inference_mode(False), torch.enable_grad():
@@ -158,7 +157,7 @@ def diagnose(
             model=str(checkpoint),
             sparsity=asked,
             tokens=blocks.tokens,
-            data=specs,
+            data=blocks.data,
             importance=importance(subject, inputs=inputs, progress=report) if "importance" in wanted else None,
             propagation=propagation(subject, asked, report) if "propagation" in wanted else None,
             extremes=extremes(subject, extreme, report) if "extremes" in wanted and extreme else None,

@@ -114,11 +114,11 @@ def propagation(subject: Subject, sparsity: float, progress: Progress = SILENT) 
     count = len(subject.opened.architecture.layers)
     variants = {"all": every} | {str(layer): only(sites, every, layer) for layer in range(count)}
     progress.phase("propagation", len(subject.blocks.ids))
-    found = watch(subject, variants, progress)
-    together = found["all"]
+    watched = watch(subject, variants, progress)
+    together = watched["all"]
     layers = tuple(
         LayerGrowth(layer, own.layers[layer], own.layers[-1], own.quality.kl, together.layers[layer])
-        for layer, own in ((layer, found[str(layer)]) for layer in range(count))
+        for layer, own in ((layer, watched[str(layer)]) for layer in range(count))
     )
     return Propagation(sparsity, together.quality.tokens, together.quality.kl, layers)
 
@@ -129,12 +129,12 @@ def extremes(
     """Measure a model at high sparsities: quality, achieved sparsity, and where hidden states lose the dense ones."""
     settings = {f"{s:g}": thresholds_at(subject.model, s) for s in sparsities}
     progress.phase("extremes", len(subject.blocks.ids))
-    found = watch(subject, settings, progress)
+    watched = watch(subject, settings, progress)
     sites = sparse_sites(subject.model)
     highest = subject.opened.settings.fitted_anchors[-1]
     rows = []
     for sparsity in sparsities:
-        own, asked = found[f"{sparsity:g}"], settings[f"{sparsity:g}"]
+        own, asked = watched[f"{sparsity:g}"], settings[f"{sparsity:g}"]
         drift = {
             f"{s.layer}.{s.site.name}": own.quality.sites[s.layer, s.site.name] - t.sparsity
             for s, t in zip(sites, asked, strict=True)

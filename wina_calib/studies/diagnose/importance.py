@@ -21,12 +21,11 @@ from torch.nn.functional import kl_div, log_softmax
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import Head, LayerStream
 from wina_calib.calibration.loss_curves import measure_curves
-from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.dequantized import weights_of
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import table
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import SITES, MaskGroup, Site
-from wina_calib.model.locate import weights_folder
 from wina_calib.runtime.load import runtime_state
 from wina_calib.studies.defaults import DIAGNOSE_INPUTS
 from wina_calib.studies.diagnose.subject import Subject
@@ -100,18 +99,18 @@ class Importance:
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Rank correlations with the measured KL divergence over the dropped inputs: of each site, and `all`."""
-        found = {}
+        correlations = {}
         for name in (*SITES, "all"):
             rows = [d for d in self.dropped if name in (d.site, "all")]
             if len(rows) > 2:
                 kl = [d.kl for d in rows]
-                found[name] = {
+                correlations[name] = {
                     "norm": spearman([d.norm for d in rows], kl),
                     "magnitude": spearman([d.magnitude for d in rows], kl),
                     "product": spearman([d.magnitude * d.norm for d in rows], kl),
                     "predicted": spearman([d.predicted for d in rows], kl),
                 }
-        return found
+        return correlations
 
     def text(self) -> str:
         """Tables for people."""
@@ -157,7 +156,7 @@ def importance(
         progress: hears of phases, and of every layer in them.
     """
     arch, rule = subject.opened.architecture, subject.opened.settings.rule
-    source = open_weights(weights_folder(subject.opened.folder))
+    source = weights_of(subject.opened, verified=True)
     ids = subject.blocks.ids
     sums: dict[tuple[int, MaskGroup], _Sums] = {}
 
@@ -216,14 +215,14 @@ class _Sums:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         x, g = x.float(), g.float()
-        found = torch.stack([x.abs().double().sum(0), x.double().square().sum(0), (g * x).double().square().sum(0)])
-        self.sums = found if self.sums is None else self.sums + found
+        sums = torch.stack([x.abs().double().sum(0), x.double().square().sum(0), (g * x).double().square().sum(0)])
+        self.sums = sums if self.sums is None else self.sums + sums
         self.rows += len(x)
 
     def figures(self, norm: Floats) -> _Figures:
         assert self.sums is not None
-        magnitude, square, felt = (self.sums / self.rows).cpu().numpy()
-        return _Figures(norm, magnitude, norm**2 * square, felt / 2)
+        magnitude, square, product = (self.sums / self.rows).cpu().numpy()
+        return _Figures(norm, magnitude, norm**2 * square, product / 2)
 
 
 def _drop_some(

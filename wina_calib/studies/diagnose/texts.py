@@ -15,14 +15,14 @@ from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.options import make_options
-from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.dequantized import weights_of
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.model.locate import load_tokenizer, weights_folder
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.studies.defaults import DIAGNOSE_AMOUNTS
 from wina_calib.studies.diagnose.subject import Subject, Thresholds, put
 from wina_calib.studies.evaluate import DRIFT, dense_states, evaluation_blocks, measure
@@ -113,9 +113,9 @@ def texts(
         thresholds = refitted(subject, fitted, sparsity)
         rows += [_row(subject, kind, fitted, name, test, thresholds, sparsity) for name, test in tests.items()]
         progress.step(kind)
-    specs = data_here(subject.opened.folder, facts) or ("builtin",)
+    specs = data_here(facts) or ("builtin",)
     for amount in amounts:
-        fitted = text(specs, amount)
+        fitted = text(specs[:amount], amount)
         assert own is not None
         thresholds = refitted(subject, fitted, sparsity)
         rows.append(_row(subject, "calibration text", fitted, "held-out text", own, thresholds, sparsity))
@@ -126,7 +126,7 @@ def texts(
 def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds]:
     """Thresholds of every site for a model sparsity, fitted on `text` with the checkpoint's budget."""
     opened = subject.opened
-    source = open_weights(weights_folder(opened.folder))
+    source = weights_of(opened, verified=True)
     loop = str(opened.settings.provenance.get("loop", "closed"))
     options = make_options({"sparsity": sparsity, "grid": (sparsity,), "loop": loop})
     micro_batch = default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width)
@@ -172,12 +172,12 @@ def _row(
     sparsity: float,
 ) -> Fitted:
     put(subject.model, thresholds)
-    found = measure(subject.model, test[0], dense=test[1])
+    measured = measure(subject.model, test[0], dense=test[1])
     return Fitted(
         fitted_on=kind,
         blocks=len(fitted.ids),
         fit_tokens=fitted.tokens,
         tested_on=name,
         sparsity=sparsity,
-        **found.figures(),
+        **measured.figures(),
     )
