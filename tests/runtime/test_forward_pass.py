@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -149,6 +150,72 @@ def test_a_whole_decoder_computed_again(trained: PreTrainedModel) -> None:
         return grad
 
     assert close(run(again=True), run(again=False))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("what", ["model", "decoder", "embedded"])
+def test_a_whole_model_computed_again_at_another_sparsity(what: str, reentrant: bool, trained: PreTrainedModel) -> None:
+    """By torch's checkpoint around it, given ids or their embeddings."""
+    embedded = trained.get_input_embeddings()(IDS[:1]).detach().requires_grad_()
+
+    def passed(row: int = 0) -> torch.Tensor:
+        ids = IDS[row : row + 1]
+        if what == "model":  # an argument that requires gradients is what reentrant checkpointing goes by
+            return checkpoint(
+                lambda x, i: trained(input_ids=i).logits + 0 * x.sum(), embedded, ids, use_reentrant=reentrant
+            )
+        if what == "decoder":
+
+            def call(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+                return trained.model(input_ids=i).last_hidden_state + 0 * x.sum()
+
+            return checkpoint(call, embedded, ids, use_reentrant=reentrant)
+        return checkpoint(lambda x: trained.model(inputs_embeds=x).last_hidden_state, embedded, use_reentrant=reentrant)
+
+    for again in range(2):
+        passed().square().sum().backward()
+        assert float(trained.model.layers[0].mlp.up_proj.weight.grad.abs().sum()) > 0, again
+        wina_calib.set_sparsity(trained, 0.4 + again / 10)  # between a backward pass and the next forward pass
+    out = passed()
+    wina_calib.set_sparsity(trained, 0.3)
+    with pytest.raises(UsageError, match="sparsity was changed between a forward pass and its backward pass"):
+        out.square().sum().backward()
+    assert getattr(here, "current", None) is None
+    passed().square().sum().backward()
+    if what != "embedded":
+        first = passed(1)
+        wina_calib.set_sparsity(trained, 0.5)
+        both = first.square().sum() + passed(2).square().sum()
+        with pytest.raises(UsageError, match="sparsity was changed"):
+            both.backward()
+
+
+@pytest.mark.parametrize("what", ["prefill", "first_token", "densely"])
+def test_a_whole_model_computed_again_on_other_terms(what: str, trained: PreTrainedModel) -> None:
+    state = runtime_state(trained)
+    with state.densely() if what == "densely" else nullcontext():
+        out = checkpoint(lambda ids: trained(input_ids=ids).logits, IDS[:1], use_reentrant=False)
+    if what != "densely":
+        setattr(state, what, {"prefill": "dense", "first_token": "sparse"}[what])
+    with pytest.raises(UsageError, match="changed between a forward pass and its backward pass"):
+        out.sum().backward()
+
+
+def test_what_is_computed_again_is_counted_once(trained: PreTrainedModel) -> None:
+    with runtime_state(trained).counting() as counts:
+        out = checkpoint(lambda ids: trained(input_ids=ids).logits, IDS[:1], use_reentrant=False)
+        before = copy.deepcopy(counts)
+        out.sum().backward()
+    assert before
+    assert counts == before
+
+
+def test_plain_training_remembers_no_passes(trained: PreTrainedModel) -> None:
+    loss(trained, 2).backward()
+    trained.eval()
+    with torch.no_grad():
+        trained(IDS)
+    assert runtime_state(trained).repeats._known == {}
 
 
 def tokens(model: PreTrainedModel, prompt: torch.Tensor, mask: torch.Tensor | None = None) -> list[int]:

@@ -3,17 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
-import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer
 from wina_calib.runtime.generate import Generated, chat_inputs, generate
+from wina_calib.runtime.load import load_opened
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -84,14 +85,13 @@ def test_speed_and_length_are_told(calibrated: Path) -> None:
 
 def test_the_dtype_is_the_asked_one(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[torch.dtype] = []
-    plain = wina_calib.load
 
-    def load(*args: object, **kwargs: object) -> torch.nn.Module:
-        model = plain(*args, **kwargs)  # type: ignore[arg-type]
+    def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        model = load_opened(*args, **kwargs)
         loaded.append(model.dtype)
         return model
 
-    monkeypatch.setattr("wina_calib.runtime.generate.load", load)
+    monkeypatch.setattr("wina_calib.runtime.generate.load_opened", load)
     for name in ("bfloat16", "float32"):
         assert (
             CliRunner().invoke(main, ["generate", str(calibrated), "x", "--new", "2", "--dtype", name]).exit_code == 0

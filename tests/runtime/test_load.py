@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import script
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextIteratorStreamer, pipeline
 
@@ -292,17 +293,7 @@ print(json.dumps(worst))
 def rotated(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama, calibrated with a transform that its weights absorb."""
     folder = tmp_path_factory.mktemp("rotated") / "sparse"
-    wina_calib.calibrate(
-        llama,
-        folder,
-        transform="global",
-        budget="uniform",
-        data=str(text),
-        samples=80,
-        seq_len=128,
-        sparsity=0.5,
-        grid=(0.25, 0.5, 0.65),
-    )
+    tiny.calibrate(llama, folder, text, transform="global", samples=80)
     return folder
 
 
@@ -323,6 +314,31 @@ def test_weights_of_another_model_are_noticed(calibrated: Path, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeLoadError, match="not those that the calibration was made for"):
         wina_calib.load(tmp_path)
+
+
+CHANGED = {
+    "qwen2": ("self_attn.k_proj.bias", "post_attention_layernorm.weight"),
+    "qwen3": ("self_attn.q_norm.weight",),
+    "gemma2": ("pre_feedforward_layernorm.weight",),
+}
+
+
+@pytest.mark.parametrize("family", CHANGED)
+def test_another_gain_or_bias_of_any_layer_is_noticed_and_a_cast_is_none(
+    family: str, text: Path, tmp_path: Path
+) -> None:
+    tiny.save(family, tmp_path / "m")
+    tiny.calibrate(tmp_path / "m", tmp_path / "s", text)
+    model = wina_calib.load(tmp_path / "s")
+    for number, name in enumerate(CHANGED[family]):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_parameter(f"model.layers.{number}.{name}").add_(0.1)
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(RuntimeLoadError, match=rf"1 weights are not those .*layers\.{number}\.{name}"):
+            wina_calib.load(tmp_path / "other")
+    model.bfloat16().save_pretrained(tmp_path / "cast")
+    assert wina_calib.load(tmp_path / "cast").dtype == torch.bfloat16
 
 
 def test_a_missing_file_is_named(calibrated: Path, tmp_path: Path) -> None:

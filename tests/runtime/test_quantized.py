@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import wina_calib
 from wina_calib.checkpoint.dequantized import open_weights
@@ -149,6 +156,27 @@ def test_a_weight_can_be_read_and_not_written(model: PreTrainedModel) -> None:
     ):
         with pytest.raises(RuntimeLoadError, match="these weights are quantized and cannot be changed"):
             change()
+
+
+@torch.no_grad()
+def test_it_is_cast_as_any_model(model: PreTrainedModel) -> None:
+    expected = model(IDS).logits
+    assert model.half().dtype == torch.float16
+    logits = model.float()(IDS).logits
+    assert logits.dtype == torch.float32
+    assert float((logits - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*:FutureWarning"
+)  # peft and the trainer ask by an old name
+def test_the_trainer_refuses_it_without_an_adapter(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = wina_calib.load(folder)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="purely quantized models. Please attach trainable adapters"):
+        Trainer(model, arguments)
+    Trainer(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])), arguments)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft asks transformers by an old name

@@ -34,6 +34,17 @@ def test_every_projection_has_the_mask_of_its_site(calibrated: Path) -> None:
     assert found[prefix + "q_proj"] is found[prefix + "v_proj"] is not found[prefix + "o_proj"]
 
 
+@pytest.mark.parametrize("layer", range(3))
+def test_weights_of_any_layer_that_are_not_the_calibrations_are_known(layer: int, calibrated: Path) -> None:
+    weights = load_file(calibrated / "model-00001-of-00001.safetensors")
+    for mask in make_plan(calibrated, Options()).masks[4 * layer : 4 * layer + 4]:
+        own = [weights[f"{name}.weight"] for name in mask.projections]
+        assert mask.knows(torch.cat(own))
+        assert mask.knows(torch.cat(own).bfloat16())
+        for i in range(len(own)):
+            assert not mask.knows(torch.cat([w + 0.01 * (i == j) for j, w in enumerate(own)]))
+
+
 def test_options_come_from_the_command_line_first() -> None:
     environ = {"WINA_SPARSITY": "0.25", "WINA_PREFILL": "dense", "WINA_SPARSE_ROWS": "2"}
     assert options_from({}, {}) == Options()

@@ -19,14 +19,16 @@ def figures(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
         measured: what `evaluate --save` keeps.
     """
     data = ", ".join(published(str(spec)) for spec in measured["data"])
-    found = {
+    ppl_by_title = {
         f"Perplexity at sparsity {measured['model_sparsity']:.3f}": measured["sparse_ppl"],
         "Perplexity at sparsity 0": measured["dense_ppl"],
     }
     result = {
         "task": {"type": "text-generation"},
         "dataset": {"name": data, "type": data.partition(":")[0]},
-        "metrics": [{"type": "perplexity", "name": title, "value": round(float(v), 4)} for title, v in found.items()],
+        "metrics": [
+            {"type": "perplexity", "name": title, "value": round(float(v), 4)} for title, v in ppl_by_title.items()
+        ],
         "source": {"name": SOURCE, "url": "https://arxiv.org/abs/2505.19427"},
     }
     return {"metrics": METRICS, "model-index": [{"name": name, "results": [result]}]}

@@ -51,16 +51,16 @@ def facts_of_base(folder: Path) -> dict[str, str | list[str]]:
 
 def sound_facts(metadata: Any) -> dict[str, str | list[str]]:
     """Those facts of a base model's metadata that a card can take over."""
-    found: dict[str, str | list[str]] = {}
+    sound: dict[str, str | list[str]] = {}
     for name, form in _FACTS.items():
         value: Node | None = metadata.get(name) if isinstance(metadata, dict) else None
         if isinstance(value, str) and _is_sound(value, form):
-            found[name] = value
+            sound[name] = value
         elif name == "language" and isinstance(value, list | tuple):
             known = [item for item in value[:_MAX_LANGUAGES] if isinstance(item, str) and _is_sound(item, form)]
             if known:
-                found[name] = known
-    return found
+                sound[name] = known
+    return sound
 
 
 def _is_sound(value: str, form: re.Pattern[str]) -> bool:

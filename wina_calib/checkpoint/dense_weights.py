@@ -118,7 +118,7 @@ def open_shards(folder: Path, plan: WeightPlan, phase: Phase) -> Iterator[Shelf]
 
     They are closed at the end; after an error they are left to be gone on with, or removed where nothing is saved.
     """
-    if (phase.step or phase.finished) and not all((folder / file).exists() for file in plan.by_file):
+    if (phase.done_items or phase.finished) and not all((folder / file).exists() for file in plan.by_file):
         phase.forget()
     written = phase.values.get("written", [])
     writers = {

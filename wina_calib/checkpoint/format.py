@@ -10,6 +10,7 @@ from torch import Tensor
 from wina_calib.budgets.count import count_cells
 from wina_calib.budgets.model import Cells
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.weight_sample import others_name
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
 from wina_calib.model.tensor_names import is_added, is_derived, is_packed, is_rotation
@@ -69,6 +70,8 @@ def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[
                 f"{path}.{group.name}.table": (anchors, levels),
                 f"{path}.{group.name}.threshold": (),
             }
+    if settings.samples and settings.whole_layers:
+        out |= {others_name(layer): (len(layer.small), settings.samples) for layer in arch.layers}
     return out
 
 

@@ -38,6 +38,7 @@ class Settings:
         curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
         weights: fingerprint of the weights that this belongs to.
         samples: elements of each projection's weight that are stored, to know the weights by when they are loaded.
+        whole_layers: whether elements of the layers' other parameters are stored too.
         provenance: base model, data, seed, versions, command, dense perplexity.
         bits: of the sites' weights: 4, 8, or 16 where they are not quantized.
         group_size: outputs that share a scale at 4 bits.
@@ -59,6 +60,7 @@ class Settings:
     curve_levels: tuple[float, ...] = ()
     weights: str = ""
     samples: int = 0
+    whole_layers: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
     bits: int = UNQUANTIZED_BITS
@@ -105,12 +107,12 @@ class Settings:
         return tuple(a for a in self.anchors if not isinstance(named, list | tuple) or a not in named) or self.anchors
 
     def unfitted(self, sparsity: float) -> str | None:
-        """What to tell of a model sparsity that lies outside of those that thresholds were fitted at; None inside."""
-        lowest, highest = self.fitted_anchors[0], self.fitted_anchors[-1]
-        if sparsity == 0 or lowest <= sparsity <= highest:
+        """What to tell of a model sparsity above those that thresholds were fitted at; None up to there, as 0 drops nothing."""
+        highest = self.fitted_anchors[-1]
+        if sparsity <= highest:
             return None
         return (
-            f"sparsity {sparsity:g} lies outside of {lowest:g} to {highest:g}, where thresholds were fitted. Calibrate "
+            f"sparsity {sparsity:g} lies above {highest:g}, the highest at which thresholds were fitted. Calibrate "
             "with it in --grid, or fit it with `wina-calib budget DIR --sparsity S --apply DIR --refit`."
         )
 
@@ -174,6 +176,7 @@ class Settings:
                 type(self.samples) is int and self.samples in (0, SAMPLES),
                 f"samples is {self.samples!r:.80}, expected 0 or {SAMPLES}",
             ),
+            (type(self.whole_layers) is bool, f"whole_layers is {self.whole_layers!r:.80}, expected true or false"),
             (isinstance(self.weights, str), f"weights is {self.weights!r:.80}, expected a fingerprint"),
             (isinstance(self.budget, str), f"budget is {self.budget!r:.80}"),
             (isinstance(self.transform, str), f"transform is {self.transform!r:.80}"),

@@ -88,12 +88,12 @@ def code_files(folder: ModelFolder) -> set[str]:
     places = [place for named in maps for value in named.values() for place in _listed(value)]
     # REPOSITORY--MODULE.CLASS is the code of another repository.
     modules = {str(place).partition(".")[0] for place in places if place and "--" not in str(place)}
-    found: set[str] = set()
+    names: set[str] = set()
     for module in modules:
         path = folder.path / f"{module}.py"
         if path.name == f"{module}.py" and path.is_file():
-            found |= {path.name, *_imported(path)}
-    return found
+            names |= {path.name, *_imported(path)}
+    return names
 
 
 def _auto_map(path: Path) -> dict[str, Any]:

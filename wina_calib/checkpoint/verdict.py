@@ -61,12 +61,12 @@ class HeldOut:
         try:
             anchors, loss, kl, achieved = rows = [tuple(map(float, raw[name])) for name in _ROWS]
             first, second = map(float, raw["unmasked"])
-            found = cls(anchors, loss, kl, achieved, int(raw["tokens"]), tuple(map(str, raw["data"])), (first, second))
+            held = cls(anchors, loss, kl, achieved, int(raw["tokens"]), tuple(map(str, raw["data"])), (first, second))
             same = len(set(map(len, rows))) == 1 and len(anchors) > 0
-            fine = all(math.isfinite(value) for row in (*rows, found.unmasked) for value in row) and all(
+            fine = all(math.isfinite(value) for row in (*rows, held.unmasked) for value in row) and all(
                 0 < a < 1 for a in anchors
             )
-            return found if same and fine and list(anchors) == sorted(set(anchors)) else None
+            return held if same and fine and list(anchors) == sorted(set(anchors)) else None
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
@@ -240,8 +240,8 @@ def smoothed(loss: Sequence[float], kl: Sequence[float], tokens: int) -> tuple[f
     weight = 1 / (noise + _SPREAD**2)
     common = float(np.clip((weight * ratio).sum() / weight.sum(), 0.3, 3.0))
     trusted = _SPREAD**2 / (_SPREAD**2 + noise)
-    found = np.maximum(divergence * (trusted * ratio + (1 - trusted) * common), divergence * 0.2)
-    steps = np.maximum.accumulate(found) * (1 + 1e-6 * np.arange(len(found)))  # equal ones would have no order
+    rises = np.maximum(divergence * (trusted * ratio + (1 - trusted) * common), divergence * 0.2)
+    steps = np.maximum.accumulate(rises) * (1 + 1e-6 * np.arange(len(rises)))  # equal ones would have no order
     return tuple(steps.tolist())
 
 

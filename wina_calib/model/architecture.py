@@ -115,6 +115,13 @@ class Layer:
     head_dim: int
     others: tuple[str, ...] = ()
 
+    @property
+    def small(self) -> tuple[str, ...]:
+        """Paths of all its parameters that are no site's weights: gains of norms, biases, others."""
+        norms = (n for n in (self.attn_norm, self.mlp_norm, *self.post_norms) if n is not None)
+        biases = (f"{p.module}.bias" for site in self.sites for p in site.projections if p.bias)
+        return (*(f"{norm.module}.weight" for norm in norms), *biases, *self.others)
+
     def site(self, name: str) -> Site:
         """Return the site called `name` (one of `SITES`)."""
         return self.sites[SITES.index(name)]
@@ -215,12 +222,12 @@ def refuse_encoder_decoder(config: PreTrainedConfig) -> None:
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
     base_name = model.base_model_prefix
     base = getattr(model, base_name, None)
-    found = [m for n, m in base.named_children() if isinstance(m, nn.ModuleList)] if isinstance(base, nn.Module) else []
-    if base is None or len(found) != 1:
+    lists = [m for n, m in base.named_children() if isinstance(m, nn.ModuleList)] if isinstance(base, nn.Module) else []
+    if base is None or len(lists) != 1:
         raise UnsupportedModel(
             f"{type(model).__name__} has no single list of decoder layers under {base_name!r}. Supported: {SUPPORTED}."
         )
-    return base_name, base, found[0]
+    return base_name, base, lists[0]
 
 
 def _layer(layer: nn.Module, index: int, prefix: str, config: PreTrainedConfig) -> Layer:

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from wina_calib.common.text import first_line
 from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
@@ -120,9 +121,11 @@ def copy_of(folder: ModelFolder, method: str | None) -> DenseCopy:
     except Exception as error:
         if method is None:
             raise ModelFolderError(f"{folder.path} cannot be loaded: {first_line(error)}") from error
+        told = f"cannot dequantize it here ({first_line(error)}). Install what that asks for, or give the model"
+        if not _has_a_way_back(method):
+            told = "has no way back from that to plain weights. Give the model"
         raise UnsupportedModel(
-            f"{folder.path} is quantized ({method}), and transformers cannot dequantize it here ({first_line(error)}). "
-            "Install what that asks for, or give the model that it was made from."
+            f"{folder.path} is quantized ({method}), and transformers {told} that it was made from."
         ) from error
     done = [f"dequantized from {method} by transformers"] if method is not None else []
     done += [f"the adapter beside it merged into {merged} weights"] if adapter else []
@@ -183,18 +186,30 @@ def _has_peft() -> bool:
     return bool(is_peft_available())
 
 
+def _has_a_way_back(method: str) -> bool:
+    """Whether transformers dequantizes a method at all, in a load or after it."""
+    kind = AUTO_QUANTIZER_MAPPING.get(method)
+    return bool(_undoing(method)) or getattr(kind, "_dequantize", None) is not HfQuantizer._dequantize
+
+
+def _undoing(method: str) -> dict[str, bool]:
+    """What a method's config takes to be undone in a load; empty where it takes nothing of the kind."""
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    known = inspect.signature(kind).parameters if kind is not None else {}
+    changed = {"dequantize": True} if "dequantize" in known else {"run_compressed": False}
+    return changed if known.keys() & changed.keys() else {}
+
+
 def _to_dequantize(config: PreTrainedConfig, method: str | None) -> PreTrainedConfig:
     """The config with its quantization set to be undone while loading, where the method can do so."""
     section = getattr(config, "quantization_config", None)
     if method is None or not isinstance(section, dict):
         return config if method is not None else without_quantization(config)
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    known = inspect.signature(kind).parameters if kind is not None else {}
-    changed = {"dequantize": True} if "dequantize" in known else {"run_compressed": False}
-    if not known.keys() & changed.keys():
+    undoing = _undoing(method)
+    if not undoing:
         return config
     copied = without_quantization(config)
-    copied.quantization_config = section | changed
+    copied.quantization_config = section | undoing
     return copied
 
 
@@ -212,8 +227,8 @@ def _plain_state(model: PreTrainedModel, meta: PreTrainedModel) -> dict[str, Ten
             f"{model.name_or_path}: transformers leaves {len(bad)} weights of it quantized, such as {bad[0]}. Give the model "
             "that it was made from."
         )
-    found = model.state_dict()
-    return {name: found[name] for name in wanted}
+    state = model.state_dict()
+    return {name: state[name] for name in wanted}
 
 
 def _wanted(meta: PreTrainedModel) -> dict[str, Tensor]:
@@ -225,14 +240,14 @@ def _wanted(meta: PreTrainedModel) -> dict[str, Tensor]:
 
 def _not_plain(model: PreTrainedModel, wanted: dict[str, Tensor]) -> list[str]:
     """Names of tensors that a plain model has and this one has not, or not as floating-point numbers of that shape."""
-    found = model.state_dict()
+    state = model.state_dict()
     return [
         name
         for name, tensor in wanted.items()
-        if name not in found
-        or found[name].shape != tensor.shape
-        or not found[name].is_floating_point()
-        or found[name].dtype.itemsize < 2
+        if name not in state
+        or state[name].shape != tensor.shape
+        or not state[name].is_floating_point()
+        or state[name].dtype.itemsize < 2
     ]
 
 

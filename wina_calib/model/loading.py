@@ -67,18 +67,18 @@ class Loading:
         renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         prefix = self.whole.base_model_prefix
-        found = {}
+        renamed = {}
         for name in stored:
             place, converter = rename_source_key(name, renamings, converters, prefix, places)
             if place not in places and name in places:
                 place, converter = rename_source_key(name, [], [], prefix, places)
             if place not in places:
-                found[name] = name
+                renamed[name] = name
             elif place in inside:
                 if converter is not None:
                     raise Converted(name)
-                found[name] = inside[place]
-        return found
+                renamed[name] = inside[place]
+        return renamed
 
 
 class Converted(Exception):
@@ -171,8 +171,13 @@ def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def describe_config(config: PreTrainedConfig) -> Architecture:
-    """Describe the model of a config, without weights."""
-    return describe(skeleton(config))
+    """Describe the language model of a config, without weights."""
+    return describe(language_model(config))
+
+
+def language_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config, which may be of more than text, without memory as `skeleton` makes it."""
+    return _language_model(skeleton(without_quantization(config)))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

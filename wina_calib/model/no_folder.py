@@ -67,8 +67,8 @@ def nearest(path: Path) -> Path | None:
     except OSError:
         return None
     folded = {name.casefold(): name for name in names}
-    found = difflib.get_close_matches(path.name.casefold(), folded, n=1, cutoff=_CLOSE)
-    return path.parent / folded[found[0]] if found else None
+    close = difflib.get_close_matches(path.name.casefold(), folded, n=1, cutoff=_CLOSE)
+    return path.parent / folded[close[0]] if close else None
 
 
 def _file(model: str, path: Path) -> str:

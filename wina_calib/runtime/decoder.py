@@ -9,7 +9,8 @@ from torch import nn
 
 from wina_calib.errors import UsageError
 from wina_calib.runtime.derived import Derived, derive
-from wina_calib.runtime.forward_pass import Pass, here
+from wina_calib.runtime.first_tokens import tokens_of
+from wina_calib.runtime.forward_pass import CHANGED, Pass, here
 from wina_calib.runtime.state import RuntimeState
 
 # Under this name a layer's pass travels with its arguments.
@@ -29,6 +30,9 @@ class Decoder(Derived):
         try:
             if not torch.compiler.is_compiling():
                 here.current.layers = getattr(self, self.wina_layers)
+                tokens = tokens_of(args, kwargs)
+                if tokens is not None and (self.training or torch.is_grad_enabled() or tokens.requires_grad):
+                    state.look_for_repeats(tokens)
                 if self.training:
                     self._carry_passes()
             return super().forward(*args, **kwargs)
@@ -66,10 +70,7 @@ class Recomputed(Derived):
         state.gate.enter()
         try:
             if carried.revision != state.revision:
-                raise UsageError(
-                    "The sparsity was changed between a forward pass and its backward pass, which computes layers again: "
-                    "the gradient would be of neither. Change it after the backward pass, or turn gradient checkpointing off."
-                )
+                raise UsageError(CHANGED)
             here.current = carried.again()
             return super().forward(*args, **kwargs)
         finally:

@@ -10,6 +10,7 @@ products that projections share, and puts it in `here`, where this thread's modu
   layer, the pass travels with the layer's arguments (`decoder.Recomputed`), and comes back as `Pass.again`. If the
   thresholds are others by then, or the layer is computed again by something that does not hand its arguments on, that is
   an error, as the gradient would be another function's;
+- a whole decoder that is computed again begins a pass anew, and is held to the one it had for the same tokens (`Repeats`);
 - a module that is called alone, in no pass, drops inputs as a decode step does.
 
 A compiled step makes its pass while it is traced: what is asked of it there are constants and guards.
@@ -24,9 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # `here.current` is the pass that this thread computes, or None. Torch's compiler knows this class and no derived one.
 here = threading.local()
+CHANGED = (
+    "The sparsity was changed between a forward pass and its backward pass, which computes layers again: the gradient would be "
+    "of neither. Change it after the backward pass, or turn gradient checkpointing off."
+)
 
 
 class Pass:
@@ -97,6 +103,46 @@ def in_backward() -> bool:
     """Whether this thread computes a backward pass. Torch has no public question for it; False where it has none at all."""
     ask = getattr(torch._C, "_current_graph_task_id", None)
     return ask is not None and ask() != -1
+
+
+def may_be_computed_again() -> bool:
+    """Whether torch's checkpointing may run here: it hooks what is saved for a backward pass, or lets nothing be saved.
+
+    Torch has no public question for its hooks; True where it has none at all.
+    """
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch.is_grad_enabled() or ask is None or ask(True) is not None
+
+
+class Repeats:
+    """Passes of a whole decoder that a backward pass may compute again, by the tokens that they were given."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, set[tuple[object, ...]]]] = {}
+        self._last: tuple[object, ...] | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Repeats], tuple[()]]:
+        return Repeats, ()  # a copy has had no passes
+
+    def note(self, tokens: Tensor, terms: tuple[object, ...]) -> None:
+        """A pass over some tokens begins on some terms. It is forgotten with the tokens' memory."""
+        place = StorageWeakRef(tokens.untyped_storage())
+        with self._lock:
+            self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
+            self._known.setdefault(_key(place, tokens), (place, set()))[1].add(terms)
+            self._last = terms
+
+    def agree(self, tokens: Tensor, terms: tuple[object, ...]) -> bool:
+        """Whether a pass over these tokens that is computed again had the same terms; of unknown tokens, the last pass's."""
+        with self._lock:
+            known = self._known.pop(_key(StorageWeakRef(tokens.untyped_storage()), tokens), None)
+            had = known[1] if known is not None else {self._last} if self._last is not None else {terms}
+        return had == {terms}
+
+
+def _key(place: StorageWeakRef, tokens: Tensor) -> tuple[Any, ...]:
+    return (place.cdata, tokens.storage_offset(), tokens.shape)
 
 
 class Gate:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wina_calib.checkpoint.format import expected_tensors
 from wina_calib.checkpoint.reader import check_complete, check_values, norms_match, quantized_tensors
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.weight_sample import matches
+from wina_calib.checkpoint.weight_sample import matches, others_name
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
@@ -21,7 +21,7 @@ from wina_calib.model.architecture import Architecture
 from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
 from wina_calib.runtime.fast_path import layers as fast_layers
-from wina_calib.runtime.modules import GroupState, SiteState, SparseLinear, site_states
+from wina_calib.runtime.modules import GroupState, OtherParameters, SiteState, SparseLinear, site_states
 from wina_calib.runtime.patches import compile_guards, continuous_batching, late_stop
 from wina_calib.runtime.quantized import QuantizedLinear, QuantizedRowsModule, quantize_head
 from wina_calib.runtime.state import RuntimeState
@@ -56,6 +56,8 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     dense = layer.get_submodule(projection.module)
                     assert isinstance(dense, nn.Linear)
                     layer.set_submodule(projection.module, kind(dense, site_state, group, i))
+        if settings.samples and settings.whole_layers:
+            holder.add_module("others", OtherParameters(len(described.small), settings.samples))
         layer.add_module("wina", holder)
     quantize_head(model, arch, settings)
     norms.replace_norms(model, state)
@@ -110,6 +112,11 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
 
 def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) -> Iterator[tuple[str, bool]]:
     """Each projection, and whether its weight is that of the calibration, as far as what is stored tells."""
+    for layer in arch.layers if settings.samples and settings.whole_layers else ():
+        others = [f"{layer.prefix}{name}" for name in layer.small]
+        parameters = [model.get_parameter(name) for name in others]
+        if not any(parameter.is_meta for parameter in parameters):
+            yield from zip(others, map(matches, model.get_buffer(others_name(layer)), parameters), strict=True)
     for layer, site in arch.sites:
         state = model.get_submodule(f"{layer.prefix}wina.{site.name}")
         names = [f"{layer.prefix}{p.module}" for p in site.projections]

@@ -41,6 +41,14 @@ class Float32Buffers(nn.Module):
         return self
 
 
+class OtherParameters(Float32Buffers):
+    """Elements (parameters, samples) of a layer's parameters that are no site's weights, to know them by when they are loaded."""
+
+    def __init__(self, parameters: int, samples: int) -> None:
+        super().__init__()
+        self.register_buffer("sample", torch.zeros(parameters, samples, dtype=torch.float32))
+
+
 class GroupState(Float32Buffers):
     """Norm (in,), threshold () and quantile tables (anchors, levels) of one mask group, and its weights if they are quantized."""
 

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
-from wina_calib.runtime.kernels import dispatch, native
+from wina_calib.runtime.kernels import cpu, cuda, dispatch, native
 
 # On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
 # one product for all saves.
@@ -39,7 +39,7 @@ class PackedGroup:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
         self.sizes = tuple(w.shape[0] for w in weights)
         self.columns = columns
-        self.weight_t = dispatch.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
+        self.weight_t = cpu.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
         self.weight = self.weight_t.t()
         self.dtype = self.weight.dtype
         self.bias: Tensor | None = None
@@ -47,7 +47,7 @@ class PackedGroup:
             both = zip(biases, self.sizes, strict=True)
             self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
         self.number = group_operator.UNNUMBERED
-        self.row: dispatch.Row | None = None
+        self.row: native.Row | None = None
         self._given: tuple[object, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class PackedGroup:
             self.number, self._given = group_operator.new_number(self, owner), (owner, *given)
         self.norm, self.threshold = norm, threshold
         self.rotation = None if rotation is None else rotation.to(self.dtype)
-        self.kernel = dispatch.mask_of(norm, threshold, self.dtype)
+        self.kernel = cuda.mask_of(norm, threshold, self.dtype)
         self.row = dispatch.row_of(self.weight_t, norm, threshold, self.bias)
         self.zero = torch.zeros((), dtype=self.dtype, device=norm.device)
         self._limit_now()

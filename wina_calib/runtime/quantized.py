@@ -18,6 +18,7 @@ from wina_calib.errors import RuntimeLoadError
 from wina_calib.model.architecture import Architecture, MaskGroup
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime import group_operator
+from wina_calib.runtime.derived import Derived
 from wina_calib.runtime.kernels import dispatch, reference
 from wina_calib.runtime.modules import Float32Buffers, SiteState, SparseLinear
 from wina_calib.runtime.state import copied
@@ -43,7 +44,7 @@ class QuantizedLinear(SparseLinear):
         return self.site.group(self.group).quantized.outputs(self.first, self.first + self.out_features)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # torch has an attribute here
         """The dequantized weight (out, in), to be read only."""
         return _read_only(self.quantized.whole(self.like.dtype))
 
@@ -128,8 +129,8 @@ class QuantizedEmbedding(QuantizedRowsModule, nn.Embedding):  # type: ignore[ove
             stock_class
         )  # what else a family's embedding does, it does with the rows that occur
         stock.__dict__.update(self.__dict__, _parameters={"weight": rows})
-        found: Tensor = stock(torch.arange(len(rows), device=rows.device).view(input.shape))
-        return found
+        embedded: Tensor = stock(torch.arange(len(rows), device=rows.device).view(input.shape))
+        return embedded
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the name of the stock class."""
@@ -177,7 +178,7 @@ class QuantizedHead(QuantizedRowsModule, nn.Linear):
         return QuantizedRows(self.codes, self.scales) if self.tied is None else self.tied.quantized
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # torch has an attribute here
         """The dequantized matrix (vocab, hidden), to be read only."""
         return _read_only(self.quantized.dequantize((self if self.tied is None else self.tied).like.dtype))
 
@@ -202,6 +203,18 @@ def quantize_head(model: Any, arch: Architecture, settings: Settings) -> None:
         head = f"{arch.lm_head}.weight"
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k != head}
     model.set_submodule(arch.lm_head, QuantizedHead(model.get_submodule(arch.lm_head), tied))
+
+
+class QuantizedModel(Derived):
+    """Stands before the class of a model with quantized weights, which transformers takes for one that cannot be cast."""
+
+    def half(self, *args: Any) -> Any:
+        """What is not quantized in float16."""
+        return nn.Module.half(self, *args)
+
+    def float(self, *args: Any) -> Any:
+        """What is not quantized in float32."""
+        return nn.Module.float(self, *args)
 
 
 class ReadOnly(Tensor):
@@ -240,6 +253,6 @@ def _unchangeable() -> RuntimeLoadError:
 
 
 def _read_only(weight: Tensor) -> Tensor:
-    found = weight.detach().as_subclass(ReadOnly)
-    found.__dict__["_is_hf_initialized"] = True  # transformers has nothing to fill here
-    return found
+    read_only = weight.detach().as_subclass(ReadOnly)
+    read_only.__dict__["_is_hf_initialized"] = True  # transformers has nothing to fill here
+    return read_only

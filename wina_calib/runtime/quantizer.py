@@ -11,8 +11,10 @@ from transformers.quantizers.base import HfQuantizer
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.config import METHOD
+from wina_calib.runtime.derived import derive
 from wina_calib.runtime.insert_sites import check_loaded, insert_sites
 from wina_calib.runtime.quantization_config import WinaConfig
+from wina_calib.runtime.quantized import QuantizedModel
 
 
 @register_quantizer(METHOD)
@@ -33,8 +35,10 @@ class WinaQuantizer(HfQuantizer):
                 "Load it with AutoModelForCausalLM; output_hidden_states=True gives its hidden states."
             )
         self.architecture = describe(model)
-        # It may be cast and trained as any model: its weights are plain numbers, or codes that follow a cast.
-        model.is_quantized = False
+        # Whose weights are plain numbers is cast and trained as any model; codes follow a cast, and are not trained.
+        model.is_quantized = self.settings.weight_format is not None
+        if model.is_quantized:
+            derive(model, QuantizedModel)
         insert_sites(model, self.architecture, self.settings)
         return model
 
@@ -60,7 +64,7 @@ class WinaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on top."""
+        """Adapters can be trained on top; without one the trainer refuses a model that `is_quantized`."""
         return True
 
     @property

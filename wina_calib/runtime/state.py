@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wina_calib.errors import UsageError
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.caches import cache_of
 from wina_calib.runtime.first_tokens import Rows, tokens_of
-from wina_calib.runtime.forward_pass import Gate, Pass, here, in_backward
+from wina_calib.runtime.forward_pass import CHANGED, Gate, Pass, Repeats, here, in_backward, may_be_computed_again
 from wina_calib.runtime.patches import late_stop
 from wina_calib.runtime.watch import Watch
 
@@ -49,6 +49,7 @@ class RuntimeState:
         sites: all sites, in order.
         watch: samples what decode steps drop, until it has seen enough.
         gate: keeps passes and changes of the model apart.
+        repeats: passes that a backward pass may compute again.
         local: what a thread asked for by `counting` and `densely`.
         plan: how a token goes through all layers in one call, see `fast_path.layers`; False where it cannot.
         number: of this state among all in the process.
@@ -64,6 +65,7 @@ class RuntimeState:
     sites: list[Any] = field(default_factory=list, repr=False)
     watch: Watch | None = field(default=None, repr=False)
     gate: Gate = field(default_factory=Gate, repr=False)
+    repeats: Repeats = field(default_factory=Repeats, repr=False)
     local: threading.local = field(default_factory=threading.local, repr=False)
     number: int = field(default_factory=group_operator.new_owner, repr=False)
     plan: Any = field(default=None, repr=False)
@@ -96,6 +98,22 @@ class RuntimeState:
             made.gated, made.revision = True, self.revision
         here.current = made  # only now: a wait at the gate may be broken off
         return before
+
+    def look_for_repeats(self, tokens: Tensor) -> None:
+        """Hold a pass of the whole decoder that is computed again in a backward pass to the one that it repeats.
+
+        Raises:
+            UsageError: what decides what is dropped was changed in between.
+        """
+        now: Pass = here.current
+        terms = (now.revision, now.dense, self.prefill, self.first_token, self.kernels)
+        if not in_backward():
+            if may_be_computed_again():
+                self.repeats.note(tokens, terms)
+            return
+        if not self.repeats.agree(tokens, terms):
+            raise UsageError(CHANGED)
+        now.counts = None if now.counts is None else {}
 
     def end(self, before: Pass | None) -> None:
         """End this thread's pass."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from wina_calib.checkpoint.format import head_names
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.weight_sample import matches
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
@@ -57,14 +58,20 @@ class Mask:
         projections: full names of the modules that share it, in order.
         norm: (in,) float32, of the whole model.
         threshold: an input is kept where its score is above it.
-        tells_weights: whether `norm` is the column norms of the weights and they are to be known by it: the outer layers' are.
+        outs: outputs of each projection.
+        sample: (projections, samples) elements of their weights; None where there are none.
     """
 
     path: str
     projections: tuple[str, ...]
     norm: Tensor
     threshold: float
-    tells_weights: bool
+    outs: tuple[int, ...]
+    sample: Tensor | None = None
+
+    def knows(self, weight: Tensor) -> bool:
+        """Whether a weight (sum of outs, in), the projections' below each other, is the calibration's, as far as is stored."""
+        return self.sample is None or all(map(matches, self.sample, weight.split(self.outs)))
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,6 @@ def make_plan(folder: Path, options: Options) -> ServingPlan:
 
 def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
     settings, found = checkpoint.settings, []
-    outer = (
-        {0, len(checkpoint.architecture.layers) - 1} if settings.score == "wina" and settings.exponent == 1 else set()
-    )
     for layer, site in checkpoint.architecture.sites:
         stored = checkpoint.site(layer, site)
         own = 0.0 if sparsity is None else site_sparsity(settings.anchors, np.asarray(stored.budget), sparsity)
@@ -180,7 +184,10 @@ def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
             )
             names = tuple(layer.prefix + p.module for p in group.projections)
             path = f"{layer.prefix}wina.{group.key}"
-            found.append(Mask(path, names, stored.norms[group.name], threshold, layer.index in outer))
+            rows = [site.projections.index(p) for p in group.projections]
+            outs = tuple(p.out_features for p in group.projections)
+            sample = None if stored.sample is None else stored.sample[rows]
+            found.append(Mask(path, names, stored.norms[group.name], threshold, outs, sample))
     return tuple(found)
 
 

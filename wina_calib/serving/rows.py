@@ -58,8 +58,8 @@ def open_rows_now(count: int, *, first: bool, prompts: bool) -> Tensor | None:
 
 def _requests(metadata: object) -> tuple[Tensor, Tensor]:
     known = metadata.values() if isinstance(metadata, dict) else ()
-    for found in known:
-        starts, lengths = getattr(found, "query_start_loc", None), getattr(found, "seq_lens", None)
+    for request in known:
+        starts, lengths = getattr(request, "query_start_loc", None), getattr(request, "seq_lens", None)
         if isinstance(starts, Tensor) and isinstance(lengths, Tensor):
             return starts, lengths
     raise RuntimeError("the attention layers of this model do not tell vLLM's requests apart: no first token is known")

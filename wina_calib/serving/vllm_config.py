@@ -22,13 +22,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from wina_calib.checkpoint.reader import norms_match
 from wina_calib.errors import RuntimeLoadError, UnsupportedModel
-from wina_calib.masks.score import column_norms
 from wina_calib.model.config import METHOD
 from wina_calib.model.locate import resolve
 from wina_calib.quantization.formats import QuantizedRows
-from wina_calib.runtime.kernels import dispatch, native
+from wina_calib.runtime.kernels import cpu, dispatch, native
 from wina_calib.serving import product
 from wina_calib.serving.plan import VARIABLES, Mask, Options, ServingPlan, make_plan, options_from
 
@@ -221,11 +219,11 @@ class WinaLinearMethod(UnquantizedLinearMethod):
                 continue
             own = weight[start : start + size]
             start += size
-            if mask.tells_weights and self.has_all_outputs and not norms_match(norm, column_norms([own])):
+            if self.has_all_outputs and width == self.inputs and not mask.knows(own):
                 raise RuntimeLoadError(
                     f"{layer.prefix}: the weights are not those that the calibration was made for. Calibrate them again."
                 )
-            setattr(layer, f"wina_weight_{i}", _constant(dispatch.column_storage([own]).t()))
+            setattr(layer, f"wina_weight_{i}", _constant(cpu.column_storage([own]).t()))
         self.bounds = [size for _, size in parts]
         whole = len(parts) == 1 and self.plan.settings.weight_format is None
         layer.weight = layer.wina_weight_0 if whole else _constant(weight.new_empty(0))
@@ -282,9 +280,9 @@ class WinaHeadMethod(QuantizeMethodBase):
             return
         head = self.plan.quantized_head()
         assert head is not None
-        found, size = layer.shard_indices, layer.num_embeddings_per_partition
+        shard, size = layer.shard_indices, layer.num_embeddings_per_partition
         for name, rows in (("codes", head.codes), ("scales", head.scales)):
-            own = rows[found.org_vocab_start_index : found.org_vocab_end_index]
+            own = rows[shard.org_vocab_start_index : shard.org_vocab_end_index]
             padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])]) if len(own) < size else own
             setattr(layer, f"wina_{name}", _constant(padded.contiguous()))
 
@@ -301,7 +299,7 @@ class WinaHeadMethod(QuantizeMethodBase):
 def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
     """Two lines for the engine's log: what was found, and how it is served."""
     settings = plan.settings
-    found = (
+    checkpoint = (
         f"wina: {plan.sites} sites in {plan.layers} layers, format {settings.format_version}, transform {settings.transform}, "
         f"{settings.bits}-bit weights, calibrated for sparsity {plan.calibrated:g}"
     )
@@ -312,7 +310,7 @@ def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
         f"step skip columns {kernels}, more are multiplied densely"
     )
     outside = settings.unfitted(settings.sparsity)
-    return found, served if outside is None else f"{served}; {outside}"
+    return checkpoint, served if outside is None else f"{served}; {outside}"
 
 
 def _refuse_options() -> None:

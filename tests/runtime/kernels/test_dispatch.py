@@ -226,7 +226,7 @@ def test_results_are_the_same_run_to_run(threads, each_product):
 def test_column_storage_copies_the_transpose(width):
     """Below and above the size that gets pages of its own."""
     weights = [torch.randn(1500, width).bfloat16(), torch.randn(300, width).bfloat16()]
-    stored = dispatch.column_storage(weights)
+    stored = cpu.column_storage(weights)
     assert stored.is_contiguous()
     assert torch.equal(stored, torch.cat(weights).t())
     assert torch.equal(copy.deepcopy(stored), stored)
@@ -245,13 +245,13 @@ def test_column_storage_without_pages_of_its_own(missing, monkeypatch):
 
     monkeypatch.setattr(mmap, "mmap", Mapped)
     weight = torch.randn(1800, 2500).bfloat16()
-    assert torch.equal(dispatch.column_storage([weight]), weight.t())
+    assert torch.equal(cpu.column_storage([weight]), weight.t())
 
 
 def test_column_storage_is_given_back():
     weight = torch.randn(1800, 2500)
     before = resident_bytes()
-    stored = [dispatch.column_storage([weight]) for _ in range(4)]
+    stored = [cpu.column_storage([weight]) for _ in range(4)]
     assert resident_bytes() - before >= 4 * weight.nbytes
     stored.clear()
     assert resident_bytes() - before < weight.nbytes

@@ -95,10 +95,10 @@ def attention_forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out: Tensor = torch.ops.wina_calib.attend(query, key, value, attention_mask, scale)
         return out, None
-    found: tuple[Tensor, None] = sdpa_attention_forward(
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
-    return found
+    return attended
 
 
 def prefer(model: PreTrainedModel) -> None:

@@ -25,7 +25,7 @@ from wina_calib.runtime.derived import Derived, derive
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.kernels import native, native_build
-from wina_calib.runtime.kernels.dispatch import Row
+from wina_calib.runtime.kernels.native import Row
 from wina_calib.runtime.modules import SparseLinear
 from wina_calib.runtime.packed import PackedGroup
 from wina_calib.runtime.quantized import QuantizedLinear

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Each row has a mask of its own, so at half sparsity two rows read 75 % of the columns and four 94 %: dense products win.
 MAX_CHOSEN_ROWS = 1
-COMBINE_STEP = 32
+SLICES_AT_ONCE = 32  # that the sum of partial results adds
 MASK_BLOCK = 1024
 ATTENTION_BLOCK = 128
 # Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
@@ -115,7 +115,7 @@ def launch(
         (-(-out // block), 1, 1),
         (partial, y if bias is None else bias, y, out, out),
         SLICES=slices,
-        STEP=COMBINE_STEP,
+        SLICES_AT_ONCE=SLICES_AT_ONCE,
         BLOCK=block,
         HAS_BIAS=bias is not None,
         PDL=overlap,

@@ -33,21 +33,7 @@ from torch import Tensor
 from wina_calib.masks import mask
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, cuda, native, quantized_cpu, reference
-from wina_calib.runtime.kernels.cpu import column_storage
-from wina_calib.runtime.kernels.cuda import mask_of
 from wina_calib.runtime.kernels.native import Row
-
-__all__ = [
-    "Row",
-    "choose",
-    "column_layout_pays",
-    "column_storage",
-    "dense_site",
-    "mask_inputs",
-    "mask_of",
-    "row_of",
-    "sparse_site",
-]
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()

@@ -60,7 +60,7 @@ def gather_row(
     first = part * SLICE
     inner = tl.arange(0, SLICE)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    steps = tl.arange(0, BLOCK_K)
+    offsets = tl.arange(0, BLOCK_K)
     if EVEN_K:
         norm = tl.load(NORM + first + inner, eviction_policy="evict_last")
     else:
@@ -87,9 +87,9 @@ def gather_row(
     inputs = X + first
     weights = WEIGHT + first.to(tl.int64) * N
     total = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    k = tl.load(own + steps, mask=steps < count, other=0)
+    k = tl.load(own + offsets, mask=offsets < count, other=0)
     for i in tl.range(0, count, BLOCK_K, num_stages=1):
-        inside = i + steps < count
+        inside = i + offsets < count
         v = tl.load(inputs + k, mask=inside, other=0.0).to(tl.float32)
         mask = inside[:, None] if EVEN_N else inside[:, None] & (columns < N)[None, :]
         w = tl.load(
@@ -99,7 +99,7 @@ def gather_row(
             eviction_policy="evict_first",
         )
         # The next indices travel while the weights of this step do.
-        later = i + BLOCK_K + steps
+        later = i + BLOCK_K + offsets
         k = tl.load(own + later, mask=later < count, other=0)
         total += w.to(tl.float32) * v[:, None]
     tl.store(PARTIAL + part * N + columns, tl.sum(total, 0), mask=columns < N)
@@ -113,7 +113,7 @@ def combine(
     N,
     SIZE,
     SLICES: tl.constexpr,
-    STEP: tl.constexpr,
+    SLICES_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -121,14 +121,14 @@ def combine(
     """Y (SIZE,) = PARTIAL (SLICES, SIZE) summed over slices in order, plus BIAS (N,) repeated over rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
-    step = tl.arange(0, STEP)
+    offsets = tl.arange(0, SLICES_AT_ONCE)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     y = tl.zeros([BLOCK], dtype=tl.float32)
-    for s in tl.static_range(0, SLICES, STEP):
-        mask = (s + step < SLICES)[:, None] & inside[None, :]
-        y += tl.sum(tl.load(PARTIAL + (s + step)[:, None] * SIZE + at[None, :], mask=mask, other=0.0), 0)
+    for s in tl.static_range(0, SLICES, SLICES_AT_ONCE):
+        mask = (s + offsets < SLICES)[:, None] & inside[None, :]
+        y += tl.sum(tl.load(PARTIAL + (s + offsets)[:, None] * SIZE + at[None, :], mask=mask, other=0.0), 0)
     if HAS_BIAS:
         y += tl.load(BIAS + at % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
@@ -182,7 +182,7 @@ def attend(
     sequence = tl.program_id(1)
     group = tl.arange(0, PADDED)
     inner = tl.arange(0, SIZE)
-    steps = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, BLOCK)
     pair = sequence.to(tl.int64) * HEADS + head
     own = (pair * GROUP + group)[:, None] * SIZE + inner[None, :]
     q = tl.load(Q + own, mask=(group < GROUP)[:, None], other=0.0)
@@ -190,7 +190,7 @@ def attend(
     total = tl.zeros([PADDED], tl.float32)
     y = tl.zeros([PADDED, SIZE], tl.float32)
     for i in range(0, LENGTH, BLOCK):
-        at = i + steps
+        at = i + offsets
         seen = at < LENGTH
         places = (pair * LENGTH + at)[:, None] * SIZE + inner[None, :]
         k = tl.load(KEYS + places, mask=seen[:, None], other=0.0)
