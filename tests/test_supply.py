@@ -1,11 +1,13 @@
 """What is installed is pinned, and nothing is contacted that the user did not name."""
 
 import re
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import script
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 WATCH = """
@@ -80,6 +82,25 @@ def test_everything_installed_for_it_is_pinned() -> None:
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                 todo += [(_canonical(needed.name), e) for e in ("", *needed.extras)]
     assert len(seen) > 30
+
+
+def test_ranges_of_direct_dependencies_are_what_was_tested() -> None:
+    """A plain install gets the releases that constraints.txt pins, or later corrections of them; the oldest are pinned too."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {_canonical(n): Version(v) for n, v in (line.split("==") for line in lines if not line.startswith("#"))}
+    old = (line.removeprefix("# oldest: ").split("==") for line in lines if line.startswith("# oldest: "))
+    oldest = {_canonical(name): Version(pin) for name, pin in old}
+    oldest["torch"] = Version("2.11.0")  # what the GPU machines have
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        needed = Requirement(text)
+        pin = pins[_canonical(needed.name)]
+        following = f"{pin.major}.{pin.minor + 1}"
+        assert needed.specifier.contains(pin), text
+        assert not needed.specifier.contains(following), f"{text}: {following} was not tested"
+        (lowest,) = (Version(spec.version) for spec in needed.specifier if spec.operator == ">=")
+        first = oldest.get(_canonical(needed.name), pin)
+        assert first.release[: len(lowest.release)] == lowest.release, f"{text}: the oldest that is tested is {first}"
 
 
 def _canonical(name: str) -> str:

@@ -91,6 +91,12 @@ class _Lazy(click.Group):
         except (MemoryError, RuntimeError) as error:
             from wina_calib.common.memory import ran_out
 
+            if "home directory" in str(error):  # what Python says of a path that begins with ~
+                _say(
+                    error,
+                    "Error: a path begins with ~, and no home folder is known here (HOME is not set). Give it whole.",
+                )
+                ctx.exit(2)
             if not ran_out(error):
                 raise
             _say(error, "Error: out of memory. Give --micro-batch 1, or smaller --samples or --seq-len.")

@@ -16,7 +16,7 @@ def test_of_long_texts_rows_are_counted_evenly(seq_len: int, blocks: int) -> Non
     stream: Any = SimpleNamespace(tokens=every * fit_layer.COUNTED_TOKENS)
     masked: Any = SimpleNamespace(rule=MaskRule())
     places = torch.arange(seq_len, dtype=torch.float32).expand(blocks, seq_len).unsqueeze(-1)
-    counted = fit_layer._counted(stream, masked, places)
+    counted = fit_layer.counted_rows(stream, masked, places)
     assert blocks * (seq_len - 1) / every <= counted.numel() <= 1.1 * blocks * (seq_len - 1) / every
     # First tokens are dense: places are 1 to seq_len - 1, and early ones are not preferred.
     assert counted.min() >= 1
@@ -27,4 +27,4 @@ def test_all_rows_of_a_short_text_are_counted() -> None:
     stream: Any = SimpleNamespace(tokens=2 * fit_layer.COUNTED_TOKENS - 1)
     masked: Any = SimpleNamespace(rule=MaskRule(first_token="sparse"))
     x = torch.randn(2, 5, 3)
-    assert torch.equal(fit_layer._counted(stream, masked, x), x)
+    assert torch.equal(fit_layer.counted_rows(stream, masked, x), x)

@@ -90,13 +90,13 @@ def test_streamed_curves_are_the_full_models(family: str, masks: str, tmp_path: 
     model = tiny.save(family, tmp_path / "m")
     rule = MaskRule(masks=masks)
     stream = open_stream(tmp_path / "m", some_ids())
-    felt = measure_curves(stream, rule, seed=3)
+    curves = measure_curves(stream, rule, seed=3)
     divergence, first = expected_curves(model, stream, rule, seed=3)
-    found = torch.from_numpy(felt.divergence.loss.copy())
+    found = torch.from_numpy(curves.divergence.loss.copy())
     torch.testing.assert_close(found, divergence.cummax(-1).values, rtol=2e-3, atol=1e-9)
     first = first[..., CURVE_LEVELS.index(REFERENCE)]
-    torch.testing.assert_close(torch.from_numpy(felt.first_order), first, rtol=2e-3, atol=1e-6)
-    assert felt.tokens == 60
+    torch.testing.assert_close(torch.from_numpy(curves.first_order), first, rtol=2e-3, atol=1e-6)
+    assert curves.tokens == 60
 
 
 def test_hidden_states_on_disk_give_the_same_curves(llama: Path, tmp_path: Path) -> None:

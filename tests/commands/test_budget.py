@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from browser import drive, needs_browser
 from click.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 import wina_calib
 from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.calibration.scale_curves import measured_pairs
+from wina_calib.checkpoint.local_paths import remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.cli import main
@@ -161,7 +163,7 @@ def test_a_budget_that_goes_nowhere_is_said_to(folder: Path, tmp_path: Path) -> 
 
 
 def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
-    said = "sparsity 0.8 lies outside of 0.25 to 0.65"
+    said = "sparsity 0.8 lies above 0.65"
     for args in ([], ["--apply", str(folder)]):
         done = CliRunner().invoke(main, ["budget", str(folder), "-s", "0.8", *args])
         assert done.exit_code == 0 and said in done.stderr and said not in done.stdout
@@ -170,7 +172,7 @@ def test_what_was_not_fitted_is_not_called_fitted(folder: Path) -> None:
     assert said in find_warnings(settings, ("nowhere",), 0.8, 0.8, 1000)[0]
     assert find_warnings(settings, ("nowhere",), 0.6, 0.6, 1000) == ()
     card, fitted = (folder / "README.md").read_text("utf-8"), "25.0 %, 50.0 %, 65.0 %"
-    assert f"| fitted at | {fitted} |" in card and "between 25.0 % and 65.0 %;" in card
+    assert f"| fitted at | {fitted} |" in card and "at 25.0 % to 65.0 % sparsity;" in card
     assert "| budget chosen later | `wina-calib budget`: `global` for 80.0 %, thresholds `from stored tables` |" in card
     assert f"fitted at {fitted})" in CliRunner().invoke(main, ["inspect", str(folder)]).stdout
     assert f"80.0 %, fitted at {fitted}".replace(" %", "&nbsp;%") in page(open_checkpoint(folder), ())
@@ -253,15 +255,36 @@ def test_a_checkpoint_without_weights(llama: Path, text: Path, tmp_path: Path) -
     np.testing.assert_allclose(asked, list(found["cells"].values()), atol=1e-6)
 
 
-def test_refit_refuses_changed_text(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["is not the text that", "is not here"])
+def test_refit_refuses_changed_text_and_names_missing_text(said: str, folder: Path, text: Path) -> None:
     config = folder / "config.json"
     raw = json.loads(config.read_text())
-    raw["quantization_config"]["provenance"]["data_fingerprint"] = "0" * 64
-    config.write_text(json.dumps(raw))
+    facts = raw["quantization_config"]["provenance"] | {"data_fingerprint": said}
+    config.write_text(json.dumps(raw | {"quantization_config": raw["quantization_config"] | {"provenance": facts}}))
+    if said == "is not the text that":
+        remember(raw["quantization_config"]["weights"], facts, base_model=None, data=[str(text)])
     before = snapshot(folder)
     result = run(folder, "-s", 0.4, "--apply", folder, "--refit")
     assert result.exit_code == 1
-    assert "--data" in result.output
+    assert said in result.output and "--data" in result.output
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("weights", ["full", "reference"])
+def test_refit_refuses_weights_that_are_not_the_calibrations(
+    weights: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    folder = tmp_path / "sparse"
+    tiny.calibrate(base, folder, text, weights=weights, transform="none")
+    shard = sorted((folder if weights == "full" else base).glob("model-*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    before = snapshot(folder)
+    result = run(folder, "-s", 0.4, "--apply", folder, "--refit")
+    assert result.exit_code == 1
+    assert "not those that the calibration was made for" in result.output
     assert snapshot(folder) == before
 
 

@@ -16,6 +16,8 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.chat import Conversation, render
 from wina_calib.corpus.sources import documents
 from wina_calib.errors import CorpusError
+from wina_calib.studies.diagnose import diagnose
+from wina_calib.studies.evaluate import evaluate
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') %}"
@@ -174,6 +176,19 @@ def test_a_chat_model_is_calibrated_on_conversations(tmp_path: Path) -> None:
     result = wina_calib.calibrate(model, tmp_path / "out", progress=notes, **OPTIONS)
     assert result.settings.provenance["data"] == ["builtin:chat", "builtin"]
     assert not any("chat template" in note for note in notes.told)
+    held_out = ("builtin:heldout:chat", "builtin:heldout")
+    assert result.settings.provenance["base_ppl_data"] == list(held_out)
+    assert result.verdict.data == held_out
+    assert evaluate(tmp_path / "out", tokens=512).data == held_out
+    assert evaluate(tmp_path / "out", data="builtin:heldout", tokens=512).data == ("builtin:heldout",)
+    found = diagnose(tmp_path / "out", what=["texts"], amounts=(1,), tokens=256)
+    assert found.data == held_out
+    assert found.texts
+
+
+def test_plain_text_is_given_by_its_name(tmp_path: Path) -> None:
+    result = wina_calib.calibrate(chat_model(tmp_path / "m"), tmp_path / "out", data="builtin", **OPTIONS)
+    assert result.settings.provenance["data"] == ["builtin"]
 
 
 def test_a_chat_model_on_plain_text_alone_is_told_so(tmp_path: Path, text: Path) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, MistralForCausalLM
 
 import wina_calib
-from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.side_files import code_files
 from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, WinaError
 from wina_calib.model.config import ELSEWHERE, open_folder, remote_code
 from wina_calib.model.loading import ask, open_weights
 from wina_calib.model.source import open_source
+from wina_calib.studies.bench.models import open_pair
+from wina_calib.studies.flops import flops
 
 OPTIONS = {"budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,), "transform": "none"}
 IDS = torch.arange(4, 28).view(2, 12)
@@ -48,41 +47,10 @@ def same(text: Path, tmp_path: Path) -> Callable[..., None]:
     return run
 
 
-@contextmanager
-def opened_files(name: str):
-    """Paths of the files of a name that are opened inside, each time that one is."""
-    seen: list[str] = []
-    listening = [True]
-
-    def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if listening and event == "open" and isinstance(arguments[0], str | Path) and Path(arguments[0]).name == name:
-            seen.append(str(arguments[0]))
-
-    sys.addaudithook(hear)  # cannot be taken away again
-    try:
-        yield seen
-    finally:
-        listening.clear()
-
-
 def edit(folder: Path, **values: Any) -> None:
     """Set keys of config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_config_json_is_opened_once(llama: Path, calibrated: Path) -> None:
-    with opened_files("config.json") as seen:
-        source = open_source(llama)
-        assert source.raw_config["model_type"] == "llama"
-        assert source.tokenizer()("a text").input_ids
-    assert seen == [str(llama / "config.json")]
-    with opened_files("config.json") as seen:
-        open_checkpoint(calibrated)
-    assert seen == [str(calibrated / "config.json")]
-    with opened_files("config.json") as seen:
-        wina_calib.load(calibrated, sparsity=0.4)
-    assert seen == [str(calibrated / "config.json")]
 
 
 def test_what_was_checked_is_what_transformers_parses(model: Path) -> None:
@@ -341,6 +309,9 @@ def test_the_language_model_of_a_model_of_pictures_is_calibrated(tmp_path: Path,
     found = wina_calib.load(tmp_path / "out", sparsity=0)
     assert type(found).__name__ == "Gemma3ForCausalLM"
     torch.testing.assert_close(found(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=2e-4, rtol=2e-4)
+    dense = open_pair(str(tmp_path / "m"), device=torch.device("cpu"), dtype=None).dense
+    assert torch.equal(dense(input_ids=IDS).logits, whole(input_ids=IDS).logits)
+    assert flops(str(tmp_path / "m")).dense_gflops == flops(str(tmp_path / "out")).dense_gflops
 
 
 # --- lm_head, tokenizer, code --------------------------------------------------------------------------------------

@@ -47,17 +47,17 @@ def budget_at(anchors: ArrayLike, rows: ArrayLike, sparsity: float) -> Floats:
     if not 0 <= sparsity < 1:
         raise BudgetError(f"sparsity must be in [0, 1), found {sparsity}")
     right = int(np.searchsorted(known, sparsity))
-    found: Floats
+    between: Floats
     if right < known.size and known[right] == sparsity:
-        found = table[right].copy()
+        between = table[right].copy()
     elif right == 0:
-        found = table[0] * (sparsity / known[0])
+        between = table[0] * (sparsity / known[0])
     elif right == known.size:
-        found = 1.0 - (1.0 - table[-1]) * ((1.0 - sparsity) / (1.0 - known[-1]))
+        between = 1.0 - (1.0 - table[-1]) * ((1.0 - sparsity) / (1.0 - known[-1]))
     else:
         share = (sparsity - known[right - 1]) / (known[right] - known[right - 1])
-        found = table[right - 1] * (1.0 - share) + table[right] * share
-    return found
+        between = table[right - 1] * (1.0 - share) + table[right] * share
+    return between
 
 
 @dataclass(frozen=True)

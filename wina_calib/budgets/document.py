@@ -56,12 +56,12 @@ def _parse_json(text: str) -> Node:
         raise BudgetError(f"{constant} is not a finite number")
 
     def pairs(items: list[tuple[str, Node]]) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        values: dict[str, Node] = {}
         for key, value in items:
-            if key in found:
+            if key in values:
                 raise BudgetError(f"the key {shown(key)} stands twice, keep one")
-            found[key] = value
-        return found
+            values[key] = value
+        return values
 
     try:
         tree = json.loads(text, parse_int=str, parse_float=str, parse_constant=refuse, object_pairs_hook=pairs)

@@ -177,13 +177,13 @@ def _kind(node: Node | None) -> str:
     return shown(node) if isinstance(node, str) else "a mapping" if isinstance(node, dict) else "a list"
 
 
-def _check_keys(found: dict[str, Node], known: Sequence[str], where: str) -> None:
-    unknown = [key for key in found if key not in known]
+def _check_keys(given: dict[str, Node], known: Sequence[str], where: str) -> None:
+    unknown = [key for key in given if key not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0][:60], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise BudgetError(f"unknown key {shown(unknown[0])} in {where}; {hint}")
-    missing = [key for key in known if key not in found]
+    missing = [key for key in known if key not in given]
     if missing:
         raise BudgetError(
             f"{where} lacks {', '.join(missing)}; `wina-calib budget DIR -o FILE` writes a whole file to edit"

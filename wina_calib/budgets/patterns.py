@@ -80,7 +80,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def _select_layers(pattern: str, part: str, layers: int) -> set[int]:
     if part == "*":
         return set(range(layers))
-    found: set[int] = set()
+    numbers: set[int] = set()
     for item in part.split(","):
         match = _LAYERS.fullmatch(item)
         if not match:
@@ -91,20 +91,20 @@ def _select_layers(pattern: str, part: str, layers: int) -> set[int]:
             raise BudgetError(f"{shown(pattern)}: the layers {item} run backwards, write {last}-{first}")
         if last >= layers:
             raise BudgetError(f"{shown(pattern)}: there is no layer {last}, the model has layers 0-{layers - 1}")
-        found.update(range(first, last + 1))
-    return found
+        numbers.update(range(first, last + 1))
+    return numbers
 
 
 def _select_sites(pattern: str, part: str, sites: Sequence[str]) -> set[int]:
-    found: set[int] = set()
+    columns: set[int] = set()
     for item in part.split(","):
         # Brackets and question marks are no part of the grammar; as literals they match no site and are refused.
         plain = re.fullmatch(r"[a-z0-9_*]+", item)
         matched = {index for index, name in enumerate(sites) if plain and fnmatchcase(name, item)}
         if not matched:
             raise BudgetError(f"{shown(pattern)}: no site {shown(item)}; {_nearest(item, sites)}")
-        found |= matched
-    return found
+        columns |= matched
+    return columns
 
 
 def select(pattern: str, cells: Cells) -> NDArray[np.bool_]:

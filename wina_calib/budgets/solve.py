@@ -122,7 +122,7 @@ def _segments(limits: Limits, curves: Curves) -> _Segments:
     lower, upper = limits.lower.reshape(-1), limits.upper.reshape(-1)
     at_lower, at_upper = curves.at(limits.lower).reshape(-1), curves.at(limits.upper).reshape(-1)
     loss = curves.loss.reshape(len(weights), -1)
-    found: list[tuple[float, int, float]] = []  # price per element, cell, length
+    segments: list[tuple[float, int, float]] = []  # price per element, cell, length
     for cell in range(len(weights)):
         if upper[cell] - lower[cell] <= _NARROW:
             continue
@@ -132,18 +132,18 @@ def _segments(limits: Limits, curves: Curves) -> _Segments:
         hull = lower_hull(x, y)
         for a, b in zip(hull[:-1], hull[1:], strict=True):
             length = float(x[b] - x[a])
-            found.append((float(y[b] - y[a]) / (length * float(weights[cell])), cell, length))
-    found.sort(key=lambda segment: segment[0])
+            segments.append((float(y[b] - y[a]) / (length * float(weights[cell])), cell, length))
+    segments.sort(key=lambda segment: segment[0])
     group: list[int] = []
     first = 0.0
-    for index, (price, _, _) in enumerate(found):
+    for index, (price, _, _) in enumerate(segments):
         if index == 0 or price > first + _TIE * abs(first):
             first = price
             group.append(group[-1] + 1 if group else 0)
         else:
             group.append(group[-1])
-    cells = np.array([cell for _, cell, _ in found], dtype=np.int64)
-    lengths = np.array([length for _, _, length in found], dtype=np.float64)
+    cells = np.array([cell for _, cell, _ in segments], dtype=np.int64)
+    lengths = np.array([length for _, _, length in segments], dtype=np.float64)
     groups = np.array(group, dtype=np.int64)
     size: Floats = np.bincount(groups, weights=lengths * weights[cells]).astype(np.float64)
     before: Floats = np.cumsum(size) - size

@@ -38,12 +38,12 @@ class ChosenBudget:
 
     Attributes:
         rows: (anchors, layers, sites) site sparsities.
-        felt: what is felt of every site's sparsity; None where no gradients were computed.
+        curves: what is felt of every site's sparsity; None where no gradients were computed.
         facts: what the choice cost, for the provenance.
     """
 
     rows: Floats
-    felt: LossCurves | None = None
+    curves: LossCurves | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -135,15 +135,15 @@ def allocate(
         facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
         return ChosenBudget(found.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
-    felt = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
+    curves = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if (other := _checkpoint(options, arch, cells)) is not None:
         rows = np.array([other.sparsities(anchor) for anchor in options.anchors])
     elif is_file(options.budget):
         rows = spread(options.anchors, cells, file_budget(options.budget, model_key(arch, cells), cells)[0])
     else:
-        rows = solve_rows(cells, options.anchors, asked, bounds, felt.loss)
+        rows = solve_rows(cells, options.anchors, asked, bounds, curves.loss)
     facts = {"curve_tokens": used.tokens, "passes": CURVE_PASSES * used.tokens / tokens}
-    return ChosenBudget(rows, felt, facts)
+    return ChosenBudget(rows, curves, facts)
 
 
 def is_file(budget: str) -> bool:

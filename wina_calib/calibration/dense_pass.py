@@ -35,7 +35,7 @@ def dense_pass(
     arch = stream.source.architecture
     blocks, seq_len = stream.batches[0].shape
     hidden = stream.embed()
-    if phase.step and statistics is not None:
+    if phase.done_items and statistics is not None:
         statistics.load_state_dict(phase.tensors())
     for (index, module), done in phase.each(stream.layers, {"hidden": hidden}, stream.blocks, progress):
         with MaskedLayer(arch.layers[index], module, MaskRule("teal"), {}) as layer:

@@ -77,7 +77,7 @@ def fit_layer(
         sample: Tensor | None = None
         for index in batches:
             x = _input(stream, masked, site, hidden, attention, index)
-            counted = _counted(stream, masked, x)
+            counted = counted_rows(stream, masked, x)
             for group in masked.groups[site.name]:
                 masked.count(group, counted, histograms[group.key])
             if site.name == "attn_out":
@@ -128,7 +128,7 @@ def _carried(
     sample: Tensor | None,
 ) -> dict[str, Tensor]:
     """Tables for the norms of quantized weights from those for the norms `before`: by the ratio of quantiles on a sample."""
-    found: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
     for group in masked.groups[site.name]:
         table = tables[group.key]
         if sample is not None and stream.ranks.is_first:
@@ -139,8 +139,8 @@ def _carried(
             masked.norms[group.key] = norm
             ratio = new.quantiles(LEVELS) / old.quantiles(LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
             table = (table * ratio.clamp(0.5, 2.0)).cummax(0).values.float()
-        found[group.key] = stream.ranks.from_first(table)
-    return found
+        carried[group.key] = stream.ranks.from_first(table)
+    return carried
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def dense_tables(stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates)
     histograms = {s.name: {g.key: ScoreHistogram(stream.device) for g in masked.groups[s.name]} for s in layer.sites}
 
     def observe(site: str, x: Tensor) -> None:
-        counted = _counted(stream, masked, x)
+        counted = counted_rows(stream, masked, x)
         for group in masked.groups[site]:
             masked.count(group, counted, histograms[site][group.key])
 
@@ -189,7 +189,7 @@ def run_layer(
     return {name: SiteFit(tables[name], targets[name], error) for name, error in errors.items()}
 
 
-def _counted(stream: LayerStream, masked: MaskedLayer, x: Tensor) -> Tensor:
+def counted_rows(stream: LayerStream, masked: MaskedLayer, x: Tensor) -> Tensor:
     """The rows (.., width) of x (batch, seq, width) whose scores are counted: those masked, of long texts evenly some."""
     rows = masked.rule.masked_rows(x)
     every = stream.tokens // COUNTED_TOKENS

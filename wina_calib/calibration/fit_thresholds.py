@@ -63,7 +63,7 @@ def fit_thresholds(
     # First the states that weights are quantized on: the others meet the quantized layer.
     order = sorted(range(len(anchors)), key=lambda a: anchors[a] != options.sparsity)
     tensors: dict[str, Tensor] = phase.tensors()
-    if phase.step and held_out is not None:
+    if phase.done_items and held_out is not None:
         held_out.restore(phase)
     more = {} if held_out is None else held_out.stores
     for (index, module), done in phase.each(stream.layers, stores, stream.blocks, progress, more=more):
@@ -133,11 +133,11 @@ def at_sparsity(
     tensors: Mapping[str, Tensor], arch: Architecture, rule: MaskRule, anchors: Sequence[float], sparsity: float
 ) -> dict[str, Tensor]:
     """The tensors of a calibration with the thresholds for another model sparsity, from their tables."""
-    found = dict(tensors)
+    changed = dict(tensors)
     for layer, site in arch.sites:
         path = f"{layer.prefix}wina.{site.name}"
         own = site_sparsity(anchors, tensors[f"{path}.budget"].numpy(), sparsity)
         for group in rule.groups(site):
             table = tensors[f"{path}.{group.name}.table"]
-            found[f"{path}.{group.name}.threshold"] = torch.tensor(threshold_between(table, anchors, sparsity, own))
-    return found
+            changed[f"{path}.{group.name}.threshold"] = torch.tensor(threshold_between(table, anchors, sparsity, own))
+    return changed

@@ -228,7 +228,7 @@ class _Search:
         new = {name: self.stream.store() for name in changed.get(site.name, ())}
         before = dict(self.masked.cuts)
         self._set(site, sparsity)
-        found: list[tuple[float, int]] = []
+        tried: list[tuple[float, int]] = []
         for batch in self.stream.mine:
             hidden, kwargs = self.hidden[batch], self.stream.kwargs(self.layer.index, batch)
             if _ATTN_OUT in new:
@@ -245,14 +245,14 @@ class _Search:
                     with self.masked.replay_mlp(self._product(_MLP_OUT, self.state[_MLP_OUT][batch])):
                         out = self.masked.run(self._tail(hidden), kwargs)
             errors = (out - self.state["target"][batch]).float().norm(dim=1)
-            found.append((float(errors.double().sum()), errors.numel()))
+            tried.append((float(errors.double().sum()), errors.numel()))
         self.masked.cuts = before
         sizes = [s.weights for s in self.layer.sites]
         fraction = self._tail_length / self.stream.batches[0].shape[1]
         everywhere = sizes[0] if position == 0 else 0
         self.cost.passes += (everywhere + fraction * sum(sizes[max(position, 1) :])) / sum(sizes)
-        found = self.stream.ranks.gather(found)
-        return _Trial(sum(total for total, _ in found) / sum(count for _, count in found), new)
+        tried = self.stream.ranks.gather(tried)
+        return _Trial(sum(total for total, _ in tried) / sum(count for _, count in tried), new)
 
     def _accept(self, site: Site, sparsity: float, trial: _Trial) -> None:
         self._set(site, sparsity)

@@ -12,8 +12,7 @@ from wina_calib.calibration.likelihood import measured_rises
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.verdict import HeldOut
 from wina_calib.common.progress import SILENT, Progress
-from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
 from wina_calib.masks.mask import keep_mask
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import Phase
@@ -22,11 +21,11 @@ HELD_OUT_TOKENS, QUICK_TOKENS = 8192, 3072
 HELD_OUT_SEQ_LEN = 2048
 
 
-def held_out_blocks(tokenizer: Any, seq_len: int, *, quick: bool = False) -> Blocks:
-    """The text that the original and the sparse model are measured on: the built-in one for it."""
-    length = min(seq_len, HELD_OUT_SEQ_LEN)
-    samples = max(1, (QUICK_TOKENS if quick else HELD_OUT_TOKENS) // length)
-    return load_blocks(HELDOUT_DATA, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=1)
+def held_out_blocks(tokenizer: Any, seq_len: int, tokens: int = HELD_OUT_TOKENS) -> Blocks:
+    """The text that the original and the sparse model are measured on: about so many tokens of the built-in one for it."""
+    length, data = min(seq_len, HELD_OUT_SEQ_LEN, tokens), data_for(tokenizer, heldout=True)
+    samples = max(len(data), tokens // length)
+    return load_blocks(data, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=1)
 
 
 class HeldOutRun:

@@ -155,7 +155,7 @@ class Job:
             The tensors to store, and for the provenance what was measured.
         """
         phase = self.run_state.phase("thresholds")
-        begun = phase.step or phase.finished
+        begun = phase.done_items or phase.finished
         if (
             folder is not None
             and begun
@@ -193,7 +193,9 @@ class Job:
         if form is None or folder is None:
             yield None
             return
-        into = QuantizedWeights(source, self._settings, folder, phase.step) if self.compute.ranks.is_first else None
+        into = (
+            QuantizedWeights(source, self._settings, folder, phase.done_items) if self.compute.ranks.is_first else None
+        )
         try:
             yield Quantizer(form, into)
         except BaseException:
@@ -257,15 +259,17 @@ class Job:
         verdict = Verdict.of(held, stored_cells(dense.architecture, settings), asked, limit)
         settings = replace(
             settings,
-            curve_levels=CURVE_LEVELS if chosen.felt is not None else (),
+            curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
             weights=stored.fingerprint(model_names(stored, dense.architecture)),
             samples=SAMPLES if settings.weight_format is None else 0,
+            whole_layers=settings.weight_format is None,
             provenance=self._provenance(base_ppl, base, untied) | measured | {VERDICT: verdict.to_dict()},
         )
         if settings.samples:
             tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
         is_local = self.source.commit is None and self.source.name != DEMO
-        remember(folder, base_model=self.source.folder if is_local else None, data=self.blocks.data)
+        base_model = self.source.folder if is_local else None
+        remember(settings.weights, settings.provenance, base_model=base_model, data=self.blocks.data)
         if self.options.weights == "reference":
             write_reference(folder, tensors, settings, self.source)
         else:
@@ -274,9 +278,9 @@ class Job:
 
     def _phase(self, name: str, steps: int, saved: Phase) -> None:
         """Report a phase that begins, or goes on after what is saved of it."""
-        if saved.step:
-            self.report.note(f"{name}: going on after {saved.step} of {steps}")
-        self.report.phase(name, steps - saved.step)
+        if saved.done_items:
+            self.report.note(f"{name}: going on after {saved.done_items} of {steps}")
+        self.report.phase(name, steps - saved.done_items)
 
     def _transformed(self, folder: Path) -> tuple[Source, bool]:
         """The dense model to fit on, and whether its embeddings were untied: written here, or the source as it is."""

@@ -48,8 +48,8 @@ class _Softmax:
         self.total[rows] = torch.logaddexp(self.total[rows], logits.logsumexp(-1))
         labels = self.labels[rows] - first
         here = (labels >= 0) & (labels < logits.shape[1])
-        found = logits.gather(1, labels.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-        self.chosen[rows] = torch.where(here, found, self.chosen[rows])
+        own = logits.gather(1, labels.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.chosen[rows] = torch.where(here, own, self.chosen[rows])
 
     @property
     def nll(self) -> Tensor:
@@ -66,13 +66,13 @@ def perplexity(loss: float) -> float:
 def next_token_nll(stream: LayerStream, hidden: HiddenStates, progress: Progress = SILENT) -> Tensor:
     """Negative log-likelihood in nats of every predicted token, from the last layer's hidden states: (blocks, seq_len - 1)."""
     ids = _own_ids(stream)
-    found = _Softmax(ids[:, 1:], stream.device)
+    softmax = _Softmax(ids[:, 1:], stream.device)
     for first, head in stream.heads():
         for row, states in enumerate(_own_blocks(stream, hidden)):
             for rows in _chunks(stream, states[:-1]):
-                found.add((row, rows), _logits(head, states[rows]), first)
+                softmax.add((row, rows), _logits(head, states[rows]), first)
         progress.step("lm_head")
-    return torch.stack(stream.ranks.gather(list(found.nll.cpu())))
+    return torch.stack(stream.ranks.gather(list(softmax.nll.cpu())))
 
 
 def loss_gradients(
@@ -179,9 +179,9 @@ def _expected(stream: LayerStream, last: HiddenStates, seed: int, progress: Prog
                     best[here] = torch.maximum(value, best[here])
                     now = torch.logaddexp(total[here], logits.logsumexp(-1))
                     share = torch.sub(logits, now[:, None], out=drawn).exp_()
-                    (found,) = torch.autograd.grad(output, leaf, share)
+                    (gradient,) = torch.autograd.grad(output, leaf, share)
                     mean[block, rows] *= (total[here] - now).exp()[:, None]
-                    mean[block, rows] += found[0]
+                    mean[block, rows] += gradient[0]
                     total[here] = now
             means[batch] = mean
         progress.step("lm_head")
@@ -202,12 +202,12 @@ def _label_gradients(stream: LayerStream, states: Tensor, labels: Tensor) -> lis
 def _rise(models: Sequence[_Softmax], sums: Tensor, block: int) -> Tensor:
     """Summed rise of the loss and KL divergence of a block, (sparse models, 2) float64."""
     dense = models[0]
-    found = []
+    rises = []
     for model, total in zip(models[1:], sums[1:], strict=True):
         normal = (model.total[block] - dense.total[block]).double()
         loss = normal + (dense.chosen[block] - model.chosen[block]).double()
-        found.append(torch.stack([loss.sum(), (total[block] / sums[0, block] + normal).sum()]))
-    return torch.stack(found)
+        rises.append(torch.stack([loss.sum(), (total[block] / sums[0, block] + normal).sum()]))
+    return torch.stack(rises)
 
 
 def _logits(head: Head, states: Tensor) -> Tensor:

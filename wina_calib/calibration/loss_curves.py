@@ -75,9 +75,9 @@ class LossCurves:
         divergence is half the mean square of what the first-order part is the mean of.
         """
         divergence = self.divergence.loss[..., CURVE_LEVELS.index(REFERENCE)]
-        felt = np.maximum(divergence, np.finfo(np.float64).tiny)
+        positive = np.maximum(divergence, np.finfo(np.float64).tiny)
         trusted = divergence / (divergence + 2 / (self.tokens * _SPREAD**2))
-        ratio = np.clip(trusted * self.first_order / felt, *_RATIOS)
+        ratio = np.clip(trusted * self.first_order / positive, *_RATIOS)
         return Curves(self.divergence.levels, self.divergence.loss * (1 + ratio[..., None]))
 
 
@@ -144,19 +144,19 @@ def measure_curves(
     """
     count = len(stream.source.architecture.layers)
     if phase.finished:
-        found = phase.tensors()["curves"].numpy()
+        curves = phase.tensors()["curves"].numpy()
     else:
         thresholds, inputs = _forward(stream, rule, phase, progress)
         last = inputs.pop(count)
-        found = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
-        phase.finish(tensors={"curves": torch.from_numpy(found)})
+        curves = _backward(stream, rule, seed, thresholds, inputs, last, phase, progress, observe)
+        phase.finish(tensors={"curves": torch.from_numpy(curves)})
         last.clear()
-    if not np.isfinite(found).all():
+    if not np.isfinite(curves).all():
         raise NumericError(
             f"gradients are NaN or infinite in {stream.dtype}. Try --dtype float32, or --budget uniform."
         )
-    divergence = np.maximum.accumulate(found[..., 1:], axis=2)
-    return LossCurves(Curves(np.array(CURVE_LEVELS), divergence), found[..., 0], stream.tokens)
+    divergence = np.maximum.accumulate(curves[..., 1:], axis=2)
+    return LossCurves(Curves(np.array(CURVE_LEVELS), divergence), curves[..., 0], stream.tokens)
 
 
 def _forward(
@@ -167,14 +167,14 @@ def _forward(
     arch = stream.source.architecture
     thresholds: dict[int, dict[str, Tensor]] = {}
     inputs = {0: stream.embed()}
-    if phase.step:
+    if phase.done_items:
         inputs[0].clear()
         inputs = {i: stream.store() for i in range(len(arch.layers) + 1) if phase.has(f"input{i}")}
         for name, value in phase.tensors().items():
             kind, where, key = name.split(":")
             if kind == "threshold":
                 thresholds.setdefault(int(where), {})[key] = value.to(stream.device)
-    begun = min(phase.step, len(arch.layers))
+    begun = min(phase.done_items, len(arch.layers))
     if begun < len(arch.layers):
         progress.phase(_DENSE, len(arch.layers) - begun)
     steps = phase.each(lambda _: stream.layers(begun), lambda: _named(inputs), stream.blocks, progress)
@@ -184,10 +184,10 @@ def _forward(
         with torch.no_grad(), MaskedLayer(arch.layers[index], module, rule, stream.rotations(index)) as layer:
 
             def observe(
-                site: str, x: Tensor, layer: MaskedLayer = layer, found: dict[str, ScoreHistogram] = histograms
+                site: str, x: Tensor, layer: MaskedLayer = layer, into: dict[str, ScoreHistogram] = histograms
             ) -> None:
                 for group in layer.groups[site]:
-                    layer.count(group, rule.masked_rows(x), found[group.key])
+                    layer.count(group, rule.masked_rows(x), into[group.key])
 
             layer.observe = observe
             for group in (g for groups in layer.groups.values() for g in groups):
@@ -219,14 +219,14 @@ def _backward(
     """First order and divergence, (layers, sites, 1 + levels); the inputs are cleared on the way."""
     arch = stream.source.architecture
     count = len(arch.layers)
-    found = np.zeros((count, len(arch.layers[0].sites), 1 + len(CURVE_LEVELS)))
-    begun = max(phase.step - count, 0)
+    curves = np.zeros((count, len(arch.layers[0].sites), 1 + len(CURVE_LEVELS)))
+    begun = max(phase.done_items - count, 0)
     if begun:
         gradients = stream.store(), stream.store()
         for name, value in phase.tensors().items():
             kind, where, _ = name.split(":")
             if kind == "loss":
-                found[int(where)] = value.numpy()
+                curves[int(where)] = value.numpy()
     else:
         progress.phase(_GRADIENTS_PHASE, len(stream.mine) + head_parts(arch, stream.dtype))
         gradients = loss_gradients(stream, last, seed, progress)
@@ -242,12 +242,12 @@ def _backward(
     )
     for (index, module), done in steps:
         layer = _layer_curves(stream, rule, index, module, inputs[index], gradients, thresholds[index], observe)
-        found[index] = layer
+        curves[index] = layer
         inputs.pop(index).clear()
         done(f"layer {index + 1}", tensors={f"loss:{index}:": torch.from_numpy(layer)})
     for store in gradients:
         store.clear()
-    return found
+    return curves
 
 
 def _named(inputs: dict[int, HiddenStates]) -> dict[str, HiddenStates]:
@@ -281,20 +281,20 @@ def _layer_curves(
             levels: dict[str, list[Tensor]] = {}
             totals = nothing.to(stream.device, copy=True)
 
-            felt = _back(stream, batch, out, hidden, taps, sampled, again=True)
+            slopes = _back(stream, batch, out, hidden, taps, sampled, again=True)
             for row, site in enumerate(layer.sites):
-                groups = tapped.groups[site.name]
-                for group in groups:
-                    x, g = read[group.key], rule.masked_rows(felt[group.key])
+                dropped: list[Tensor] = []
+                for group in tapped.groups[site.name]:
+                    x, g = read[group.key], rule.masked_rows(slopes.pop(group.key))
                     observe(index, group, x, g)
                     levels[group.key] = [_levels(tapped, group, part, thresholds[group.key]) for part in _parts(x)]
-                    felt[group.key] = _dropped(x, g, levels[group.key])
-                totals[row, 2:] = torch.stack([felt.pop(g.key) for g in groups]).sum(0).square().sum(0) / 2
+                    dropped.append(_dropped(x, g, levels[group.key]))
+                totals[row, 2:] = torch.stack(dropped).sum(0).square().sum(0) / 2
 
-            felt = _back(stream, batch, out, hidden, taps, text, again=False)
+            slopes = _back(stream, batch, out, hidden, taps, text, again=False)
             for row, site in enumerate(layer.sites):
                 for key in (group.key for group in tapped.groups[site.name]):
-                    totals[row, 0] -= _lost(read[key], rule.masked_rows(felt.pop(key)), levels[key])
+                    totals[row, 0] -= _lost(read[key], rule.masked_rows(slopes.pop(key)), levels[key])
             mine.append(totals.cpu())
     return (_summed(stream.ranks.gather(mine), nothing) / stream.tokens).numpy()
 
@@ -311,11 +311,11 @@ def _back(
 ) -> dict[str, Tensor]:
     """Gradients at the taps from that at `out`, which becomes that at `hidden`; `again` if another one will follow."""
     with fixed_order(stream.device):
-        gradient, *felt = torch.autograd.grad(
+        gradient, *slopes = torch.autograd.grad(
             out, [hidden, *taps.values()], gradients[batch].to(out.dtype), retain_graph=again
         )
     gradients[batch] = gradient
-    return dict(zip(taps, felt, strict=True))
+    return dict(zip(taps, slopes, strict=True))
 
 
 def _parts(x: Tensor) -> Iterator[Tensor]:
@@ -334,17 +334,19 @@ def _levels(tapped: _Tapped, group: MaskGroup, x: Tensor, thresholds: Tensor) ->
 def _dropped(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
     """Sum of gradient times input over what each level above 0 drops, of each row of x (blocks, seq, in), float64."""
     count = len(CURVE_LEVELS) - 1
-    return torch.cat([dropped_sums(felt, level, count) for felt, level in zip(_felt(x, g), levels, strict=True)])
+    return torch.cat(
+        [dropped_sums(product, level, count) for product, level in zip(_products(x, g), levels, strict=True)]
+    )
 
 
 def _lost(x: Tensor, g: Tensor, levels: Sequence[Tensor]) -> Tensor:
     """Sum of gradient times input over what is dropped at `REFERENCE` of all rows of x (blocks, seq, in), float64."""
     last = CURVE_LEVELS.index(REFERENCE) - 1
-    parts = [felt.mul_(level <= last) for felt, level in zip(_felt(x, g), levels, strict=True)]
+    parts = [product.mul_(level <= last) for product, level in zip(_products(x, g), levels, strict=True)]
     return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
 
 
-def _felt(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+def _products(x: Tensor, g: Tensor) -> Iterator[Tensor]:
     """Gradient times input, (n, in) float32, a few rows at a time."""
     return (g.float() * x.float() for x, g in zip(_parts(x), _parts(g), strict=True))
 

@@ -19,7 +19,7 @@ from wina_calib.choices import (
     TRANSFORMS,
     is_sparsity,
 )
-from wina_calib.corpus.sources import DEFAULT_DATA, check_spec, data_specs
+from wina_calib.corpus.sources import check_spec, data_specs
 from wina_calib.errors import UsageError
 
 WEIGHTS = ("full", "reference")
@@ -77,10 +77,10 @@ class CalibrateOptions:
         DEFAULT_ANCHORS, "Model sparsities, besides the asked one, at which thresholds are fitted.", metavar="S,S,..."
     )
     data: tuple[str, ...] = option(
-        DEFAULT_DATA,
+        (),
         "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, "
-        ".parquet file or folder; rows of messages are rendered by the chat template. Repeat to mix evenly. Without it a "
-        "model with a chat template gets builtin:chat too.",
+        ".parquet file or folder; rows of messages are rendered by the chat template. Repeat to mix evenly. By default "
+        "builtin, for a model with a chat template builtin:chat too.",
         multiple=True,
         metavar="SPEC",
     )
@@ -145,7 +145,6 @@ class CalibrateOptions:
             (0 <= self.seed < 1 << 32, f"seed is {self.seed}; expected a whole number from 0 to {(1 << 32) - 1}"),
             (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
             (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
-            (len(self.data) > 0, "no data was given"),
             (self.bits in (0, *BITS), f"bits is {self.bits}; expected 0, 4 or 8"),
             (self.group_size in GROUP_SIZES, f"group-size is {self.group_size}; expected 32 or 64"),
             (not self.bits or self.loop == "closed", "weights are quantized in closed loop; leave --loop open out"),
@@ -199,7 +198,7 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
     except (TypeError, ValueError):
         raise UsageError(f"grid is {grid!r:.80}; expected numbers in (0, 1), such as (0.25, 0.5).") from None
     values = values | {
-        "data": data_specs(values.get("data", DEFAULT_DATA)),
+        "data": data_specs(values.get("data")),
         "grid": grid,
     }
     for name in ("min", "max"):

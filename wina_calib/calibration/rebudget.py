@@ -84,17 +84,17 @@ class Choice:
         """Site sparsities (anchors, layers, sites): this budget at its own sparsity, and what goes with it elsewhere."""
         own = np.array(self.budget.sparsities)
         if self.kind == "stored":
-            found = np.stack([self.opened.sparsities(anchor) for anchor in anchors])
+            rows = np.stack([self.opened.sparsities(anchor) for anchor in anchors])
         elif self.kind == "file":
-            found = spread(anchors, self.cells, own)
+            rows = spread(anchors, self.cells, own)
         else:
             others = [anchor for anchor in anchors if anchor != self.sparsity]
             solved = iter(solve_rows(self.cells, others, -1.0, self.bounds, self.curves, self.fixed) if others else ())
-            found = np.stack([own if anchor == self.sparsity else next(solved) for anchor in anchors])
+            rows = np.stack([own if anchor == self.sparsity else next(solved) for anchor in anchors])
         for index, anchor in enumerate(anchors):
             if anchor == self.sparsity:
-                found[index] = own
-        return found
+                rows[index] = own
+        return rows
 
     def at(self, sparsity: float) -> Budget:
         """The budget that goes with this one at another model sparsity; pinned cells stay, or the sparsity is refused.
@@ -168,19 +168,17 @@ def frontier(choice: Choice, step: float, measure: Measure | None = None) -> lis
             budget = choice.at(sparsity)
         except BudgetError:
             continue
-        found = totals(choice.cells, budget, choice.curves)
+        sums = totals(choice.cells, budget, choice.curves)
         point: dict[str, float | None] = {
             "sparsity": sparsity,
-            "read_fraction": found.read_fraction,
-            "speedup_limit": found.speedup_limit,
-            "predicted_loss_rise": found.loss_rise,
-            "predicted_ppl": None
-            if dense is None or found.loss_rise is None
-            else dense * float(np.exp(found.loss_rise)),
+            "read_fraction": sums.read_fraction,
+            "speedup_limit": sums.speedup_limit,
+            "predicted_loss_rise": sums.loss_rise,
+            "predicted_ppl": None if dense is None or sums.loss_rise is None else dense * float(np.exp(sums.loss_rise)),
         }
         if measure is not None:
             ppl, dense_ppl, achieved = measure(sparsity, budget)
-            rise = found.loss_rise
+            rise = sums.loss_rise
             point |= {
                 "predicted_ppl": None if rise is None else dense_ppl * float(np.exp(rise)),
                 "measured_ppl": ppl,

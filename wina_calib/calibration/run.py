@@ -15,7 +15,7 @@ import torch
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.compute import Compute
-from wina_calib.calibration.held_out import held_out_blocks
+from wina_calib.calibration.held_out import HELD_OUT_TOKENS, QUICK_TOKENS, held_out_blocks
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
@@ -35,9 +35,7 @@ from wina_calib.common.memory import advice, ran_out
 from wina_calib.common.own_folder import refuse_foreign
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
-from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.chat import has_template
-from wina_calib.corpus.sources import CHAT_DATA, DEFAULT_DATA
+from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.model.config import config_file, remote_code
 from wina_calib.model.source import fitting_length, open_source
@@ -78,17 +76,28 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Hearing = None
         wina_calib.calibrate("demo", "demo-sparse", sparsity=0.5)
         ```
     """
-    chosen = make_options(options)
+    return run_calibration(model, output, make_options(options), progress)
+
+
+def run_calibration(
+    model: str | Path,
+    output: str | Path,
+    chosen: CalibrateOptions,
+    progress: Hearing = None,
+    *,
+    held_tokens: int | None = None,
+) -> Result:
+    """As `calibrate`, measured on `held_tokens` held-out tokens: few for who measures the checkpoint afterwards."""
     with remote_code(chosen.trust_remote_code), shared_ranks() as ranks, hearing(progress) as report:
         try:
-            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, report, ranks))
+            job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, report, ranks, held_tokens))
             if ranks.is_first:
                 job.report.planned(job.estimate(base))
                 for note in (*job.source.notes, *job.blocks.notes):
                     job.report.note(note)
                 if chosen.weights == "reference" and job.source.commit is None:
                     job.report.note(
-                        "the base model is a local folder: this checkpoint needs it where it is, and cannot be pushed. "
+                        "the base model is a local folder: this checkpoint needs it on this machine, and cannot be pushed. "
                         "Calibrate by a Hub id, or without --weights reference, to push it"
                     )
             # A caller's no_grad or inference_mode would take away the gradients that a budget is chosen by.
@@ -104,7 +113,12 @@ def calibrate(model: str | Path, output: str | Path, *, progress: Hearing = None
 
 
 def prepare(
-    model: str | Path, target: Path, chosen: CalibrateOptions, progress: Progress, ranks: Ranks
+    model: str | Path,
+    target: Path,
+    chosen: CalibrateOptions,
+    progress: Progress,
+    ranks: Ranks,
+    held_tokens: int | None = None,
 ) -> tuple[Job, Blocks]:
     """Check everything that can be checked before the work, and read the text.
 
@@ -137,8 +151,7 @@ def prepare(
         check_format(source.architecture, form)
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
-    if chosen.data == DEFAULT_DATA and has_template(tokenizer):
-        chosen = replace(chosen, data=CHAT_DATA)
+    chosen = replace(chosen, data=data_for(tokenizer, chosen.data))
     seq_len = fitting_length(source, chosen.seq_len)
     job = Job(
         source=source,
@@ -153,7 +166,8 @@ def prepare(
         ),
         report=progress if ranks.is_first else SILENT,
     )
-    return job, held_out_blocks(tokenizer, seq_len, quick=chosen.quick)
+    most = held_tokens or (QUICK_TOKENS if chosen.quick else HELD_OUT_TOKENS)
+    return job, held_out_blocks(tokenizer, seq_len, most)
 
 
 def _run(job: Job, base: Blocks, output: Path) -> Settings:

@@ -31,11 +31,11 @@ def scaled_curves(chosen: ChosenBudget, held: HeldOut) -> tuple[Curves | None, d
         The curves, and for the provenance what was predicted and measured; None and how the budget was chosen where there are
         no curves.
     """
-    if chosen.felt is None:
+    if chosen.curves is None:
         return None, chosen.facts
-    curves = chosen.felt.loss
+    curves = chosen.curves.loss
     predicted, divergence = (
-        [Budget(row).predicted_loss(felt) for row in chosen.rows] for felt in (curves, chosen.felt.divergence)
+        [Budget(row).predicted_loss(either) for row in chosen.rows] for either in (curves, chosen.curves.divergence)
     )
     low = [i for i, anchor in enumerate(held.anchors) if anchor <= SCALED_TO] or [0]
     factor = scale([held.loss[i] - held.base for i in low], [predicted[i] for i in low])

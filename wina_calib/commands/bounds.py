@@ -8,9 +8,16 @@ import click
 
 from wina_calib.choices import MASKS, SCORES, TRANSFORMS
 from wina_calib.commands.logs import load_libraries
-from wina_calib.commands.options import Share, device_option, dtype_option, json_option, revision_option, trust_option
+from wina_calib.commands.options import (
+    Share,
+    device_option,
+    dtype_option,
+    heldout_option,
+    json_option,
+    revision_option,
+    trust_option,
+)
 from wina_calib.commands.output import bars, emit
-from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import UsageError
 from wina_calib.studies.defaults import (
     BOUNDS_TOKENS,
@@ -43,9 +50,7 @@ from wina_calib.studies.defaults import (
 )
 @click.option("--score", type=click.Choice(SCORES), help="Score, for a model folder.  [default: wina]")
 @click.option("--masks", type=click.Choice(MASKS), help="Masks, for a model folder.  [default: shared]")
-@click.option(
-    "--data", multiple=True, metavar="SPEC", help=f"Text to measure on.  [default: {', '.join(HELDOUT_DATA)}]"
-)
+@heldout_option("--data")
 @click.option("--tokens", type=int, metavar="N", help=f"Tokens to use.  [default: {BOUNDS_TOKENS}]")
 @device_option
 @dtype_option

@@ -26,7 +26,6 @@ from wina_calib.common.atomic import write_file
 from wina_calib.common.printable import printable, unfiltered
 from wina_calib.common.progress import Progress
 from wina_calib.common.text import percent, table
-from wina_calib.corpus.sources import HELDOUT_DATA
 from wina_calib.errors import BudgetError, UsageError, WinaError
 
 if TYPE_CHECKING:
@@ -172,9 +171,9 @@ def command(
             note(f"warning: the checkpoint is changed, its README.md is not: {error}")
     if output is not None:
         key, score = model_key(opened.architecture, choice.cells), opened.settings.score
-        found = choice.totals
-        rise = "" if found.perplexity_rise is None else f", predicted perplexity {found.perplexity_rise:+.2%}"
-        comment = f"Model sparsity {found.model_sparsity:.4f}, read fraction {found.read_fraction:.4f}{rise}."
+        sums = choice.totals
+        rise = "" if sums.perplexity_rise is None else f", predicted perplexity {sums.perplexity_rise:+.2%}"
+        comment = f"Model sparsity {sums.model_sparsity:.4f}, read fraction {sums.read_fraction:.4f}{rise}."
         write_budget(output, explicit(choice.budget, choice.cells, key, choice.sparsity, score), [comment])
         text.append(f"{output}: budget written.")
     if html is not None:
@@ -272,15 +271,13 @@ def _measure(
     from wina_calib.common.devices import pick_device
     from wina_calib.studies.evaluate import evaluate_model, load_on
 
-    folder = choice.opened.folder
-    model = load_on(folder, pick_device(device), dtype)
+    opened = choice.opened.opened
+    model = load_on(opened, pick_device(device), dtype)
 
     def measure(sparsity: float, budget: Budget) -> tuple[float, float, float]:
-        found = evaluate_model(
-            model, folder, data or HELDOUT_DATA, sparsity=sparsity, tokens=tokens, budget=budget.sparsities
-        )
+        evaluated = evaluate_model(model, opened, data, sparsity=sparsity, tokens=tokens, budget=budget.sparsities)
         progress.step(f"at {percent(sparsity, 0)}")
-        return found.sparse_ppl, found.dense_ppl, found.model_sparsity
+        return evaluated.sparse_ppl, evaluated.dense_ppl, evaluated.model_sparsity
 
     return measure
 

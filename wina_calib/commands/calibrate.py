@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,7 +51,8 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
         )
     if (warning := result.verdict.warning) is not None:
         better = result.verdict.sparsity_for["0.05"]
-        note(f"warning: {warning}: wina-calib budget {output} --sparsity {better:.2f} --apply {output}")
+        place = quote(str(output))
+        note(f"warning: {warning}: wina-calib budget {place} --sparsity {better:.2f} --apply {place}")
     emit(summary(result), told(result), as_json=as_json)
 
 
@@ -75,8 +77,8 @@ def told(result: Result) -> str:
             verdict.text(),
             "",
             "next:",
-            f"  wina-calib evaluate {folder} --data YOUR_TEXT --save",
-            f'  wina-calib generate {folder} "Once upon a time"',
+            f"  wina-calib evaluate {quote(str(folder))} --data YOUR_TEXT --save",
+            f'  wina-calib generate {quote(str(folder))} "Once upon a time"',
         ]
     )
 

@@ -20,7 +20,6 @@ from wina_calib.commands.options import (
 )
 from wina_calib.commands.output import bars, emit, note
 from wina_calib.common.text import table
-from wina_calib.corpus.sources import DEFAULT_DATA
 from wina_calib.studies.compare.methods import GROUPS, METHODS, find_methods
 from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 
@@ -40,9 +39,7 @@ from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
     "--sparsity", "-s", "sparsities", type=Fractions(), default=",".join(map(str, COMPARE_SPARSITIES)),
     show_default=True, metavar="S,S,...", help="Model sparsities.",
 )  # fmt: skip
-@click.option(
-    "--data", multiple=True, default=DEFAULT_DATA, show_default=True, metavar="SPEC", help="Calibration text."
-)
+@click.option("--data", multiple=True, metavar="SPEC", help="Calibration text; by default what `calibrate` takes.")
 @heldout_option("--heldout")
 @click.option(
     "--samples", default=128, show_default=True, metavar="N", help="Calibration blocks; at least 8,000 tokens in all."

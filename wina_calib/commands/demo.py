@@ -26,7 +26,8 @@ PROMPTS = ("The history of the city", "def read_file(path):")
 def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
     """Calibrate the bundled 5.5 M-parameter model at 50 %, evaluate it, and let it write.
 
-    An existing output folder is replaced. Nothing is downloaded.
+    The model is a toy, which shows how it goes and not how good it is. An existing output folder is replaced. Nothing is
+    downloaded.
 
     \b
     Example:
@@ -65,7 +66,7 @@ def command(output: Path, samples: int, seq_len: int, as_json: bool) -> None:
         [
             render(quality),
             "The sparse model writes:\n\n" + "\n".join(f"  {' '.join(text.split())}" for text in texts),
-            "Next:\n"
+            "This was a toy of 5.5 M parameters. Next:\n"
             f"  wina-calib inspect {output}\n"
             f"  wina-calib evaluate {output} --sparsity 0.65\n"
             f'  wina-calib generate {output} "Once upon a time"\n'

@@ -74,5 +74,5 @@ def command(checkpoint: str, what: str, amounts: tuple[int, ...], as_json: bool,
 
     parts = [name.strip() for name in what.split(",") if name.strip()]
     with bars() as progress:
-        found = diagnose(checkpoint, what=parts, amounts=amounts, progress=progress, **options)
-    emit(found.to_dict(), found.text(), as_json=as_json)
+        diagnosis = diagnose(checkpoint, what=parts, amounts=amounts, progress=progress, **options)
+    emit(diagnosis.to_dict(), diagnosis.text(), as_json=as_json)

@@ -32,16 +32,16 @@ def command(user: str | None, limit: int, as_json: bool) -> None:
     from wina_calib.checkpoint.hub import list_checkpoints
 
     with log_level("huggingface_hub", logging.ERROR):  # one line says that nobody answers
-        found = list_checkpoints(user, limit=limit)
-    emit({"checkpoints": [asdict(model) for model in found]}, render(found, user), as_json=as_json)
+        listed = list_checkpoints(user, limit=limit)
+    emit({"checkpoints": [asdict(model) for model in listed]}, render(listed, user), as_json=as_json)
 
 
-def render(found: list[Listed], user: str | None) -> str:
+def render(listed: list[Listed], user: str | None) -> str:
     """The list as text."""
-    if not found:
+    if not listed:
         return f"No calibrated checkpoints{f' of {user}' if user else ''}."
     rows = [
         [m.repo, m.base_model or "-", "private" if m.private else "public", f"{m.downloads:,}", m.modified]
-        for m in found
+        for m in listed
     ]
     return table(["checkpoint", "base model", "access", "downloads", "modified"], rows)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from wina_calib.choices import DTYPES
-from wina_calib.corpus.sources import HELDOUT_DATA
+from wina_calib.corpus.sources import CHAT, HELDOUT
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
@@ -44,9 +44,8 @@ revision_option = click.option("--revision", metavar="REV", help="Branch, tag or
 
 def heldout_option(name: str) -> Callable[..., Any]:
     """An option for the text that a command measures on: `--data`, or `--heldout` beside calibration text."""
-    return click.option(
-        name, multiple=True, default=HELDOUT_DATA, show_default=True, metavar="SPEC", help="Text to measure on."
-    )
+    about = f"Text to measure on; by default {HELDOUT}, for a model with a chat template {HELDOUT}:{CHAT} too."
+    return click.option(name, multiple=True, metavar="SPEC", help=about)
 
 
 def tokens_option(default: int = 32_768) -> Callable[..., Any]:

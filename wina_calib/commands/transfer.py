@@ -78,7 +78,7 @@ def command(
         emit({"file": str(output), "sparsity": budget.sparsity}, text, as_json=as_json)
         return
     with bars() as progress:
-        found = transfer(source, target, sparsities=sparsities, progress=progress, **options)
-    for way, reason in found.skipped.items():
+        done = transfer(source, target, sparsities=sparsities, progress=progress, **options)
+    for way, reason in done.skipped.items():
         note(f"note: {way} is left out. {reason}")
-    emit(found.to_dict(), render(found), as_json=as_json)
+    emit(done.to_dict(), render(done), as_json=as_json)

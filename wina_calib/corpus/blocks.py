@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wina_calib.corpus.chat import Conversation, has_template, render
 from wina_calib.corpus.rows import Tally, shown
-from wina_calib.corpus.sources import documents, reader
+from wina_calib.corpus.sources import BUILTIN, CHAT, HELDOUT, documents, reader
 from wina_calib.corpus.text_files import pieces
 from wina_calib.errors import CorpusError, UsageError
 
@@ -60,6 +60,18 @@ class Blocks:
         return self.ids.numel()
 
 
+def data_for(tokenizer: Any, data: Sequence[str] = (), *, heldout: bool = False) -> tuple[str, ...]:
+    """The text as it was given, or the built-in one: for a model with a chat template conversations beside plain text.
+
+    Args:
+        tokenizer: the model's.
+        data: data specs; none for the built-in text.
+        heldout: of the built-in text, the part that nothing is fitted on.
+    """
+    text = HELDOUT if heldout else BUILTIN
+    return tuple(data) or ((f"{text}:{CHAT}", text) if has_template(tokenizer) else (text,))
+
+
 def load_blocks(
     data: Sequence[str], tokenizer: Tokenizer, *, samples: int, seq_len: int, seed: int, min_tokens: int = MIN_TOKENS
 ) -> Blocks:
@@ -92,9 +104,9 @@ def load_blocks(
     ]
     for spec, (blocks, left) in zip(data, packed, strict=True):
         if not blocks:
-            found = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
+            little = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
             raise CorpusError(
-                f"data {shown(spec)}: it holds {found}; at least {max(min_tokens, seq_len):,} tokens are needed in all. "
+                f"data {shown(spec)}: it holds {little}; at least {max(min_tokens, seq_len):,} tokens are needed in all. "
                 "Give more text with --data, or a smaller --seq-len."
             )
     rows = [row for turn in zip_longest(*(blocks for blocks, _ in packed)) for row in turn if row is not None]
@@ -138,20 +150,20 @@ def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
         CorpusError: a source cannot be read.
         UsageError: a spec does not parse.
     """
-    found: set[int] = set()
+    hashes: set[int] = set()
     for spec in data:
         for number, text in enumerate(documents(spec)):
             lines = (line.strip() for line in text.splitlines())
-            found.update(_hash(line) for line in lines if len(line) >= _OVERLAP_LINE)
-            if len(found) >= limit or number >= limit:
-                return found
-    return found
+            hashes.update(_hash(line) for line in lines if len(line) >= _OVERLAP_LINE)
+            if len(hashes) >= limit or number >= limit:
+                return hashes
+    return hashes
 
 
 def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: int) -> None:
     twice = sorted({spec for spec in data if list(data).count(spec) > 1})
     if not data:
-        raise UsageError("no data was given; the default is builtin.")
+        raise UsageError("no data was given; the built-in text is builtin.")
     if twice:
         raise UsageError(f"data {shown(twice[0])} is given twice; give each source once.")
     if samples < len(data):

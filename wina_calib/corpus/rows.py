@@ -41,7 +41,7 @@ def texts(
         CorpusError: a field holds what is no text, or no row has a text.
     """
     problem: CorpusError | None = None
-    found = False
+    any_text = False
     for looked, (where, row) in enumerate(rows, 1):
         tally.rows += 1
         try:
@@ -51,16 +51,16 @@ def texts(
         if text is None or not text.strip():
             tally.empty += 1
         if text is not None:
-            found = True
+            any_text = True
             yield text
         elif problem is None:
             held = (
                 f"{where}: field {entry.get('column')!r} holds nothing (null)" if row is not None else f"{where}: null"
             )
             problem = CorpusError(f"{held}; expected text, or a list of chat messages.")
-        if looked >= _LOOKED and not found and problem is not None:
+        if looked >= _LOOKED and not any_text and problem is not None:
             break
-    if problem is not None and not found:
+    if problem is not None and not any_text:
         raise problem
 
 

@@ -25,17 +25,15 @@ from wina_calib.corpus.rows import Tally, shown, texts
 from wina_calib.corpus.text_files import path_documents, path_exists, split_path
 from wina_calib.errors import CorpusError, UsageError
 
-DEFAULT_DATA = ("builtin",)
-HELDOUT_DATA = ("builtin:heldout",)
+BUILTIN, HELDOUT = "builtin", "builtin:heldout"
 CHAT = "chat"
-CHAT_DATA = ("builtin:chat", "builtin")  # the default for a model with a chat template
 _JOINED = 1 << 18
-Data = str | Path | Sequence[str | Path]
+Data = str | Path | Sequence[str | Path] | None  # None, or nothing, is the built-in text
 
 
 def data_specs(data: Data) -> tuple[str, ...]:
     """One data spec or path, or several, as a tuple of specs."""
-    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+    return () if data is None else (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
 def documents(spec: str) -> Iterator[str]:
@@ -147,8 +145,8 @@ def _hub_documents(entry: dict[str, Any], spec: str, tally: Tally) -> Iterator[s
     try:
         rows = datasets.load_dataset(entry["path"], entry.get("config"), split=entry["split"], streaming=True)
         placed = ((f"data {shown(spec)}, row {number}", row) for number, row in enumerate(rows))
-        found = texts(placed, entry, tally)
-        yield from _joined(found, entry["document_start"]) if "document_start" in entry else found
+        lines = texts(placed, entry, tally)
+        yield from _joined(lines, entry["document_start"]) if "document_start" in entry else lines
     except CorpusError:
         raise
     except Exception as error:  # the library, its file systems and its decoders raise dozens of types

@@ -25,8 +25,8 @@ def keep_mask(x: Tensor, norm: Tensor, cut: Cut, score: str = "wina", dense_rows
         score: one of `choices.SCORES`.
         dense_rows: boolean tensor of the leading shape of x; rows that are never masked.
     """
-    found = scores(x, norm, score)
-    keep = (found <= cut).logical_not_() if isinstance(cut, Tensor) else keep_top(found, cut)
+    scored = scores(x, norm, score)
+    keep = (scored <= cut).logical_not_() if isinstance(cut, Tensor) else keep_top(scored, cut)
     return keep if dense_rows is None else keep | dense_rows.unsqueeze(-1)
 
 

@@ -56,24 +56,24 @@ def fit(
         TransformError: the transform is not exact here, or the sample is too small for it.
     """
     wanted = plan(name, arch)
-    found = phase.tensors()
+    rotations = phase.tensors()
 
     def keep(new: Mapping[str, Tensor], line: str | None = None) -> None:
-        found.update(new)
-        phase.save(phase.step + 1, tensors=new)
+        rotations.update(new)
+        phase.save(phase.done_items + 1, tensors=new)
         if line is not None:
             progress.step(line)
 
     if wanted.sites and not phase.finished:
-        progress.phase(_SITES, sum(f"{i}.{wanted.sites[-1]}" not in found for i in range(len(arch.layers))))
+        progress.phase(_SITES, sum(f"{i}.{wanted.sites[-1]}" not in rotations for i in range(len(arch.layers))))
     for layer in arch.layers if wanted.sites else ():
-        if f"{layer.index}.{wanted.sites[-1]}" not in found:
+        if f"{layer.index}.{wanted.sites[-1]}" not in rotations:
             weights = load_layer(layer.index)
             new = {f"{layer.index}.{s}": _site_rotation(wanted.name, layer, s, weights, device) for s in wanted.sites}
             keep(new, f"{wanted.name}: layer {layer.index + 1} of {len(arch.layers)}")
     if wanted.is_free and wanted.name != "none" and statistics is None and not phase.finished:
         raise TransformError(f"transform {wanted.name!r} needs the statistics of a dense pass.")
-    if wanted.residual and "residual" not in found and statistics is not None:
+    if wanted.residual and "residual" not in rotations and statistics is not None:
         fitted = fit_residual(
             arch,
             load_layer,
@@ -82,15 +82,17 @@ def fit(
             seed=seed,
             device=device,
             progress=progress,
-            saved={name.removeprefix(_DESCENT): value for name, value in found.items() if name.startswith(_DESCENT)},
+            saved={
+                name.removeprefix(_DESCENT): value for name, value in rotations.items() if name.startswith(_DESCENT)
+            },
             save=lambda state: phase.save(
-                phase.step + 1, passing={_DESCENT + name: value for name, value in state.items()}
+                phase.done_items + 1, passing={_DESCENT + name: value for name, value in state.items()}
             ),
         )
         keep({"residual": fitted})
-    found = {name: value for name, value in found.items() if not name.startswith(_DESCENT)}
+    rotations = {name: value for name, value in rotations.items() if not name.startswith(_DESCENT)}
     if wanted.heads and statistics is not None:
-        left = [layer.index for layer in arch.layers if f"{layer.index}.heads" not in found]
+        left = [layer.index for layer in arch.layers if f"{layer.index}.heads" not in rotations]
         if left:
             progress.phase(_HEADS, len(left))
         for index, weights in read_ahead(load_layer, left):
@@ -98,24 +100,26 @@ def fit(
             del weights
             keep({f"{index}.heads": turned}, f"head: layer {index + 1} of {len(arch.layers)}")
     return Rotations(
-        residual=found.get("residual"),
-        heads=tuple(found[f"{layer.index}.heads"] for layer in arch.layers) if wanted.heads else None,
-        sites={(layer.index, site): found[f"{layer.index}.{site}"] for layer in arch.layers for site in wanted.sites},
+        residual=rotations.get("residual"),
+        heads=tuple(rotations[f"{layer.index}.heads"] for layer in arch.layers) if wanted.heads else None,
+        sites={
+            (layer.index, site): rotations[f"{layer.index}.{site}"] for layer in arch.layers for site in wanted.sites
+        },
     )
 
 
 def fit_work(name: str, arch: Architecture, steps: int | None = None) -> list[tuple[str, int, float]]:
     """The phases of a fit: name, steps, and the floating-point operations of a model's products that take as long."""
     wanted, layers = plan(name, arch), len(arch.layers)
-    found: list[tuple[str, int, float]] = []
+    parts: list[tuple[str, int, float]] = []
     if wanted.sites:
         widths = [arch.layers[0].site(site).width for site in wanted.sites]
-        found.append((_SITES, layers, layers * sum(400.0 * width**3 for width in widths)))
+        parts.append((_SITES, layers, layers * sum(400.0 * width**3 for width in widths)))
     if wanted.residual:
-        found += residual_work(arch, steps)
+        parts += residual_work(arch, steps)
     if wanted.heads:
-        found.append((_HEADS, layers, layers * heads_flops(arch.layers[0], steps)))
-    return found
+        parts.append((_HEADS, layers, layers * heads_flops(arch.layers[0], steps)))
+    return parts
 
 
 def _site_rotation(

@@ -61,8 +61,8 @@ def fit_heads(
     ]
     start = torch.stack([eigenvectors(c) for c in covariance]).to(device)
     identity = torch.eye(layer.head_dim, dtype=torch.float64, device=device).expand_as(start)
-    found, cost, _ = learn(
+    turns, cost, _ = learn(
         problems, start, steps=STEPS if steps is None else steps, sites_per_step=min(2, group), seed=seed
     )
     plain = held_out_cost(problems, identity)
-    return torch.where((cost < plain)[:, None, None], found, identity).cpu()
+    return torch.where((cost < plain)[:, None, None], turns, identity).cpu()

@@ -190,8 +190,8 @@ def learn(
                 save(state | {"generator": generator.get_state(), "step": torch.tensor(step)})
             progress.step(f"step {step} of {steps}: held-out cost {float(cost.mean() / first_cost.mean()):.3f}")
     improved = (best_cost < first_cost)[:, None, None]
-    found = torch.where(improved, orthogonalised(best.double()), start)
-    return found, held_out_cost(problems, found), first_cost
+    rotations = torch.where(improved, orthogonalised(best.double()), start)
+    return rotations, held_out_cost(problems, rotations), first_cost
 
 
 def checks(steps: int, done: int = 0) -> int:

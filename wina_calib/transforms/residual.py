@@ -80,7 +80,7 @@ def fit_residual(
         progress.step(f"layer {index + 1}")
     start = eigenvectors(pooled).to(device).unsqueeze(0)
     progress.phase(_TURN, checks(steps, int(saved["step"]) if saved else 0))
-    found, _, _ = learn(
+    rotation, _, _ = learn(
         problems,
         start,
         steps=steps,
@@ -90,7 +90,7 @@ def fit_residual(
         save=save,
         progress=progress,
     )
-    return keep_on_axes(found[0].cpu(), statistics.massive())
+    return keep_on_axes(rotation[0].cpu(), statistics.massive())
 
 
 def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -36,8 +36,8 @@ def massive_directions(states: Iterable[Tensor]) -> Tensor:
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
     energy = sizes.square()
     count = int((energy[:_MOST] > _SHARE * energy.sum()).sum())
-    found: Tensor = directions[:count].mT
-    return found
+    chosen: Tensor = directions[:count].mT
+    return chosen
 
 
 def keep_on_axes(rotation: Tensor, directions: Tensor) -> Tensor:

@@ -144,9 +144,9 @@ class Statistics:
 
     def take(self, layer: int, site: str) -> Tensor:
         """`sample`, which is forgotten here, so that its memory ends with the caller's use of it."""
-        found = self.sample(layer, site)
+        sample = self.sample(layer, site)
         del self._samples[layer, site], self._filled[layer, site]
-        return found
+        return sample
 
     def _width(self, site: str) -> int:
         return self._arch.layers[0].site(site).width
