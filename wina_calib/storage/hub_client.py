@@ -14,7 +14,7 @@ from wina_calib.common.text import first_line
 from wina_calib.errors import HubError
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
-HIDDEN = (".[!.]*", "*/.[!.]*")  # such as `.wina_local.json`, which speaks of the machine that it lies on
+HIDDEN = (".[!.]*", "*/.[!.]*")  # what a program kept for itself on another machine
 CONFLICT = 412
 _PATIENCE = 10.0  # seconds for an answer
 # What huggingface_hub raises where a repository lists names such as ../x, or sends what cannot be parsed.
