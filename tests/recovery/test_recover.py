@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import wina_calib
+from wina_calib.budgets import Target
+from wina_calib.calibration.apply_budget import apply
+from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.commands.recover import table
 from wina_calib.common.progress import Silent
-from wina_calib.errors import CorpusError, NumericError, OutputError, UsageError
+from wina_calib.errors import CorpusError, NumericError, OutputError, StateError, UsageError
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import RecoverOptions
+from wina_calib.recovery.plan import plan_training
 from wina_calib.recovery.run import recover
 from wina_calib.recovery.train import Training, merit
 from wina_calib.runtime.load import runtime_state
@@ -160,6 +165,36 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert parts.trained.held_out == whole.trained.held_out
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("what", ["text", "calibration", "memory"])
+def test_a_run_does_not_go_on_with_other_work(
+    what: str,
+    calibrated: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wina_calib.storage.resume.PATIENCE", 0.0)
+    monkeypatch.setattr("wina_calib.recovery.train.SAVE_AFTER", 0.0)
+    given, text = shutil.copytree(calibrated, tmp_path / "sparse"), tmp_path / "text.txt"
+    shutil.copyfile(options["data"], text)
+    options |= {"data": str(text)}
+    with pytest.raises(KeyboardInterrupt):
+        recover(given, tmp_path / "out", progress=StopAt(3), **options)
+    if what == "text":
+        text.write_text(text.read_text()[5000:])
+    elif what == "calibration":
+        opened = open_checkpoint(given)
+        apply(choose(opened, Request(target=Target("sparsity", 0.55))), opened)
+    else:
+        monkeypatch.setattr(
+            "wina_calib.recovery.run.plan_training", lambda *given: replace(plan_training(*given), adapters=True)
+        )
+    with pytest.raises(
+        StateError, match="checkpoint.calibration" if what == "calibration" else "cannot be gone on with"
+    ):
+        recover(given, tmp_path / "out", **options)
 
 
 def test_steps_that_are_no_numbers_are_left_out_then_end_it(

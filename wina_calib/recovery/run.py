@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wina_calib.calibration.quantize_sites import check_format
 from wina_calib.checkpoint.card import write_card
+from wina_calib.checkpoint.evaluation_file import calibration_fingerprint
 from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.checkpoint.local_paths import base_model_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
@@ -274,7 +275,8 @@ def _base(chosen: RecoverOptions, opened: Checkpoint) -> Path:
 def _identity(opened: Checkpoint, base: Path, chosen: RecoverOptions, ranks: Ranks) -> Mapping[str, Any]:
     operational = ("overwrite", "restart", "device", "trust_remote_code", "max_time", "tasks", "task_items")
     options = {k: v for k, v in asdict(chosen).items() if k not in operational}
-    return {"checkpoint": opened.settings.weights, "base": base.name, "processes": ranks.size, "options": options}
+    given = {"weights": opened.settings.weights, "calibration": calibration_fingerprint(opened.folder)}
+    return {"checkpoint": given, "base": str(base.resolve()), "processes": ranks.size, "options": options}
 
 
 def _check_tokenizer(base: Any, own: Any, folder: Path) -> None:

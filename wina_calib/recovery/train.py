@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from wina_calib.common.distributed import Ranks
 from wina_calib.common.progress import Progress
-from wina_calib.errors import NumericError
+from wina_calib.corpus.blocks import fingerprint
+from wina_calib.errors import NumericError, StateError
 from wina_calib.model.architecture import Architecture
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.recovery.distiller import Distiller
 from wina_calib.recovery.masked_model import MaskedModel
-from wina_calib.recovery.options import RecoverOptions
+from wina_calib.recovery.options import SELF, RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan
 from wina_calib.recovery.straight_through import straight_through
 from wina_calib.storage.resume import Phase
@@ -139,6 +140,9 @@ class Training:
             self._weights.values(), lr=self.plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self._best = {name: p.detach().clone() for name, p in self._weights.items()}
+        written = self.options.data == (SELF,)  # anew in each run, and not to the bit
+        text = None if written else fingerprint(torch.cat([self.ids, self.held_out]))
+        self._given = {"text": text, "adapters": self.plan.adapters}
         values = self._restore()
         self._planned = int(values.get("planned", self.plan.steps))
         layers = None if self.turn is None else self.architecture.layers_path
@@ -173,7 +177,7 @@ class Training:
             if done in {round(share * self._planned) for share in CHECKS}:
                 log.look(self._engine, self.plan.learning_rate)
                 best = self._check(done, held, best)
-            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
+            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best} | self._given
             state["planned"] = self._planned
             if self.ranks.from_first(seconds - before >= SAVE_AFTER):
                 self.phase.save(done, passing=self._saved, values=state)
@@ -273,6 +277,13 @@ class Training:
         """Take what an earlier run saved; its small values."""
         if not self.phase.done_items:
             return {}
+        told = {"text": "its text", "adapters": "what is trained, which free memory decides,"}
+        other = [what for name, what in told.items() if self.phase.values.get(name) != self._given[name]]
+        if other:
+            raise StateError(
+                f"the training that was stopped cannot be gone on with: {' and '.join(other)} is another now. Make it as it "
+                "was, or add --restart to start over."
+            )
         saved = self.phase.tensors()
         self._take(_part(saved, "weight/"))
         self._best = {name: t.to(self.device) for name, t in _part(saved, "best/").items()}
