@@ -265,6 +265,21 @@ def test_the_error_that_is_stated(target):
         assert 0 < found <= limit
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_large_input_of_small_weights_leaves_the_others_alone(target, form, rows):
+    """Rounded to 16 bits of its size, they would be lost, and it itself counts for nothing."""
+    width = 300
+    x, norm, threshold = inputs("plain", rows, width, torch.float32)
+    x[:, 40] = 1e6
+    x[-1, 250] = -3e4
+    weight = random_weight(form, width, 192)
+    (weight.codes if form.bits == 8 else weight.scales)[[40, 250]] = 0
+    found = quantized_cpu.sparse_site(x, weight, norm, threshold)
+    expected = exact(x, weight, norm, threshold)
+    assert all(error(y, e) <= 2e-4 for y, e in zip(found.split(1), expected.split(1), strict=True))
+
+
 SANITIZED = """
 import sys, tempfile
 from pathlib import Path

@@ -465,16 +465,42 @@ ALWAYS void fetch(const void *from, int64_t bytes) {
     __builtin_prefetch((const char *)from + bytes - 1, 0, 2);
 }
 
-/* Results (rows, stop - start) of outputs from `start` to `stop` for kept inputs at `index` with values (rows, spacing). A value
-   that is not finite makes NaN of its row. */
+#define MOST_ROWS 16
+#define FAR 16.0f /* times the usual size of a row's values: such an input is not rounded with the others */
+
+/* The sizes (rows,) from which values (rows, spacing) count as far from the others of their row: the mean of their roots, squared,
+   is what is usual whatever the size of a few. */
+static void far_limits(const float *value, int64_t count, int64_t spacing, int64_t rows, float *limit) {
+    for (int64_t r = 0; r < rows; r++) {
+        float sum = 0;
+        for (int64_t k = 0; k < count; k++) sum += sqrtf(fabsf(value[r * spacing + k]));
+        limit[r] = FAR * (sum / (float)count) * (sum / (float)count);
+    }
+}
+
+/* Whether the input of `value` is far from the others in one of the rows. */
+static inline int is_far(const float *value, int64_t spacing, int64_t rows, const float *limit) {
+    int far = 0;
+    for (int64_t r = 0; r < rows; r++) far |= fabsf(value[r * spacing]) > limit[r];
+    return far;
+}
+
+/* Results (rows, stop - start) of outputs from `start` to `stop` for kept inputs at `index` with values (rows, spacing), of at most
+   MOST_ROWS rows. A value that is not finite makes NaN of its row. Codes of 8 bits have no scale of their input, so that one input
+   may be far larger than others and its weights far smaller: those that are far have blocks of their own. */
 void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
                        int64_t rows, int64_t start, int64_t stop, float *result) {
     const int bits = weight->bits, group = weight->group;
     const int64_t vector = VECTOR * 8 / bits, column = weight->out * bits / 8;
     const int64_t all = bits == 4 ? weight->out / group : 0, row = (all + 1) / 2;
     const int64_t unit = bits == 4 ? 2 * group : 1, room = SUMS / rows / 128 * 128, most = room < TILE ? room : TILE;
-    float sums[SUMS];
+    float sums[SUMS], limit[MOST_ROWS];
     struct factors by;
+    int passes = 1;
+    if (bits == 8) {
+        far_limits(value, count, spacing, rows, limit);
+        for (int64_t k = 0; k < count; k++) passes = is_far(value + k, spacing, rows, limit) ? 2 : passes;
+    }
     for (int64_t from = start / unit * unit; from < stop; from += most) {
         const int64_t left = (bits == 4 ? (stop + group - 1) / group * group : stop) - from, here = left < most ? left : most;
         const int64_t stride = (here + vector - 1) / vector * vector, bytes = here * bits / 8;
@@ -482,28 +508,38 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         const uint8_t *codes = weight->codes + from * bits / 8;
         by.groups = bits == 4 ? (groups + WORDS - 1) / WORDS * WORDS : 1;
         memset(sums, 0, (size_t)(rows * stride) * sizeof(float));
-        for (int64_t k = 0; k < count; k += COLUMNS) {
-            const int64_t size = count - k < COLUMNS ? count - k : COLUMNS;
-            struct block block = {.pairs = (size + 1) / 2};
-            for (int64_t i = 0; i < 2 * block.pairs; i++) {
-                const int64_t after = k + COLUMNS + i;
-                block.column[i] = codes + index[k + (i < size ? i : size - 1)] * column;
-                block.next[i] = after < count ? codes + index[after] * column : block.column[i];
-                if (bits == 4 && after < count) {
-                    fetch(weight->scales + index[after] * all + from / group, 2 * groups);
-                    if (weight->zeros) fetch(weight->zeros + (index[after] * row + from / group / 2), (groups + 1) / 2);
+        for (int far = 0; far < passes; far++) {
+            for (int64_t k = 0; k < count;) {
+                int64_t place[COLUMNS], size = 0;
+                for (; k < count && size < COLUMNS; k++) {
+                    place[size] = k;
+                    size += passes == 1 || is_far(value + k, spacing, rows, limit) == far;
                 }
-            }
-            for (int64_t r = 0, taken; r < rows; r += taken) {
-                taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-                for (int64_t i = 0; i < taken; i++) {
-                    const float *given = value + (r + i) * spacing + k;
-                    if (bits == 4)
-                        scale_inputs(weight, index + k, given, size, from / group, groups, i, &by);
-                    else
-                        round_inputs(given, size, i, &by);
+                if (!size) break;
+                struct block block = {.pairs = (size + 1) / 2};
+                for (int64_t i = 0; i < 2 * block.pairs; i++) {
+                    const int64_t after = k + i;
+                    block.column[i] = codes + index[place[i < size ? i : size - 1]] * column;
+                    block.next[i] = after < count ? codes + index[after] * column : block.column[i];
+                    if (bits == 4 && after < count) {
+                        fetch(weight->scales + index[after] * all + from / group, 2 * groups);
+                        if (weight->zeros) fetch(weight->zeros + (index[after] * row + from / group / 2), (groups + 1) / 2);
+                    }
                 }
-                (taken == 4 ? add_tile_4 : taken == 2 ? add_tile_2 : add_tile_1)(weight, &block, bytes, &by, sums + r * stride, stride);
+                for (int64_t r = 0, taken; r < rows; r += taken) {
+                    taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+                    for (int64_t i = 0; i < taken; i++) {
+                        const float *given = value + (r + i) * spacing;
+                        if (bits == 4)
+                            scale_inputs(weight, index + place[0], given + place[0], size, from / group, groups, i, &by);
+                        else {
+                            float own[COLUMNS];
+                            for (int64_t j = 0; j < size; j++) own[j] = given[place[j]];
+                            round_inputs(own, size, i, &by);
+                        }
+                    }
+                    (taken == 4 ? add_tile_4 : taken == 2 ? add_tile_2 : add_tile_1)(weight, &block, bytes, &by, sums + r * stride, stride);
+                }
             }
         }
         const int64_t first = from < start ? start - from : 0, end = from + here < stop ? here : stop - from;
