@@ -109,10 +109,10 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, least: int =
 
 
 def moved_to_huge_pages(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU with its numbers in memory of its own, in huge pages. The old one must not be read any more.
+    """A tensor on the CPU with its numbers in memory of its own, in huge pages.
 
-    What transformers loads lies in the pages of the file, which stay small. They are given back at once: moving all tensors, one
-    after another, takes no more memory than the largest of them.
+    What transformers loads lies in the pages of the file, which stay small. They are given back at once, as the file still has
+    them: moving all tensors, one after another, takes no more memory than the largest of them. Other memory is its owner's.
     """
     size = tensor.nbytes
     if not tensor.is_cpu or size < _MOVED or not tensor.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -121,8 +121,20 @@ def moved_to_huge_pages(tensor: Tensor) -> Tensor:
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     whole = (tensor.data_ptr() + size - start) // page * page
-    _advise(start, whole, mmap.MADV_DONTNEED)
+    if whole > 0 and _is_of_a_file(start, whole):
+        _advise(start, whole, mmap.MADV_DONTNEED)
     return made
+
+
+def _is_of_a_file(first: int, size: int) -> bool:
+    """Whether memory is a file that was mapped, as the system tells it: only then are its numbers found there again."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            place, _, _, _, inode = line.split()[:5]
+            low, high = (int(address, 16) for address in place.split("-"))
+            if low <= first and first + size <= high:
+                return inode != "0"
+    return False
 
 
 class Growth:

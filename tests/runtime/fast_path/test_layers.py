@@ -186,6 +186,16 @@ def test_a_cache_shows_what_it_would(model: PreTrainedModel, monkeypatch: pytest
         assert torch.equal(a, b)
 
 
+def test_a_count_of_places_that_is_replaced_counts(model: PreTrainedModel, calls: list[int]) -> None:
+    cache = filled(model, cache=StaticCache(config=model.config, max_cache_len=40))
+    step(model, cache)
+    for layer in cache.layers:
+        layer.cumulative_length = layer.cumulative_length.clone()
+    step(model, cache, start=PROMPT + 1)
+    assert int(cache.get_seq_length()) == PROMPT + 2
+    assert calls == [40, 40]
+
+
 def test_two_caches_go_by_turns(model: PreTrainedModel, calls: list[int]) -> None:
     first, second = filled(model), filled(model, 6)
     found = [step(model, first), step(model, second, start=6), step(model, first, start=PROMPT + 1)]

@@ -26,11 +26,19 @@ SPARE, SPARE_SHARE = 64, 8
 
 @dataclass
 class _Held:
-    """A layer's keys and values as they were last seen; `room` (2, 1, key heads, places, size) holds a dynamic one's."""
+    """A layer's keys and values as they were last seen; `room` (2, 1, key heads, places, size) holds a dynamic one's, and
+    `counter` () counts a static one's places.
+    """
 
     keys: Tensor
     values: Tensor
     room: Tensor | None
+    counter: Tensor | None = None
+
+    def is_of(self, layer: Any) -> bool:
+        """Whether a layer still has these: C has their addresses."""
+        own = layer.keys is self.keys and layer.values is self.values
+        return own and (self.counter is None or layer.cumulative_length is self.counter)
 
 
 class Caches:
@@ -51,8 +59,8 @@ class Caches:
         """Be ready for one more token, with key heads and their size of each layer; False where a cache is of another kind."""
         lengths = set()
         for i, (layer, shape) in enumerate(zip(self.layers, shapes, strict=True)):
-            keys, values, held = layer.keys, layer.values, self._held[i]
-            if held is None or held.keys is not keys or held.values is not values:
+            keys, held = layer.keys, self._held[i]
+            if held is None or not held.is_of(layer):
                 if not _serves(layer, shape, dtype):
                     return False
                 held = self._held[i] = self._take(i, layer)
@@ -93,7 +101,7 @@ class Caches:
         if type(layer) is StaticLayer:
             self.past[i].hold(layer.keys, layer.values)
             self.past[i].counter = layer.cumulative_length.data_ptr()
-            return _Held(layer.keys, layer.values, None)
+            return _Held(layer.keys, layer.values, None, layer.cumulative_length)
         filled = layer.keys.shape[2]
         _, heads, _, size = layer.keys.shape
         places = filled + max(SPARE, filled // SPARE_SHARE)
