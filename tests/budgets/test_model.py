@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from budget_cases import SITES, small_cells
 
-from wina_calib.budgets import Budget, Cells, Curves, perplexity_rise, totals
+from wina_calib.budgets import Budget, Cells, Curves, Target, perplexity_rise, totals, uniform
 from wina_calib.errors import BudgetError
 
 
@@ -32,6 +32,21 @@ def test_quantized_weights_are_counted_by_their_bits():
     assert cells.bits_read_at(0.4) == pytest.approx(0.6 * 4 + 16 * 0.08)
     assert cells.sparsity_at_bits(cells.bits_read_at(0.4)) == pytest.approx(0.4)
     assert Cells(("mlp_in",), [[1000]]).bits_read_at(0.5) == 8
+
+
+def test_sites_of_different_bits_are_counted_one_by_one():
+    cells = Cells(("attn_in", "mlp_in"), [[100, 300], [100, 500]], site_bits=np.array([[16.0, 4.0], [4.0, 4.0]]))
+    assert cells.bits == pytest.approx((16 * 100 + 4 * 900) / 1000)
+    budget = Budget([[0.5, 0.1], [0.0, 0.9]])
+    read = 16 * 50 + 4 * (270 + 100 + 50)
+    assert cells.bits_read_at(budget.sparsities) == pytest.approx(read / 1000)
+    assert budget.read_fraction(cells) == pytest.approx(read / 16 / 1000)
+    assert cells.bits_read_at(0.25) == pytest.approx(0.75 * cells.bits)
+    for target in (Target("bits_read", 2.0), Target("read_fraction", 0.2)):
+        found = uniform(cells, target)
+        assert found.read_fraction(cells) == pytest.approx(2.0 / 16 if target.kind == "bits_read" else 0.2)
+    with pytest.raises(BudgetError, match="bits read 6 cannot be met"):
+        uniform(cells, Target("bits_read", 6.0))
 
 
 def test_dense_budget_reads_everything():

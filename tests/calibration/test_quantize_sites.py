@@ -1,5 +1,6 @@
 """One pass fits thresholds and quantizes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import wina_calib
+from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.export_dense import export_dense
+from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.errors import CheckpointError, RuntimeLoadError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.quantization.scales import quantize_nearest
+from wina_calib.runtime.quantized import QuantizedLinear
+from wina_calib.serving.plan import Options, make_plan
 
 SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "budget": "uniform", "bits": 4, "group_size": 32}
 
@@ -71,6 +79,83 @@ def test_every_kind_of_mask_goes_with_quantized_weights(
     facts = opened.settings.provenance.get("prediction")
     assert (facts is not None) == (options.get("budget") == "global")
     assert facts is None or facts["quantized_rise"] >= 0
+
+
+def test_sites_may_stay_in_16_bits(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Attention, and the first layer's MLP inputs: stored and computed as they are; all that counts bits counts 16."""
+    patterns = ("layers.*.attn_*", "layers.0.mlp_in")
+    settings = SMALL | {"transform": "none", "sparsity": 0.4, "grid": (0.25,), "keep_16_bit": patterns}
+    wina_calib.calibrate(llama, tmp_path / "q", data=str(text), **settings)
+    opened = open_checkpoint(tmp_path / "q")
+    opened.verify_weights()
+    kept = set(opened.settings.modules_to_not_convert)
+    assert {name.rpartition(".")[2] for name in kept if "attn" in name} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name for name in kept if "mlp" in name} == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")}
+    base, source, model = open_weights(llama), open_weights(tmp_path / "q"), wina_calib.load(tmp_path / "q")
+    bits = total = 0.0
+    for layer, site in opened.architecture.sites:
+        for p in site.projections:
+            name = f"{layer.prefix}{p.module}"
+            assert torch.equal(source.load(f"{name}.weight"), base.load(f"{name}.weight")) == (name in kept)
+            assert isinstance(model.get_submodule(name), QuantizedLinear) == (name not in kept)
+            assert torch.equal(model.get_submodule(name).weight, source.load(f"{name}.weight"))
+            bits += p.in_features * p.out_features * (16 if name in kept else 4.625)
+            total += p.in_features * p.out_features
+    assert stored_cells(opened.architecture, opened.settings).bits_read_at(0.0) == pytest.approx(bits / total, rel=0.01)
+    found = wina_calib.evaluate(tmp_path / "q", data=str(text), tokens=2048)
+    assert found.bits_stored == pytest.approx(bits / total, rel=0.01)
+    assert found.bits_read == pytest.approx(0.6 * bits / total, rel=0.05)
+    assert f"{len(kept)} projections 16 bits" in (tmp_path / "q" / "README.md").read_text()
+    ids = torch.tensor([[1, 40, 50, 60, 70, 80]])
+    model.save_pretrained(tmp_path / "saved")
+    export_dense(tmp_path / "q", tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        assert torch.equal(wina_calib.load(tmp_path / "saved")(ids).logits, model(ids).logits)
+        wina_calib.set_sparsity(model, 0.0)
+        assert torch.allclose(dense(ids).logits, model(ids).logits, atol=1e-4)
+        wina_calib.set_sparsity(model, 0.4)
+        options = {"max_new_tokens": 6, "pad_token_id": 3, "eos_token_id": None, "do_sample": False}
+        assert torch.equal(*(model.generate(ids, use_cache=cached, **options) for cached in (True, False)))
+    with pytest.raises(RuntimeLoadError, match="vLLM serves checkpoints of one kind"):
+        make_plan(tmp_path / "q", Options())
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    names = config["quantization_config"]["modules_to_not_convert"]
+    for wrong in (names[1:], [*names, "lm_head"], [*names, "model.layers.1.mlp.up_proj"]):
+        config["quantization_config"]["modules_to_not_convert"] = wrong
+        (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+        for use in (open_checkpoint, wina_calib.load):
+            with pytest.raises(CheckpointError, match="modules_to_not_convert names"):
+                use(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_16_bit": "layers.*.attn"}, "--keep-16-bit: .*no site 'attn'; did you mean"),
+        ({"keep_16_bit": "*"}, "--keep-16-bit leaves nothing to quantize"),
+        ({"keep_16_bit": "layers.0.*", "bits": 0}, "keep-16-bit has no meaning without --bits"),
+    ],
+)
+def test_what_cannot_be_left_is_refused(
+    options: dict[str, Any], message: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        wina_calib.calibrate(llama, tmp_path / "q", transform="none", data=str(text), **SMALL | options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spilled_it_is_the_same(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SMALL | {"transform": "none", "sparsity": 0.4, "grid": (0.25,), "data": str(text)}
+    wina_calib.calibrate(llama, tmp_path / "a", **options)
+    monkeypatch.setattr(Compute, "keeps", lambda *_: False)
+    spilled: list[bool] = []
+    real = LayerStream.store
+    monkeypatch.setattr(LayerStream, "store", lambda self: spilled.append(self.spill is not None) or real(self))
+    wina_calib.calibrate(llama, tmp_path / "b", **options)
+    assert any(spilled)
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_an_evaluation_says_the_bits_that_are_read(llama: Path, text: Path, tmp_path: Path) -> None:

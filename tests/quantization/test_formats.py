@@ -101,6 +101,7 @@ def test_bits_count_scales_and_zeros() -> None:
     assert WeightFormat(4, 64).bits_a_weight([128]) == 4.3125
     assert WeightFormat(4, 64).bits_a_weight([64]) == 4.375  # one zero takes a byte of its own
     assert WeightFormat(4, 32).bits_a_weight(outs) == 4.625
+    assert WeightFormat(3, 64).bits_a_weight(outs) == 3 + 16 / 64 + 3 / 64
     assert WeightFormat(8).bits_a_weight(outs) == 8
     assert WeightFormat(8).stored_bits(10, outs) == 8 * 10 * 960 + 32 * 960
 
@@ -108,7 +109,7 @@ def test_bits_count_scales_and_zeros() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WeightFormat(3), "3 bits are not known; there are 4 and 8"),
+        (lambda: WeightFormat(5), "5 bits are not known; there are 4 and 8"),
         (lambda: WeightFormat(4, 48), "groups of 48 outputs are not known; there are 32 and 64"),
         (lambda: WeightFormat(4, 64).specs(8, [64, 96]), "96 outputs, which do not divide into groups of 64"),
     ],

@@ -19,13 +19,15 @@ def run(*arguments: str) -> dict:
 
 
 def test_fewer_bits_cost_more(calibrated: Path, text: Path) -> None:
-    found = run(str(calibrated), "--data", str(text), "--tokens", "2048", "--against", "int4-32,int8")
-    int4, int8 = found["against"]
+    found = run(str(calibrated), "--data", str(text), "--tokens", "2048", "--against", "int4-32,int8,int3-32")
+    int4, int8, int3 = found["against"]
     assert (int4["name"], int8["name"], int8["bits_read"]) == ("int4-32", "int8", 8)
     assert int4["bits_read"] == pytest.approx(4.64, abs=0.02)
     dense = found["dense_ppl"]
     assert abs(int8["ppl"] / dense - 1) < 0.003
     assert abs(int8["ppl"] / dense - 1) < abs(int4["ppl"] / dense - 1) < 0.2
+    assert 0 < abs(int3["ppl"] / dense - 1) < 0.2 and int3["ppl"] != int4["ppl"]
+    assert int3["bits_read"] == 3 + 19 / 32
     assert found["bits_stored"] == 16
 
 
@@ -40,7 +42,7 @@ def test_the_int4_row_is_what_calibrate_makes(llama: Path, calibrated: Path, tex
 
 def test_what_cannot_be_compared_is_refused(calibrated: Path, text: Path, tmp_path: Path) -> None:
     for names, message in (
-        ("int3", "'int3' is no format of weights here"),
+        ("int2", "'int2' is no format of weights here"),
         ("int4", "32 outputs, which do not divide"),
     ):
         done = CliRunner().invoke(main, ["evaluate", str(calibrated), "--data", str(text), "--against", names])

@@ -36,7 +36,8 @@ class Cells:
         other_decoder: elements of the decoder that are always read (norms, biases).
         lm_head: elements of the output head, always read.
         runtime_matrices: elements of matrices that a transform adds at run time; the dense model has none of them.
-        bits: of an element of the sparse weights, with its part of scales; the dense model's elements all have 16.
+        bits: of an element of the sparse weights on average, with its part of scales; the dense model's elements all have 16.
+        site_bits: (layers, sites) the same of each cell, where some are stored otherwise than others.
         head_bits: of an element of the output head.
 
     Raises:
@@ -50,6 +51,7 @@ class Cells:
     runtime_matrices: int = 0
     bits: float = DENSE_BITS
     head_bits: float = DENSE_BITS
+    site_bits: Floats | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", _frozen(self.weights, np.int64))
@@ -62,6 +64,9 @@ class Cells:
             raise BudgetError(f"site names must be distinct and match {_SITE_NAME.pattern}, found {self.sites}")
         if (self.weights <= 0).any() or min(self.other_decoder, self.lm_head, self.runtime_matrices) < 0:
             raise BudgetError("element counts of cells must be positive and the other counts not negative")
+        if self.site_bits is not None:
+            object.__setattr__(self, "site_bits", _frozen(self.site_bits, np.float64))
+            object.__setattr__(self, "bits", float((self.weights * self.site_bits).sum() / self.sparse_total))
 
     @property
     def layers(self) -> int:
@@ -86,23 +91,26 @@ class Cells:
         text = json.dumps([list(self.sites), self.weights.tolist()], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read_fraction_at(self, model_sparsity: float, *, lm_head: bool = True) -> float:
-        """Share of the dense model's bytes that decoding a token reads at a model sparsity.
+    def read_fraction_at(self, sparsity: ArrayLike, *, lm_head: bool = True) -> float:
+        """Share of the dense model's bytes that decoding a token reads at a sparsity.
 
         Run-time matrices are counted as read, the denominator is the dense model, which has none.
 
         Args:
-            model_sparsity: weight-averaged site sparsity.
+            sparsity: of the model, or (layers, sites) of each site. Where sites are stored in different numbers of bits, only
+                the latter is exact: the former stands for the same sparsity everywhere.
             lm_head: whether the output head is counted on both sides.
         """
         head = self.lm_head if lm_head else 0
-        read = self.sparse_total * self.bits / DENSE_BITS * (1.0 - model_sparsity) + self._always(lm_head=lm_head)
+        read = self._read(sparsity) / DENSE_BITS + self._always(lm_head=lm_head)
         return read / (self.sparse_total + self.other_decoder + head)
 
-    def bits_read_at(self, model_sparsity: float) -> float:
-        """Bits of the decoder's weights, run-time matrices included, that a token reads, over the number of sparse weights."""
-        read = self.sparse_total * self.bits * (1.0 - model_sparsity) + DENSE_BITS * self.runtime_matrices
-        return read / self.sparse_total
+    def bits_read_at(self, sparsity: ArrayLike) -> float:
+        """Bits of the decoder's weights, run-time matrices included, that a token reads, over the number of sparse weights.
+
+        `sparsity` is as for `read_fraction_at`.
+        """
+        return (self._read(sparsity) + DENSE_BITS * self.runtime_matrices) / self.sparse_total
 
     def sparsity_at(self, read_fraction: float) -> float:
         """Model sparsity that gives a read fraction (lm_head included); may lie outside [0, 1)."""
@@ -114,6 +122,13 @@ class Cells:
         return 1.0 - (bits_read * self.sparse_total - DENSE_BITS * self.runtime_matrices) / (
             self.sparse_total * self.bits
         )
+
+    def _read(self, sparsity: ArrayLike) -> float:
+        """Bits of the sparse weights that are read at a sparsity, as for `read_fraction_at`."""
+        kept: Floats = 1.0 - np.asarray(sparsity, dtype=np.float64)
+        if kept.ndim == 0:
+            return self.sparse_total * self.bits * float(kept)
+        return float((self.weights * (self.bits if self.site_bits is None else self.site_bits) * kept).sum())
 
     def _always(self, *, lm_head: bool = True) -> float:
         """What is read whatever is dropped, in elements of 16 bits."""
@@ -231,11 +246,15 @@ class Budget:
 
     def read_fraction(self, cells: Cells) -> float:
         """Read share of the dense model, lm_head and run-time matrices included."""
-        return cells.read_fraction_at(self.model_sparsity(cells))
+        return cells.read_fraction_at(self._counted(cells))
 
     def read_fraction_decoder(self, cells: Cells) -> float:
         """Read share of the dense model's decoder layers, run-time matrices included."""
-        return cells.read_fraction_at(self.model_sparsity(cells), lm_head=False)
+        return cells.read_fraction_at(self._counted(cells), lm_head=False)
+
+    def _counted(self, cells: Cells) -> ArrayLike:
+        """What the bytes read follow from: the model sparsity, unless sites differ in bits."""
+        return self.model_sparsity(cells) if cells.site_bits is None else self.sparsities
 
     def speedup_limit(self, cells: Cells) -> float:
         """How many times faster than dense a batch-1 decode can be when only bytes count."""

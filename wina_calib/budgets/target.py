@@ -148,6 +148,8 @@ def meet(
     exact = {"sparsity": lambda value: value, "read_fraction": cells.sparsity_at, "bits_read": cells.sparsity_at_bits}
     if target.kind in exact:
         sparsity = exact[target.kind](target.value)
+        if cells.site_bits is not None and target.kind != "sparsity":
+            sparsity = _read_at(cells, target, spread, lowest, highest)
         if not lowest - _SLACK <= sparsity <= highest + _SLACK:
             label, why = "model sparsity", ""
             if target.kind != "sparsity":
@@ -172,6 +174,20 @@ def meet(
         )
     sparsity = highest if loss(highest) <= limit else _bisect(loss, limit, lowest, highest)
     return sparsity, spread(sparsity)
+
+
+def _read_at(cells: Cells, target: Target, spread: Callable[[float], Floats], lowest: float, highest: float) -> float:
+    """The model sparsity that reads as much as asked where sites differ in bits; outside the limits where none does."""
+
+    def read(sparsity: float) -> float:
+        at = cells.read_fraction_at if target.kind == "read_fraction" else cells.bits_read_at
+        return -at(spread(sparsity))
+
+    if -read(lowest) < target.value - _SLACK:
+        return -1.0
+    if -read(highest) > target.value + _SLACK:
+        return 2.0
+    return _bisect(read, -target.value, lowest, highest)
 
 
 def _bisect(loss: Callable[[float], float], limit: float, low: float, high: float) -> float:

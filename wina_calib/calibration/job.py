@@ -33,7 +33,7 @@ from wina_calib.calibration.layer_stream import LayerStream, head_parts
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
-from wina_calib.calibration.quantize_sites import Quantizer, weight_format
+from wina_calib.calibration.quantize_sites import Quantizer, kept_modules, weight_format
 from wina_calib.calibration.scale_curves import curve_tensors, scaled_curves
 from wina_calib.checkpoint.by_reference import write_reference
 from wina_calib.checkpoint.dense_weights import write_weights
@@ -61,6 +61,23 @@ from wina_calib.version import versions
 
 QUICK_STEPS = 60
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a calibration has before thresholds are fitted.
+
+    Attributes:
+        dense: the dense model with its transformed weights.
+        untied: whether its embeddings were untied.
+        chosen: the site sparsities.
+        base_ppl: perplexity of the original model.
+    """
+
+    dense: Source
+    untied: bool
+    chosen: ChosenBudget
+    base_ppl: float
 
 
 @dataclass(frozen=True)
@@ -133,12 +150,29 @@ class Job:
         """
         base_ppl = self._perplexity(base)
         quantizes = weight_format(self.options) is not None
-        dense, untied = self._transformed(folder.with_name("dense") if quantizes else folder)
-        chosen = self._budget(dense)
-        tensors, measured = self.fit(dense, chosen, base, folder if quantizes else None)
-        return self.compute.ranks.first(
-            lambda _: self._write(folder, dense, untied, chosen, tensors, base, base_ppl, measured)
-        )
+        return self.finish(folder, base, self.begin(folder.with_name("dense") if quantizes else folder, base_ppl))
+
+    def begin(self, folder: Path, base_ppl: float) -> Begun:
+        """Transform the weights and choose the budget: what jobs have in common that differ in how weights are stored.
+
+        Args:
+            folder: where the transformed weights go. Where they are not quantized it is the checkpoint's.
+            base_ppl: perplexity of the original model.
+        """
+        dense, untied = self._transformed(folder)
+        return Begun(dense, untied, self._budget(dense), base_ppl)
+
+    def finish(self, folder: Path, base: Blocks, begun: Begun) -> Settings:
+        """Fit thresholds, quantize, and write the checkpoint into `folder`, as `run` does.
+
+        Args:
+            folder: the checkpoint's; the one that `begin` wrote where weights are not quantized.
+            base: the text of the original model's perplexity.
+            begun: what `begin` gave.
+        """
+        quantizes = weight_format(self.options) is not None
+        tensors, measured = self.fit(begun.dense, begun.chosen, base, folder if quantizes else None)
+        return self.compute.ranks.first(lambda _: self._write(folder, begun, tensors, base, measured))
 
     def fit(
         self, source: Source, chosen: ChosenBudget, held: Blocks, folder: Path | None = None
@@ -197,7 +231,7 @@ class Job:
             QuantizedWeights(source, self._settings, folder, phase.done_items) if self.compute.ranks.is_first else None
         )
         try:
-            yield Quantizer(form, into)
+            yield Quantizer(form, into, self._settings.modules_to_not_convert)
         except BaseException:
             if into is not None:
                 into.leave(keep=phase.is_saved)
@@ -229,20 +263,14 @@ class Job:
             group_size=form.group_size,
             zero_point=form.zero_point,
             head_bits=UNQUANTIZED_BITS if chosen.keep_head else 8,
+            modules_to_not_convert=kept_modules(chosen, self.source.architecture),
             format_version=QUANTIZED_VERSION,
         )
 
     def _write(
-        self,
-        folder: Path,
-        dense: Source,
-        untied: bool,
-        chosen: ChosenBudget,
-        tensors: dict[str, Tensor],
-        base: Blocks,
-        base_ppl: float,
-        measured: dict[str, Any],
+        self, folder: Path, begun: Begun, tensors: dict[str, Tensor], base: Blocks, measured: dict[str, Any]
     ) -> Settings:
+        dense = begun.dense
         held = HeldOut.from_dict(measured[HELD_OUT])
         assert held is not None
         asked, limit = self.options.sparsity, None
@@ -259,11 +287,11 @@ class Job:
         verdict = Verdict.of(held, stored_cells(dense.architecture, settings), asked, limit)
         settings = replace(
             settings,
-            curve_levels=CURVE_LEVELS if chosen.curves is not None else (),
+            curve_levels=CURVE_LEVELS if begun.chosen.curves is not None else (),
             weights=stored.fingerprint(model_names(stored, dense.architecture)),
             samples=SAMPLES if settings.weight_format is None else 0,
             whole_layers=settings.weight_format is None,
-            provenance=self._provenance(base_ppl, base, untied) | measured | {VERDICT: verdict.to_dict()},
+            provenance=self._provenance(begun, base) | measured | {VERDICT: verdict.to_dict()},
         )
         if settings.samples:
             tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
@@ -273,7 +301,9 @@ class Job:
         if self.options.weights == "reference":
             write_reference(folder, tensors, settings, self.source)
         else:
-            write_calibration(folder, tensors, settings, self.source, untied=untied, runtime=not self.transform.is_free)
+            write_calibration(
+                folder, tensors, settings, self.source, untied=begun.untied, runtime=not self.transform.is_free
+            )
         return settings
 
     def _phase(self, name: str, steps: int, saved: Phase) -> None:
@@ -396,11 +426,11 @@ class Job:
             chosen.score, chosen.masks, chosen.exponent, self.transform.name, chosen.select, chosen.first_token
         )
 
-    def _provenance(self, base_ppl: float, base: Blocks, untied: bool) -> dict[str, Any]:
+    def _provenance(self, begun: Begun, base: Blocks) -> dict[str, Any]:
         return {
             "base_model": self.source.name if self.source.commit is not None else published(self.source.name),
             "base_commit": self.source.commit,
-            "base_ppl": base_ppl,
+            "base_ppl": begun.base_ppl,
             "base_ppl_data": list(base.data),
             "base_ppl_tokens": base.tokens,
             "base_ppl_fingerprint": base.fingerprint,
@@ -412,7 +442,7 @@ class Job:
             "seed": self.options.seed,
             "loop": self.options.loop,
             "compute_dtype": str(self.compute.dtype).removeprefix("torch."),
-            "untied": untied,
+            "untied": begun.untied,
             "command": _command(),
             "versions": versions(),
         }

@@ -112,6 +112,12 @@ class CalibrateOptions:
         False, "At 4 bits, groups without a zero of their own: 1.5 % fewer bits (3 % of groups of 32)."
     )
     keep_head: bool = option(False, "Leave lm_head, and an embedding tied to it, as it is where weights are quantized.")
+    keep_16_bit: tuple[str, ...] = option(
+        (),
+        "Sites whose weights are left as they are where the others are quantized, by pattern: layers.*.attn_*, layers.0.*.",
+        multiple=True,
+        metavar="PATTERN",
+    )
     weights: str = option(
         "full",
         "Write the weights too, or only refer to the base model's (a few megabytes; needs transform none).",
@@ -147,6 +153,7 @@ class CalibrateOptions:
             (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
             (self.bits in (0, *BITS), f"bits is {self.bits}; expected 0, 4 or 8"),
             (self.group_size in GROUP_SIZES, f"group-size is {self.group_size}; expected 32 or 64"),
+            (not self.keep_16_bit or self.bits > 0, "keep-16-bit has no meaning without --bits"),
             (not self.bits or self.loop == "closed", "weights are quantized in closed loop; leave --loop open out"),
             (
                 not self.bits or self.weights == "full",
@@ -201,7 +208,7 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
         "data": data_specs(values.get("data")),
         "grid": grid,
     }
-    for name in ("min", "max"):
+    for name in ("min", "max", "keep_16_bit"):
         given = values.get(name, ())
         values[name] = (str(given),) if isinstance(given, str | int | float) else tuple(map(str, given))
     return CalibrateOptions(**values)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from wina_calib.budgets.count import count_cells
+from wina_calib.budgets.patterns import select
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.checkpoint.quantized_weights import QuantizedWeights
-from wina_calib.errors import NumericError
+from wina_calib.errors import BudgetError, NumericError, UsageError
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
 from wina_calib.quantization.formats import Quantized, WeightFormat
 from wina_calib.quantization.gptq import HessianSum, quantize
@@ -24,10 +27,11 @@ class Quantizer:
     Args:
         form: the format.
         into: writes the weights; None in all processes but the first.
+        kept: projections that are left as they are, of whole sites.
     """
 
-    def __init__(self, form: WeightFormat, into: QuantizedWeights | None) -> None:
-        self._form, self._into = form, into
+    def __init__(self, form: WeightFormat, into: QuantizedWeights | None, kept: Iterable[str] = ()) -> None:
+        self._form, self._into, self._kept = form, into, frozenset(kept)
         self._done: list[tuple[MaskGroup, Quantized]] = []
 
     def sync(self) -> None:
@@ -42,7 +46,7 @@ class Quantizer:
         self._done = []
 
     def quantize(self, stream: LayerStream, masked: MaskedLayer, site: Site, inputs: Iterable[Tensor]) -> None:
-        """Quantize a site in place.
+        """Quantize a site in place, unless it is left as it is.
 
         Args:
             stream: says where and with whom.
@@ -53,6 +57,8 @@ class Quantizer:
         Raises:
             NumericError: weights or inputs are NaN or infinite.
         """
+        if f"{masked.layer.prefix}{site.projections[0].module}" in self._kept:
+            return
         groups = masked.groups[site.name]
         sums = [HessianSum(site.width, stream.device) for _ in groups]
         ranks = stream.ranks
@@ -99,7 +105,32 @@ def weight_format(options: CalibrateOptions) -> WeightFormat | None:
     return WeightFormat(options.bits, options.group_size, not options.symmetric) if options.bits else None
 
 
-def check_format(arch: Architecture, form: WeightFormat) -> None:
-    """Raise UsageError where the outputs of a projection do not divide into the format's groups."""
-    for _, site in arch.sites:
-        form.specs(site.width, [p.out_features for p in site.projections])
+def check_format(arch: Architecture, form: WeightFormat, kept: Sequence[str] = ()) -> None:
+    """Raise UsageError where the outputs of a projection do not divide into the format's groups; those `kept` need not."""
+    for layer, site in arch.sites:
+        if f"{layer.prefix}{site.projections[0].module}" not in kept:
+            form.specs(site.width, [p.out_features for p in site.projections])
+
+
+def kept_modules(options: CalibrateOptions, arch: Architecture) -> tuple[str, ...]:
+    """Names of the projections that the options' patterns leave as they are.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing is left to be quantized.
+    """
+    cells = count_cells(arch, "none")
+    chosen = np.zeros(cells.weights.shape, dtype=np.bool_)
+    for pattern in options.keep_16_bit:
+        try:
+            chosen |= select(pattern, cells)
+        except BudgetError as error:
+            raise UsageError(f"--keep-16-bit: {error}.") from error
+    if chosen.all():
+        raise UsageError("--keep-16-bit leaves nothing to quantize. Leave --bits out, or name fewer sites.")
+    return tuple(
+        f"{layer.prefix}{projection.module}"
+        for layer in arch.layers
+        for site, is_kept in zip(layer.sites, chosen[layer.index], strict=True)
+        if is_kept
+        for projection in site.projections
+    )

@@ -19,7 +19,7 @@ from wina_calib.calibration.held_out import HELD_OUT_TOKENS, QUICK_TOKENS, held_
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
-from wina_calib.calibration.quantize_sites import check_format, weight_format
+from wina_calib.calibration.quantize_sites import check_format, kept_modules, weight_format
 from wina_calib.checkpoint.by_reference import check_plain, check_possible
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
@@ -148,7 +148,7 @@ def prepare(
     chosen = settle(chosen, source.architecture, count_cells(source.architecture, transform.name))
     form = weight_format(chosen)
     if form is not None:
-        check_format(source.architecture, form)
+        check_format(source.architecture, form, kept_modules(chosen, source.architecture))
     device = pick_device(chosen.device)
     tokenizer = source.tokenizer()
     chosen = replace(chosen, data=data_for(tokenizer, chosen.data))

@@ -247,11 +247,12 @@ def _figures(opened: Checkpoint) -> str:
 
 
 def _quantized(settings: Settings) -> list[tuple[str, str]]:
-    form = settings.weight_format
+    form, kept = settings.weight_format, len(settings.modules_to_not_convert)
     if form is None:
         return []
     groups = f" in groups of {form.group_size} outputs, {'with' if form.zero_point else 'without'} zeros"
-    return [("weights", f"int{form.bits}{groups if form.bits == 4 else ''}, lm_head {settings.head_bits} bits")]
+    rest = f", {kept} projections 16 bits" if kept else ""
+    return [("weights", f"int{form.bits}{groups if form.bits == 4 else ''}{rest}, lm_head {settings.head_bits} bits")]
 
 
 def _expected(settings: Settings) -> str:

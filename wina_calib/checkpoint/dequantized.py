@@ -85,6 +85,8 @@ class DequantizedShards(Shards):
         if not any(map(is_rotation, stored)):
             infos[self._norm] = _info(infos[self._norm], self._norm, dtype, (arch.hidden_size,))
         for layer, site in arch.sites:
+            if settings.format_of(layer, site) is None:
+                continue
             for group in settings.rule.groups(site):
                 first = 0
                 for p in group.projections:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,10 +13,11 @@ from wina_calib.budgets.count import count_cells
 from wina_calib.budgets.model import Cells
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.weight_sample import others_name
+from wina_calib.errors import UsageError
 from wina_calib.masks.thresholds import LEVELS
-from wina_calib.model.architecture import Architecture, Layer, MaskGroup
+from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
 from wina_calib.model.tensor_names import is_added, is_derived, is_packed, is_rotation
-from wina_calib.quantization.bits import bits_read
+from wina_calib.quantization.bits import UNQUANTIZED_BITS
 from wina_calib.quantization.formats import Spec
 from wina_calib.storage import Shards
 
@@ -79,13 +82,16 @@ def packed_tensors(arch: Architecture, settings: Settings) -> dict[str, Spec]:
     """Names, dtypes and shapes of all tensors that hold quantized weights, lm_head's too; none where nothing is quantized.
 
     Raises:
-        UsageError: the outputs of a projection do not divide into groups.
+        UsageError: the outputs of a projection do not divide into groups, or what is left as it is are not whole sites.
     """
-    form = settings.weight_format
-    if form is None:
+    if settings.weight_format is None:
         return {}
+    _check_kept(arch, settings.modules_to_not_convert)
     out: dict[str, Spec] = {}
     for layer, site in arch.sites:
+        form = settings.format_of(layer, site)
+        if form is None:
+            continue
         for group in settings.rule.groups(site):
             specs = form.specs(site.width, [p.out_features for p in group.projections])
             out |= {packed_name(layer, group, part): spec for part, spec in specs.items()}
@@ -98,13 +104,35 @@ def packed_tensors(arch: Architecture, settings: Settings) -> dict[str, Spec]:
 
 def stored_cells(arch: Architecture, settings: Settings) -> Cells:
     """Element counts of a checkpoint, and the bits that they are stored in."""
-    cells, form = count_cells(arch, settings.transform), settings.weight_format
-    if form is None:
+    cells = count_cells(arch, settings.transform)
+    if settings.weight_format is None:
         return cells
-    groups = [[p.out_features for p in g.projections] for _, site in arch.sites for g in settings.rule.groups(site)]
-    widths = [site.width for _, site in arch.sites for _ in settings.rule.groups(site)]
-    stored = ((w * sum(outs), form.bits_a_weight(outs), 0.0) for w, outs in zip(widths, groups, strict=True))
-    return replace(cells, bits=bits_read(stored), head_bits=float(settings.head_bits))
+    bits = np.array([[_site_bits(settings, layer, site) for site in layer.sites] for layer in arch.layers])
+    cells = replace(cells, head_bits=float(settings.head_bits))
+    if settings.modules_to_not_convert:
+        return replace(cells, site_bits=bits)
+    return replace(cells, bits=float((cells.weights * bits).sum() / cells.sparse_total))
+
+
+def _site_bits(settings: Settings, layer: Layer, site: Site) -> float:
+    """Bits that a weight of a site takes, with its part of scales."""
+    form = settings.format_of(layer, site)
+    if form is None:
+        return float(UNQUANTIZED_BITS)
+    outs = [[p.out_features for p in group.projections] for group in settings.rule.groups(site)]
+    return sum(form.bits_a_weight(own) * sum(own) for own in outs) / site.out_features
+
+
+def _check_kept(arch: Architecture, names: Sequence[str]) -> None:
+    """Raise UsageError unless these are the projections of whole sites."""
+    sites = [{f"{layer.prefix}{p.module}" for p in site.projections} for layer, site in arch.sites]
+    kept = set(names)
+    whole = set().union(*(own for own in sites if own <= kept))
+    if odd := sorted(kept - whole):
+        raise UsageError(
+            f"modules_to_not_convert names {odd[0]!r:.80}, which is no projection of the model, or not all projections that "
+            "read the same input."
+        )
 
 
 def packed_name(layer: Layer, group: MaskGroup, part: str) -> str:

@@ -108,7 +108,12 @@ def _shards(dense: Source, settings: Settings) -> dict[str, dict[str, Spec]]:
 def planned(dense: Source, settings: Settings) -> dict[str, Spec]:
     """Dtypes and shapes of all tensors of the quantized weights of a dense model, by name."""
     arch = dense.architecture
-    replaced = {f"{layer.prefix}{p.module}.weight" for layer, site in arch.sites for p in site.projections}
+    replaced = {
+        f"{layer.prefix}{p.module}.weight"
+        for layer, site in arch.sites
+        if settings.format_of(layer, site) is not None
+        for p in site.projections
+    }
     if settings.head_bits == 8:
         replaced.add(_head_weight(dense))
     names = [*dense.end_names(), *(n for i in range(len(arch.layers)) for n in dense.layer_names(i))]

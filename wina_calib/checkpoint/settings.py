@@ -10,6 +10,7 @@ from wina_calib.checkpoint.facts import INTERPOLATED, sound_facts
 from wina_calib.choices import BITS, FIRST_TOKEN, GROUP_SIZES, MASKS, PREFILL, SCORES, SELECT, is_sparsity
 from wina_calib.errors import CheckpointError
 from wina_calib.masks.rule import MaskRule
+from wina_calib.model.architecture import Layer, Site
 from wina_calib.model.config import METHOD
 from wina_calib.quantization.bits import UNQUANTIZED_BITS
 from wina_calib.quantization.formats import WeightFormat
@@ -17,7 +18,7 @@ from wina_calib.quantization.formats import WeightFormat
 FORMAT_VERSION = "1.0"
 SAMPLES = 32  # elements of each projection's weight that are stored
 QUANTIZED_VERSION = "2.0"  # of checkpoints with quantized weights, the newest that is read
-_QUANTIZED = ("bits", "group_size", "zero_point", "head_bits")
+_QUANTIZED = ("bits", "group_size", "zero_point", "head_bits", "modules_to_not_convert")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Settings:
         group_size: outputs that share a scale at 4 bits.
         zero_point: whether such a group has a zero of its own.
         head_bits: of lm_head's weights, and of the embedding's where it is tied: 8, or 16.
+        modules_to_not_convert: projections that are left as they are where the others are quantized, whole sites of them.
         format_version: version of the format, `major.minor`.
     """
 
@@ -67,6 +69,7 @@ class Settings:
     group_size: int = 64
     zero_point: bool = True
     head_bits: int = UNQUANTIZED_BITS
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @property
     def rule(self) -> MaskRule:
@@ -89,6 +92,11 @@ class Settings:
     def weight_format(self) -> WeightFormat | None:
         """How the sites' weights are quantized; None where they are not."""
         return None if self.bits == UNQUANTIZED_BITS else WeightFormat(self.bits, self.group_size, self.zero_point)
+
+    def format_of(self, layer: Layer, site: Site) -> WeightFormat | None:
+        """How the weights of one site are quantized; None where they are not."""
+        kept = f"{layer.prefix}{site.projections[0].module}" in self.modules_to_not_convert
+        return None if kept else self.weight_format
 
     @property
     def seq_len(self) -> int:
@@ -177,6 +185,11 @@ class Settings:
                 f"samples is {self.samples!r:.80}, expected 0 or {SAMPLES}",
             ),
             (type(self.whole_layers) is bool, f"whole_layers is {self.whole_layers!r:.80}, expected true or false"),
+            (
+                isinstance(self.modules_to_not_convert, tuple)
+                and all(isinstance(name, str) for name in self.modules_to_not_convert),
+                f"modules_to_not_convert is {self.modules_to_not_convert!r:.80}, expected names of projections",
+            ),
             (isinstance(self.weights, str), f"weights is {self.weights!r:.80}, expected a fingerprint"),
             (isinstance(self.budget, str), f"budget is {self.budget!r:.80}"),
             (isinstance(self.transform, str), f"transform is {self.transform!r:.80}"),

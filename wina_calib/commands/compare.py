@@ -47,7 +47,7 @@ from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 @click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Tokens a block.")
 @tokens_option()
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of every random choice.")
-@click.option("--plots", "draw", is_flag=True, help="Draw compare.png too (extra plots).")
+@click.option("--plots", "draw", is_flag=True, help="Draw compare.png and bits.png too (extra plots).")
 @device_option
 @dtype_option
 @revision_option
@@ -63,7 +63,8 @@ def command(
 ) -> None:
     """Put methods side by side: MODEL calibrated with each, measured on the same text at the same sparsities.
 
-    `papers` are WINA, TEAL, CATS and others; `ablation` changes one part of the defaults at a time. Every finished figure is
+    `papers` are WINA, TEAL, CATS and others; `quantized` has the weights in 8 and 4 bits beside the defaults; `ablation` changes
+    one part of the defaults at a time. Every finished figure is
     kept in the folder: run the same command again to go on after a stop, or name more methods or sparsities beside the ones
     before. The table has what is named. With other text, tokens, seed, dtype or versions figures are computed anew, and the
     old ones left aside.
@@ -72,6 +73,7 @@ def command(
     Examples:
       wina-calib compare demo -o demo-compare --methods wina,teal,ours -s 0.5,0.65
       wina-calib compare demo -o demo-compare --methods ablation
+      wina-calib compare demo -o demo-compare --methods quantized -s 0.25,0.4,0.5 --plots
     """
     if as_list:
         rows = [

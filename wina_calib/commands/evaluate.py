@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="FORMAT,...",
-    help="Also measure the dense weights quantized alone, by GPTQ on the calibration text: int4, int4-32 (groups of 32), int8.",
+    help="Also measure the dense weights quantized alone, by GPTQ on the calibration text: int8, int4, int3, or in groups of 32 "
+    "int4-32, int3-32.",
 )
 @click.option("--save", is_flag=True, help="Keep the result in DIR, for its model card and report.")
 @click.option("--tasks", metavar="NAME,...", help="Run tasks of the lm-eval harness instead (extra lm-eval).")

@@ -51,6 +51,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
 
     settings, arch = opened.settings, opened.architecture
     cells = stored_cells(arch, settings)
+    at = settings.sparsity if cells.site_bits is None else opened.sparsities(settings.sparsity)
     sites = []
     for layer, site in arch.sites:
         stored = opened.site(layer, site)
@@ -73,9 +74,9 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "layers": len(arch.layers),
         "weights_verified": verified,
         "bytes": sum(info.nbytes for info in opened.shards.values()),
-        "read_fraction": cells.read_fraction_at(settings.sparsity),
-        "read_fraction_decoder": cells.read_fraction_at(settings.sparsity, lm_head=False),
-        "bits_read": cells.bits_read_at(settings.sparsity),
+        "read_fraction": cells.read_fraction_at(at),
+        "read_fraction_decoder": cells.read_fraction_at(at, lm_head=False),
+        "bits_read": cells.bits_read_at(at),
         "runtime_matrices": cells.runtime_matrices,
         "fitted_anchors": list(settings.fitted_anchors),
         "verdict": None if verdict is None else verdict.to_dict(),

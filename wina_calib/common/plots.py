@@ -121,6 +121,31 @@ def frontier(
     return _png(draw, width=6.5, height=3.6)
 
 
+def over_bits(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> bytes:
+    """Rise of perplexity over the bits of decoder weight read for a token: (bits, rise) by what is compared.
+
+    The axis of rises ends at a half: what costs more is of no use.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for number, (name, points) in enumerate(lines.items()):
+            axes.plot(*zip(*sorted(points), strict=True), marker="osv^D"[number % 5], markersize=5, label=name)
+        axes.set_xscale("log", base=2)
+        ticks = (2, 3, 4, 6, 8, 12, 16)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("bits read a decoder weight")
+        axes.set_ylabel("rise of perplexity over the dense model's")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_ylim(min(0.0, *(rise for points in lines.values() for _, rise in points)) - 0.01, 0.5)
+        axes.grid(alpha=0.3)
+        axes.set_title(title)
+        axes.legend(frameon=False)
+
+    return _png(draw, width=6.5, height=3.8)
+
+
 def tradeoffs(
     panels: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[float, float]]]],
     dense: Mapping[str, float],

@@ -23,7 +23,7 @@ from torch import Tensor
 from wina_calib.choices import BITS, GROUP_SIZES
 from wina_calib.errors import CheckpointError, UsageError
 
-SYMMETRIC_ZERO, HIGHEST_CODE = 8, 15
+MEASURED_BITS = (3, *BITS)  # codes of 3 bits are measured, in nibbles in memory; no checkpoint holds them
 LIMIT_8 = 127
 TILE_ELEMENTS = 1 << 20  # dequantized at a time
 
@@ -35,9 +35,9 @@ class WeightFormat:
     """How the weights of mask groups are stored.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 4 or 8; 3 only to be measured.
         group_size: outputs that share a scale; of no meaning at 8 bits.
-        zero_point: whether groups of 4 bits have a zero of their own.
+        zero_point: whether groups have a zero of their own; of no meaning at 8 bits.
     """
 
     bits: int
@@ -45,10 +45,20 @@ class WeightFormat:
     zero_point: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in MEASURED_BITS:
             raise UsageError(f"weights of {self.bits!r} bits are not known; there are 4 and 8.")
-        if self.bits == 4 and self.group_size not in GROUP_SIZES:
+        if self.bits != 8 and self.group_size not in GROUP_SIZES:
             raise UsageError(f"groups of {self.group_size!r} outputs are not known; there are 32 and 64.")
+
+    @property
+    def highest_code(self) -> int:
+        """Codes of groups go from 0 to this one."""
+        return (1 << self.bits) - 1
+
+    @property
+    def symmetric_zero(self) -> int:
+        """The zero of groups that have none of their own."""
+        return 1 << (self.bits - 1)
 
     def specs(self, width: int, outs: Sequence[int]) -> dict[str, Spec]:
         """Dtypes and shapes of the tensors that hold projections of `outs` outputs each on `width` inputs, by their names.
@@ -80,6 +90,8 @@ class WeightFormat:
 
     def bits_a_weight(self, outs: Sequence[int]) -> float:
         """Bits that a kept input reads, scales and zeros included, over its weights; int8's scales are read always."""
+        if self.bits == 3:  # as it would be stored
+            return 3 + (19 if self.zero_point else 16) / self.group_size
         return self.stored_bits(1, outs) / sum(outs) if self.bits == 4 else 8.0
 
 
@@ -100,7 +112,7 @@ class Quantized:
     @property
     def out_features(self) -> int:
         """Outputs of all projections."""
-        return int(self.codes.shape[1]) * (2 if self.format.bits == 4 else 1)
+        return int(self.codes.shape[1]) * (1 if self.format.bits == 8 else 2)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by their names."""
@@ -110,7 +122,7 @@ class Quantized:
     @classmethod
     def of(cls, form: WeightFormat, tensors: Mapping[str, Tensor]) -> Quantized:
         """From tensors by their names."""
-        return cls(form, tensors["codes"], tensors["scales"], tensors.get("zeros") if form.bits == 4 else None)
+        return cls(form, tensors["codes"], tensors["scales"], None if form.bits == 8 else tensors.get("zeros"))
 
     def to(self, device: torch.device) -> Quantized:
         """The same on a device."""
@@ -138,7 +150,7 @@ class Quantized:
         values = unpack_codes(codes, self.format.group_size).to(torch.int16)
         scales = scales[inputs].float().unsqueeze(-1)
         if self.zeros is None:
-            values -= SYMMETRIC_ZERO
+            values -= self.format.symmetric_zero
         else:
             values -= unpack_zeros(self.zeros[inputs], scales.shape[1]).to(torch.int16).unsqueeze(-1)
         return (values.float() * scales).flatten(1).to(dtype)

@@ -208,7 +208,7 @@ def _quantize_int4(
     codes, errors = torch.empty_like(expected), errors.clone()
     for j in range(len(moved)):
         target = torch.addmv(moved[j], errors.t(), feedback[:, j]).view(expected.shape[1:])
-        codes[j] = nearest(target, scales[j], zeros[j])
+        codes[j] = nearest(target, scales[j], zeros[j], form.highest_code)
         value = (codes[j] - zeros[j]) * scales[j]
         torch.sub(weights[j], value.view(-1), out=errors[j])
     return codes.flatten(1), errors, scales, zeros

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wina_calib.quantization.formats import (
-    HIGHEST_CODE,
-    LIMIT_8,
-    SYMMETRIC_ZERO,
-    Quantized,
-    WeightFormat,
-    pack_codes,
-    pack_zeros,
-)
+from wina_calib.quantization.formats import LIMIT_8, Quantized, WeightFormat, pack_codes, pack_zeros
 
 # Shares of the groups' whole range that a scale may cover: large weights are cut off where the others gain more by it.
 _SHARES = tuple(0.75 + 0.3 * i / 7 for i in range(8))
@@ -28,31 +20,32 @@ def best_scales(weights: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor]:
         form: whether zeros are free.
 
     Returns:
-        scales (..., 1), float32 with the values of float16, never 0; zeros (..., 1) float32 of 0 to 15.
+        scales (..., 1), float32 with the values of float16, never 0; zeros (..., 1) float32 of 0 to the highest code.
     """
+    highest = form.highest_code
     if form.zero_point:
         low, high = weights.amin(-1, keepdim=True).clamp_max_(0), weights.amax(-1, keepdim=True).clamp_min_(0)
         span = high - low
-        zero = (low * (-HIGHEST_CODE) / _not_zero(span)).round_()
-        candidates = [(span * (share / HIGHEST_CODE), zero) for share in _SHARES]
+        zero = (low * (-highest) / _not_zero(span)).round_()
+        candidates = [(span * (share / highest), zero) for share in _SHARES]
     else:
         largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
-        zero = torch.full_like(largest, SYMMETRIC_ZERO)
-        ends = (-SYMMETRIC_ZERO, HIGHEST_CODE - SYMMETRIC_ZERO)  # the largest may lie at either end of the codes
+        zero = torch.full_like(largest, form.symmetric_zero)
+        ends = (-form.symmetric_zero, highest - form.symmetric_zero)  # the largest may lie at either end of the codes
         candidates = [(largest * (share / end), zero) for end in ends for share in _SHARES]
     best, least = candidates[0][0], torch.full_like(zero, torch.inf)
     for scale, _ in candidates:
-        least, best = _better(weights, scale, zero, least, best)
-    codes = nearest(weights, _not_zero(best), zero).sub_(zero)
+        least, best = _better(weights, scale, zero, highest, least, best)
+    codes = nearest(weights, _not_zero(best), zero, highest).sub_(zero)
     fitted = (codes * weights).sum(-1, keepdim=True) / _not_zero(codes.square().sum(-1, keepdim=True))
-    least, best = _better(weights, fitted, zero, least, best)
+    least, best = _better(weights, fitted, zero, highest, least, best)
     largest_half = torch.finfo(torch.float16).max
     return _not_zero(best.clamp(-largest_half, largest_half).half().float()), zero
 
 
-def nearest(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Codes 0 to 15, float32, nearest to weights (..., group_size) at scales and zeros (..., 1)."""
-    return (weights / scales).add_(zeros).round_().clamp_(0, HIGHEST_CODE)
+def nearest(weights: Tensor, scales: Tensor, zeros: Tensor, highest: int) -> Tensor:
+    """Codes 0 to `highest`, float32, nearest to weights (..., group_size) at scales and zeros (..., 1)."""
+    return (weights / scales).add_(zeros).round_().clamp_(0, highest)
 
 
 def quantize_nearest(weight_t: Tensor, form: WeightFormat) -> Quantized:
@@ -63,7 +56,7 @@ def quantize_nearest(weight_t: Tensor, form: WeightFormat) -> Quantized:
         return Quantized(form, to_int8(weights, scales), scales)
     groups = weights.unflatten(-1, (-1, form.group_size))
     scales, zeros = best_scales(groups, form)
-    return packed(nearest(groups, scales, zeros), scales, zeros, form)
+    return packed(nearest(groups, scales, zeros, form.highest_code), scales, zeros, form)
 
 
 def packed(codes: Tensor, scales: Tensor, zeros: Tensor, form: WeightFormat) -> Quantized:
@@ -90,10 +83,12 @@ def to_int8(weights: Tensor, scales: Tensor) -> Tensor:
     return (weights / scales).round_().clamp_(-LIMIT_8, LIMIT_8).to(torch.int8)
 
 
-def _better(weights: Tensor, scale: Tensor, zero: Tensor, least: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    weights: Tensor, scale: Tensor, zero: Tensor, highest: int, least: Tensor, best: Tensor
+) -> tuple[Tensor, Tensor]:
     """The lesser error and its scale, of the best so far and one more; a scale of 0 is none."""
     usable = _not_zero(scale)
-    error = torch.addcmul(weights, nearest(weights, usable, zero).sub_(zero), usable, value=-1)
+    error = torch.addcmul(weights, nearest(weights, usable, zero, highest).sub_(zero), usable, value=-1)
     found = error.square_().sum(-1, keepdim=True)
     better = (found < least) & (scale != 0)
     return torch.where(better, found, least), torch.where(better, scale, best)

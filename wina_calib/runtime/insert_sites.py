@@ -38,17 +38,16 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     """Give every decoder layer a `wina` module and replace its projections."""
     state = RuntimeState(prefill=settings.prefill, first_token=settings.first_token)
     rotated = plan(settings.transform, arch).sites
-    kind = SparseLinear if settings.weight_format is None else QuantizedLinear
     layers = model.get_submodule(arch.layers_path)
     for described in arch.layers:
         layer = layers.get_submodule(str(described.index))
         holder = nn.Module()
         for site in described.sites:
-            first = layer.get_submodule(site.projections[0].module)
+            first, form = layer.get_submodule(site.projections[0].module), settings.format_of(described, site)
+            turned = first.weight.dtype if site.name in rotated else None
             with torch.device(first.weight.device):
-                site_state = SiteState(
-                    described.index, site, settings, state, first.weight.dtype if site.name in rotated else None
-                )
+                site_state = SiteState(described.index, site, settings, state, turned, form)
+            kind = SparseLinear if form is None else QuantizedLinear
             holder.add_module(site.name, site_state)
             state.sites.append(site_state)
             for group in site_state.groups:
@@ -121,7 +120,7 @@ def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) ->
         state = model.get_submodule(f"{layer.prefix}wina.{site.name}")
         names = [f"{layer.prefix}{p.module}" for p in site.projections]
         few = slice(0, site.width, max(1, site.width // FEW_COLUMNS))
-        if settings.weight_format is not None:
+        if state.format is not None:
             for group in (
                 settings.rule.groups(site) if settings.score == "wina" and settings.transform != "paper" else ()
             ):

@@ -86,11 +86,18 @@ class SiteState(Float32Buffers):
     budget: Tensor
 
     def __init__(
-        self, layer: int, site: Site, settings: Settings, state: RuntimeState, rotation_dtype: torch.dtype | None
+        self,
+        layer: int,
+        site: Site,
+        settings: Settings,
+        state: RuntimeState,
+        rotation_dtype: torch.dtype | None,
+        form: WeightFormat | None,
     ) -> None:
         super().__init__()
         anchors = len(settings.anchors)
         self.layer, self.site, self.settings, self.state = layer, site, settings, state
+        self.format = form  # of its weights, None where they are not quantized
         self.groups: tuple[MaskGroup, ...] = settings.rule.groups(site)
         self.register_buffer("budget", torch.zeros(anchors, dtype=torch.float32))
         self.register_buffer("error", torch.zeros(anchors, dtype=torch.float32))
@@ -103,7 +110,7 @@ class SiteState(Float32Buffers):
             self.register_buffer("rotation", torch.zeros(site.width, site.width, dtype=rotation_dtype))
         for group in self.groups:
             outs = [p.out_features for p in group.projections]
-            self.add_module(group.name, GroupState(site.width, anchors, settings.weight_format, outs))
+            self.add_module(group.name, GroupState(site.width, anchors, form, outs))
         self.asked = float("nan")
         self.linears: list[SparseLinear] = []  # a list, so that they are not children
         self._packed: dict[str, PackedGroup] = {}
@@ -158,7 +165,7 @@ class SiteState(Float32Buffers):
         """Store each group's weights side by side: column-contiguous where a kernel gains by it, else row-major."""
         for group in self.groups:
             members = [m for m in self.linears if m.group == group.name]
-            if self.settings.weight_format is not None:
+            if self.format is not None:
                 self._pack_quantized(group, members)
                 continue
             if not _packable(members) or not self.settings.has_kernels:

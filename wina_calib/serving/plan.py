@@ -204,6 +204,11 @@ def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
             f"{where} was calibrated with select {settings.select} and score {settings.score}; vLLM serves scores wina and teal "
             "above a threshold. Calibrate again without these options, or load it with wina_calib.load."
         )
+    if settings.modules_to_not_convert:
+        raise RuntimeLoadError(
+            f"{where} holds quantized weights and {len(settings.modules_to_not_convert)} projections in 16 bits; vLLM serves "
+            "checkpoints of one kind. Calibrate without --keep-16-bit, or load it with wina_calib.load."
+        )
     if settings.weight_format is not None:
         return
     dtypes = {

@@ -1,4 +1,4 @@
-"""What quantizing alone costs: the dense weights of a checkpoint in 4 and 8 bits, beside its own figures."""
+"""What quantizing alone costs: the dense weights of a checkpoint in 3, 4 and 8 bits, beside its own figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from wina_calib.model.source import Source
 from wina_calib.quantization.bits import bits_read
 from wina_calib.quantization.formats import WeightFormat
 
-FORMATS = {"int4": WeightFormat(4, 64), "int4-32": WeightFormat(4, 32), "int8": WeightFormat(8)}
+FORMATS = {
+    "int8": WeightFormat(8),
+    "int4": WeightFormat(4, 64),
+    "int4-32": WeightFormat(4, 32),
+    "int3": WeightFormat(3, 64),
+    "int3-32": WeightFormat(3, 32),
+}
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,11 @@ def evaluate_model(
     progress.planned(Estimate((Part("evaluate", len(blocks.ids)),)))
     progress.phase("evaluate", len(blocks.ids))
     found = measure(model, blocks, progress)
-    cells = stored_cells(describe(model), settings)
-    provenance = settings.provenance
+    arch, provenance = describe(model), settings.provenance
+    cells = stored_cells(arch, settings)
+    achieved: float | NDArray[np.float64] = found.model_sparsity
+    if cells.site_bits is not None:
+        achieved = np.array([[found.sites[layer.index, site.name] for site in layer.sites] for layer in arch.layers])
     return Evaluation(
         sparsity=asked,
         model_sparsity=found.model_sparsity,
@@ -207,9 +210,9 @@ def evaluate_model(
         base_ppl_comparable=provenance.get("base_ppl_fingerprint") == blocks.fingerprint,
         kl=found.kl,
         top1_agreement=found.top1_agreement,
-        read_fraction=cells.read_fraction_at(found.model_sparsity),
-        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
-        bits_read=cells.bits_read_at(found.model_sparsity),
+        read_fraction=cells.read_fraction_at(achieved),
+        read_fraction_decoder=cells.read_fraction_at(achieved, lm_head=False),
+        bits_read=cells.bits_read_at(achieved),
         bits_stored=cells.bits_read_at(0.0),
         tokens=found.tokens,
         data=blocks.data,

@@ -20,7 +20,7 @@ from wina_calib.common.atomic import lock
 from wina_calib.common.progress import Silent
 from wina_calib.errors import CorpusError, OutputError, UsageError
 from wina_calib.studies.compare.methods import GROUPS, METHODS, Method, find_methods
-from wina_calib.studies.compare.table import draw_comparison
+from wina_calib.studies.compare.table import draw_bits, draw_comparison
 
 FAST = ("wina", "cats")
 SPARSITIES = (0.25, 0.5)
@@ -267,6 +267,31 @@ def test_the_plot_has_every_figure_against_both_costs(
         assert len(lines["wina"]) == 2 and len(lines["cats"]) == 1
 
 
+def test_quantized_weights_stand_beside_by_bits_read(
+    llama: Path, protocol: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rises are over the original model, and each line begins at its own weights without sparsity."""
+    methods = ("wina", "int8", "int4", "int4-32")
+    found = wina_calib.compare(llama, tmp_path / "out", methods=methods, sparsities=(0.25, 0.5), **protocol)
+    (skipped,) = found.skipped
+    assert skipped.method == "int4" and "do not divide into groups of 64" in skipped.reason
+    stored = {row.method: row.bits_stored for row in found.rows}
+    assert stored == {"wina": 16, "int8": 8, "int4-32": pytest.approx(4.64, abs=0.02)}
+    dense = {row.method: row.dense_ppl / row.base_ppl - 1 for row in found.rows}
+    assert dense["wina"] == 0 and 0 < abs(dense["int8"]) < 0.003 and 0 < abs(dense["int4-32"]) < 0.2
+    (base,) = {round(row.base_ppl, 3) for row in found.rows}
+    assert base == round(found.row("wina", 0.25).dense_ppl, 3)
+    for row in found.rows:
+        assert row.bits_read == pytest.approx(row.bits_stored * (1 - row.model_sparsity))
+        assert row.rise == row.ppl / row.base_ppl - 1
+        assert f"{row.bits_read:.2f}" in found.text() and f"{row.bits_read:.2f}" in found.markdown()
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    monkeypatch.setattr("wina_calib.common.plots.over_bits", lambda lines, title: drawn.update(lines) or b"")
+    draw_bits(found)
+    assert list(drawn) == ["wina", "int8", "int4-32"]
+    assert drawn["int8"] == [(8, dense["int8"]), *((r.bits_read, r.rise) for r in found.rows if r.method == "int8")]
+
+
 def test_command_line(llama: Path, text: Path, tmp_path: Path) -> None:
     given = ["compare", str(llama), "-o", str(tmp_path / "out"), "--methods", "teal-uniform", "-s", "0.5"]
     given += ["--data", str(text), "--heldout", str(text), "--samples", "64", "--seq-len", "128", "--tokens", "512"]
@@ -276,7 +301,8 @@ def test_command_line(llama: Path, text: Path, tmp_path: Path) -> None:
     found = json.loads(shown.stdout)
     assert [r["method"] for r in found["rows"]] == ["teal-uniform"]
     assert found == json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("compare.png", "bits.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     again = CliRunner().invoke(main, given)
     assert again.exit_code == 0 and "1 there already" in again.stderr and "teal-uniform" in again.stdout
     listed = CliRunner().invoke(main, ["compare", "--list"])
@@ -312,9 +338,10 @@ def test_bad_input(llama: Path, protocol: dict[str, object], tmp_path: Path) -> 
 @pytest.mark.slow
 def test_every_method_of_both_groups_has_a_cell(llama: Path, protocol: dict[str, object], tmp_path: Path) -> None:
     names = ("papers", "ablation")
+    of_both = [method.name for method in METHODS.values() if method.group != "quantized"]
     half = protocol | {"samples": 260}  # a quarter is enough for a calibration
     found = wina_calib.compare(llama, tmp_path / "out", methods=names, sparsities=0.25, **half)
-    assert [row.method for row in found.rows] == list(METHODS) and not found.skipped
+    assert [row.method for row in found.rows] == of_both and not found.skipped
     for row in found.rows:
         if row.method not in ("text-code", "text-prose", "text-builtin"):  # calibrated on text of another kind
             assert row.model_sparsity == pytest.approx(0.25, abs=0.03), row.method

@@ -14,7 +14,7 @@ PROTOCOL = {"samples": 1, "seq_len": 16, "data": ["a"], "tokens": 9, "heldout": 
 
 def compared(*names: str) -> Comparison:
     methods = {m.name: m for m in find_methods(names)}
-    rows = tuple(Row(n, 0.5, 0.5, 11.0, 10.0, 0.1, 0.9, 0.6, 0.5, 9, 1.0, 1.0) for n in methods)
+    rows = tuple(Row(n, 0.5, 0.5, 11.0, 10.0, 0.1, 0.9, 0.6, 0.5, 9, 1.0, 1.0, 8.0, 16.0, 10.0) for n in methods)
     about, budgets = ({n: getattr(m, key) for n, m in methods.items()} for key in ("about", "budget"))
     return Comparison("model", PROTOCOL, about, budgets, rows)
 

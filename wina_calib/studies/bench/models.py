@@ -76,12 +76,11 @@ class Pair:
 
     def bits_read(self, sparsity: float) -> float:
         """Bits of decoder weight read for a token at a model sparsity over the number of decoder weights, scales counted."""
-        form = sparse_sites(self.sparse)[0].settings.weight_format
-        if form is None:
-            return 8 * self.itemsize * (1 - sparsity)
-        sites = [site.site for site in sparse_sites(self.sparse)]
+        plain = 8 * self.itemsize
         return bits_read(
-            (s.weights, form.bits_a_weight([p.out_features for p in s.projections]), sparsity) for s in sites
+            (s.site.weights, plain if s.format is None else s.format.bits_a_weight(outs), sparsity)
+            for s in sparse_sites(self.sparse)
+            for outs in [[p.out_features for p in s.site.projections]]
         )
 
     def bytes_read(self, sparsity: float) -> int:

@@ -15,7 +15,7 @@ from wina_calib.errors import CheckpointError, WinaError
 from wina_calib.storage import read_json
 from wina_calib.studies.compare.table import Row
 
-FORMAT = "wina-compare-cell/1"
+FORMAT = "wina-compare-cell/2"
 
 
 def finished_seconds(place: Path, sparsities: Sequence[float]) -> float | None:

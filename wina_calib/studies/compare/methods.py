@@ -15,7 +15,8 @@ from typing import Any
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.errors import UsageError
 
-PAPERS = "papers"
+PAPERS, QUANTIZED = "papers", "quantized"
+_SPARSITY = 0.4  # whose masks weights are quantized under
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Method:
         name: in files and tables; letters, digits and dashes.
         about: one line for people.
         options: fields of `CalibrateOptions` that differ from the defaults; all else is the protocol's.
-        group: `papers`, or what an ablation changes.
+        group: `papers`, `quantized`, or what an ablation changes.
         share: share of the protocol's calibration blocks that it uses.
         gated: masks are made from the MLP's gate, as CATS does, instead of at sites.
     """
@@ -75,6 +76,19 @@ _TABLE = (
     Method("cats", "CATS: the gate's activation masks up's outputs and down's inputs", gated=True),
     Method("weight", "column norms alone: the same inputs for every token", _FREE | {"score": "weight"}),
     Method("random", "any inputs", _FREE | {"score": "random"}),
+    Method("int8", "ours with weights in 8 bits, a scale an output", {"bits": 8, "sparsity": _SPARSITY}, QUANTIZED),
+    Method(
+        "int4",
+        "ours with weights in 4 bits, groups of 64 outputs; quantized under the masks of 40 %",
+        {"bits": 4, "sparsity": _SPARSITY},
+        QUANTIZED,
+    ),
+    Method(
+        "int4-32",
+        "the same in groups of 32",
+        {"bits": 4, "group_size": 32, "sparsity": _SPARSITY},
+        QUANTIZED,
+    ),
     Method("score-weight", "column norms alone", {"score": "weight"}, "score"),
     Method("score-activation", "magnitudes alone", {"score": "teal"}, "score"),
     Method("score-half", "magnitude times root of the norm", {"exponent": 0.5}, "score"),
@@ -102,15 +116,16 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 GROUPS: Mapping[str, tuple[Method, ...]] = MappingProxyType(
     {
         PAPERS: tuple(m for m in _TABLE if m.group == PAPERS),
-        "ablation": (OURS, *(m for m in _TABLE if m.group != PAPERS)),
+        QUANTIZED: (OURS, *(m for m in _TABLE if m.group == QUANTIZED)),
+        "ablation": (OURS, *(m for m in _TABLE if m.group not in (PAPERS, QUANTIZED))),
     }
 )
 
 
 def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
-    """Methods by their names or their groups' (`papers`, `ablation`), each once, in order; a `Method` stands for itself.
+    """Methods by their names or their groups' (`papers`, `quantized`, `ablation`), each once, in order.
 
-    A name or group after a minus is taken out of those before it: `papers`, `-teal`.
+    A `Method` stands for itself. A name or group after a minus is taken out of those before it: `papers`, `-teal`.
 
     Raises:
         UsageError: a name is not known.

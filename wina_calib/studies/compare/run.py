@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
+from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.likelihood import perplexity
+from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.calibration.run import run_calibration
-from wina_calib.checkpoint.format import model_names
+from wina_calib.checkpoint.format import model_names, stored_cells
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
 from wina_calib.common.bars import Hearing, hearing
@@ -38,11 +40,11 @@ from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import remote_code
 from wina_calib.model.source import Source, fitting_length, load_whole, open_source
-from wina_calib.runtime.load import load, set_sparsity
+from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates
 from wina_calib.studies.compare.finished import FORMAT, finished_seconds, json_bytes, key_digest, read_cell
 from wina_calib.studies.compare.methods import Method, find_methods
-from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_comparison
+from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_bits, draw_comparison
 from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
 from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
 from wina_calib.transforms import needed_sites, plan
@@ -92,7 +94,7 @@ def compare(
         progress: as `wina_calib.common.bars.hearing` takes it.
 
     Returns:
-        All rows asked for; `compare.json`, `compare.md` and, drawn, `compare.png` in the folder say the same.
+        All rows asked for; `compare.json`, `compare.md` and, drawn, `compare.png` and `bits.png` in the folder say the same.
 
     Raises:
         WinaError: model, text or options cannot be used, or no method can.
@@ -140,6 +142,7 @@ def compare(
             write_file(bench.folder / "compare.md", found.markdown().encode())
             if draw:
                 write_file(bench.folder / "compare.png", draw_comparison(found))
+                write_file(bench.folder / "bits.png", draw_bits(found))
         return found
 
 
@@ -307,8 +310,11 @@ class _Bench:
             place.mkdir(parents=True)
             values = asdict(task.options)
             untouched = plan(task.options.transform, self.source.architecture).name == "none"
-            by_reference = untouched and self.source.is_plain and not self.source.opened.runs_code
-            values |= {"grid": task.todo, "sparsity": task.todo[0], "weights": "reference" if by_reference else "full"}
+            by_reference = (
+                untouched and self.source.is_plain and not (task.options.bits or self.source.opened.runs_code)
+            )
+            asked = task.options.sparsity if task.options.bits else task.todo[0]
+            values |= {"grid": task.todo, "sparsity": asked, "weights": "reference" if by_reference else "full"}
             start = time.monotonic()
             heard = Within(self.report, f"{name}: calibrate")
             run_calibration(self.source.name, checkpoint, make_options(values), heard, held_tokens=_HELD_TOKENS)
@@ -316,14 +322,23 @@ class _Bench:
             write_file(place / "seconds.json", json_bytes(took))
         device_map = self.device if self.device.type != "cpu" else None
         model = load(checkpoint, dtype=self.dtype, device_map=device_map, base=str(self.source.folder))
-        cells = count_cells(describe(model), plan(task.options.transform, self.source.architecture).name)
+        cells = stored_cells(describe(model), sparse_sites(model)[0].settings)
         for sparsity in task.todo:
             self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
             set_sparsity(model, sparsity)
             found = measure(model, self.blocks, self.report)
-            yield _row(name, sparsity, found, cells, seconds=time.monotonic() - start, calibration_seconds=took)
+            base_ppl = self.base_ppl if task.options.bits else found.dense_ppl
+            seconds = time.monotonic() - start
+            yield _row(name, sparsity, found, cells, base_ppl, seconds=seconds, calibration_seconds=took)
         shutil.rmtree(place, ignore_errors=True)
+
+    @cached_property
+    def base_ppl(self) -> float:
+        """Perplexity of the original model on the held-out text."""
+        micro_batch = default_micro_batch(self.device, self.blocks.ids.shape[1], self.source.architecture.width)
+        stream = LayerStream(self.source, self.blocks.ids, Compute(self.device, self.dtype, micro_batch))
+        return perplexity(float(next_token_nll(stream, dense_pass(stream)).double().mean()))
 
     @torch.no_grad()
     def _measure_gates(self, task: _Task) -> Iterator[Row]:
@@ -343,7 +358,8 @@ class _Bench:
             start = time.monotonic()
             found = self._gated(model, thresholds)
             seconds = time.monotonic() - start
-            yield _row(task.method.name, sparsity, found, cells, seconds=seconds, calibration_seconds=took)
+            name = task.method.name
+            yield _row(name, sparsity, found, cells, found.dense_ppl, seconds=seconds, calibration_seconds=took)
 
     def _gated(self, model: PreTrainedModel, thresholds: Tensor) -> Measured:
         """Quality with masked gates."""
@@ -363,7 +379,14 @@ class _Bench:
 
 
 def _row(
-    name: str, sparsity: float, found: Measured, cells: Cells, *, seconds: float, calibration_seconds: float
+    name: str,
+    sparsity: float,
+    found: Measured,
+    cells: Cells,
+    base_ppl: float,
+    *,
+    seconds: float,
+    calibration_seconds: float,
 ) -> Row:
     return Row(
         method=name,
@@ -374,4 +397,7 @@ def _row(
         tokens=found.tokens,
         seconds=seconds,
         calibration_seconds=calibration_seconds,
+        bits_read=cells.bits_read_at(found.model_sparsity),
+        bits_stored=cells.bits_read_at(0.0),
+        base_ppl=base_ppl,
     )

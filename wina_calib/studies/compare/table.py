@@ -16,6 +16,7 @@ _HEADERS = (
     "sparsity",
     "read",
     "read, decoder",
+    "bits read",
     "perplexity",
     "rise",
     "KL",
@@ -34,14 +35,17 @@ class Row:
         sparsity: model sparsity asked for.
         model_sparsity: achieved, weighted by the sites' sizes, dense first tokens counted in.
         ppl: perplexity.
-        dense_ppl: perplexity of the same model at sparsity 0, its transform included.
-        kl: mean KL divergence from the dense prediction, nats a token.
+        dense_ppl: perplexity of the same model at sparsity 0, its transform included and its weights quantized.
+        kl: mean KL divergence from that model's prediction, nats a token.
         top1_agreement: share of tokens where both predict the same next token.
         read_fraction: bytes read for a token over the dense model's, lm_head and run-time matrices included.
         read_fraction_decoder: the same without lm_head.
         tokens: predicted tokens.
         seconds: of the evaluation.
         calibration_seconds: of the method's calibration, which serves all its sparsities.
+        bits_read: bits of decoder weights read for a token over their number.
+        bits_stored: the same at sparsity 0.
+        base_ppl: perplexity of the original model; `dense_ppl` where weights are not quantized.
     """
 
     method: str
@@ -56,11 +60,14 @@ class Row:
     tokens: int
     seconds: float
     calibration_seconds: float
+    bits_read: float
+    bits_stored: float
+    base_ppl: float
 
     @property
     def rise(self) -> float:
-        """Relative rise of perplexity over dense."""
-        return self.ppl / self.dense_ppl - 1
+        """Relative rise of perplexity over the original model's."""
+        return self.ppl / self.base_ppl - 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Comparison:
 
     def _about(self) -> str:
         p = self.protocol
-        dense = f"dense perplexity {self.rows[0].dense_ppl:.3f}; " if self.rows else ""
+        dense = f"dense perplexity {self.rows[0].base_ppl:.3f}; " if self.rows else ""
         return (
             f"{self.model}: {dense}calibrated on {p['samples']} blocks of {p['seq_len']} tokens of {', '.join(p['data'])}, "
             f"measured on {p['tokens']:,} tokens of {', '.join(p['heldout'])}; {p['dtype']}, seed {p['seed']}."
@@ -158,8 +165,9 @@ def _figures(row: Row) -> list[str]:
         f"{row.model_sparsity:.3f}",
         percent(row.read_fraction),
         percent(row.read_fraction_decoder),
+        f"{row.bits_read:.2f}",
         f"{row.ppl:.3f}",
-        rise(row.ppl, row.dense_ppl),
+        rise(row.ppl, row.base_ppl),
         f"{row.kl:.3f}",
         percent(row.top1_agreement),
         f"{row.seconds:.0f}",
@@ -170,7 +178,7 @@ def _figures(row: Row) -> list[str]:
 def _short(row: Row | None) -> str:
     if row is None:
         return "-"
-    return f"{rise(row.ppl, row.dense_ppl)} [{row.model_sparsity:.3f}, {percent(row.read_fraction_decoder, 0)}]"
+    return f"{rise(row.ppl, row.base_ppl)} [{row.model_sparsity:.3f}, {percent(row.read_fraction_decoder, 0)}]"
 
 
 def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -190,4 +198,13 @@ def draw_comparison(found: Comparison) -> bytes:
         for x in across
     }
     perplexity, kl, _ = up
-    return plots.tradeoffs(panels, {perplexity: found.rows[0].dense_ppl}, found.model, logarithmic=(perplexity, kl))
+    return plots.tradeoffs(panels, {perplexity: found.rows[0].base_ppl}, found.model, logarithmic=(perplexity, kl))
+
+
+def draw_bits(found: Comparison) -> bytes:
+    """Rise of perplexity over bits read, a line a method from its point at sparsity 0 on, as a PNG."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in found.rows:
+        points = lines.setdefault(row.method, [(row.bits_stored, row.dense_ppl / row.base_ppl - 1)])
+        points.append((row.bits_read, row.rise))
+    return plots.over_bits(lines, found.model)
