@@ -57,6 +57,8 @@ class Pass:
         gated: whether changes of the model wait for it.
         layers: of its decoder, while a token may still be computed for all of them by the first.
         ahead: what was computed so, see `fast_path.layers`.
+        ready: number of a group and its outputs, which its projections shall hand out whatever they are given.
+        waiting: number of a group and what its outputs shall be added to.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Pass:
         self.gated = False
         self.layers: Any = None
         self.ahead: Any = None
+        self.ready: tuple[int, Tensor] | None = None
+        self.waiting: tuple[int, Tensor] | None = None
 
     def again(self) -> Pass:
         """The same pass for a layer that is computed again: with products of its own, and counted into nothing."""

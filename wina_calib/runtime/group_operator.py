@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from wina_calib.runtime.forward_pass import here
+from wina_calib.runtime.forward_pass import Pass, here
+from wina_calib.runtime.kernels.around import Around
 
 # A group's number holds that of its model's state above these bits.
 GROUP_BITS = 20
@@ -28,6 +29,9 @@ class Group(Protocol):
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
         """Outputs (..., sum of outs) for x (..., in)."""
+
+    def step(self, x: Tensor, around: Around, *, dense: bool) -> Tensor:
+        """The same of what `around` makes the input of, and added to what it says."""
 
     @property
     def out_features(self) -> int:
@@ -63,12 +67,33 @@ def part(number: int, start: int, stop: int, x: Tensor) -> Tensor:
     """Outputs start:stop of a group for x (..., in). The first projection computes all; the last one clears up."""
     now = here.current
     if start == 0 or now.x is not x or now.group != number:
-        now.x, now.group = x, number
-        now.out = torch.ops.wina_calib.group_product(x, number, now.operator == "dense")
+        now.x, now.group, now.out = x, number, _whole(number, x, now)
     out: Tensor = now.out
     if stop == out.shape[-1]:
         now.x = now.out = None
     return out[..., start:stop]
+
+
+def step(
+    number: int, x: Tensor, gain: Tensor | None, epsilon: float, *, gated: bool = False, added: Tensor | None = None
+) -> Tensor:
+    """Outputs (..., sum of outs) of a group with what is around them, see `Around`."""
+    dense = here.current.operator == "dense"
+    out: Tensor = torch.ops.wina_calib.group_step(x, number, dense, gain, epsilon, gated, added)
+    return out
+
+
+def _whole(number: int, x: Tensor, now: Pass) -> Tensor:
+    """What a group's first projection computes: what is ready, or the product, added to what is waiting for it."""
+    ready, waiting = now.ready, now.waiting
+    if ready is not None and ready[0] == number:
+        now.ready = None
+        return ready[1]
+    if waiting is not None and waiting[0] == number:
+        now.waiting = None
+        return step(number, x, None, 0.0, added=waiting[1])
+    out: Tensor = torch.ops.wina_calib.group_product(x, number, now.operator == "dense")
+    return out
 
 
 _library = torch.library.Library("wina_calib", "FRAGMENT")
@@ -91,3 +116,22 @@ def _shape_of(x: Tensor, number: int, dense: bool) -> Tensor:
 
 
 torch.library.register_fake("wina_calib::group_product", _shape_of, lib=_library)
+
+_library.define(
+    "group_step(Tensor x, int number, bool dense, Tensor? gain, float epsilon, bool gated, Tensor? added) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def _step(
+    x: Tensor, number: int, dense: bool, gain: Tensor | None, epsilon: float, gated: bool, added: Tensor | None
+) -> Tensor:
+    return _groups[number].step(x, Around(gain, epsilon, gated, added), dense=dense)
+
+
+def _step_shape_of(x: Tensor, number: int, *_: object) -> Tensor:
+    return _shape_of(x, number, False)
+
+
+_library.impl("group_step", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("wina_calib::group_step", _step_shape_of, lib=_library)

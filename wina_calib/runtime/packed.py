@@ -7,6 +7,7 @@ compiled step checks every attribute that it met before it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import cpu, cuda, dispatch, native
+from wina_calib.runtime.kernels.around import Around
 
 # On CUDA, from this many rows on the outputs of each projection are contiguous: what reads them takes longer than the
 # one product for all saves.
@@ -150,6 +152,10 @@ class PackedGroup:
         else:
             out = dispatch.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def step(self, x: Tensor, around: Around, *, dense: bool) -> Tensor:
+        """Outputs (..., sum of outs) of one row with what is around them; x (..., in) or what `around` makes it of."""
+        return around.result(x, partial(self.whole, dense=dense))
 
     def product_input(self, x: Tensor, now: Pass) -> Tensor:
         """The input x (..., in) of a dense product: as it is, or with its dropped values at zero."""

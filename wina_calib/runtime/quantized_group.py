@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from wina_calib.common.memory import advise_huge_pages
 from wina_calib.quantization.formats import Quantized
 from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
-from wina_calib.runtime.kernels import dispatch
+from wina_calib.runtime.kernels import cuda, dispatch
+from wina_calib.runtime.kernels.around import Around
 from wina_calib.runtime.packed import is_plain, rows_for
 
 
@@ -31,6 +33,7 @@ class QuantizedGroup:
 
     Attributes:
         row: the product of one row in C, ready to be called; None where there is none.
+        mask: the kernel that masks the many rows of a prompt; None where there is none.
         number: by which a compiled step finds it, see `group_operator`.
     """
 
@@ -52,6 +55,8 @@ class QuantizedGroup:
             both = zip(biases, self.sizes, strict=True)
             parts = [norm.new_zeros(n, dtype=dtype) if b is None else b.detach().to(dtype) for b, n in both]
             self.bias = torch.cat(parts)
+        self._nothing = torch.full_like(threshold, -1.0)  # a threshold that drops nothing
+        self.mask = cuda.mask_of(norm, threshold, dtype)
         self.row = dispatch.quantized_row_of(weight, norm, threshold, self.bias, dtype)
         if (
             self.row is not None
@@ -120,8 +125,15 @@ class QuantizedGroup:
         else:
             dense = rows_for(now.dense_rows, x)
             flat = None if dense is None else dense.reshape(-1)
-            out = dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, flat, self.bias)
+            out = self._masked_product(rows, flat)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _masked_product(self, rows: Tensor, dense: Tensor | None) -> Tensor:
+        """Outputs (rows, sum of outs) for rows (rows, in), of which those that `dense` (rows,) says are not masked."""
+        many = rows.shape[0] > dispatch.MAX_ROWS_OF_CODES
+        if self.mask is not None and many and dispatch.masks_in_one_pass(rows) and is_current(rows.device):
+            return dispatch.dense_quantized_site(self.mask(rows, dense), self.weight, self.bias)
+        return dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, dense, self.bias)
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
         """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
@@ -135,6 +147,21 @@ class QuantizedGroup:
         else:
             out = dispatch.quantized_site(row, self.weight, self.norm, self.threshold, None, self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def step(self, x: Tensor, around: Around, *, dense: bool) -> Tensor:
+        """Outputs (..., sum of outs) of one row with what is around them; x (..., in) or what `around` makes it of."""
+        threshold = self._nothing if dense else self.threshold
+        y: Tensor | None = None
+        if self.rotation is None:
+            y = dispatch.quantized_step(x.reshape(1, -1), self.weight, self.norm, threshold, self.bias, around)
+        if y is None:
+            return around.result(x, partial(self.whole, dense=dense))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether kernels that are started now run on a device."""
+    return device.index == torch.cuda.current_device()
 
 
 def _identity(

@@ -97,7 +97,6 @@ class TestOnTheGpu:
         monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path))
         monkeypatch.setattr(autotune, "_known", {})
         monkeypatch.setattr(autotune, "_loaded", set())
-        self.folder = tmp_path
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rows", [1, 2, 3, 9])
@@ -108,7 +107,7 @@ class TestOnTheGpu:
     def test_tuned_once_and_remembered(self, monkeypatch):
         args = operands(1, 2048, 2560, torch.bfloat16, device=DEVICE)
         dispatch.sparse_site(*args)
-        (entry,) = json.loads((self.folder / "kernels.json").read_text()).values()
+        (entry,) = json.loads(autotune.cache_file().read_text()).values()
         monkeypatch.setattr(autotune, "_known", {})
         monkeypatch.setattr(autotune, "_loaded", set())
         monkeypatch.setattr(cuda, "_fastest", None)

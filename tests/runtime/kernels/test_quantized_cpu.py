@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import error, random_weight
+from quantized_cases import CASES, FORMATS, exact, inputs
 
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat, quantize_rows
 from wina_calib.runtime.kernels import native, native_build, quantized_cpu
@@ -18,47 +19,10 @@ from wina_calib.runtime.kernels import native, native_build, quantized_cpu
 needs_compiler = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 X86 = {"avx512": ("avx512bw", "avx512vl", "avx512_vnni"), "avx2": ("avx2", "fma", "f16c"), "plain": ()}
 FLAGS = {"avx512": native_build.TARGETS[0], "avx2": ("-mavx2", "-mfma", "-mf16c"), "plain": ()}
-FORMATS = [
-    WeightFormat(4, 64, zero_point=True),
-    WeightFormat(4, 64, zero_point=False),
-    WeightFormat(4, 32, zero_point=True),
-    WeightFormat(4, 32, zero_point=False),
-    WeightFormat(8),
-]
 # What 16 bits and the output's dtype leave, relative to the norm of the outputs.
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Around the inputs that are taken at a time, 64, their pairs, the outputs of a vector, 32 to 128, and those of a tile, 6144.
 SHAPES = [(1, 64), (2, 128), (63, 192), (64, 256), (65, 320), (130, 704), (67, 6144), (9, 12416)]
-CASES = ("plain", "one", "nothing", "everything", "outlier", "tiny")
-
-
-def inputs(case: str, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (rows, width), norm and threshold."""
-    generator = torch.Generator().manual_seed(rows + width)
-    x = torch.randn(rows, width, generator=generator)
-    norm = torch.exp(0.3 * torch.randn(width, generator=generator))
-    if case == "outlier":
-        x[:, width // 3] = 1000.0
-    elif case == "tiny":
-        x *= 2.0**-20
-    x = x.to(dtype)
-    score = x.float().abs() * norm
-    thresholds = {
-        "plain": score.median(),
-        "one": score.flatten().sort().values[-2] if score.numel() > 1 else torch.tensor(0.0),
-        "nothing": score.max(),
-        "outlier": score.median(),
-        "tiny": score.median(),
-    }
-    return x, norm, thresholds.get(case, torch.tensor(-1.0))
-
-
-def exact(x, weight, norm, threshold, dense_rows=None, bias=None):
-    keep = x.float().abs() * norm > threshold
-    if dense_rows is not None:
-        keep |= dense_rows[:, None]
-    y = (x.double() * keep) @ weight.dequantize(torch.float32).double()
-    return y if bias is None else y + bias.double()
 
 
 @contextlib.contextmanager

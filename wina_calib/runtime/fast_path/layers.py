@@ -23,7 +23,7 @@ from wina_calib.model.architecture import Layer
 from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.decoder import Recomputed
 from wina_calib.runtime.derived import derive
-from wina_calib.runtime.fast_path import attention, past
+from wina_calib.runtime.fast_path import attention, past, step
 from wina_calib.runtime.fast_path.blocks import PROJECTIONS, UNUSED, ShortAttention, ShortMLP
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.forward_pass import Pass, here
@@ -55,8 +55,8 @@ class ShortLayer(Recomputed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs (batch, rows, width), as the stock layer."""
-        if not (self.training or torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            y = _ahead(self, args, kwargs)
+        if not (self.training or torch.is_grad_enabled()):
+            y = step.traced(self, args, kwargs) if torch.compiler.is_compiling() else _ahead(self, args, kwargs)
             if y is not None:
                 return y
         return super().forward(*args, **kwargs)

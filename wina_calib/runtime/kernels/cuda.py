@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import statistics
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,10 +30,6 @@ MAX_CHOSEN_ROWS = 1
 SLICES_AT_ONCE = 32  # that the sum of partial results adds
 MASK_BLOCK = 1024
 ATTENTION_BLOCK = 128
-# Read to evict the weights from the cache between measurements, and to let the host get ahead of the device.
-FLUSH_BYTES = 256 << 20
-FLUSHES = 3
-MOST_COPIES = 8  # of a weight, run one after the other in a measurement
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _unusable: set[int] = set()
@@ -258,23 +253,9 @@ def _fastest(weight_t: Tensor, shapes: Sequence[AnyShape], start: Callable[..., 
     x = torch.randn(1, width, generator=generator, device=device).to(weight_t.dtype)
     norm = torch.ones(width, device=device)
     threshold = torch.full((), 0.8, device=device)
-    flush = torch.ones(FLUSH_BYTES // 4, device=device)
-    size = weight_t.numel() * weight_t.element_size()
-    copies = [weight_t, *(weight_t.clone() for _ in range(min(MOST_COPIES, FLUSH_BYTES // size)))]
+    copies = [weight_t, *(weight_t.clone() for _ in range(autotune.copies_of(weight_t.nbytes)))]
 
     def run(shape: AnyShape) -> float:
-        start(shape, x, weight_t, norm, threshold)
-        events = []
-        for _ in range(autotune.REPEATS):
-            for _ in range(FLUSHES):
-                flush.sum()
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for weight in copies:
-                start(shape, x, weight, norm, threshold)
-            last.record()
-            events.append((first, last))
-        torch.cuda.synchronize(device)
-        return float(statistics.median(first.elapsed_time(last) for first, last in events))
+        return autotune.time_on_card([partial(start, shape, x, w, norm, threshold) for w in copies], device)
 
     return autotune.fastest(shapes, run)

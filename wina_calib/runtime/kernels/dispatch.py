@@ -11,7 +11,8 @@
 | column-contiguous | CUDA with Triton | same | more | `cuda`: mask in one pass in Triton, then the dense product |
 | column-contiguous | any other | any | any | reference |
 
-Quantized weights (`quantized_site`): on a CPU `quantized_cpu`, elsewhere the reference's product of dequantized tiles.
+Quantized weights (`quantized_site`, `quantized_rows`): on a CPU `quantized_cpu`, on CUDA `quantized_cuda` from compute
+capability 8.0 on, elsewhere the reference's product of dequantized tiles. A compiled step has an operator for them too.
 
 Few: up to 4 rows of 16 bits on a processor without arithmetic for them. More rows on a CPU: in C in bfloat16 where the
 processor multiplies pairs of it, in float32 blocks where it has no 16-bit arithmetic, else by torch. One row on CUDA: in
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor
 
 from wina_calib.masks import mask
-from wina_calib.quantization.formats import Quantized, QuantizedRows
-from wina_calib.runtime.kernels import cpu, cuda, native, quantized_cpu, reference
+from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
+from wina_calib.runtime.kernels import cpu, cuda, native, quantized_cpu, quantized_cuda, reference
+from wina_calib.runtime.kernels.around import Around
 from wina_calib.runtime.kernels.native import Row
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,8 @@ def column_layout_pays(device: str, dtype: torch.dtype, in_features: int, out_fe
     return sparsity > 0
 
 
+# Rows of quantized weights on CUDA from which on they are dequantized first.
+MAX_ROWS_OF_CODES = quantized_cuda.MAX_FEW_ROWS
 # From more rows on the product is dense everywhere.
 MAX_GATHERED_ROWS = max(cpu.MAX_SPARSE_ROWS, cuda.MAX_CHOSEN_ROWS)
 CPU_MIN_SAVED = 1_500_000
@@ -140,7 +144,7 @@ def sparse_site(
     columns = weight_t.is_contiguous()
     kernel = "reference" if needs_gradient else choose(x.device.type, x.dtype, x.shape[0], column_contiguous=columns)
     if kernel == "reference":
-        if columns and _masks_in_one_pass(x):
+        if columns and masks_in_one_pass(x):
             return torch.nn.functional.linear(cuda.mask_inputs(x, norm, threshold, dense_rows), weight_t.t(), bias)
         return reference.sparse_site(x, weight_t, norm, threshold, dense_rows, bias)
     if not torch.compiler.is_compiling():
@@ -171,7 +175,7 @@ def mask_inputs(x: Tensor, norm: Tensor, threshold: Tensor, dense_rows: Tensor |
     """
     flat = None if dense_rows is None else dense_rows.reshape(-1)
     norm, threshold = norm.float().contiguous(), threshold.float()  # as a comparison with float32 scores takes them
-    if _masks_in_one_pass(x):
+    if masks_in_one_pass(x):
         return cuda.mask_inputs(x.reshape(-1, x.shape[-1]), norm, threshold, flat).view(x.shape)
     plain = type(x) is Tensor and x.numel() and not (x.requires_grad and torch.is_grad_enabled())
     if plain and x.is_cpu and native.available(x.dtype):
@@ -202,6 +206,16 @@ def quantized_site(
     """
     if _quantized_on_cpu(x, weight.codes):
         return quantized_cpu.sparse_site(x, weight, norm, threshold, dense_rows, bias)
+    if _traced_on_cuda(x):
+        tensors, form = (weight.codes, weight.scales, weight.zeros), weight.format
+        out: Tensor = torch.ops.wina_calib.quantized_site(
+            x, *tensors, form.bits, form.group_size, norm, threshold, dense_rows, bias
+        )
+        return out
+    if _quantized_on_cuda(x) and quantized_cuda.serves(x, weight):
+        if x.shape[0] > quantized_cuda.MAX_FEW_ROWS:
+            return quantized_cuda.dense_site(mask_inputs(x, norm, threshold, dense_rows), weight, bias)
+        return quantized_cuda.sparse_site(x, weight, norm, threshold, dense_rows, bias)
     y = reference.dense_quantized(mask_inputs(x, norm, threshold, dense_rows), weight)
     return y if bias is None else y + bias
 
@@ -210,8 +224,28 @@ def dense_quantized_site(x: Tensor, weight: Quantized, bias: Tensor | None = Non
     """`y = x @ W^T + bias` of quantized weights; arguments and result as for `quantized_site`."""
     if _quantized_on_cpu(x, weight.codes):
         return quantized_cpu.dense_site(x, weight, bias)
+    if _quantized_on_cuda(x) and quantized_cuda.serves(x, weight):
+        return quantized_cuda.dense_site(x, weight, bias)
     y = reference.dense_quantized(x, weight)
     return y if bias is None else y + bias
+
+
+def quantized_step(
+    x: Tensor, weight: Quantized, norm: Tensor, threshold: Tensor, bias: Tensor | None, around: Around
+) -> Tensor | None:
+    """The product (1, out) of one row with what is around it in one kernel; None where there is none that does it.
+
+    Args:
+        x: (1, in), or what `around` makes it of.
+        weight: of a mask group.
+        norm: (in,) float32.
+        threshold: () float32; -1 keeps everything.
+        bias: (out,) of x's dtype or None.
+        around: what is before and after the product.
+    """
+    if not _quantized_on_cuda(x):
+        return None
+    return quantized_cuda.step_site(x, weight, norm, threshold, bias, around)
 
 
 def quantized_row_of(
@@ -225,11 +259,13 @@ def quantized_row_of(
 
 def quantized_rows(x: Tensor, weight: QuantizedRows) -> Tensor:
     """`y = x @ W^T` of a matrix quantized by rows, as lm_head's: x (..., width) gives (..., rows) of x's dtype."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda") and not torch.is_grad_enabled():
         y: Tensor = torch.ops.wina_calib.quantized_rows(x, weight.codes, weight.scales)
         return y
     if _quantized_on_cpu(x, weight.codes):
         return quantized_cpu.rows_product(x, weight)
+    if _quantized_on_cuda(x) and quantized_cuda.serves_rows(x, weight):
+        return quantized_cuda.rows_product(x, weight)
     return reference.dense_rows_product(x, weight)
 
 
@@ -240,13 +276,59 @@ def _quantized_on_cpu(x: Tensor, codes: Tensor) -> bool:
     return x.device.type == "cpu" and codes.device.type == "cpu" and x.dtype in cpu.DTYPES
 
 
+def _quantized_on_cuda(x: Tensor) -> bool:
+    """Whether `quantized_cuda` may serve a call: not where a gradient or a graph is wanted."""
+    return x.device.type == "cuda" and not torch.compiler.is_compiling() and not _wants_gradient(x)
+
+
+def _traced_on_cuda(x: Tensor) -> bool:
+    """Whether a compiler traces a call on CUDA whose operator may serve."""
+    return torch.compiler.is_compiling() and x.device.type == "cuda" and not torch.is_grad_enabled()
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+_library.define(
+    "quantized_site(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, Tensor norm, "
+    "Tensor threshold, Tensor? dense_rows, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
 _library.define(
     "quantized_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
-_library.impl(
-    "quantized_rows", lambda x, codes, scales: quantized_cpu.rows_product(x, QuantizedRows(codes, scales)), "CPU"
-)
+
+
+def _site_operator(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    weight = Quantized(WeightFormat(bits, group_size, zeros is not None), codes, scales, zeros)
+    return quantized_site(x, weight, norm, threshold, dense_rows, bias)
+
+
+def _site_shape_of(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1] * 8 // bits)
+
+
+def _rows_operator(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return quantized_rows(x, QuantizedRows(codes, scales))
+
+
+_library.impl("quantized_site", _site_operator, "CUDA")
+_library.impl("quantized_rows", _rows_operator, "CPU")
+_library.impl("quantized_rows", _rows_operator, "CUDA")
+torch.library.register_fake("wina_calib::quantized_site", _site_shape_of, lib=_library)
 
 
 def _rows_shape_of(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -256,8 +338,8 @@ def _rows_shape_of(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 torch.library.register_fake("wina_calib::quantized_rows", _rows_shape_of, lib=_library)
 
 
-def _masks_in_one_pass(x: Tensor) -> bool:
-    """Whether the mask of many rows has a kernel. A compiler fuses the reference's passes; a gradient needs them."""
+def masks_in_one_pass(x: Tensor) -> bool:
+    """Whether the mask of many rows x has a kernel. A compiler fuses the reference's passes; a gradient needs them."""
     if x.device.type != "cuda" or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return x.dtype in cuda.DTYPES and cuda.available()

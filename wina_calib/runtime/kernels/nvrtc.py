@@ -39,7 +39,7 @@ class _Launch(ctypes.Structure):
 class Launch:
     """A kernel with its launch shape, started again and again with other addresses.
 
-    It may start while the kernel before drains, and has to wait for that itself (`griddepcontrol.wait`).
+    With `overlap` it may start while the kernel before drains, and has to wait for that itself (`griddepcontrol.wait`).
 
     Args:
         function: from `load`, of the card that is current whenever this is called.
@@ -48,6 +48,7 @@ class Launch:
         shared: bytes of shared memory of a block.
         addresses: how many addresses the kernel takes first.
         sizes: whole numbers that it takes after them.
+        overlap: for cards that have it, Hopper and later.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Launch:
         shared: int,
         addresses: int,
         sizes: Sequence[int],
+        *,
+        overlap: bool = True,
     ) -> None:
         self.function = function
         if shared > PLAIN_SHARED_BYTES:
             call(_driver().cuFuncSetAttribute, function, MAX_SHARED_ATTRIBUTE, shared)
         self.attribute = _Attribute(id=OVERLAP_ATTRIBUTE, value=1)
-        self.launch = _Launch(grid, (threads, 1, 1), shared, None, ctypes.pointer(self.attribute), 1)
+        self.launch = _Launch(grid, (threads, 1, 1), shared, None, ctypes.pointer(self.attribute), int(overlap))
         self.at = ctypes.addressof(self.launch)
         self.addresses, self.sizes = (ctypes.c_uint64 * addresses)(), (ctypes.c_int * len(sizes))(*sizes)
         places = [ctypes.addressof(self.addresses) + 8 * i for i in range(addresses)]

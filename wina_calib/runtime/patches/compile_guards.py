@@ -34,6 +34,7 @@ UNCHECKED = frozenset(
 )
 # What of a submodule is checked: its group's number stands for its weights and state.
 CHECKED_ATTRIBUTES = (".number", ".start", ".training")
+COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2}
 # Libraries whose modules keep their attributes. An adapter's are checked all: it is turned off, changed and merged by them.
 KNOWN = ("torch", "transformers", "wina_calib")
 # What a thread asked of the model, and the pass that it computes, if any.
@@ -72,13 +73,23 @@ def compile_config() -> CompileConfig:
 
     On a machine without CUDA what `generate` takes as its `compile_config`: there it compiles only if it is given one.
     """
-    graphs = {"triton.cudagraphs": True} if torch.cuda.is_available() else {}
+    graphs = {"triton.cudagraphs": True} | _combined() if torch.cuda.is_available() else {}
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
         config = CompileConfig(mode=None, options=graphs | {"guard_filter_fn": needed_ones})
     else:
         config = CompileConfig() if graphs else CompileConfig(mode=None)
     config._compile_all_devices = True
     return config
+
+
+def _combined() -> dict[str, Any]:
+    """Options by which small kernels that do not wait for each other are started as one, those that this torch has.
+
+    Between the products of a layer a step has five that take a microsecond each, and as long to start.
+    """
+    from torch._inductor import config
+
+    return {name: value for name, value in COMBINED.items() if hasattr(config, name)}
 
 
 def prefer(model: PreTrainedModel) -> None:
