@@ -11,7 +11,8 @@
    rows: y = x @ W^T for int8 by rows, as lm_head's. dequantize: weights of some outputs by input, (in, outputs).
 
    Compiled with TYPE 0 float32, 1 bfloat16, 2 float16; BITS, GROUP, ZEROS of the format; ROWS, at most 8, of float32 4;
-   VEC 8 or 16, WARPS, ACROSS of them, CLUSTER, SLICE, UNROLL steps in flight, INPUT; CLUSTERED and OVERLAP for Hopper and later. Results repeat bit for bit. */
+   VEC 8 or 16, WARPS, ACROSS of them, CLUSTER, SLICE, UNROLL steps in flight, INPUT; CLUSTERED and OVERLAP for Hopper and
+   later. Results repeat bit for bit. */
 
 typedef unsigned int word;
 typedef unsigned short half;
@@ -367,9 +368,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     __syncwarp();
 
-#if EARLY
-    let_next_start();
-#endif
     const word wide = out * BITS / 8, groups = out / GROUP, zero_wide = (groups + 1) / 2;
     const int four = lane % 4, eighth = lane / 4, steps = (count + 15) / 16;
     /* Past the last output: the last ones again, whose sums are not written. */
