@@ -31,6 +31,7 @@ FLUSH_BYTES = 256 << 20
 FLUSHES = 3
 MOST_COPIES = 8  # of a weight, run one after the other in a measurement
 MAX_BYTES = 4 << 20  # of the file that remembers
+NUMBERS = (4, 5)  # of a launch shape
 
 
 @dataclass(frozen=True)
@@ -216,4 +217,4 @@ def _read(file: Path) -> dict[str, tuple[int, ...]]:
         entries = {str(name): tuple(int(v) for v in values) for name, values in content.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {name: values for name, values in entries.items() if values and min(values) > 0}
+    return {name: values for name, values in entries.items() if len(values) in NUMBERS and min(values) > 0}
