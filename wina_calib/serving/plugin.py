@@ -8,7 +8,7 @@ from typing import Any
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.model.config import METHOD
 
-TESTED = "0.32"  # major and minor number of vLLM
+TESTED = ("0.31", "0.32")  # major and minor numbers of vLLM
 
 
 def register() -> None:
@@ -43,9 +43,12 @@ def _name_own_classes() -> None:
 
 def refusal(version: str) -> str | None:
     """Why a version of vLLM is not served with; None where it is."""
-    if re.match(rf"{re.escape(TESTED)}(\.|$)", version):
+    if re.match(rf"({'|'.join(map(re.escape, TESTED))})(\.|$)", version):
         return None
-    return f"vLLM {version} was not tested with this wina_calib. Install vLLM {TESTED}, or a wina_calib that names {version}."
+    return (
+        f"vLLM {version} was not tested with this wina_calib. Install vLLM {' or '.join(TESTED)}, or a wina_calib that names "
+        f"{version}."
+    )
 
 
 def _refusing(base: Any, message: str) -> Any:

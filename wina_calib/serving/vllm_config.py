@@ -13,6 +13,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -25,10 +27,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from wina_calib.errors import RuntimeLoadError, UnsupportedModel
 from wina_calib.model.config import METHOD
 from wina_calib.model.locate import resolve
-from wina_calib.quantization.formats import QuantizedRows
+from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, dispatch, native
 from wina_calib.serving import product
 from wina_calib.serving.plan import VARIABLES, Mask, Options, ServingPlan, make_plan, options_from
+from wina_calib.serving.split import own_outputs, take_inputs, take_outputs
 
 logger = init_logger("vllm.plugins.wina")
 
@@ -40,9 +43,8 @@ if not hasattr(torch.ops.vllm, product.NAME):
 class WinaConfig(QuantizationConfig):
     """`quantization_config` of a calibrated checkpoint, as vLLM sees it."""
 
-    def __init__(self, raw: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.raw = raw
         self.plan: ServingPlan | None = None
         self.masks: dict[str, Mask] = {}
 
@@ -66,8 +68,8 @@ class WinaConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> WinaConfig:
-        """From the object in config.json, or what `--hf-overrides` put in its place."""
-        return cls(config)
+        """From the object in config.json, which is read again with the checkpoint."""
+        return cls()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Open the checkpoint and say what was found: vLLM calls this once, before it loads weights."""
@@ -172,14 +174,9 @@ class WinaLinearMethod(UnquantizedLinearMethod):
         **extra: Any,
     ) -> None:
         """As of a dense layer, loaded as that; nothing where weights are quantized."""
-        self.sizes, self.inputs = list(output_partition_sizes), input_size
-        self.has_all_outputs = sum(output_partition_sizes) == output_size
+        self.sizes, self.inputs, self.width = list(output_partition_sizes), input_size, input_size_per_partition
+        self.whole_sizes = _whole_sizes(layer, output_size)
         if self.plan.settings.weight_format is not None:
-            if not self.has_all_outputs or input_size_per_partition != input_size:
-                raise RuntimeLoadError(
-                    "Quantized checkpoints are served by one process. Leave out --tensor-parallel-size, or serve the checkpoint "
-                    "in 16 bits."
-                )
             layer.weight = _constant(torch.empty(0, dtype=params_dtype))
             return
         super().create_weights(
@@ -193,7 +190,6 @@ class WinaLinearMethod(UnquantizedLinearMethod):
             RuntimeLoadError: the weights are not those of the calibration.
         """
         weight = layer.weight.data
-        width = weight.shape[1] if weight.ndim == 2 else self.inputs
         if self.masks[0].norm.shape[0] != self.inputs:
             raise RuntimeLoadError(
                 f"{layer.prefix} has {self.inputs} inputs in vLLM, the calibration {self.masks[0].norm.shape[0]}."
@@ -208,35 +204,41 @@ class WinaLinearMethod(UnquantizedLinearMethod):
         layer.wina_policy = _constant(policy)
         parts = self._parts()
         start = 0
-        for i, (mask, size) in enumerate(parts):
-            norm = self._own_inputs(layer, mask.norm, width)
+        for i, (mask, whole, sizes) in enumerate(parts):
+            norm = self._own_inputs(layer, mask.norm)
             setattr(layer, f"wina_norm_{i}", _constant(norm.contiguous()))
-            setattr(layer, f"wina_threshold_{i}", _constant(torch.tensor(mask.threshold)))
+            setattr(layer, f"wina_threshold_{i}", _constant(torch.tensor(mask.threshold, dtype=torch.float32)))
             quantized = self.plan.quantized(mask)
             if quantized is not None:
-                for name, tensor in quantized.named().items():
+                for name, tensor in self._own_part(layer, quantized, whole, sizes).named().items():
                     setattr(layer, f"wina_{name}_{i}", _constant(tensor.contiguous()))
                 continue
-            own = weight[start : start + size]
-            start += size
-            if self.has_all_outputs and width == self.inputs and not mask.knows(own):
+            own = weight[start : start + sum(sizes)]
+            start += sum(sizes)
+            if self.width == self.inputs and whole == sizes and not mask.knows(own):
                 raise RuntimeLoadError(
                     f"{layer.prefix}: the weights are not those that the calibration was made for. Calibrate them again."
                 )
             setattr(layer, f"wina_weight_{i}", _constant(cpu.column_storage([own]).t()))
-        self.bounds = [size for _, size in parts]
-        whole = len(parts) == 1 and self.plan.settings.weight_format is None
-        layer.weight = layer.wina_weight_0 if whole else _constant(weight.new_empty(0))
+        self.bounds = [sum(sizes) for _, _, sizes in parts]
+        whole_weight = len(parts) == 1 and settings.weight_format is None
+        layer.weight = layer.wina_weight_0 if whole_weight else _constant(weight.new_empty(0))
 
-    def _parts(self) -> list[tuple[Mask, int]]:
-        """The masks of this layer and how many outputs of this process each one serves."""
+    def _parts(self) -> list[tuple[Mask, list[int], list[int]]]:
+        """The masks of this layer; outputs of the parts that each one serves, in the model and in this process."""
         if all(mask is self.masks[0] for mask in self.masks):
-            return [(self.masks[0], sum(self.sizes))]
-        return list(zip(self.masks, self.sizes, strict=True))
+            return [(self.masks[0], self.whole_sizes, self.sizes)]
+        return [(m, [whole], [own]) for m, whole, own in zip(self.masks, self.whole_sizes, self.sizes, strict=True)]
 
-    def _own_inputs(self, layer: Any, norm: Tensor, width: int) -> Tensor:
+    def _own_inputs(self, layer: Any, norm: Tensor) -> Tensor:
         """The norms of the inputs that this process has."""
-        return norm if width == norm.shape[0] else norm.narrow(0, layer.tp_rank * width, width)
+        return norm if self.width == self.inputs else norm.narrow(0, layer.tp_rank * self.width, self.width)
+
+    def _own_part(self, layer: Any, weight: Quantized, whole: list[int], sizes: list[int]) -> Quantized:
+        """The quantized weights of this process."""
+        if self.width != self.inputs:
+            return take_inputs(weight, layer.tp_rank * self.width, self.width)
+        return take_outputs(weight, own_outputs(whole, sizes, layer.tp_rank, layer.tp_size))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The masked product (..., out) of x (..., in)."""
@@ -311,6 +313,14 @@ def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
     )
     outside = settings.unfitted(settings.sparsity)
     return checkpoint, served if outside is None else f"{served}; {outside}"
+
+
+def _whole_sizes(layer: Any, output_size: int) -> list[int]:
+    """Outputs of the parts of a layer in the model, whatever a process has of them."""
+    if isinstance(layer, QKVParallelLinear):
+        heads, few = layer.total_num_heads, layer.total_num_kv_heads
+        return [heads * layer.head_size, few * layer.head_size, few * layer.v_head_size]
+    return list(layer.output_sizes) if isinstance(layer, MergedColumnParallelLinear) else [output_size]
 
 
 def _refuse_options() -> None:
