@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -107,3 +108,29 @@ def test_a_damaged_file_is_refused(calibrated: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_not_calibrated_is_refused(llama: Path) -> None:
     with pytest.raises(CheckpointError, match="is not calibrated"):
         make_plan(llama, Options())
+
+
+@pytest.fixture(scope="module")
+def reference(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "c"
+    options = {"transform": "none", "budget": "uniform", "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
+    wina_calib.calibrate(llama, folder, weights="reference", data=str(text), samples=80, seq_len=128, **options)
+    return folder
+
+
+def test_a_calibration_by_reference_is_served_with_its_base_model(
+    reference: Path, llama: Path, calibrated: Path
+) -> None:
+    plan = make_plan(llama, options_from({}, {"WINA_CALIBRATION": str(reference)}))
+    assert plan.folder == reference
+    for mask, wanted in zip(plan.masks, make_plan(calibrated, Options()).masks, strict=True):
+        assert (mask.projections, mask.threshold) == (wanted.projections, wanted.threshold)
+        assert torch.equal(mask.norm, wanted.norm)
+
+
+def test_another_base_model_is_refused(reference: Path, calibrated: Path, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="is not the base model that .* was made for"):
+        make_plan(tmp_path / "other", Options(calibration=str(reference)))
+    with pytest.raises(RuntimeLoadError, match=r"has weights of its own\. Serve it as it is, without WINA_CALIBRATION"):
+        make_plan(tmp_path / "other", Options(calibration=str(calibrated)))

@@ -197,9 +197,10 @@ def _opened(folder: Path, calibration: str | None) -> tuple[Checkpoint, Shards]:
         raise RuntimeLoadError(
             f"{checkpoint.folder} has weights of its own. Serve it as it is, without WINA_CALIBRATION and --quantization."
         )
-    checkpoint.verify_weights(folder)
     base = open_folder(folder)
-    return checkpoint, open_weights(base, ask(base))
+    weights = open_weights(base, ask(base))
+    checkpoint.verify_base(base, weights)
+    return checkpoint, weights
 
 
 def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
