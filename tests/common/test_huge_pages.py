@@ -37,3 +37,13 @@ def resident(file: Path) -> int:
     """Bytes of a mapped file that are in this process's memory."""
     _, _, told = Path("/proc/self/smaps").read_text().partition(str(file))
     return 1024 * int(told.partition("Rss:")[2].split()[0])
+
+
+@pytest.mark.parametrize("count", [1000, 262_145, 300_001, 3 << 19, 5_000_003])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_tensors_of_any_size_are_moved_whole(count: int, offset: int) -> None:
+    given = torch.arange(count + offset, dtype=torch.int32)[offset:].view(1, -1)
+    made = moved_to_huge_pages(given)
+    assert made.shape == given.shape
+    assert torch.equal(made, given)
+    assert (made.data_ptr() == given.data_ptr()) == (given.nbytes < 1 << 20)

@@ -20,6 +20,7 @@ from transformers import (
 import wina_calib
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.errors import RuntimeLoadError
+from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.load import runtime_state
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100], [1, 44, 55, 66, 77, 88, 99, 111]])
@@ -191,3 +192,19 @@ def test_an_adapter_trains_and_is_not_merged(folder: Path) -> None:
     assert any(gradient.any() for gradient in gradients)
     with pytest.raises(RuntimeLoadError, match="quantized and cannot be changed"):
         model.merge_and_unload()
+
+
+def test_loading_dequantizes_no_matrix(tied: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks every module for its weight, to fill what is missing: lm_head alone would be ten times its bytes."""
+    made: list[tuple[int, ...]] = []
+    plain = QuantizedRows.dequantize
+
+    def dequantize(self: QuantizedRows, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(tuple(self.codes.shape))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(QuantizedRows, "dequantize", dequantize)
+    monkeypatch.setattr(Quantized, "whole", lambda self, dtype: made.append(tuple(self.codes.shape)))
+    scaled = "Scaled" in type(wina_calib.load(tied).get_input_embeddings()).__name__  # it has a scale that is filled
+    wina_calib.load(folder)
+    assert len(made) == scaled

@@ -23,6 +23,7 @@ OWN_PAGES = 4 << 20  # bytes from which on a tensor gets pages of its own
 _HUGE_PAGE = 2 << 20
 _MOVED = 1 << 20  # bytes from which on a tensor is worth a huge page that it does not fill
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_PART = 8 << 20  # bytes that are moved at a time
 _GROWTH = 32 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
 
@@ -84,7 +85,7 @@ def _advise(start: int, size: int, advice: int) -> None:
         libc.madvise(start, size, advice)
 
 
-def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, least: int = OWN_PAGES) -> Tensor:
+def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, *, tight: bool = False) -> Tensor:
     """A tensor on the CPU whose memory is new, so that the system can give huge pages for it; a small one is any tensor.
 
     What torch allocates may be memory that was freed before, whose pages are there already and stay small.
@@ -92,19 +93,20 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, least: int =
     Args:
         shape: of the tensor.
         dtype: of its numbers.
-        least: bytes below which it is small.
+        tight: smaller tensors too, and small pages where the last huge one would stay empty by more than a quarter.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < least or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < (_MOVED if tight else OWN_PAGES) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # no memory, which torch says in its own words
         return torch.empty(shape, dtype=dtype, device="cpu")
-    with contextlib.suppress(OSError):  # a system without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+    pages = -(-size // _HUGE_PAGE) - int(tight and 0 < size % _HUGE_PAGE < 3 * _HUGE_PAGE // 4)
+    with contextlib.suppress(OSError, ValueError):  # a system without huge pages, or none that is filled
+        memory.madvise(mmap.MADV_HUGEPAGE, start, pages * _HUGE_PAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
 
 
@@ -112,17 +114,22 @@ def moved_to_huge_pages(tensor: Tensor) -> Tensor:
     """A tensor on the CPU with its numbers in memory of its own, in huge pages.
 
     What transformers loads lies in the pages of the file, which stay small. They are given back at once, as the file still has
-    them: moving all tensors, one after another, takes no more memory than the largest of them. Other memory is its owner's.
+    them: moving all tensors, a part after another, takes no more memory than a part. Other memory is its owner's.
     """
     size = tensor.nbytes
     if not tensor.is_cpu or size < _MOVED or not tensor.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
-    made = empty_in_huge_pages(tuple(tensor.shape), tensor.dtype, _MOVED).copy_(tensor)
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    whole = (tensor.data_ptr() + size - start) // page * page
-    if whole > 0 and _is_of_a_file(start, whole):
-        _advise(start, whole, mmap.MADV_DONTNEED)
+    made = empty_in_huge_pages(tuple(tensor.shape), tensor.dtype, tight=True)
+    first, page = tensor.data_ptr(), mmap.PAGESIZE
+    of_a_file = _is_of_a_file(first, size)
+    given = -(-first // page) * page  # up to here
+    count = _PART // tensor.itemsize
+    for old, new in zip(tensor.view(-1).split(count), made.view(-1).split(count), strict=True):
+        new.copy_(old)
+        stop = (old.data_ptr() + old.nbytes) // page * page
+        if of_a_file:
+            _advise(given, stop - given, mmap.MADV_DONTNEED)
+        given = max(given, stop)
     return made
 
 

@@ -32,6 +32,7 @@ class QuantizedLinear(SparseLinear):
     def __init__(self, dense: nn.Linear, site: SiteState, group: MaskGroup, position: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
+        _fill_nothing(self)
         self._place(site, group, position)
         self.first = sum(p.out_features for p in group.projections[:position])
         self.register_buffer(
@@ -154,7 +155,14 @@ def _quantized_embedding(dense: nn.Embedding) -> QuantizedEmbedding:
     made.padding_idx = None
     del made._parameters["weight"]
     made.hold_rows(dense.num_embeddings, dense.embedding_dim, weight)
+    if type(dense) is nn.Embedding:  # a family's own may have more to fill
+        _fill_nothing(made)
     return made
+
+
+def _fill_nothing(module: Any) -> None:
+    """Tell transformers that there is nothing to fill in a module without a bias: it would ask for the dequantized weight."""
+    module.__dict__["_is_hf_initialized"] = getattr(module, "bias", None) is None
 
 
 class QuantizedHead(QuantizedRowsModule, nn.Linear):
@@ -165,6 +173,7 @@ class QuantizedHead(QuantizedRowsModule, nn.Linear):
     def __init__(self, dense: nn.Linear, tied: QuantizedEmbedding | None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
+        _fill_nothing(self)
         self.__dict__["tied"] = tied  # a neighbour, not a child
         if tied is None:
             self.hold_rows(dense.out_features, dense.in_features, dense.weight)
