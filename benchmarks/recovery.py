@@ -22,7 +22,19 @@ from wina_calib.common.progress import Silent
 
 SPARSITIES = (0.4, 0.5, 0.65)
 QUANTIZED = (0.25, 0.4, 0.5)
-PASSED = ("tokens", "lr", "batch", "seq_len", "hidden", "bits", "group_size", "max_time", "micro_batch", "train")
+PASSED = (
+    "tokens",
+    "lr",
+    "batch",
+    "seq_len",
+    "hidden",
+    "noise",
+    "bits",
+    "group_size",
+    "max_time",
+    "micro_batch",
+    "train",
+)
 
 
 class Printed(Silent):
@@ -82,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--more-data", action="append", default=[], help="mixed in evenly when recovering")
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sparse", type=Path, help="a calibrated checkpoint, made there if it is not")
@@ -92,7 +105,7 @@ def main() -> None:
     parser.add_argument("--turns", type=numbers, default=())
     parser.add_argument("--tasks", action="append", default=[])
     for name in PASSED:
-        kind = float if name in ("lr", "hidden", "max_time") else str if name == "train" else int
+        kind = float if name in ("lr", "hidden", "noise", "max_time") else str if name == "train" else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +114,8 @@ def main() -> None:
     if given.only_calibrate:
         return
     options = {name: value for name in PASSED if (value := getattr(given, name)) is not None}
-    options |= {"sparsities": sparsities, "turns": given.turns, "tasks": tuple(given.tasks), "data": given.data}
+    options |= {"sparsities": sparsities, "turns": given.turns, "tasks": tuple(given.tasks)}
+    options["data"] = (given.data, *given.more_data)
     start = time.monotonic()
     found = wina_calib.recover(
         sparse,

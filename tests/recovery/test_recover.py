@@ -120,7 +120,16 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     assert wina_calib.evaluate(tmp_path / "out", data=options["data"], tokens=4096).model_sparsity == pytest.approx(
         0.5, abs=0.02
     )
-    assert facts["recovered"].keys() == {"steps", "skipped", "seconds", "held_out", "best", "sparsities", "tokens"}
+    assert facts["recovered"].keys() == {
+        "steps",
+        "skipped",
+        "seconds",
+        "held_out",
+        "best",
+        "share",
+        "sparsities",
+        "tokens",
+    }
     assert len(found.trained.losses) == 12
     assert not list(tmp_path.glob(".*"))
     assert "trained under masks" in (tmp_path / "out/README.md").read_text()
@@ -348,3 +357,22 @@ def test_tasks_are_solved_before_and_after(calibrated: Path, tmp_path: Path, opt
     assert found.tasks_before["letters"][0.0] == found.tasks_after["letters"][0.0]
     assert found.to_dict()["tasks_after"]["letters"]["0.5"] in (0.0, 1.0)
     assert "letters" in table(found)
+
+
+def test_less_of_the_way_is_taken_where_it_is_better(
+    calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = Training._held_out_losses, []
+
+    def judged(self: Training) -> list[float]:
+        """As if 80 % of the way were best, wherever it leads."""
+        moved = sum(float((p - self._start[name]).norm()) ** 2 for name, p in self._weights.items()) ** 0.5
+        seen.append(moved)
+        return whole(self) if moved == 0 else [1e-3 * (2 - (len(seen) == 4)) for _ in self.sparsities]
+
+    monkeypatch.setattr(Training, "_held_out_losses", torch.no_grad()(judged))
+    found = recover(calibrated, tmp_path / "out", **options)
+    assert (found.trained.best, found.trained.share) == (12, 0.8)
+    assert seen[3] == pytest.approx(0.8 * seen[2], rel=1e-3)
+    assert seen[4] == pytest.approx(0.6 * seen[2], rel=1e-3)
+    assert "80% of the way" in table(found)

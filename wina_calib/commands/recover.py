@@ -42,7 +42,8 @@ def table(found: Any) -> str:
     """A finished recovery for people: rise, agreement and divergence before and after, by kind of text."""
     lines = [
         f"{found.folder}: {found.trained.steps} steps in {found.trained.seconds / 60:.1f} minutes; the weights of step "
-        f"{found.trained.best} were kept.",
+        f"{found.trained.best} were kept"
+        + (f", {found.trained.share:.0%} of the way there." if found.trained.share < 1 else "."),
         f"{'text':<20}{'sparsity':>9}{'rise before':>13}{'after':>9}{'same token':>12}{'after':>8}{'KL':>8}{'after':>8}",
     ]
     for kind, by in found.before.items():

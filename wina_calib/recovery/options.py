@@ -13,7 +13,7 @@ from wina_calib.errors import UsageError
 SELF = "self"  # data that the dense model writes itself
 TRAINED = ("auto", "all", "adapters")
 # Weights, and the highest learning rate that hurt no model of that size at any sparsity tried.
-LEARNING_RATES = ((3e8, 5e-5), (1e9, 3e-5), (4e9, 1e-5), (float("inf"), 5e-6))
+LEARNING_RATES = ((3e8, 1e-4), (1e9, 3e-5), (4e9, 1e-5), (float("inf"), 5e-6))
 ADAPTER_FACTOR = 10  # low-rank adapters start at zero and bear more
 
 
@@ -46,6 +46,11 @@ class RecoverOptions:
     )
     hidden: float = option(
         1.0, "Weight of the layers' hidden states in the loss, beside the divergence of predictions.", metavar="W"
+    )
+    noise: float = option(
+        0.0,
+        "Share of tokens that are replaced by others: little text, gone through often, is not known by heart.",
+        metavar="P",
     )
     lr: float = option(0.0, "Highest learning rate; 0 chooses by the model's size.", metavar="RATE")
     train: str = option(
@@ -86,6 +91,7 @@ class RecoverOptions:
                 f"turns are {self.turns}; expected a number from 1 on for each of the sparsities {self.sparsities}",
             ),
             (0 <= self.hidden < 1e6, f"hidden is {self.hidden}; expected a number from 0 on"),
+            (0 <= self.noise < 1, f"noise is {self.noise}; expected a number in [0, 1)"),
             (self.task_items >= 0, f"task-items is {self.task_items}; expected 0 or more"),
             (0 <= self.lr < 1, f"lr is {self.lr}; expected a number in [0, 1)"),
             (self.train in TRAINED, f"train is {self.train!r}; expected one of {', '.join(TRAINED)}"),

@@ -24,6 +24,7 @@ from wina_calib.corpus.blocks import fingerprint
 from wina_calib.errors import NumericError, StateError
 from wina_calib.model.architecture import Architecture
 from wina_calib.quantization.formats import WeightFormat
+from wina_calib.recovery.batches import Batches
 from wina_calib.recovery.distiller import Distiller
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import SELF, RecoverOptions
@@ -41,6 +42,11 @@ NORMS_EVERY = 10
 SAVE_AFTER = 30.0  # seconds of training that are worth a save
 PROBE = 4  # steps whose time says how many fit into a limit of time
 CHECKS = (0.0, 0.5, 1.0)  # of the steps, where held-out text is looked at
+SHARES = (
+    1.0,
+    0.8,
+    0.6,
+)  # of the way from the first weights to the last; less is often better on text that is not known
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Trained:
         seconds: they took, those of earlier runs too.
         held_out: divergence on held-out text at each sparsity, by step.
         best: the step whose weights were kept.
+        share: how much of the way from the first weights to those was kept.
         losses: divergence of every step since the run was last begun.
     """
 
@@ -61,6 +68,7 @@ class Trained:
     seconds: float
     held_out: dict[int, list[float]]
     best: int
+    share: float = 1.0
     losses: list[float] = field(default_factory=list)
 
 
@@ -139,11 +147,14 @@ class Training:
         self._optimizer: Any = torch.optim.AdamW(
             self._weights.values(), lr=self.plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
+        self._start = {name: p.detach().cpu().clone() for name, p in self._weights.items()}
         self._best = {name: p.detach().clone() for name, p in self._weights.items()}
         written = self.options.data == (SELF,)  # anew in each run, and not to the bit
         text = None if written else fingerprint(torch.cat([self.ids, self.held_out]))
         self._given = {"text": text, "adapters": self.plan.adapters}
+        self._text = Batches(self.ids, self.options.batch, self.options.noise, self.options.seed)
         values = self._restore()
+        self._merit, self._share = float(values.get("merit", 1.0)), float(values.get("share", 1.0))
         self._planned = int(values.get("planned", self.plan.steps))
         layers = None if self.turn is None else self.architecture.layers_path
         distiller = Distiller(self.student, self.teacher, layers, self.turn)
@@ -168,38 +179,43 @@ class Training:
                 log.look(self._engine, self.plan.learning_rate)
             seconds = before + time.monotonic() - start
             speed = (done - first) * self.options.batch * self.ids.shape[1] / max(1e-9, seconds - before)
-            last = f"divergence {log.losses[-1]:.4f}, " if log.losses else ""
-            self.report.step(f"{last}sparsity {self.masks.sparsity:g}, {speed:,.0f} tokens a second")
+            last = (
+                f"divergence {log.losses[-1]:.4f} at {self._turn(first + len(log.losses) - 1):g}, "
+                if log.losses
+                else ""
+            )
+            self.report.step(f"{last}{speed:,.0f} tokens a second")
             if done == PROBE and self.options.max_time:
                 log.look(self._engine, self.plan.learning_rate)
-                left = 60 * self.options.max_time - before - 3 * (opened - start)  # the two checks to come
+                left = 60 * self.options.max_time - before - (2 + len(SHARES)) * (opened - start)  # for the checks
                 self._planned = self.ranks.from_first(self._fitting(left, (time.monotonic() - opened) / (done - first)))
             if done in {round(share * self._planned) for share in CHECKS}:
                 log.look(self._engine, self.plan.learning_rate)
-                best = self._check(done, held, best)
-            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best} | self._given
-            state["planned"] = self._planned
+                best = self._check(done, held, best, last=done == self._planned)
+            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
+            state |= {"planned": self._planned, "merit": self._merit, "share": self._share} | self._given
             if self.ranks.from_first(seconds - before >= SAVE_AFTER):
                 self.phase.save(done, passing=self._saved, values=state)
         log.look(self._engine, self.plan.learning_rate)
         if done not in held:
-            best = self._check(done, held, best)
+            best = self._check(done, held, best, last=True)
         self._take(self._best)
-        return Trained(done, log.skipped, before + time.monotonic() - start, held, best, log.losses)
+        seconds = before + time.monotonic() - start
+        return Trained(done, log.skipped, seconds, held, best, self._share, log.losses)
 
     def _step(self, distiller: nn.Module, step: int) -> Tensor:
         """One optimizer step; (2,): its divergence, and 1, or 0 where it was not a number and left out."""
         self.student.train()
-        self.masks.sparsity, self.masks.follows = self.in_turn[step % len(self.in_turn)], True
+        self.masks.sparsity, self.masks.follows = self._turn(step), True
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.learning_rate * _schedule(step, self._planned)
-        rows = self._rows(step)[self.ranks.rank :: self.ranks.size]
+        rows = self._text.rows(step)[self.ranks.rank :: self.ranks.size]
         parts = rows.split(self.plan.micro_batch)
         total = torch.zeros((), device=self.device)
         with self._rounded(step):
             for number, some in enumerate(parts, 1):
                 with nullcontext() if number == len(parts) else self._engine.no_sync(distiller):
-                    kl, apart = distiller(self.ids[some].to(self.device)) * (len(some) / len(rows))
+                    kl, apart = distiller(some.to(self.device)) * (len(some) / len(rows))
                     self._engine.backward(kl + self.options.hidden * apart)
                 total += kl.detach()
         fine = nn.utils.clip_grad_norm_(list(self._weights.values()), CLIP).isfinite()
@@ -211,19 +227,24 @@ class Training:
             self.masks.refresh_norms()
         return torch.stack([total, fine.float()])
 
-    def _rows(self, step: int) -> Tensor:
-        """Which sequences a step takes: all once in a random order, then all again in another."""
-        count, batch = len(self.ids), self.options.batch
-        places = range(step * batch, (step + 1) * batch)
-        orders = {p // count: _order(count, self.options.seed, p // count) for p in places}
-        return torch.tensor([int(orders[p // count][p % count]) for p in places])
+    def _turn(self, step: int) -> float:
+        """The sparsity of a step."""
+        return self.in_turn[step % len(self.in_turn)]
 
-    def _check(self, step: int, held: dict[int, list[float]], best: int) -> int:
-        held[step] = self._held_out_losses()
-        self.report.note(f"divergence on held-out text after {step} steps: {self._shown(held[step])}")
-        if merit(held[step], held[0]) < merit(held[best], held[0]):
-            self._best = {name: p.detach().clone() for name, p in self._weights.items()}
-            return step
+    def _check(self, step: int, held: dict[int, list[float]], best: int, *, last: bool = False) -> int:
+        """Look at held-out text, and keep the weights if they are the best so far; at the end also those on the way there."""
+        now = {name: p.detach().clone() for name, p in self._weights.items()}
+        for share in SHARES if last else (1.0,):
+            self._take({name: torch.lerp(self._start[name].to(self.device), p, share) for name, p in now.items()})
+            losses = self._held_out_losses()
+            if share == 1:
+                held[step] = losses
+            what = f"after {step} steps" + ("" if share == 1 else f", {share:.0%} of the way")
+            self.report.note(f"divergence on held-out text {what}: {self._shown(losses)}")
+            if (found := merit(losses, held[0])) < self._merit:
+                self._best = {name: p.detach().clone() for name, p in self._weights.items()}
+                self._merit, self._share, best = found, share, step
+        self._take(now)
         return best
 
     def _shown(self, losses: list[float]) -> str:
@@ -315,8 +336,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _order(count: int, seed: int, epoch: int) -> Sequence[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
-    return order

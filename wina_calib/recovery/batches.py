@@ -1,0 +1,59 @@
+"""Which tokens a step trains on: the same text again and again, but cut in other places, with some tokens replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_EPOCH, _STEP = 1 << 20, 1 << 40  # set the generators of epochs and steps apart
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Text for steps. What a step takes depends on its number alone.
+
+    Attributes:
+        ids: (sequences, seq) the text.
+        batch: sequences a step.
+        noise: share of tokens that others of the text take the place of. The dense model sees them too, so what it says of
+            them is no error; but no text is seen twice.
+        seed: of all choices.
+    """
+
+    ids: Tensor
+    batch: int
+    noise: float
+    seed: int
+
+    def rows(self, step: int) -> Tensor:
+        """The tokens (batch, seq) of a step: all sequences once in a random order, then all again in another."""
+        places = range(step * self.batch, (step + 1) * self.batch)
+        count = len(self.ids)
+        epochs = {p // count: (self._cut(p // count), self._order(p // count)) for p in places}
+        rows = torch.stack([text[order[p % count]] for p in places for text, order in [epochs[p // count]]])
+        if not self.noise:
+            return rows
+        generator = torch.Generator().manual_seed(self.seed * _EPOCH + _STEP + step)
+        replaced = torch.rand(rows.shape, generator=generator) < self.noise
+        replaced[:, 0] = False
+        others = self.ids.flatten()[torch.randint(self.ids.numel(), rows.shape, generator=generator)]
+        return torch.where(replaced, others, rows)
+
+    def _cut(self, epoch: int) -> Tensor:
+        """The text, after the first time cut into sequences elsewhere; a first token that all have stays where it is."""
+        if epoch == 0:
+            return self.ids
+        first = 1 if bool((self.ids[:, 0] == self.ids[0, 0]).all()) and self.ids.shape[1] > 1 else 0
+        body = self.ids[:, first:]
+        shift = int(
+            torch.randint(body.numel(), (), generator=torch.Generator().manual_seed(self.seed * _EPOCH - epoch))
+        )
+        return torch.cat([self.ids[:, :first], body.flatten().roll(shift).view_as(body)], dim=1)
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        generator = torch.Generator().manual_seed(self.seed * _EPOCH + epoch)
+        order: list[int] = torch.randperm(len(self.ids), generator=generator).tolist()
+        return order
