@@ -25,7 +25,7 @@ from wina_calib.errors import CorpusError, NumericError, OutputError, StateError
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import plan_training
-from wina_calib.recovery.run import recover
+from wina_calib.recovery.run import _base, recover
 from wina_calib.recovery.train import Training, merit
 from wina_calib.runtime.load import runtime_state
 
@@ -133,8 +133,8 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     assert len(found.trained.losses) == 12
     assert not list(tmp_path.glob(".*"))
     assert "trained under masks" in (tmp_path / "out/README.md").read_text()
-    with pytest.raises(UsageError, match="Give it with --base"):
-        recover(tmp_path / "out", tmp_path / "again", **options | {"base": None})
+    base = str(calibrated.parent / "model")
+    assert str(_base(RecoverOptions(), open_checkpoint(tmp_path / "out"))) == base  # found where it was
 
 
 def test_another_tokenizer_is_refused(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -299,7 +299,12 @@ def test_too_little_text_is_refused(calibrated: Path, tmp_path: Path, options: d
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_model_that_is_not_there_is_named(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_base_model_that_is_not_there_is_named(
+    calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match="Give it with --base"):
+        patched.setattr("wina_calib.recovery.run.base_model_here", lambda *_: None)
+        recover(calibrated, tmp_path / "out", **options | {"base": None})
     with pytest.raises(UsageError, match="no-such-model.*Give it with --base"):
         recover(calibrated, tmp_path / "out", **options | {"base": str(tmp_path / "no-such-model")})
 

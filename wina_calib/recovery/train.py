@@ -192,7 +192,7 @@ class Training:
             if done in {round(share * self._planned) for share in CHECKS}:
                 log.look(self._engine, self.plan.learning_rate)
                 best = self._check(done, held, best, last=done == self._planned)
-            state = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
+            state: dict[str, Any] = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
             state |= {"planned": self._planned, "merit": self._merit, "share": self._share} | self._given
             if self.ranks.from_first(seconds - before >= SAVE_AFTER):
                 self.phase.save(done, passing=self._saved, values=state)
