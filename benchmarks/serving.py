@@ -1,7 +1,7 @@
 """Steps of vLLM: our sparse checkpoints beside its own bfloat16 and int4, one request to many. Needs vLLM (docs/serving.md).
 
-    python benchmarks/serving.py make FOLDER [--layers 22]
-    python benchmarks/serving.py run FOLDER [--requests 1,8,64] [--rounds 3] [--threads 2] [--eager] [--json FILE]
+    python -m benchmarks.serving make FOLDER [--layers 22]
+    python -m benchmarks.serving run FOLDER [--requests 1,8,64] [--rounds 3] [--threads 2] [--eager] [--json FILE]
 
 `make` writes four checkpoints of TinyLlama's shape. As only speed is asked, weights are random and two layers are repeated, their
 thresholds are quantiles of the scores of a few tokens, and int4 is rounded to nearest: ours as calibration stores it, vLLM's
@@ -94,7 +94,10 @@ def write_sparse(few, like, out, layers, sparsity):
         head = quantize_rows(stored.pop("lm_head.weight"))
         made |= {"lm_head.codes": head.codes, "lm_head.scales": head.scales}
         stored["model.norm.weight"] = stored["model.norm.weight"].view(1, -1)  # as stored, see docs/format.md
-    write(like, out, repeated(stored | made, layers), SHAPE | {"num_hidden_layers": layers, "head_dim": 64})
+    section = json.loads((like / "config.json").read_text())["quantization_config"]
+    section |= {"budget": "uniform", "curve_levels": [], "samples": 0}
+    changes = SHAPE | {"num_hidden_layers": layers, "head_dim": 64, "quantization_config": section}
+    write(like, out, repeated(stored | made, layers), changes)
 
 
 def repeated(tensors, layers):

@@ -10,6 +10,7 @@ as pairs of token and log-probability, `counts` of the engine's, `masks` and `an
 import gc
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Recorder:
         known = next(iter(metadata.values()))
         starts, lengths = known.query_start_loc.tolist(), known.seq_lens.tolist()
         first, prompts, _ = layer.wina_policy.tolist()
+        x = x.reshape(-1, x.shape[-1])
         opened = open_rows_now(len(x), first=bool(first), prompts=bool(prompts))
         for i in range(len(method.bounds)):
             keep = x.float().abs() * getattr(layer, f"wina_norm_{i}") > getattr(layer, f"wina_threshold_{i}")
@@ -110,6 +112,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
         return {"outputs": pairs, "counts": counts, "masks": masks, "anew": anew}
     except Exception as error:
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         del llm

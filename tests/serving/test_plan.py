@@ -121,11 +121,14 @@ def reference(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_a_calibration_by_reference_is_served_with_its_base_model(
     reference: Path, llama: Path, calibrated: Path
 ) -> None:
-    plan = make_plan(llama, options_from({}, {"WINA_CALIBRATION": str(reference)}))
-    assert plan.folder == reference
-    for mask, wanted in zip(plan.masks, make_plan(calibrated, Options()).masks, strict=True):
-        assert (mask.projections, mask.threshold) == (wanted.projections, wanted.threshold)
-        assert torch.equal(mask.norm, wanted.norm)
+    for plan in (
+        make_plan(llama, options_from({}, {"WINA_CALIBRATION": str(reference)})),
+        make_plan(reference, Options()),
+    ):
+        assert plan.folder == reference
+        for mask, wanted in zip(plan.masks, make_plan(calibrated, Options()).masks, strict=True):
+            assert (mask.projections, mask.threshold) == (wanted.projections, wanted.threshold)
+            assert torch.equal(mask.norm, wanted.norm)
 
 
 def test_another_base_model_is_refused(reference: Path, calibrated: Path, tmp_path: Path) -> None:

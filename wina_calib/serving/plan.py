@@ -189,10 +189,12 @@ def make_plan(folder: Path, options: Options) -> ServingPlan:
 
 def _opened(folder: Path, calibration: str | None) -> tuple[Checkpoint, Shards]:
     """A checkpoint, and where the weights that it is for are."""
-    if calibration is None:
-        checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder if calibration is None else resolve(calibration)[0])
+    if calibration is None and not checkpoint.opened.is_reference:
         return checkpoint, checkpoint.shards
-    checkpoint = open_checkpoint(resolve(calibration)[0])
+    if calibration is None:
+        base = checkpoint.verify_weights()
+        return checkpoint, open_weights(base, ask(base))
     if not checkpoint.opened.is_reference:
         raise RuntimeLoadError(
             f"{checkpoint.folder} has weights of its own. Serve it as it is, without WINA_CALIBRATION and --quantization."
