@@ -133,6 +133,7 @@ def learn(
     steps: int,
     sites_per_step: int,
     seed: int,
+    fixed: int = 0,
     saved: Mapping[str, Tensor] | None = None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
     progress: Progress = SILENT,
@@ -148,6 +149,7 @@ def learn(
         steps: descent steps.
         sites_per_step: problems drawn, without replacement until all have been, for each step.
         seed: of the draws.
+        fixed: so many of the first axes stay where they are.
         saved: the state of the same descent at one of its checks, to go on from.
         save: called with that state at each check.
         progress: hears of every held-out check.
@@ -174,6 +176,8 @@ def learn(
             order = order or torch.randperm(len(problems), generator=generator).tolist()
             drawn.append(problems[order.pop()])
         plane = _planes(drawn, rotation.to(dtype), [_train_rows(p, generator) for p in drawn])
+        plane[:, :fixed] = 0
+        plane[:, :, :fixed] = 0
         moment.lerp_(plane, 1 - _MOMENTUM)
         turn = _evened(moment.lerp(plane, 1 - _MOMENTUM).to(dtype)) * (_RATE * (1 - (step - 1) / steps))
         # Orthogonal to the fourth order of the rate and to rounding: made exact at every check.

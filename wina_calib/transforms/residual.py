@@ -12,10 +12,9 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import read_ahead
 from wina_calib.model.architecture import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
-from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, checks, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
-from wina_calib.transforms.sinks import keep_on_axes
+from wina_calib.transforms.sinks import axes_with
 from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
 SITES_PER_STEP = 8
@@ -78,7 +77,8 @@ def fit_residual(
                 pooled.addmm_(rows.double().T, rows.double(), alpha=energy / problem.inputs.shape[1])
         del weights  # the layer after the next is read from now on
         progress.step(f"layer {index + 1}")
-    start = eigenvectors(pooled).to(device).unsqueeze(0)
+    massive = statistics.massive()
+    start = axes_with(massive, pooled).to(device).unsqueeze(0)
     progress.phase(_TURN, checks(steps, int(saved["step"]) if saved else 0))
     rotation, _, _ = learn(
         problems,
@@ -86,11 +86,12 @@ def fit_residual(
         steps=steps,
         sites_per_step=min(SITES_PER_STEP, len(problems)),
         seed=seed,
+        fixed=massive.shape[1],
         saved=saved,
         save=save,
         progress=progress,
     )
-    return keep_on_axes(rotation[0].cpu(), statistics.massive())
+    return rotation[0].cpu()
 
 
 def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:
