@@ -381,3 +381,22 @@ def test_less_of_the_way_is_taken_where_it_is_better(
     assert seen[3] == pytest.approx(0.8 * seen[2], rel=1e-3)
     assert seen[4] == pytest.approx(0.6 * seen[2], rel=1e-3)
     assert "80% of the way" in table(found)
+
+
+def test_a_run_that_died_when_all_was_done_is_found_finished(
+    calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Died(BaseException):
+        pass
+
+    def dies(state: Path) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr("wina_calib.recovery.run.drop", dies)
+        recover(calibrated, tmp_path / "out", **options | {"tokens": 4 * 4 * 64})
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.state"}
+    with pytest.raises(OutputError, match="was finished already; what was left of its making is removed"):
+        recover(calibrated, tmp_path / "out", **options | {"tokens": 4 * 4 * 64})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    open_checkpoint(tmp_path / "out").verify_weights()

@@ -196,7 +196,7 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
             if job.options.keep_state:
                 publish(work, target)
                 return settings
-            mark_finished(state, _digests(work))
+            mark_finished(state, digests(work))
             publish(work, target)
             drop(state)
             return settings
@@ -218,10 +218,10 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
 
 def _is_left_over(state: Path, target: Path) -> bool:
     """Whether a run gave the output its name and died before it removed its state."""
-    return not (state / "output").exists() and has_finished(state, lambda: _digests(target))
+    return not (state / "output").exists() and has_finished(state, lambda: digests(target))
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """What tells one result from another: its settings and its fitted tensors."""
     files = (config_file(folder), folder / WINA_FILE)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.calibration.quantize_sites import check_format
+from wina_calib.calibration.run import digests
 from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.evaluation_file import calibration_fingerprint
 from wina_calib.checkpoint.export_dense import export_dense
@@ -33,7 +34,7 @@ from wina_calib.common.distributed import Ranks, shared_ranks
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress, Ticking, Within
 from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT
-from wina_calib.errors import UsageError, WinaError
+from wina_calib.errors import OutputError, UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.config import remote_code
 from wina_calib.model.locate import load_tokenizer, resolve
@@ -49,7 +50,7 @@ from wina_calib.recovery.tasks import read_tasks
 from wina_calib.recovery.text import training_text
 from wina_calib.recovery.train import Trained, Training
 from wina_calib.storage.resume import RunState, open_run_state
-from wina_calib.storage.resume_files import drop, state_folder
+from wina_calib.storage.resume_files import drop, has_finished, mark_finished, state_folder
 
 MEASURED = {"built-in held-out": (HELDOUT,), "code": ("builtin:heldout:code",)}
 MEASURED_TOKENS = 16_384
@@ -152,6 +153,7 @@ def _begin(
     """Check what was given and lay hold of the output; the checkpoint, the dense model's folder, and the run's state."""
     folder, _ = resolve(checkpoint)
     if ranks.is_first:
+        _clear_left_over(target, overwrite=chosen.overwrite)
         check_output(target, overwrite=chosen.overwrite, keep=folder, made=("config.json",))
     opened = open_checkpoint(folder)
     base = _base(chosen, opened)
@@ -165,6 +167,23 @@ def _begin(
         state, lambda: _identity(opened, base, chosen, ranks), restart=chosen.restart, ranks=ranks, report=report
     )
     return opened, base, run
+
+
+def _clear_left_over(target: Path, *, overwrite: bool) -> None:
+    """Remove the state of a run that gave the output its name and died before it removed its state.
+
+    Raises:
+        OutputError: the output is not to be replaced.
+    """
+    state = state_folder(target)
+    if not has_finished(state, lambda: digests(target)):
+        return
+    drop(state)
+    if not overwrite:
+        raise OutputError(
+            f"{target} was finished already; what was left of its making is removed. `wina-calib inspect {target}` tells of it; "
+            "--overwrite (Python: overwrite=True) makes it anew."
+        )
 
 
 @dataclass(frozen=True)
@@ -240,6 +259,7 @@ class _Recovering:
             calibrate_trained(weights, made, opened, chosen, sparsities, trained, self.base, inner)
             write_card(made, name=self.target.name)
             after = measured("after", made, heard)
+            mark_finished(state, digests(made))
             publish(made, self.target)
             return Recovery(self.target, plan, trained, before[0], after[0], before[1], after[1])
 
