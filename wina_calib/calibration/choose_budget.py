@@ -131,9 +131,9 @@ def allocate(
         return ChosenBudget(solve_rows(cells, options.anchors, asked, bounds, None))
     if options.budget == "greedy":
         some = stream(GREEDY_TOKENS)
-        found = greedy(some, rule, options.anchors, phase=phase, progress=progress)
-        facts = asdict(found.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
-        return ChosenBudget(found.rows, facts={"greedy": facts})
+        searched = greedy(some, rule, options.anchors, phase=phase, progress=progress)
+        facts = asdict(searched.cost) | {"layers": len(arch.layers), "tokens": some.tokens}
+        return ChosenBudget(searched.rows, facts={"greedy": facts})
     used = stream(usable_tokens(tokens))
     curves = measure_curves(used, rule, seed=options.seed, phase=phase, progress=progress)
     if (other := _checkpoint(options, arch, cells)) is not None:

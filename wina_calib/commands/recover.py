@@ -32,30 +32,30 @@ def command(checkpoint: str, output: Path, as_json: bool, **options: Any) -> Non
     from wina_calib.recovery.run import recover
 
     with bars() as progress, stoppable():
-        found = recover(checkpoint, output, progress=progress, **options)
+        recovered = recover(checkpoint, output, progress=progress, **options)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
         return
-    emit(found.to_dict(), table(found), as_json=as_json)
+    emit(recovered.to_dict(), table(recovered), as_json=as_json)
 
 
-def table(found: Any) -> str:
+def table(made: Any) -> str:
     """A finished recovery for people: rise, agreement and divergence before and after, by kind of text."""
     lines = [
-        f"{found.folder}: {found.trained.steps} steps in {found.trained.seconds / 60:.1f} minutes; the weights of step "
-        f"{found.trained.best} were kept"
-        + (f", {found.trained.share:.0%} of the way there." if found.trained.share < 1 else "."),
+        f"{made.folder}: {made.trained.steps} steps in {made.trained.seconds / 60:.1f} minutes; the weights of step "
+        f"{made.trained.best} were kept"
+        + (f", {made.trained.share:.0%} of the way there." if made.trained.share < 1 else "."),
         f"{'text':<20}{'sparsity':>9}{'rise before':>13}{'after':>9}{'same token':>12}{'after':>8}{'KL':>8}{'after':>8}",
     ]
-    for kind, by in found.before.items():
+    for kind, by in made.before.items():
         for sparsity, before in by.items():
-            after = found.after[kind][sparsity]
+            after = made.after[kind][sparsity]
             lines.append(
                 f"{kind:<20}{sparsity:>9.0%}{before.rise:>13.1%}{after.rise:>9.1%}{before.top1_agreement:>12.3f}"
                 f"{after.top1_agreement:>8.3f}{before.kl:>8.3f}{after.kl:>8.3f}"
             )
-    if found.tasks_before:
+    if made.tasks_before:
         lines += ["", f"{'task, share solved':<20}{'sparsity':>9}{'before':>13}{'after':>9}"]
-    for task, solved in found.tasks_before.items():
+    for task, solved in made.tasks_before.items():
         for sparsity, share in solved.items():
-            lines.append(f"{task:<20}{sparsity:>9.0%}{share:>13.3f}{found.tasks_after[task][sparsity]:>9.3f}")
+            lines.append(f"{task:<20}{sparsity:>9.0%}{share:>13.3f}{made.tasks_after[task][sparsity]:>9.3f}")
     return "\n".join(lines)

@@ -68,10 +68,10 @@ class Ranks:
         """Everything that the processes have, small and on the CPU, in the order of the processes."""
         if self.size == 1:
             return list(mine)
-        found: list[Any] = [None] * self.size
+        gathered: list[Any] = [None] * self.size
         with _together():
-            dist.all_gather_object(found, list(mine))
-        return [item for part in found for item in part]
+            dist.all_gather_object(gathered, list(mine))
+        return [item for part in gathered for item in part]
 
     def from_first(self, value: T) -> T:
         """The first process's value, small and on the CPU."""

@@ -15,14 +15,14 @@ _ROWS = 1 << 15  # of the embeddings, at most
 @contextmanager
 def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs (batch, seq, hidden) of layers, in order, as they are made within the context."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        outputs.append(output if isinstance(output, Tensor) else output[0])
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -60,7 +60,7 @@ def rotation_between(dense: Tensor, student: Tensor) -> Tensor | None:
     """
     a, b = (e[:: max(1, len(e) // _ROWS)].double().cpu() for e in (dense, student))
     left, _, right = torch.linalg.svd(a.t() @ b)
-    found: Tensor = left @ right
-    if float((a @ found - b).norm()) > SAME * float(b.norm()):
+    rotation: Tensor = left @ right
+    if float((a @ rotation - b).norm()) > SAME * float(b.norm()):
         return None
-    return found.float().to(student.device)
+    return rotation.float().to(student.device)

@@ -34,11 +34,11 @@ class _Divergence(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 leaf = some.detach().requires_grad_(wanted)
                 logits = student_head(leaf[None])[0]
-            found = log_softmax(logits.detach().float(), -1)
+            log_q = log_softmax(logits.detach().float(), -1)
             chance = target.exp()
-            total += target.sub_(found).mul_(chance).sum()
+            total += target.sub_(log_q).mul_(chance).sum()
             if wanted:
-                gradients += torch.autograd.grad(logits, leaf, found.exp_().sub_(chance).to(logits.dtype))
+                gradients += torch.autograd.grad(logits, leaf, log_q.exp_().sub_(chance).to(logits.dtype))
         ctx.gradient = torch.cat(gradients) if wanted else None
         return total
 

@@ -84,5 +84,5 @@ def _qualities(
 
 def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The decoder's output (tokens, hidden) for all tokens but each sequence's last."""
-    found: Tensor = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    return found.flatten(0, 1)
+    states: Tensor = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    return states.flatten(0, 1)

@@ -79,7 +79,7 @@ def rotation_to(
     if not chosen.hidden:
         return None
     dense, own = (model.get_input_embeddings().weight for model in (teacher, student))
-    found = rotation_between(dense, own) if dense.shape == own.shape else None
-    if found is None:
+    rotation = rotation_between(dense, own) if dense.shape == own.shape else None
+    if rotation is None:
         report.note("hidden states are left out of the loss: no rotation takes the dense model's to the checkpoint's")
-    return found
+    return rotation

@@ -40,7 +40,7 @@ def straight_through(model: nn.Module, arch: Architecture, form: WeightFormat) -
 @torch.no_grad()
 def rounded(weights: Sequence[Tensor], form: WeightFormat) -> list[Tensor]:
     """Weights (out, in) rounded to the nearest values of a format; many at once, side by side along their outputs."""
-    found: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
     by_width: dict[int, list[list[int]]] = defaultdict(lambda: [[]])
     for index, weight in enumerate(weights):
         parts = by_width[weight.shape[1]]
@@ -51,5 +51,5 @@ def rounded(weights: Sequence[Tensor], form: WeightFormat) -> list[Tensor]:
         together = torch.cat([weights[i].t().float() for i in part], dim=1)
         near = quantize_nearest(together, form).dequantize().to(weights[part[0]].dtype)
         split = near.split([weights[i].shape[0] for i in part], dim=1)
-        found |= {i: one.t().contiguous() for i, one in zip(part, split, strict=True)}
-    return [found[i] for i in range(len(weights))]
+        values |= {i: one.t().contiguous() for i, one in zip(part, split, strict=True)}
+    return [values[i] for i in range(len(weights))]

@@ -86,8 +86,8 @@ def accuracy(model: PreTrainedModel, tokenizer: Any, items: Sequence[Item]) -> f
         step = max(1, TOGETHER // length)
         for part in (indices[first : first + step] for first in range(0, len(indices), step)):
             ids = torch.tensor([cases[i].tokens for i in part], device=model.device)
-            for i, found in zip(part, _sums(model, ids, [cases[i].start for i in part]), strict=True):
-                likelihood[i], greedy[i] = found
+            for i, sums in zip(part, _sums(model, ids, [cases[i].start for i in part]), strict=True):
+                likelihood[i], greedy[i] = sums
     right, first = 0, 0
     for item in items:
         last = first + len(item.choices)
@@ -106,8 +106,8 @@ def _case(tokenizer: Any, context: str, choice: str) -> _Case:
 def _sums(model: PreTrainedModel, ids: Tensor, starts: Sequence[int]) -> list[tuple[float, bool]]:
     """For sequences (batch, seq), log-likelihood of what comes from each start on, and whether it is the likeliest throughout."""
     states = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    head, found = Head(model, model.get_decoder()), []
+    head, sums = Head(model, model.get_decoder()), []
     for row, tokens, start in zip(states, ids, starts, strict=True):
         chance, labels = log_softmax(head(row[None, start - 1 :])[0].float(), -1), tokens[start:, None]
-        found.append(torch.stack([chance.gather(1, labels).sum(), (chance.argmax(-1) == labels[:, 0]).all().float()]))
-    return [(total, bool(all_likeliest)) for total, all_likeliest in torch.stack(found).tolist()]
+        sums.append(torch.stack([chance.gather(1, labels).sum(), (chance.argmax(-1) == labels[:, 0]).all().float()]))
+    return [(total, bool(all_likeliest)) for total, all_likeliest in torch.stack(sums).tolist()]

@@ -94,7 +94,7 @@ def drafting(dense: PreTrainedModel, draft: PreTrainedModel, prompt: int) -> Ite
     Yields:
         what `dense.generate` is to be given besides, and the counts.
     """
-    found = Drafted()
+    drafted = Drafted()
     settings = draft.generation_config
     before = settings.num_assistant_tokens, settings.num_assistant_tokens_schedule
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = AHEAD, "constant"
@@ -102,12 +102,12 @@ def drafting(dense: PreTrainedModel, draft: PreTrainedModel, prompt: int) -> Ite
     def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass is over the last token that is known, or the prompt, and what was written ahead."""
         rows = kwargs["input_ids"].shape[1]
-        found.tokens += rows - (1 if found.passes else prompt)
-        found.passes += 1
+        drafted.tokens += rows - (1 if drafted.passes else prompt)
+        drafted.passes += 1
 
     hook = dense.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield {"assistant_model": draft}, found
+        yield {"assistant_model": draft}, drafted
     finally:
         hook.remove()
         settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = before

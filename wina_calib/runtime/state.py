@@ -131,9 +131,9 @@ class RuntimeState:
         Raises:
             UsageError: a layer is computed again in a backward pass, and nothing tells which pass it belongs to.
         """
-        found: Pass | None = getattr(here, "current", None)
-        if found is not None and found.state is self:
-            return found
+        current: Pass | None = getattr(here, "current", None)
+        if current is not None and current.state is self:
+            return current
         if not torch.compiler.is_compiling() and in_backward():
             raise UsageError(
                 "A layer of a sparse model is computed again in a backward pass, and nothing tells which forward pass it "

@@ -70,21 +70,21 @@ class Watch:
             self._left -= 1
             if self._left > 0 or not self._seen:
                 return self._left <= 0
-            found, asked = float(self._dropped) / self._seen, self._asked / self._seen
+            dropped, asked = float(self._dropped) / self._seen, self._asked / self._seen
             last, self._seen = self._left == 0, 0.0
-        if last and is_far(found, asked):
-            logger.warning("%s", warning(found, asked))
+        if last and is_far(dropped, asked):
+            logger.warning("%s", warning(dropped, asked))
         return True
 
 
-def is_far(found: float, asked: float) -> bool:
+def is_far(dropped: float, asked: float) -> bool:
     """Whether a sparsity is far from the one that was asked for."""
-    return abs(found - asked) > max(LEAST, SHARE * asked)
+    return abs(dropped - asked) > max(LEAST, SHARE * asked)
 
 
-def warning(found: float, asked: float) -> str:
+def warning(dropped: float, asked: float) -> str:
     """One line about a sparsity that is far off."""
     return (
-        f"decoding drops {found:.0%} of the inputs where {asked:.0%} were asked for: the text is unlike that of the "
+        f"decoding drops {dropped:.0%} of the inputs where {asked:.0%} were asked for: the text is unlike that of the "
         "calibration, or this transformers is not one that wina_calib was tested with (`wina-calib info`)."
     )

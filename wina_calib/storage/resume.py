@@ -129,12 +129,12 @@ class Phase:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that were saved."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in (*self._files, *self._passing):
             assert self._folder is not None
             with readable(self._folder):
-                found |= load_file(self._folder / name)
-        return found
+                tensors |= load_file(self._folder / name)
+        return tensors
 
     def has(self, store: str) -> bool:
         """Whether a store of this name was saved."""

@@ -134,13 +134,13 @@ class Plan:
 
     def _now(self) -> list[Any]:
         """What the call depends on, in things that are cheap to compare."""
-        found: list[Any] = [type(module) for module in self.modules]
-        found += [norm._parameters["weight"].data_ptr() for norm in self.norms]
-        found += [norm.variance_epsilon for norm in self.norms]
-        found += [a.scaling for a in self.attentions]
-        found += [id(m.packed) for m in self.projections]
-        found += [id(group.row) for group in self.groups]
-        return found
+        facts: list[Any] = [type(module) for module in self.modules]
+        facts += [norm._parameters["weight"].data_ptr() for norm in self.norms]
+        facts += [norm.variance_epsilon for norm in self.norms]
+        facts += [a.scaling for a in self.attentions]
+        facts += [id(m.packed) for m in self.projections]
+        facts += [id(group.row) for group in self.groups]
+        return facts
 
 
 def shorten(layer: nn.Module, described: Layer) -> None:
@@ -182,11 +182,11 @@ def _ahead(layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return None
     if now.ahead is None:
         now.ahead = _begin(layer, args, kwargs, now)
-    found: Tensor | None = None if now.ahead is None else now.ahead.hand_out(args, kwargs)
-    if found is None:
+    handed: Tensor | None = None if now.ahead is None else now.ahead.hand_out(args, kwargs)
+    if handed is None:
         finish(now)
         now.layers = None  # the layers that follow need not ask
-    return found
+    return handed
 
 
 def _begin(layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], now: Pass) -> Ahead | None:
@@ -230,8 +230,8 @@ def _plan_of(now: Pass) -> Plan | None:
         return None
     if state.plan is None or not state.plan.holds():
         state.plan = _plan(list(now.layers)) or False
-    found: Plan | None = state.plan or None
-    return found
+    known: Plan | None = state.plan or None
+    return known
 
 
 def _plan(layers: Sequence[Any]) -> Plan | None:

@@ -120,13 +120,13 @@ def caches_of(past: Any, count: int) -> Caches | None:
     """The layers of a cache of transformers; None for another kind, number of layers, or one that is moved in and out."""
     if type(past) not in (DynamicCache, StaticCache) or past.offloading or len(past.layers) != count:
         return None
-    found = _known.get(past)
-    if found is None or found.layers != past.layers:
+    caches = _known.get(past)
+    if caches is None or caches.layers != past.layers:
         kinds: set[Any] = {type(layer) for layer in past.layers}
         if not all(map(_is_known, kinds)):
             return None
-        found = _known[past] = Caches(past.layers)
-    return found
+        caches = _known[past] = Caches(past.layers)
+    return caches
 
 
 def _serves(layer: Any, shape: tuple[int, int], dtype: torch.dtype) -> bool:

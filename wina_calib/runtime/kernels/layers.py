@@ -146,8 +146,8 @@ class Layers:
             raise MemoryError(f"no memory for a token's heads and the scores of {length} places")
         if failed:
             raise ValueError(f"a cache of {length} places is full")
-        found: tuple[Tensor, ...] = hidden.unbind()
-        return found
+        rows: tuple[Tensor, ...] = hidden.unbind()
+        return rows
 
 
 def _struct(part: LayerParts) -> _Layer:

@@ -55,10 +55,10 @@ def functions(name: str) -> dict[torch.dtype, Any]:
     opened = library()
     assert opened is not None
     names = {dtype: f"{name}_{str(dtype).removeprefix('torch.')}" for dtype in DTYPES}
-    found = {dtype: getattr(opened, full) for dtype, full in names.items() if hasattr(opened, full)}
-    for function in found.values():
+    by_dtype = {dtype: getattr(opened, full) for dtype, full in names.items() if hasattr(opened, full)}
+    for function in by_dtype.values():
         function.argtypes, function.restype = SIGNATURES[name]
-    return found
+    return by_dtype
 
 
 @cache
@@ -69,9 +69,9 @@ def library() -> ctypes.CDLL | None:
     if sys.platform.startswith("linux"):
         names = [os.environ.get("CC", ""), *COMPILERS]
         for compiler in dict.fromkeys(filter(None, map(shutil.which, filter(None, names)))):
-            found = _load(cache_folder(), f"site-{_fingerprint(compiler)}", compiler)
-            if found is not None:
-                return found
+            opened = _load(cache_folder(), f"site-{_fingerprint(compiler)}", compiler)
+            if opened is not None:
+                return opened
     logger.info("no C compiler whose code can use torch's threads: sparse products on the CPU use torch's operators")
     return None
 
@@ -79,15 +79,15 @@ def library() -> ctypes.CDLL | None:
 def _load(cache: Path | None, name: str, compiler: str) -> ctypes.CDLL | None:
     """The library that is kept under a name, whole and one's own; else it is made, and kept where there is a cache."""
     kept = None if cache is None else find_kept(cache, name, ".so")
-    found = None if kept is None else _open(kept)
-    if found is None:
+    opened = None if kept is None else _open(kept)
+    if opened is None:
         with _folder(cache) as folder:
             made = _compile(compiler, folder)
-            found = None if made is None else _open(made)
-            if cache is not None and made is not None and found is not None:
+            opened = None if made is None else _open(made)
+            if cache is not None and made is not None and opened is not None:
                 with contextlib.suppress(OSError):
                     keep(made, cache, name, ".so")
-    return found
+    return opened
 
 
 def _open(file: Path) -> ctypes.CDLL | None:

@@ -141,11 +141,11 @@ def make_variants(
         alone += [Variant(sparse, s, PeakMemory(device)) for s in sparsities]
         dense.onednn = sparse.onednn = with_onednn
         return [[variant] for variant in (*alone, Variant(sparse, None, PeakMemory(device), merged=True))]
-    found = [Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(device))]
-    found += [Variant(session(pair.sparse, ids, prompt, compiled=False), s, PeakMemory(device)) for s in sparsities]
-    for variant in found:
+    variants = [Variant(session(pair.dense, ids, prompt, compiled=False), None, PeakMemory(device))]
+    variants += [Variant(session(pair.sparse, ids, prompt, compiled=False), s, PeakMemory(device)) for s in sparsities]
+    for variant in variants:
         variant.session.onednn = with_onednn
-    return [found]
+    return [variants]
 
 
 @torch.no_grad()
@@ -208,9 +208,9 @@ def achieved(pair: Pair, sparsity: float, ids: Tensor, prompt: int) -> float:
     return seen.share
 
 
-def warn_of_far(asked: Sequence[float], found: Sequence[float]) -> None:
+def warn_of_far(asked: Sequence[float], dropped: Sequence[float]) -> None:
     """One line where decoded tokens drop far from what was asked for, about the first sparsity of which that holds."""
-    far = next(((f, a) for f, a in zip(found, asked, strict=True) if is_far(f, a)), None)
+    far = next(((f, a) for f, a in zip(dropped, asked, strict=True) if is_far(f, a)), None)
     if far is not None:
         logger.warning("%s", warning(*far))
 
