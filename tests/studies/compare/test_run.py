@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from heard import Heard
 import wina_calib
 import wina_calib.studies.compare.run
 from wina_calib.calibration.options import CalibrateOptions, make_options
+from wina_calib.calibration.run import run_calibration
 from wina_calib.cli import main
 from wina_calib.common.atomic import lock
 from wina_calib.common.progress import Silent
@@ -44,6 +46,20 @@ def cells(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (folder / "cells").iterdir()}
 
 
+def test_calibrations_are_measured_once_by_the_comparison(
+    llama: Path, protocol: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def calibrate(*args: Any, **kwargs: Any) -> Any:
+        seen.append(run_calibration(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr("wina_calib.studies.compare.run.run_calibration", calibrate)
+    wina_calib.compare(llama, tmp_path / "out", methods=("wina",), sparsities=(0.5,), **protocol)
+    assert [result.verdict.tokens < 64 for result in seen] == [True]
+
+
 # --- the table of methods --------------------------------------------------------------------------------------------
 
 
@@ -54,7 +70,7 @@ def test_methods_are_valid_options_and_differ() -> None:
         seen.add((options, method.share, method.gated))
         assert set(method.options) <= set(CalibrateOptions.__dataclass_fields__)
         assert all(getattr(CalibrateOptions(), key) != value for key, value in method.options.items() if key != "data")
-    assert len(seen) == len(METHODS) - 1  # text-builtin is ours where the protocol says nothing else
+    assert len(seen) == len(METHODS)
 
 
 def test_groups_and_names() -> None:
