@@ -153,6 +153,15 @@ def test_a_damaged_record_of_places_counts_for_nothing(cache: Path, tmp_path: Pa
     assert (base_model_here("w", "model"), data_here(facts)) == (None, ("a.txt",))
 
 
+def test_of_several_places_of_one_base_model_the_last_that_is_there_counts(cache: Path, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        remember("w", {"base_model": "model"}, base_model=tmp_path / name / "model")
+    assert base_model_here("w", "model") == tmp_path / "b" / "model"
+    shutil.rmtree(tmp_path / "b")
+    assert base_model_here("w", "model") == tmp_path / "a" / "model"
+
+
 def test_without_a_cache_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path / "file" / "cache"))

@@ -309,6 +309,14 @@ def test_a_base_model_that_is_not_there_is_named(
         recover(calibrated, tmp_path / "out", **options | {"base": str(tmp_path / "no-such-model")})
 
 
+def test_a_checkpoint_without_weights_is_refused(
+    llama: Path, text: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tiny.calibrate(llama, tmp_path / "reference", text, weights="reference")
+    with pytest.raises(UsageError, match="has no weights of its own"):
+        recover(tmp_path / "reference", tmp_path / "out", **options)
+
+
 def test_a_full_disk_at_the_end_keeps_what_was_saved(
     calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,3 +143,13 @@ def test_command_line() -> None:
     text = CliRunner().invoke(main, ["flops", "llama-2-7b"])
     assert text.exit_code == 0 and "63.7 %" in text.stdout and "2.40" in text.stdout
     assert CliRunner().invoke(main, ["flops", "lama"]).exit_code == 2
+
+
+def test_another_kind_of_file_and_a_slip_of_the_pen_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "stories").mkdir()
+    with pytest.raises(ModelFolderError, match="is a file in GGUF"):
+        flops("small.gguf")
+    with pytest.raises(ModelFolderError, match="did you mean stories"):
+        flops("sotries")

@@ -20,6 +20,7 @@ from wina_calib.storage.hub_client import is_repo_name
 from wina_calib.storage.places import places_of, remember_places
 
 _ORIGIN = re.compile(r"_?name_or_path|.*_file")  # keys of configs that may tell where something was loaded from
+_PLACES = 8  # of one base model that are remembered
 _NAMED = ("builtin", "hub")  # what a data spec begins with that is no path
 _PATH = re.compile(r"(?:~|\.{0,2}/|[A-Za-z]:[\\/])")  # begins what can only be a path
 
@@ -99,7 +100,9 @@ def remember(weights: str, facts: Mapping[str, Any], *, base_model: Path | None,
         data: the data specs as they were given, where that is known.
     """
     if base_model is not None:
-        remember_places(base_key(weights, str(facts.get("base_model"))), [str(base_model.absolute())])
+        key, here = base_key(weights, str(facts.get("base_model"))), str(base_model.absolute())
+        earlier = (place for place in places_of(key) or () if place != here)  # the same model, should this one be moved
+        remember_places(key, [here, *earlier][:_PLACES])
     whole = [str(Path.cwd() / Path(spec).expanduser()) if is_path_of_here(spec) else spec for spec in data]
     if whole and tuple(whole) != _told(facts):
         remember_places(_data_key(facts), whole)

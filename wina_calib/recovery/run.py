@@ -156,6 +156,10 @@ def _begin(
         _clear_left_over(target, overwrite=chosen.overwrite)
         check_output(target, overwrite=chosen.overwrite, keep=folder, made=("config.json",))
     opened = open_checkpoint(folder)
+    if opened.opened.is_reference:
+        raise UsageError(
+            f"{folder} has no weights of its own, and a recovery trains weights. Calibrate without --weights reference first."
+        )
     base = _base(chosen, opened)
     if chosen.bits:
         check_format(opened.architecture, WeightFormat(chosen.bits, chosen.group_size))

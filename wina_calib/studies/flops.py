@@ -20,6 +20,7 @@ from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
 from wina_calib.common.text import first_line, percent, table
 from wina_calib.errors import ModelFolderError, UsageError
+from wina_calib.model import no_folder
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.config import CONFIG_BYTES, calibration_of, load_config, open_config
 from wina_calib.model.loading import describe_config
@@ -221,11 +222,13 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     path = Path(name).expanduser()
     if path.is_dir():
         return load_config(path)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         return _parse(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return load_config(_fetch(name, revision).parent)
     known = [DEMO, *presets()]
+    if (told := no_folder.reason(name)) is not None:
+        raise ModelFolderError(told)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     raise UsageError(
         f"{name!r} is no preset, file, folder or Hub id. {'Nearest known' if near else 'Known'}: {', '.join(near or known)}."
