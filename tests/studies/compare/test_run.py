@@ -194,7 +194,7 @@ def test_stopped_between_cells_it_goes_on(
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(wina_calib.studies.compare.run, "calibrate", refuse)
+        patch.setattr(wina_calib.studies.compare.run, "run_calibration", refuse)
         found = wina_calib.compare(llama, tmp_path / "out", **options)
     for row in found.rows:
         whole = run[1].row("wina", row.sparsity)
