@@ -32,14 +32,14 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 MB = 1_000_000
 # Calibrates on fewer tokens than the least that is allowed, as a model of gigabytes takes seconds a token on a small CPU.
 CALIBRATE = """
-import functools, json, sys, time
+import json, sys, time
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 import wina_calib
 from wina_calib.transforms import Statistics
 module = sys.modules["wina_calib.calibration.run"]
 held_out = sys.modules["wina_calib.calibration.held_out"]
-module.load_blocks = functools.partial(module.load_blocks, min_tokens=1)
+module.MIN_TOKENS = 1
 held_out.HELD_OUT_TOKENS = 256
 
 class Listen:

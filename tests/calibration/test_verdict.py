@@ -117,7 +117,7 @@ def test_quick_takes_less_unless_told_otherwise() -> None:
     from wina_calib.calibration.options import make_options
 
     quick = make_options({"quick": True})
-    assert (quick.samples, quick.grid) == (16, (0.25, 0.5))
+    assert (quick.samples, quick.grid) == (12, (0.25, 0.5))
     assert make_options({"quick": True, "samples": 20}).samples == 20
     with pytest.raises(UsageError, match="max-ppl-rise is 0"):
         make_options({"max_ppl_rise": 0})

@@ -17,7 +17,7 @@ from wina_calib.masks.mask import keep_mask
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import Phase
 
-HELD_OUT_TOKENS, QUICK_TOKENS = 8192, 3072
+HELD_OUT_TOKENS, QUICK_TOKENS = 8192, 2560
 HELD_OUT_SEQ_LEN = 2048
 
 

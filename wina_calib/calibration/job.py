@@ -59,7 +59,7 @@ from wina_calib.storage.resume import Phase, RunState
 from wina_calib.transforms import Plan, Rotations, Statistics, fit, needed_sites
 from wina_calib.version import versions
 
-QUICK_STEPS = 60
+QUICK_STEPS = 30
 TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
 
 

@@ -25,7 +25,7 @@ from wina_calib.errors import UsageError
 WEIGHTS = ("full", "reference")
 LOOPS = ("closed", "open")
 DEFAULT_ANCHORS = (0.2, 0.4, 0.65)
-QUICK = {"samples": 16, "grid": (0.25, 0.5)}  # what --quick takes in place of the defaults
+QUICK = {"samples": 12, "grid": (0.25, 0.5)}  # what --quick takes in place of the defaults
 # Options that say where, how and from where a calibration is made; what comes out does not depend on their words.
 OPERATIONAL = frozenset(
     {"overwrite", "restart", "keep_state", "device", "micro_batch", "revision", "trust_remote_code"}
@@ -84,7 +84,7 @@ class CalibrateOptions:
         multiple=True,
         metavar="SPEC",
     )
-    samples: int = option(40, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
+    samples: int = option(36, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
     seq_len: int = option(512, "Tokens a block; cut to what the model takes.", metavar="N")
     seed: int = option(0, "Seed of every random choice.", metavar="N")
     score: str = option("wina", "What is compared with the threshold.", choices=SCORES)

@@ -35,7 +35,7 @@ from wina_calib.common.memory import advice, ran_out
 from wina_calib.common.own_folder import refuse_foreign
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
-from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
+from wina_calib.corpus.blocks import MIN_TOKENS, QUICK_MIN_TOKENS, Blocks, data_for, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
 from wina_calib.model.config import config_file, remote_code
 from wina_calib.model.source import fitting_length, open_source
@@ -157,7 +157,14 @@ def prepare(
         source=source,
         options=chosen,
         transform=transform,
-        blocks=load_blocks(chosen.data, tokenizer, samples=chosen.samples, seq_len=seq_len, seed=chosen.seed),
+        blocks=load_blocks(
+            chosen.data,
+            tokenizer,
+            samples=chosen.samples,
+            seq_len=seq_len,
+            seed=chosen.seed,
+            min_tokens=QUICK_MIN_TOKENS if chosen.quick else MIN_TOKENS,
+        ),
         compute=Compute(
             device,
             pick_dtype(chosen.dtype, source.dtype, device),

@@ -18,13 +18,14 @@ from wina_calib.errors import OutOfMemoryError
 
 _ALLOCATOR = ("can't allocate memory", "out of memory", "bad allocation", "std::bad_alloc", "can't start new thread")
 _IMPORTED = 400 << 20
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_NEVER = 2**31 - 1
 OWN_PAGES = 4 << 20  # bytes from which on a tensor gets pages of its own
 _HUGE_PAGE = 2 << 20
 _MOVED = 1 << 20  # bytes from which on a tensor is worth a huge page that it does not fill
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _PART = 8 << 20  # bytes that are moved at a time
-_GROWTH = 32 << 20
+_GROWTH = 256 << 20
 _SHORT = 512  # tokens a block from which on fewer blocks are advised before shorter ones
 
 
@@ -51,14 +52,15 @@ def available_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give the pages of freed tensors back to the system: glibc keeps those of one layer while it takes others for the next.
+    """Give the pages of freed tensors back to the system, and keep those freed from here on until this is called again.
 
-    Large tensors get pages of their own from here on. Without that glibc puts all below 32 MB side by side once some were
-    freed, and a small one at the end keeps what lies before it.
+    By itself glibc gives a large tensor pages of its own and takes them away with it: a calibration then spends a quarter of
+    its time on getting pages.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, OWN_PAGES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _NEVER)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
         libc.malloc_trim(0)
 
 
@@ -145,7 +147,7 @@ def _is_of_a_file(first: int, size: int) -> bool:
 
 
 class Growth:
-    """Gives freed memory back whenever the process has grown by `_GROWTH` bytes: among small tensors it would stay."""
+    """Gives freed memory back whenever the process has grown by `_GROWTH` bytes."""
 
     def __init__(self) -> None:
         self._before = resident_bytes()

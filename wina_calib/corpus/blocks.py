@@ -19,6 +19,7 @@ from wina_calib.corpus.text_files import pieces
 from wina_calib.errors import CorpusError, UsageError
 
 MIN_TOKENS = 8_000
+QUICK_MIN_TOKENS = 6_000  # for a first look
 _SHUFFLE_DOCUMENTS = 10_000
 _SHUFFLE_CHARACTERS = 32_000_000
 _SPREAD = 4  # of a stream, so many times the blocks asked for are read, to take them from more documents
