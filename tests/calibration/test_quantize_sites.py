@@ -12,16 +12,21 @@ from transformers import AutoModelForCausalLM
 import wina_calib
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
+from wina_calib.checkpoint.card import find_base, made_text
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.checkpoint.verdict import Verdict
+from wina_calib.common.text import percent
 from wina_calib.errors import CheckpointError, RuntimeLoadError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.quantization.scales import quantize_nearest
 from wina_calib.runtime.quantized import QuantizedLinear
 from wina_calib.serving.plan import Options, make_plan
+from wina_calib.studies.answers import answers
 
 SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "budget": "uniform", "bits": 4, "group_size": 32}
 
@@ -127,6 +132,29 @@ def test_sites_may_stay_in_16_bits(llama: Path, text: Path, tmp_path: Path) -> N
         for use in (open_checkpoint, wina_calib.load):
             with pytest.raises(CheckpointError, match="modules_to_not_convert names"):
                 use(tmp_path / "q")
+
+
+def test_what_is_told_of_sites_in_16_bits_is_counted_site_by_site(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Where the sites in 16 bits drop another share than the others, the average bits of a weight tell too much or too little."""
+    options = SMALL | {"transform": "none", "sparsity": 0.4, "grid": (0.4,), "keep_16_bit": "layers.*.mlp_*"}
+    bounds = {"max": "layers.*.mlp_*=0.2"}
+    wina_calib.calibrate(llama, tmp_path / "q", data=str(text), **options | bounds)
+    opened = open_checkpoint(tmp_path / "q")
+    cells = stored_cells(opened.architecture, opened.settings)
+    read, bits = cells.read_fraction_at(opened.sparsities(0.4)), cells.bits_read_at(opened.sparsities(0.4))
+    assert read > 1.05 * cells.read_fraction_at(0.4)
+    verdict = Verdict.from_facts(opened.settings.provenance)
+    assert verdict is not None
+    assert (verdict.read_fraction, verdict.speedup) == pytest.approx((read, 1 / read), rel=0.03)
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert f"| read fraction expected | {percent(read)} with lm_head |" in card
+    assert f"| bits read a decoder weight | {bits:.2f} |" in card
+    rows = {row[0]: row[1] for row in answers(opened)[2].rows}
+    assert rows["40 %"] == percent(read, 0)
+    found = wina_calib.evaluate(tmp_path / "q", data=str(text), tokens=2048)
+    save_evaluation(tmp_path / "q", found.to_dict())
+    card = made_text(opened, find_base(opened.settings), "q")
+    assert f"| bits read a decoder weight | {found.bits_read:.2f} |" in card
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wina_calib.budgets import Budget
+from wina_calib.budgets import Budget, budget_at
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.choose_budget import ChosenBudget
@@ -90,9 +91,10 @@ def apply(
         tensors, facts = _refitted(destination, settings, rows, refit, progress)
         settings = replace(settings, provenance=settings.provenance | facts)
     held = HeldOut.from_dict(settings.provenance.get(HELD_OUT)) if refit else _expected(choice, old, rows, anchors)
-    told = (
-        {} if held is None else {HELD_OUT: held.to_dict(), VERDICT: Verdict.of(held, cells, choice.sparsity).to_dict()}
-    )
+    told = {}
+    if held is not None:
+        verdict = Verdict.of(held, cells, choice.sparsity, budget=partial(budget_at, anchors, rows))
+        told = {HELD_OUT: held.to_dict(), VERDICT: verdict.to_dict()}
     facts = {name: value for name, value in settings.provenance.items() if name not in (HELD_OUT, VERDICT)}
     settings = replace(settings, provenance=facts | told)
     _write(destination, settings, tensors)

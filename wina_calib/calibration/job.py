@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from wina_calib.budgets import budget_at
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import GREEDY_TOKENS, ChosenBudget, allocate, allowed, stored_name
 from wina_calib.calibration.compute import Compute
@@ -284,7 +286,8 @@ class Job:
             QuantizedWeights(dense, settings, folder, len(dense.architecture.layers)).write_ends()
             copy_side_files(dense.opened, folder)
             stored = Shards.open(folder)
-        verdict = Verdict.of(held, stored_cells(dense.architecture, settings), asked, limit)
+        budget = partial(budget_at, self.options.anchors, begun.chosen.rows)
+        verdict = Verdict.of(held, stored_cells(dense.architecture, settings), asked, limit, budget)
         settings = replace(
             settings,
             curve_levels=CURVE_LEVELS if begun.chosen.curves is not None else (),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from wina_calib.budgets import Cells
 from wina_calib.checkpoint.card_figures import figures
 from wina_calib.checkpoint.card_figures import merged as merged_figures
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
@@ -218,8 +219,11 @@ def _figures(opened: Checkpoint) -> str:
     ]
     if measured is None:
         rows += [
-            ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
-            ("bits read a decoder weight", f"{cells.bits_read_at(settings.sparsity):.2f}"),
+            (
+                "read fraction expected",
+                f"{percent(cells.read_fraction_at(opened.dropped(settings.sparsity)))} with lm_head",
+            ),
+            ("bits read a decoder weight", f"{cells.bits_read_at(opened.dropped(settings.sparsity)):.2f}"),
             ("quality", "not measured yet: `wina-calib evaluate DIR --save`"),
         ]
     else:
@@ -228,7 +232,7 @@ def _figures(opened: Checkpoint) -> str:
             (f"sparsity achieved (asked {percent(measured['sparsity'])})", percent(measured["model_sparsity"])),
             ("read fraction", f"{percent(measured['read_fraction'])} with lm_head"),
             ("read fraction, decoder", percent(measured["read_fraction_decoder"])),
-            ("bits read a decoder weight", f"{cells.bits_read_at(measured['model_sparsity']):.2f}"),
+            ("bits read a decoder weight", f"{_bits_read(measured, cells):.2f}"),
             ("perplexity dense" if settings.weight_format is None else "perplexity at sparsity 0", f"{dense:.3f}"),
             ("perplexity sparse", f"{sparse:.3f} ({rise(sparse, dense)})"),
             ("KL divergence from dense", f"{measured['kl']:.4f} nats/token"),
@@ -244,6 +248,12 @@ def _figures(opened: Checkpoint) -> str:
         rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
     meaning = "Read fraction: bytes of weights read for a token over the dense model's, run-time matrices included."
     return f"## Figures\n\n{_table(('', ''), rows)}\n\n{meaning}"
+
+
+def _bits_read(measured: Mapping[str, Any], cells: Cells) -> float:
+    """As measured, which evaluations of before bits were counted do not say: their sites have all the same."""
+    found = measured.get("bits_read")
+    return float(found) if isinstance(found, int | float) else cells.bits_read_at(measured["model_sparsity"])
 
 
 def _quantized(settings: Settings) -> list[tuple[str, str]]:

@@ -74,6 +74,10 @@ class Checkpoint:
             ]
         )
 
+    def dropped(self, model_sparsity: float) -> float | NDArray[np.float64]:
+        """A model sparsity as `Cells.read_fraction_at` counts it exactly: site by site where sites differ in bits."""
+        return self.sparsities(model_sparsity) if self.settings.modules_to_not_convert else model_sparsity
+
     def weight_names(self) -> list[str]:
         """Names of the tensors that are the model's weights and run-time matrices."""
         added = expected_tensors(self.architecture, self.settings)

@@ -7,11 +7,12 @@ with a power of the sparsity, and so it does beyond them. Everything here is num
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from wina_calib.budgets import Cells
 from wina_calib.common.text import percent, table
@@ -153,10 +154,25 @@ class Verdict:
     data: tuple[str, ...]
 
     @classmethod
-    def of(cls, held: HeldOut, cells: Cells, sparsity: float, limit: float | None = None) -> Verdict:
-        """From what was measured."""
+    def of(
+        cls,
+        held: HeldOut,
+        cells: Cells,
+        sparsity: float,
+        limit: float | None = None,
+        budget: Callable[[float], ArrayLike] = float,
+    ) -> Verdict:
+        """From what was measured.
+
+        Args:
+            held: that.
+            cells: the model's, as they are stored.
+            sparsity: asked for.
+            limit: rise that it was chosen for.
+            budget: (layers, sites) sparsities at a model sparsity; of no matter where all sites have the same bits.
+        """
         achieved = held.achieved_at(sparsity)
-        read = cells.read_fraction_at(achieved)
+        read = cells.read_fraction_at(achieved if cells.site_bits is None else budget(min(max(achieved, 0.0), 0.999)))
         return cls(
             sparsity=sparsity,
             limit=limit,

@@ -51,7 +51,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
 
     settings, arch = opened.settings, opened.architecture
     cells = stored_cells(arch, settings)
-    at = settings.sparsity if cells.site_bits is None else opened.sparsities(settings.sparsity)
+    at = opened.dropped(settings.sparsity)
     sites = []
     for layer, site in arch.sites:
         stored = opened.site(layer, site)

@@ -61,7 +61,9 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
     says = f"At {percent(verdict.sparsity, 0)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: {source}."
     if verdict.warning is not None:
         says += f" That is much; {percent(held.sparsity_for(0.05), 0)} costs about 5 %."
-    rows = tuple((f"+{percent(r, 0)}", *_at(cells, held.sparsity_for(r), more=_more(held, r))) for r in ASKED_RISES)
+    rows = tuple(
+        (f"+{percent(r, 0)}", *_at(opened, cells, held.sparsity_for(r), more=_more(held, r))) for r in ASKED_RISES
+    )
     return Answer(question, says, ("perplexity", "dropped", "bytes read", "times as fast, at most"), rows)
 
 
@@ -106,7 +108,8 @@ def what_it_costs(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Ans
         )
     own = opened.settings.sparsity
     rows = tuple(
-        (*_at(cells, s), "-" if held is None else f"+{percent(held.rise_at(s))}") for s in sorted({*SHOWN, own} - {0.0})
+        (*_at(opened, cells, s), "-" if held is None else f"+{percent(held.rise_at(s))}")
+        for s in sorted({*SHOWN, own} - {0.0})
     )
     return Answer(
         "What does it cost?", says, ("dropped", "bytes read", "times as fast, at most", "perplexity expected"), rows
@@ -118,7 +121,7 @@ def _more(held: HeldOut, rise: float) -> bool:
     return held.rise_at(held.anchors[-1]) < rise
 
 
-def _at(cells: Cells, sparsity: float, *, more: bool = False) -> tuple[str, str, str]:
+def _at(opened: Checkpoint, cells: Cells, sparsity: float, *, more: bool = False) -> tuple[str, str, str]:
     """A sparsity, the share of bytes that is read there, and how many times as fast decoding can be by that alone."""
-    read = cells.read_fraction_at(sparsity)
+    read = cells.read_fraction_at(opened.dropped(sparsity))
     return percent(sparsity, 0) + " or more" * more, percent(read, 0), f"{1 / read:.2f}"

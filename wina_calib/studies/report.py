@@ -120,7 +120,7 @@ def _frontier(opened: Checkpoint) -> Figure | None:
     for sparsity in np.linspace(0.0, settings.anchors[-1], 14):
         rise = predicted_rise(opened, curves, float(sparsity))
         if rise is not None and np.isfinite(dense):
-            predicted.append((cells.read_fraction_at(float(sparsity)), dense * float(np.exp(rise))))
+            predicted.append((cells.read_fraction_at(opened.dropped(float(sparsity))), dense * float(np.exp(rise))))
     points = [(float(measured["read_fraction"]), float(measured["sparse_ppl"]))] if measured else []
     if not predicted and not points:
         return None
@@ -173,7 +173,10 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
     cells = stored_cells(opened.architecture, settings)
     rows: list[tuple[str, Any]] = [
         ("sparsity", f"{percent(settings.sparsity)}, fitted at {', '.join(map(percent, settings.fitted_anchors))}"),
-        ("read fraction expected", f"{percent(cells.read_fraction_at(settings.sparsity))} with lm_head"),
+        (
+            "read fraction expected",
+            f"{percent(cells.read_fraction_at(opened.dropped(settings.sparsity)))} with lm_head",
+        ),
         ("transform", f"{settings.transform}, {cells.runtime_matrices:,} run-time weights"),
         ("score, masks, budget", f"{settings.score}, {settings.masks}, {settings.budget}"),
         ("data", ", ".join(map(published, facts.get("data", ())))),
