@@ -1,8 +1,10 @@
 """Checkpoints with quantized weights: their bytes, read by NumPy alone; what is damaged; the dense model they stand for."""
 
 import json
+import re
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import wina_calib
+from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.dequantized import open_weights
+from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.commands.evaluate import render
+from wina_calib.common.text import human_bytes
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.storage import Shards
@@ -223,3 +229,31 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(
     with pytest.raises(UsageError, match=message):
         wina_calib.calibrate(llama, tmp_path / "none", transform="none", data=str(text), **(SMALL | options))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_figure_says_what_it_is_measured_against(int4: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(int4, tmp_path / "q")
+    result = wina_calib.evaluate(folder, data=str(text), tokens=1024)
+    save_evaluation(folder, result.to_dict())
+    shown = render(result)
+    assert "int4, 0 %" in shown.splitlines()[0] and "KL from int4, 0 %" in shown and "dense" not in shown
+    assert f"quantizing alone cost {100 * result.quantizing_rise:+.1f} % over the original model" in shown
+    write_card(folder)
+    card = (folder / "README.md").read_text()
+    assert "| KL divergence from int4, 0 % |" in card and "from dense" not in card
+    assert re.search(r"perplexity sparse \| [\d.]+ \([+-][\d.]+ % over int4, 0 %\)", card)
+    assert (
+        "| rise over the original model | not measured on this text; on calibration's held-out text int4 alone cost"
+        in card
+    )
+    sizes = [i.nbytes for i in Shards.open(folder).values() if i.file.name != "wina.safetensors"]
+    assert f"Its files hold {human_bytes(sum(sizes))} of weights and" in card
+    own = replace(result, base_ppl=result.sparse_ppl / 1.25, base_ppl_comparable=True)
+    assert "rise over the original model: +25.0 %" in render(own)
+    save_evaluation(folder, own.to_dict())
+    base_ppl = {"base_ppl": own.base_ppl}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["provenance"] |= base_ppl
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder)
+    assert "| rise over the original model | +25.0 % |" in (folder / "README.md").read_text()

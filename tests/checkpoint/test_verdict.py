@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from wina_calib.budgets import Cells
-from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict, smoothed
+from wina_calib.checkpoint.verdict import A_FIRST_LOOK, HELD_OUT, QUICK, VERDICT, HeldOut, Verdict, smoothed
 
 # Rises of a real model, SmolLM2-135M, of the perplexity at its sparsities.
 KNOWN = {0.25: 0.017, 0.4: 0.104, 0.5: 0.28, 0.65: 1.5}
@@ -90,6 +91,21 @@ def test_the_verdict_in_words_and_in_numbers(cells: Cells) -> None:
     assert verdict.warning is not None and "rise by 3" in verdict.warning and "costs about 5 %" in verdict.warning
     mild = Verdict.of(held(off=-0.005), cells, 0.25, 0.05)
     assert mild.warning is None and "dropped" not in mild.text()
+
+
+def test_a_quantized_models_verdict_says_what_quantizing_costs(cells: Cells) -> None:
+    loss = tuple(math.log1p(rise) for rise in (0.033, 0.047, 0.12, 0.3))
+    found = HeldOut((0.25, 0.4, 0.5), loss[1:], loss[1:], (0.25, 0.4, 0.5), 1 << 20, ("x",), (loss[0], loss[0]))
+    verdict = Verdict.of(found, cells, 0.25)
+    assert verdict.quantizing == pytest.approx(0.033, rel=0.01)
+    text = verdict.text()
+    assert "+1 %: none, +5 %: 2" in text and "+3.3 %; it is in the rises above, which are over the original" in text
+    facts = json.loads(json.dumps({VERDICT: verdict.to_dict(), HELD_OUT: found.to_dict(), QUICK: True}))
+    again = Verdict.from_facts(facts)
+    assert again == replace(verdict, quick=True) and A_FIRST_LOOK in again.text() and A_FIRST_LOOK not in text
+    worse = HeldOut((0.4,), (0.3,), (0.3,), (0.4,), 1 << 20, ("x",), (0.2, 0.2))
+    warning = Verdict.of(worse, cells, 0.4).warning
+    assert warning is not None and "Quantizing alone costs 22 %" in warning and "0 % sparsity costs" not in warning
 
 
 def test_it_comes_back_from_json(cells: Cells) -> None:

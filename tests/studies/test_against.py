@@ -40,7 +40,9 @@ def test_the_int4_row_is_what_calibrate_makes(llama: Path, calibrated: Path, tex
     assert row["bits_read"] == pytest.approx(whole.bits_stored)
 
 
-def test_what_cannot_be_compared_is_refused(calibrated: Path, text: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(
+    calibrated: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for names, message in (
         ("int2", "'int2' is no format of weights here"),
         ("int4", "32 outputs, which do not divide"),
@@ -51,5 +53,7 @@ def test_what_cannot_be_compared_is_refused(calibrated: Path, text: Path, tmp_pa
     tiny.save("llama", tmp_path / "m")
     options = {"transform": "none", "budget": "uniform", "data": str(text), "samples": 80, "seq_len": 128}
     wina_calib.calibrate(tmp_path / "m", tmp_path / "q", bits=8, sparsity=0, **options)
+    monkeypatch.setattr("wina_calib.studies.evaluate.evaluate", lambda *_, **__: pytest.fail("it was measured first"))
     done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "q"), "--data", str(text), "--against", "int8"])
+    assert done.exit_code == UsageError.exit_code
     assert "holds quantized weights" in done.stderr

@@ -44,7 +44,7 @@ from wina_calib.checkpoint.local_paths import published, published_command, reme
 from wina_calib.checkpoint.quantized_weights import QuantizedWeights, has_shards
 from wina_calib.checkpoint.settings import QUANTIZED_VERSION, SAMPLES, Settings
 from wina_calib.checkpoint.side_files import copy_side_files
-from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
+from wina_calib.checkpoint.verdict import HELD_OUT, QUICK, VERDICT, HeldOut, Verdict
 from wina_calib.checkpoint.weight_sample import stored_samples
 from wina_calib.checkpoint.writer import write_calibration
 from wina_calib.common.devices import backward_batch
@@ -448,7 +448,7 @@ class Job:
             "untied": begun.untied,
             "command": _command(),
             "versions": versions(),
-        }
+        } | ({QUICK: True} if self.options.quick else {})
 
 
 def _command() -> str:

@@ -49,7 +49,10 @@ class CalibrateOptions:
         share=True,
     )
     max_ppl_rise: float = option(
-        0.05, "Rise of perplexity over the dense model's that chooses the sparsity.", metavar="R", share=True
+        0.05,
+        "Rise of perplexity over the dense model's that chooses the sparsity; with --bits over the quantized model's.",
+        metavar="R",
+        share=True,
     )
     quick: bool = option(False, "A first look: less text and fewer sparsities, so figures are rough.")
     transform: str = option(

@@ -19,14 +19,14 @@ from wina_calib.checkpoint.card_figures import merged as merged_figures
 from wina_calib.checkpoint.card_metadata import CARD, facts_of_base, head, split_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.facts import REBUDGETED
-from wina_calib.checkpoint.format import HEAT_MAP, stored_cells
+from wina_calib.checkpoint.format import HEAT_MAP, WINA_FILE, stored_cells
 from wina_calib.checkpoint.local_paths import base_model_here, published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.atomic import write_file
 from wina_calib.common.printable import MAX_LINE, one_line
-from wina_calib.common.text import percent, rise
+from wina_calib.common.text import human_bytes, percent, rise
 from wina_calib.corpus.sources import catalogue
 from wina_calib.errors import HubError
 from wina_calib.model.architecture import SITES
@@ -176,7 +176,7 @@ def made_text(opened: Checkpoint, base: Base, name: str) -> str:
         _expected(settings),
         _budget(opened),
         _making(settings, base),
-        _limits(settings, reference=is_reference(folder)),
+        _limits(opened),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -228,14 +228,17 @@ def _figures(opened: Checkpoint) -> str:
         ]
     else:
         dense, sparse = measured["dense_ppl"], measured["sparse_ppl"]
+        own = "dense" if settings.weights_name is None else f"{settings.weights_name}, 0 %"
+        over = "" if settings.weights_name is None else f" over {own}"
         rows += [
             (f"sparsity achieved (asked {percent(measured['sparsity'])})", percent(measured["model_sparsity"])),
             ("read fraction", f"{percent(measured['read_fraction'])} with lm_head"),
             ("read fraction, decoder", percent(measured["read_fraction_decoder"])),
             ("bits read a decoder weight", f"{_bits_read(measured, cells):.2f}"),
-            ("perplexity dense" if settings.weight_format is None else "perplexity at sparsity 0", f"{dense:.3f}"),
-            ("perplexity sparse", f"{sparse:.3f} ({rise(sparse, dense)})"),
-            ("KL divergence from dense", f"{measured['kl']:.4f} nats/token"),
+            (f"perplexity {own}", f"{dense:.3f}"),
+            ("perplexity sparse", f"{sparse:.3f} ({rise(sparse, dense)}{over})"),
+            *_over_the_original(settings, measured),
+            (f"KL divergence from {own}", f"{measured['kl']:.4f} nats/token"),
             ("same most likely token", percent(measured["top1_agreement"])),
             ("measured on", f"{measured['tokens']:,} tokens of {_data(measured['data'])}"),
         ]
@@ -248,6 +251,21 @@ def _figures(opened: Checkpoint) -> str:
         rows.append(("perplexity of the base model", f"{base_ppl:.3f} on {tokens} tokens of {data}"))
     meaning = "Read fraction: bytes of weights read for a token over the dense model's, run-time matrices included."
     return f"## Figures\n\n{_table(('', ''), rows)}\n\n{meaning}"
+
+
+def _over_the_original(settings: Settings, measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a checkpoint with quantized weights, what is known of its rise over the original model."""
+    if settings.weights_name is None:
+        return []
+    verdict, base = Verdict.from_facts(settings.provenance), settings.provenance.get("base_ppl")
+    if isinstance(base, int | float) and base > 0 and measured.get("base_ppl_comparable") is True:
+        told = rise(measured["sparse_ppl"], base)
+    elif verdict is not None:
+        cost = f"{settings.weights_name} alone cost {100 * verdict.quantizing:+.1f} %"
+        told = f"not measured on this text; on calibration's held-out text {cost}"
+    else:
+        told = "not measured"
+    return [("rise over the original model", told)]
 
 
 def _bits_read(measured: Mapping[str, Any], cells: Cells) -> float:
@@ -324,15 +342,40 @@ def _trained(facts: Mapping[str, Any]) -> str:
     return f"`wina-calib recover`: {steps} steps on {tokens} tokens, under masks at {shares}"
 
 
-def _limits(settings: Settings, *, reference: bool) -> str:
+def _sizes(opened: Checkpoint) -> str:
+    """What the files of tensors take, and what memory follows from that."""
+    own = [info.nbytes for name, info in opened.shards.items() if info.file.name == WINA_FILE]
+    weights = [info.nbytes for name, info in opened.shards.items() if info.file.name != WINA_FILE]
+    calibration = f"{human_bytes(sum(own))} of calibration"
+    if is_reference(opened.folder):
+        return (
+            f"Its file holds {calibration}; memory takes the base model's weights as well. What falls is the bytes read for a "
+            "token while decoding."
+        )
+    untied = ""
+    if opened.settings.provenance.get("untied") is True:
+        untied = " The original shares lm_head with its embeddings, this one cannot: that is in these bytes."
+    return (
+        f"Its files hold {human_bytes(sum(weights))} of weights and {calibration}, and memory takes as much at least: sparsity "
+        f"makes neither smaller; what falls with it is the bytes read for a token while decoding.{untied}"
+    )
+
+
+def _limits(opened: Checkpoint) -> str:
+    settings, reference = opened.settings, is_reference(opened.folder)
     first, last = settings.fitted_anchors[0], settings.fitted_anchors[-1]
     points = [
         "Thresholds fit text like the calibration data. On other text the achieved sparsity and the quality differ: "
         "measure with `wina-calib evaluate DIR --data YOUR_TEXT`.",
         f"Thresholds were fitted at {percent(first)} to {percent(last)} sparsity; above, they are extrapolated.",
-        "Memory and file size are the dense model's; what falls is the bytes read for a token while decoding."
-        if settings.weight_format is None
-        else "Kernels for its quantized weights are wina_calib's: where there is none for a device, it is slower than dense.",
+        _sizes(opened),
+        *(
+            [
+                "Kernels for its quantized weights are wina_calib's: where there is none for a device, it is slower than dense."
+            ]
+            if settings.weight_format is not None
+            else []
+        ),
         "What the base model gets wrong, this model gets wrong too; its licence and its limits hold here.",
     ]
     if settings.weight_format is not None:

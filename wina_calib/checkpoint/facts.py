@@ -51,6 +51,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "data": _is_texts,
     "data_fingerprint": _is_text,
     "samples": _is_count,
+    "quick": lambda value: isinstance(value, bool),
     "blocks": _is_count,
     "seq_len": _is_count,
     "seed": lambda value: _is_number(value) and isinstance(value, int),

@@ -93,6 +93,11 @@ class Settings:
         """How the sites' weights are quantized; None where they are not."""
         return None if self.bits == UNQUANTIZED_BITS else WeightFormat(self.bits, self.group_size, self.zero_point)
 
+    @property
+    def weights_name(self) -> str | None:
+        """What the sites' quantized weights are called: `int4`, `int8`; None where they are not quantized."""
+        return None if self.bits == UNQUANTIZED_BITS else f"int{self.bits}"
+
     def format_of(self, layer: Layer, site: Site) -> WeightFormat | None:
         """How the weights of one site are quantized; None where they are not."""
         kept = f"{layer.prefix}{site.projections[0].module}" in self.modules_to_not_convert

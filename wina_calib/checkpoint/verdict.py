@@ -21,7 +21,9 @@ SHOWN = (0.25, 0.4, 0.5, 0.65)  # sparsities whose rise is told
 ASKED_RISES = (0.01, 0.05, 0.1)  # rises of perplexity whose sparsity is told
 TOO_MUCH = 0.1
 OFF = 0.01  # difference of achieved and asked sparsity from which it is told
-HELD_OUT, VERDICT = "held_out", "verdict"  # keys of the provenance
+HELD_OUT, VERDICT, QUICK = "held_out", "verdict", "quick"  # keys of the provenance
+A_FIRST_LOOK = "a first look (--quick): figures are rough"
+_DERIVED = ("quantizing", "quick")  # of a verdict, from what stands beside it in the provenance
 _ROWS = ("anchors", "loss_rise", "kl", "achieved")
 _SPREAD = 0.15  # what the ratio of loss rise and divergence differs by from anchor to anchor
 _CORRELATED = 2.0  # tokens of a text are worth so many times fewer independent ones
@@ -82,6 +84,11 @@ class HeldOut:
         return self._loss[0]
 
     @property
+    def base_rise(self) -> float:
+        """The same as a relative rise of perplexity."""
+        return math.expm1(min(self.base, 700.0))
+
+    @property
     def _loss(self) -> tuple[float, ...]:
         if not self.unmasked[1]:
             return 0.0, *smoothed(self.loss_rise, self.kl, self.tokens)
@@ -140,6 +147,8 @@ class Verdict:
         speedup: how many times as fast decoding one sequence can be, where only bytes count.
         tokens: held-out tokens that this comes from; 0 where it is predicted from curves alone.
         data: the held-out text.
+        quantizing: what quantizing the weights alone costs of `rise`, which is over the original model; not stored here.
+        quick: whether it comes from a first look; not stored here.
     """
 
     sparsity: float
@@ -152,6 +161,8 @@ class Verdict:
     speedup: float
     tokens: int
     data: tuple[str, ...]
+    quantizing: float = 0.0
+    quick: bool = False
 
     @classmethod
     def of(
@@ -184,17 +195,18 @@ class Verdict:
             speedup=1 / read,
             tokens=held.tokens,
             data=held.data,
+            quantizing=held.base_rise,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"data": list(self.data)}
+        return {name: value for name, value in asdict(self).items() if name not in _DERIVED} | {"data": list(self.data)}
 
     @classmethod
     def from_facts(cls, provenance: Mapping[str, Any]) -> Verdict | None:
         """The verdict kept in a checkpoint; None where there is none, or something else in its place."""
         raw = provenance.get(VERDICT)
-        if not isinstance(raw, dict) or set(raw) != {f.name for f in fields(cls)}:
+        if not isinstance(raw, dict) or set(raw) != {f.name for f in fields(cls)} - set(_DERIVED):
             return None
         numbers = [raw[name] for name in ("sparsity", "rise", "achieved", "read_fraction", "speedup", "tokens")]
         maps = [raw["rises"], raw["sparsity_for"]]
@@ -204,7 +216,9 @@ class Verdict:
         numbers += [value for m in maps for value in m.values()] + ([] if raw["limit"] is None else [raw["limit"]])
         if not all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers) or not isinstance(raw["data"], list):
             return None
-        return cls(**raw | {"data": tuple(map(str, raw["data"]))})
+        held = HeldOut.from_dict(provenance.get(HELD_OUT))
+        beside = {"quantizing": 0.0 if held is None else held.base_rise, "quick": provenance.get(QUICK) is True}
+        return cls(**raw | beside | {"data": tuple(map(str, raw["data"]))})
 
     @property
     def warning(self) -> str | None:
@@ -214,8 +228,18 @@ class Verdict:
         better = self.sparsity_for["0.05"]
         return (
             f"perplexity is expected to rise by {_rise(self.rise)} at {percent(self.sparsity, 0)} sparsity: much of the "
-            f"model's quality is lost. {percent(better, 0)} sparsity costs about 5 %"
+            f"model's quality is lost. "
+            + (f"{percent(better, 0)} sparsity costs about 5 %" if self.reaches("0.05") else f"{self.alone}")
         )
+
+    @property
+    def alone(self) -> str:
+        """What quantizing costs without any sparsity, in words."""
+        return f"Quantizing alone costs {_rise(self.quantizing)}"
+
+    def reaches(self, rise: str) -> bool:
+        """Whether a rise of `sparsity_for` is more than what quantizing alone costs."""
+        return not self.quantizing or self.sparsity_for[rise] > 0
 
     def text(self) -> str:
         """For people."""
@@ -224,7 +248,10 @@ class Verdict:
     def rows(self) -> list[list[str]]:
         """For people, what and how much."""
         costs = ", ".join(f"{percent(float(s), 0)}: +{_rise(r)}" for s, r in self.rises.items())
-        shares = ", ".join(f"+{percent(float(r), 0)}: {percent(s, 0)}" for r, s in self.sparsity_for.items())
+        shares = ", ".join(
+            f"+{percent(float(r), 0)}: {percent(s, 0) if self.reaches(r) else 'none'}"
+            for r, s in self.sparsity_for.items()
+        )
         source = (
             f"{self.tokens:,} tokens of {', '.join(self.data)}" if self.tokens else "predicted from the loss curves"
         )
@@ -238,6 +265,11 @@ class Verdict:
             ],
             ["held-out text", source],
         ]
+        if self.quantizing:
+            told = f"+{_rise(self.quantizing)}; it is in the rises above, which are over the original model"
+            rows.insert(3, ["quantizing alone", told])
+        if self.quick:
+            rows.append(["how sure", A_FIRST_LOOK])
         if abs(self.achieved - self.sparsity) > OFF:
             off = f"{percent(self.achieved)} of the inputs there, {percent(self.sparsity, 0)} asked: that text differs"
             rows.append(["dropped", off])

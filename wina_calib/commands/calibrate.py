@@ -52,7 +52,8 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     if (warning := result.verdict.warning) is not None:
         better = result.verdict.sparsity_for["0.05"]
         place = quote(str(output))
-        note(f"warning: {warning}: wina-calib budget {place} --sparsity {better:.2f} --apply {place}")
+        mend = f": wina-calib budget {place} --sparsity {better:.2f} --apply {place}"
+        note(f"warning: {warning}{mend if result.verdict.reaches('0.05') else '.'}")
     emit(summary(result), told(result), as_json=as_json)
 
 
@@ -65,10 +66,11 @@ def summary(result: Result) -> dict[str, Any]:
 def told(result: Result) -> str:
     """A finished calibration for people: what it is, what to expect, and what to do next."""
     verdict, folder = result.verdict, result.folder
+    whose = "the quantized model's at sparsity 0" if verdict.quantizing else "the dense model's"
     why = (
         ""
         if verdict.limit is None
-        else f", the most that keeps perplexity within {percent(verdict.limit)} of the dense model's (--max-ppl-rise)"
+        else f", the most that keeps perplexity within {percent(verdict.limit)} of {whose} (--max-ppl-rise)"
     )
     return "\n".join(
         [

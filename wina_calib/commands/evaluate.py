@@ -94,8 +94,9 @@ def command(
     from wina_calib.checkpoint.card import write_card
     from wina_calib.checkpoint.card_metadata import CARD, split_card
     from wina_calib.checkpoint.evaluation_file import save_evaluation
+    from wina_calib.checkpoint.reader import open_checkpoint
     from wina_calib.model.locate import resolve
-    from wina_calib.studies.against import check_names
+    from wina_calib.studies.against import check_dense, check_names
     from wina_calib.studies.evaluate import evaluate
 
     formats = [name.strip() for name in (against or "").split(",") if name.strip()]
@@ -103,6 +104,8 @@ def command(
     folder, commit = resolve(checkpoint, revision=revision)
     if save and commit is not None:
         raise UsageError("--save writes into the checkpoint's folder; give a local one, such as `hf download` makes.")
+    if formats:
+        check_dense(open_checkpoint(folder))
     if save and (folder / CARD).is_file():
         split_card(folder / CARD)  # what people wrote there may be no card: better said before the work
     with bars() as progress:
@@ -149,6 +152,7 @@ def _against(beside: tuple[QuantizedRow, ...], result: Evaluation) -> str:
 
 def render(result: Evaluation) -> str:
     """An evaluation as text."""
+    own = "dense" if result.weights is None else f"{result.weights}, 0 %"
     rows = [
         [
             "perplexity",
@@ -156,16 +160,31 @@ def render(result: Evaluation) -> str:
             fixed(result.sparse_ppl),
             rise(result.sparse_ppl, result.dense_ppl),
         ],
-        ["KL from dense (nats/token)", "0.000", f"{result.kl:.3f}", ""],
+        [f"KL from {own} (nats/token)", "0.000", f"{result.kl:.3f}", ""],
         ["top-1 agreement", "100.0 %", percent(result.top1_agreement), ""],
         ["model sparsity", "0.0 %", percent(result.model_sparsity), f"asked {percent(result.sparsity)}"],
         ["read fraction", "100.0 %", percent(result.read_fraction), "lm_head included"],
         ["read fraction, decoder", "100.0 %", percent(result.read_fraction_decoder), ""],
         ["bits read a decoder weight", f"{result.bits_stored:.2f}", f"{result.bits_read:.2f}", ""],
     ]
-    if result.bits_stored < 16:  # quantized: what it is at sparsity 0 is no dense model of 16 bits
+    if result.weights is not None:  # quantized: what it is at sparsity 0 is no dense model of 16 bits
         rows = [[name, "" if first == "100.0 %" and "read" in name else first, *rest] for name, first, *rest in rows]
     original = f"; original model's perplexity: {result.base_ppl:.3f}" if result.base_ppl_comparable else ""
     return (
-        table(["", "dense", "sparse", ""], rows) + f"\n{result.tokens:,} tokens of {', '.join(result.data)}{original}"
+        table(["", own, "sparse", ""], rows)
+        + f"\n{result.tokens:,} tokens of {', '.join(result.data)}{original}"
+        + _over_the_original(result)
     )
+
+
+def _over_the_original(result: Evaluation) -> str:
+    """Of a checkpoint with quantized weights, what is known of its rise over the original model."""
+    if result.weights is None:
+        return ""
+    if result.base_ppl_comparable:
+        return f"\nrise over the original model: {rise(result.sparse_ppl, result.base_ppl)}"
+    told = f"\nrises are over its own {result.weights} weights at sparsity 0"
+    if result.quantizing_rise is None:
+        return f"{told}, not over the original model"
+    cost = f"{100 * result.quantizing_rise:+.1f} %"
+    return f"{told}; quantizing alone cost {cost} over the original model, on calibration's held-out text"

@@ -50,6 +50,12 @@ def check_names(names: Sequence[str]) -> None:
         raise UsageError(f"--against: {wrong[0]!r} is no format of weights here; known are {', '.join(FORMATS)}.")
 
 
+def check_dense(opened: Checkpoint) -> None:
+    """Raise UsageError where a checkpoint's weights are quantized already."""
+    if opened.settings.weight_format is not None:
+        raise UsageError(f"{opened.folder} holds quantized weights; --against needs a checkpoint without --bits.")
+
+
 def quantized_rows(
     opened: Checkpoint,
     names: Sequence[str],
@@ -73,9 +79,8 @@ def quantized_rows(
         UsageError: a name is not known, or the weights are quantized already.
     """
     check_names(names)
+    check_dense(opened)
     settings = opened.settings
-    if settings.weight_format is not None:
-        raise UsageError(f"{opened.folder} holds quantized weights; --against needs a checkpoint without --bits.")
     source = weights_of(opened, verified=True)  # `evaluate` has loaded them
     for name in names:
         check_format(source.architecture, FORMATS[name])

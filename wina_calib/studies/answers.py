@@ -10,7 +10,7 @@ from wina_calib.budgets import Cells
 from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import Checkpoint
-from wina_calib.checkpoint.verdict import ASKED_RISES, HELD_OUT, SHOWN, HeldOut, Verdict
+from wina_calib.checkpoint.verdict import A_FIRST_LOOK, ASKED_RISES, HELD_OUT, SHOWN, HeldOut, Verdict
 from wina_calib.common.text import percent, rise, table
 from wina_calib.model.architecture import SITES
 
@@ -59,10 +59,17 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
     if held.tokens:
         source = f"measured on {held.tokens:,} tokens that nothing was fitted on"
     says = f"At {percent(verdict.sparsity, 0)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: {source}."
-    if verdict.warning is not None:
+    if verdict.quantizing:
+        says += f" That is over the original model. {verdict.alone}."
+    if verdict.warning is not None and verdict.reaches("0.05"):
         says += f" That is much; {percent(held.sparsity_for(0.05), 0)} costs about 5 %."
+    if verdict.quick:
+        says += f" It is {A_FIRST_LOOK}."
     rows = tuple(
-        (f"+{percent(r, 0)}", *_at(opened, cells, held.sparsity_for(r), more=_more(held, r))) for r in ASKED_RISES
+        (f"+{percent(r, 0)}", *_at(opened, cells, held.sparsity_for(r), more=_more(held, r)))
+        if held.sparsity_for(r) > 0 or not verdict.quantizing
+        else (f"+{percent(r, 0)}", "none", "-", "-")
+        for r in ASKED_RISES
     )
     return Answer(question, says, ("perplexity", "dropped", "bytes read", "times as fast, at most"), rows)
 
@@ -101,8 +108,10 @@ def what_it_costs(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Ans
     if measured is None:
         says = f"`wina-calib evaluate {opened.folder.name} --save` measures it on text of your own."
     else:
+        own_weights = opened.settings.weights_name
+        over = "" if own_weights is None else f" over its own {own_weights} weights at sparsity 0"
         says = (
-            f"Measured by evaluate: {rise(measured['sparse_ppl'], measured['dense_ppl'])} at "
+            f"Measured by evaluate: {rise(measured['sparse_ppl'], measured['dense_ppl'])}{over} at "
             f"{percent(measured['model_sparsity'])}, {percent(measured['read_fraction'])} of the bytes read, on "
             f"{measured['tokens']:,} tokens of {', '.join(map(str, measured['data']))}."
         )

@@ -20,6 +20,7 @@ from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import open_calibrated
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
@@ -68,6 +69,8 @@ class Evaluation:
         tokens: predicted tokens.
         sites: asked and achieved sparsity of every site.
         warnings: what makes these figures doubtful, with the remedy.
+        weights: `int4` or `int8` where weights are quantized, so that `dense_ppl` is theirs and not the original model's.
+        quantizing_rise: what quantizing them cost in perplexity on calibration's held-out text, over the original model.
     """
 
     sparsity: float
@@ -87,6 +90,8 @@ class Evaluation:
     data: tuple[str, ...]
     sites: tuple[SiteSparsity, ...]
     warnings: tuple[str, ...]
+    weights: str | None = None
+    quantizing_rise: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -196,6 +201,7 @@ def evaluate_model(
     progress.phase("evaluate", len(blocks.ids))
     found = measure(model, blocks, progress)
     arch, provenance = describe(model), settings.provenance
+    held = HeldOut.from_dict(provenance.get(HELD_OUT))
     cells = stored_cells(arch, settings)
     achieved: float | NDArray[np.float64] = found.model_sparsity
     if cells.site_bits is not None:
@@ -220,6 +226,8 @@ def evaluate_model(
         warnings=find_warnings(
             settings, blocks.data, asked, found.model_sparsity, found.tokens, calibration=data_here(provenance)
         ),
+        weights=settings.weights_name,
+        quantizing_rise=None if held is None or settings.weights_name is None else held.base_rise,
     )
 
 
