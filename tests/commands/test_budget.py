@@ -465,3 +465,18 @@ def test_choice_at_any_sparsity(made: Path) -> None:
     np.testing.assert_allclose(rows[1], opened.sparsities(0.5), atol=1e-7)
     np.testing.assert_allclose(rows[2], opened.sparsities(0.65), atol=1e-6)
     assert torch.is_tensor(opened.tensors["model.layers.0.wina.attn_in.curve"])
+
+
+def test_predictions_of_quantized_weights_say_what_they_are_over(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {"transform": "none", "samples": 64, "seq_len": 128, "grid": (0.5,), "sparsity": 0.5, "group_size": 32}
+    wina_calib.calibrate(llama, tmp_path / "q", data=str(text), bits=4, **options)
+    provenance = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["provenance"]
+    shown = read(tmp_path / "q", "--curve", tmp_path / "f.csv")
+    alone = shown["quantizing_perplexity_rise"]
+    assert alone > 0 and shown["predicted_rise_over_original"] == pytest.approx(provenance["verdict"]["rise"], rel=0.05)
+    at_0 = shown["curve"][0]
+    assert at_0["predicted_loss_rise"] == 0 and at_0["predicted_rise_over_original"] == pytest.approx(alone)
+    assert at_0["predicted_ppl"] == pytest.approx(provenance["base_ppl"] * (1 + alone))
+    told = run(tmp_path / "q", "--max-ppl-rise", "3%").output
+    assert "both rises are over its own int4 weights at sparsity 0" in told
+    assert f"of which int4 alone {alone:+.2%}" in told

@@ -51,3 +51,9 @@ def test_without_a_network_one_line_is_said_soon(args: list[str]) -> None:
     assert done.stderr == ""
     assert done.stdout.startswith("1 Error: ") and "did not answer. Check the network" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["calibrate", "recover"])
+def test_help_shows_no_empty_default(command: str) -> None:
+    done = CliRunner().invoke(main, [command, "--help"])
+    assert done.exit_code == 0 and 'default: ""' not in done.stdout

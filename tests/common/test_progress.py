@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,20 @@ def test_on_a_terminal_one_bar_ends_when_the_work_ends(fails: bool) -> None:
             raise ValueError
     last = stream.getvalue().replace("\r", "\n").strip().splitlines()[-1]
     assert ("100%" in last and "done in 2.0 min" in last) is not fails
+
+
+@pytest.mark.parametrize(
+    ("known", "line"),
+    [
+        ({"memory_bytes": 3_000_000}, "plan: 2,048 tokens, about 3.0 MB of memory\n"),
+        (
+            {"memory_bytes": 3_000_000, "passes": 4.0, "flops": 2e12, "disk_bytes": 5_000},
+            "plan: 2,048 tokens, work worth 4 forward passes over them (2.0 TFLOP), about 3.0 MB of memory, 5.0 kB on disk\n",
+        ),
+    ],
+)
+def test_a_plan_leaves_out_what_is_not_known(known: dict[str, Any], line: str) -> None:
+    stream = io.StringIO()
+    with Bars(stream) as bars:
+        bars.planned(Estimate(parts=PLAN, tokens=2048, **known))
+    assert stream.getvalue() == line

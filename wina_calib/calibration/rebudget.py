@@ -16,6 +16,7 @@ from wina_calib.budgets import (
     Target,
     Totals,
     fixed_cells,
+    perplexity_rise,
     totals,
 )
 from wina_calib.budgets.anchors import Bounds, solve, solve_rows, spread
@@ -25,6 +26,7 @@ from wina_calib.budgets.model import Floats
 from wina_calib.calibration.scale_curves import stored_curves
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import Checkpoint
+from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut
 from wina_calib.errors import BudgetError
 
 
@@ -79,6 +81,18 @@ class Choice:
     def totals(self) -> Totals:
         """What the budget costs and is predicted to do."""
         return totals(self.cells, self.budget, self.curves)
+
+    @property
+    def quantizing(self) -> float:
+        """Loss rise (nats/token) over the original model that quantizing alone costs, which curves leave out; 0 without it."""
+        if self.opened.settings.weight_format is None:
+            return 0.0
+        held = HeldOut.from_dict(self.opened.settings.provenance.get(HELD_OUT))
+        return 0.0 if held is None else held.base
+
+    def over_original(self, loss_rise: float | None) -> float | None:
+        """Predicted relative rise of perplexity over the original model; None where weights are not quantized, or unknown."""
+        return None if loss_rise is None or not self.quantizing else perplexity_rise(loss_rise + self.quantizing)
 
     def rows(self, anchors: Sequence[float]) -> Floats:
         """Site sparsities (anchors, layers, sites): this budget at its own sparsity, and what goes with it elsewhere."""
@@ -174,8 +188,12 @@ def frontier(choice: Choice, step: float, measure: Measure | None = None) -> lis
             "read_fraction": sums.read_fraction,
             "speedup_limit": sums.speedup_limit,
             "predicted_loss_rise": sums.loss_rise,
-            "predicted_ppl": None if dense is None or sums.loss_rise is None else dense * float(np.exp(sums.loss_rise)),
+            "predicted_ppl": None
+            if dense is None or sums.loss_rise is None
+            else dense * (1 + perplexity_rise(sums.loss_rise + choice.quantizing)),
         }
+        if choice.quantizing:
+            point["predicted_rise_over_original"] = choice.over_original(sums.loss_rise)
         if measure is not None:
             ppl, dense_ppl, achieved = measure(sparsity, budget)
             rise = sums.loss_rise

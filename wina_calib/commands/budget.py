@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     help="Target: bits of decoder weights read for a token, over their number: 8 is 50% of 16 bits.",
 )
 @click.option(
-    "--max-ppl-rise", type=Share(), metavar="P", help="Target: most sparsity with this predicted rise, as 3%."
+    "--max-ppl-rise",
+    type=Share(),
+    metavar="P",
+    help="Target: most sparsity with this predicted rise, as 3%; of quantized weights, over them at sparsity 0.",
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="PATTERN=S", help="Set and pin cells: layers.0-3.*=0.2, or =+0.1."
@@ -125,7 +128,7 @@ def command(
     check_files(outputs, overwrite=overwrite)
     wanted = _target(sparsity, read_fraction, bits_read, max_ppl_rise)
     load_libraries()
-    from wina_calib.budgets import Setting, explicit, to_json, write_budget
+    from wina_calib.budgets import Setting, explicit, perplexity_rise, to_json, write_budget
     from wina_calib.budgets.count import model_key
     from wina_calib.calibration.apply_budget import Refit, apply
     from wina_calib.calibration.rebudget import Request, choose, frontier
@@ -150,7 +153,10 @@ def command(
     if unfitted is not None:
         note(f"warning: {unfitted}")
     shown = to_json(choice.cells, choice.budget, choice.curves, fixed=choice.fixed) | {"budget": choice.name}
-    text = [_table(choice)]
+    text = [_table(choice) + _against(choice)]
+    if choice.quantizing:
+        shown["quantizing_perplexity_rise"] = perplexity_rise(choice.quantizing)
+        shown["predicted_rise_over_original"] = choice.over_original(choice.totals.loss_rise)
     if curve is not None:
         with bars() as progress:
             if measure:
@@ -158,7 +164,7 @@ def command(
             each = _measure(choice, data, tokens, device, dtype, progress) if measure else None
             points = frontier(choice, 0.1 if measure else 0.05, each)
         shown["curve"] = points
-        text.append(_points(points))
+        text.append(_points(points) + _against_points(choice))
     if destination is not None:
         with bars() as progress:
             how = Refit(data, device, dtype) if refit else None
@@ -172,7 +178,9 @@ def command(
     if output is not None:
         key, score = model_key(opened.architecture, choice.cells), opened.settings.score
         sums = choice.totals
-        rise = "" if sums.perplexity_rise is None else f", predicted perplexity {sums.perplexity_rise:+.2%}"
+        rise = (
+            "" if sums.perplexity_rise is None else f", predicted perplexity {sums.perplexity_rise:+.2%}{_own(choice)}"
+        )
         comment = f"Model sparsity {sums.model_sparsity:.4f}, read fraction {sums.read_fraction:.4f}{rise}."
         write_budget(output, explicit(choice.budget, choice.cells, key, choice.sparsity, score), [comment])
         text.append(f"{output}: budget written.")
@@ -242,6 +250,37 @@ def _table(choice: Choice) -> str:
         color=use_color(stream),
         ascii_only=use_ascii(stream),
     )
+
+
+def _own(choice: Choice) -> str:
+    """What predictions are over, where that is not the original model."""
+    name = choice.opened.settings.weights_name
+    return "" if name is None else f" over its own {name} weights at sparsity 0"
+
+
+def _against(choice: Choice) -> str:
+    """For people, what the predictions of the table are over and what they are over the original model."""
+    name, rise = choice.opened.settings.weights_name, choice.over_original(choice.totals.loss_rise)
+    if name is None or choice.totals.loss_rise is None:
+        return ""
+    over = "" if rise is None else f"over the original model {rise:+.2%}, of which {name} alone {_alone(choice)}\n"
+    return f"both rises are{_own(choice)}\n{over}"
+
+
+def _against_points(choice: Choice) -> str:
+    """The same for the frontier's figures."""
+    if choice.opened.settings.weights_name is None or choice.totals.loss_rise is None:
+        return ""
+    told = (
+        f"; quantizing alone cost {_alone(choice)} of perplexity over the original model" if choice.quantizing else ""
+    )
+    return f"\npredicted loss rise:{_own(choice)}{told}"
+
+
+def _alone(choice: Choice) -> str:
+    from wina_calib.budgets import perplexity_rise
+
+    return f"{perplexity_rise(choice.quantizing):+.2%}"
 
 
 def _page(choice: Choice) -> str:

@@ -125,6 +125,7 @@ def _flag(f: Any) -> Callable[..., Any]:
             "type": Counts() if meta.get("counts") else Fractions(),
             "metavar": meta["metavar"],
             "default": ",".join(map(str, f.default)),
+            "show_default": bool(f.default),
         }
     else:
         plain = type(f.default) if f.default is not None else str

@@ -50,10 +50,11 @@ class Bars:
         """Print what the work will take, as far as it is known before it begins."""
         self._forecast = Forecast(estimate.parts)
         if estimate.tokens:
+            work = f", work worth {estimate.passes:.0f} forward passes over them ({estimate.flops / 1e12:,.1f} TFLOP)"
             self.write(
-                f"plan: {estimate.tokens:,} tokens, work worth {estimate.passes:.0f} forward passes over them "
-                f"({estimate.flops / 1e12:,.1f} TFLOP), about {human_bytes(estimate.memory_bytes)} of memory, "
-                f"{human_bytes(estimate.disk_bytes)} on disk"
+                f"plan: {estimate.tokens:,} tokens{work if estimate.passes else ''}"
+                + (f", about {human_bytes(estimate.memory_bytes)} of memory" if estimate.memory_bytes else "")
+                + (f", {human_bytes(estimate.disk_bytes)} on disk" if estimate.disk_bytes else "")
             )
         for line in estimate.notes:
             self.note(line)

@@ -33,6 +33,12 @@ class Timing:
         return self.low, self.high
 
 
+_SPEEDUP = (
+    "speed-up: median over pairs of dense time over sparse time, measured one after the other; on a machine with other work "
+    "it is not the ratio of the two medians in ms"
+)
+
+
 @dataclass(frozen=True)
 class Dense:
     """The dense model's costs.
@@ -176,7 +182,7 @@ class Bench:
             f"{self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
             f"{self.prompt} prompt and {self.new} new tokens, {self.rounds} rounds, copy roof {self.roof_gb_s:.1f} GB/s"
             f"{', torch.compile' if self.compiled else ''}{_products(self.onednn)}{eager}{kind}\n\n{table(headers, rows)}\n\n"
-            "limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms. "
+            f"{_SPEEDUP}. limit: the speed-up if only weight bytes counted, lm_head included. prefill in ms. "
             f"With all inputs dropped a token takes {self.fixed_ms:.3f} ms."
         )
 
@@ -228,7 +234,7 @@ class Products:
         return (
             f"site products of a layer of {self.model} on {_where(self.device, self.threads)}, {self.dtype}, "
             f"copy roof {self.roof_gb_s:.1f} GB/s{_products(self.onednn)}\n\n"
-            f"{table(['', 'ms/layer', 'quartiles', 'of roof', 'speed-up', 'limit'], rows)}"
+            f"{table(['', 'ms/layer', 'quartiles', 'of roof', 'speed-up', 'limit'], rows)}\n\n{_SPEEDUP}."
         )
 
 
