@@ -27,6 +27,7 @@ from wina_calib.common.text import human_bytes
 from wina_calib.errors import CheckpointError, UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.storage import Shards
+from wina_calib.studies.report import page
 
 SMALL: dict[str, Any] = {"samples": 64, "seq_len": 128, "grid": (0.5,), "budget": "uniform", "sparsity": 0.4}
 PACKED = "model.layers.1.wina.attn_in.shared"
@@ -238,6 +239,7 @@ def test_every_figure_says_what_it_is_measured_against(int4: Path, text: Path, t
     shown = render(result)
     assert "int4, 0 %" in shown.splitlines()[0] and "KL from int4, 0 %" in shown and "dense" not in shown
     assert f"quantizing alone cost {100 * result.quantizing_rise:+.1f} % over the original model" in shown
+    assert "of its int4 weights at sparsity 0, " in page(open_checkpoint(folder), ())
     write_card(folder)
     card = (folder / "README.md").read_text()
     assert "| KL divergence from int4, 0 % |" in card and "from dense" not in card

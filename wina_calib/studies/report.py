@@ -19,6 +19,7 @@ from wina_calib.checkpoint.facts import REBUDGETED
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import published, published_facts
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut
 from wina_calib.common import plots
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.common.text import percent
@@ -115,6 +116,11 @@ def _frontier(opened: Checkpoint) -> Figure | None:
     cells = stored_cells(opened.architecture, settings)
     measured = read_evaluation(opened.folder)
     dense = float(measured["dense_ppl"]) if measured else float(settings.provenance.get("base_ppl", float("nan")))
+    held = HeldOut.from_dict(settings.provenance.get(HELD_OUT))
+    if (
+        measured is None and held is not None
+    ):  # the curves start at sparsity 0, where quantizing has cost something already
+        dense *= 1 + held.base_rise
     predicted: list[tuple[float, float]] = []
     curves = stored_curves(opened)
     for sparsity in np.linspace(0.0, settings.anchors[-1], 14):
@@ -187,6 +193,7 @@ def _facts(opened: Checkpoint) -> list[tuple[str, str]]:
         rows.append(("budget chosen later", f"{settings.budget} for {percent(settings.sparsity)}, thresholds {later}"))
     measured = read_evaluation(opened.folder)
     if measured is not None:
-        text = f"{measured['dense_ppl']:.3f} dense, {measured['sparse_ppl']:.3f} sparse at {percent(measured['model_sparsity'])}"
+        own = "dense" if settings.weights_name is None else f"of its {settings.weights_name} weights at sparsity 0"
+        text = f"{measured['dense_ppl']:.3f} {own}, {measured['sparse_ppl']:.3f} sparse at {percent(measured['model_sparsity'])}"
         rows.insert(2, ("perplexity", f"{text}, on {measured['tokens']:,} tokens of {', '.join(measured['data'])}"))
     return [(name, str(value)) for name, value in rows]
