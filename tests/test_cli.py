@@ -162,7 +162,7 @@ def test_evaluate_warns_where_the_sparsity_is_missed(calibrated: Path, achieved:
 
 @pytest.mark.parametrize(
     ("asked", "tokens", "words"),
-    [(0.65, 999, ["999 tokens"]), (0.8, 1000, ["0.25 to 0.65"]), (0.1, 1000, ["0.25 to 0.65"]), (0.0, 1000, [])],
+    [(0.65, 999, ["999 tokens"]), (0.8, 1000, ["above 0.65"]), (0.1, 1000, []), (0.0, 1000, [])],
 )
 def test_evaluate_warns_of_few_tokens_and_sparsities_that_were_not_fitted(
     calibrated: Path, asked: float, tokens: int, words: list[str]

@@ -164,6 +164,7 @@ def test_bound_and_prediction_hold(shape: dict[str, int], options: dict[str, Any
 def test_freed_memory_goes_back_once_a_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = iter([100 * MB, 120 * MB, 140 * MB, 110 * MB, 140 * MB, 150 * MB, 115 * MB])
     given_back = []
+    monkeypatch.setattr("wina_calib.common.memory._GROWTH", 32 * MB)
     monkeypatch.setattr("wina_calib.common.memory.resident_bytes", lambda: next(sizes))
     monkeypatch.setattr("wina_calib.common.memory.return_freed_memory", lambda: given_back.append(1))
     growth, seen = Growth(), []
