@@ -321,7 +321,7 @@ def _hand_on() -> None:
     its check, without bounds. Where transformers no longer has the function, that is what happens.
     """
     stock = PreTrainedConfig.__dict__.get("_dict_from_json_file")
-    if not isinstance(stock, classmethod) or hasattr(stock.__func__, "hands_on"):
+    if not isinstance(stock, classmethod) or stock.__func__.__module__ == __name__:
         return
 
     def read(cls: type[PreTrainedConfig], json_file: Any) -> Any:
@@ -331,7 +331,6 @@ def _hand_on() -> None:
             return stock.__func__(cls, json_file)
         return cls._decode_special_floats(copy.deepcopy(folder.stored) if as_stored else folder.read(path))
 
-    read.hands_on = True  # type: ignore[attr-defined]  # a mark on a function
     PreTrainedConfig._dict_from_json_file = classmethod(read)
 
 
