@@ -174,11 +174,11 @@ def shorten(layer: nn.Module, described: Layer) -> None:
     norms = NORMS if all(type(attn._modules.get(name)) is Norm for name in NORMS) else ()
     heads = described.heads, described.kv_heads
     parts = _parts(attn, described.site("attn_in"), described.site("attn_out"), heads=heads, norms=norms)
-    if _matches(_computes_attention, attn, parts):
+    if matches(_computes_attention, attn, parts):
         _derive(attn, ShortAttention, parts)
     for uses_gelu in (False, True):
         parts = _parts(mlp, described.site("mlp_in"), described.site("mlp_out"), gelu=uses_gelu)
-        if _matches(_computes_mlp, mlp, parts):
+        if matches(_computes_mlp, mlp, parts):
             _derive(mlp, ShortMLP, parts)
             break
 
@@ -224,11 +224,11 @@ class _Past:
         return torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
 
 
-def _matches(computes: Any, stock: nn.Module, parts: Parts) -> bool:
-    """Whether a block computes the known form to the bit, in every dtype."""
+def matches(computes: Any, stock: nn.Module, form: Any) -> bool:
+    """Whether a block or layer computes the known form to the bit, in every dtype."""
     try:
         with torch.no_grad():
-            return all(computes(stock, parts, dtype) for dtype in native_build.DTYPES)
+            return all(computes(stock, form, dtype) for dtype in native_build.DTYPES)
     except Exception as error:  # noqa: BLE001 - anybody's code, which may want more than is given here
         logger.debug("%s is not shortened: %s", type(stock).__name__, error)
         return False

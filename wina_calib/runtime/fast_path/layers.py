@@ -24,10 +24,9 @@ from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.decoder import Recomputed
 from wina_calib.runtime.derived import derive
 from wina_calib.runtime.fast_path import attention, past, step
-from wina_calib.runtime.fast_path.blocks import PROJECTIONS, UNUSED, ShortAttention, ShortMLP
+from wina_calib.runtime.fast_path.blocks import PROJECTIONS, UNUSED, ShortAttention, ShortMLP, matches
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.forward_pass import Pass, here
-from wina_calib.runtime.kernels import native_build
 from wina_calib.runtime.kernels.layers import LayerParts, Layers
 from wina_calib.runtime.quantized_group import QuantizedGroup
 
@@ -162,7 +161,7 @@ def shorten(layer: nn.Module, described: Layer) -> None:
         return
     for first, second in (norms, norms[::-1]):
         form = Form(described.attention, first, described.mlp, second, name)
-        if _matches(layer, form):
+        if matches(_computes, layer, form):
             derive(layer, ShortLayer)
             layer.__dict__["form"] = form
             return
@@ -318,17 +317,8 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def _matches(layer: nn.Module, form: Form) -> bool:
-    """Whether a layer computes the known form to the bit, and hands on what it is given."""
-    try:
-        with torch.no_grad():
-            return all(_computes(layer, form, dtype) for dtype in native_build.DTYPES)
-    except Exception as error:  # noqa: BLE001 - anybody's code, which may want more than is given here
-        logger.debug("%s is not part of one call: %s", type(layer).__name__, error)
-        return False
-
-
 def _computes(layer: nn.Module, form: Form, dtype: torch.dtype) -> bool:
+    """Whether a layer computes the known form, and hands on what it is given."""
     generator = torch.Generator("cpu").manual_seed(0)
     x, a, b, c, d = torch.randn(5, 1, 1, 64, generator=generator, device="cpu").mul_(3).to(dtype)
     probe = copy.copy(layer)
