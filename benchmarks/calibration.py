@@ -1,9 +1,10 @@
 """How long a calibration's phases take, against a plain forward pass of the same streamed model over the same tokens.
 
-    python benchmarks/calibration.py --shape llama-3-8b --layers 8 --samples 128 --seq-len 2048 --folder /tmp/bench
+    python benchmarks/calibration.py --shape llama-3-8b --layers 8 --samples 128 --seq-len 2048 --folder /tmp/bench [--bits 4]
 
 Works on a CPU and on a GPU. The weights are random and the tokens too; the model is written to --folder first. Prints a
-table as it goes and, last, one JSON object, which --out holds as far as it is known, from the first figure on.
+table as it goes and, last, one JSON object, which --out holds as far as it is known, from the first figure on. With --bits
+it is only how much longer a whole calibration takes that quantizes too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import random_model
 import torch
 
 from benchmarks.transform_timing import seconds as decomposition_seconds
+from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.job import Job
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--choice", action="store_true", help="only a plain pass, and transform and budget as by default"
     )
+    parser.add_argument("--bits", type=int, default=0, help="only whole calibrations, without and with so many bits")
     parser.add_argument("--decompositions", type=int, default=0, help="also time the transforms' at this width")
     parser.add_argument("--out", type=Path, help="file for the JSON object")
     args = parser.parse_args()
@@ -110,26 +113,17 @@ def main() -> None:
     arch = source.architecture
     ids = torch.randint(4, arch.vocab_size, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     dtype = pick_dtype("auto", source.dtype, device)
+    compute = Compute(device, dtype, default_micro_batch(device, args.seq_len, arch.width), spill=args.folder)
 
-    def job(transform: str, anchors: tuple[float, ...], budget: str) -> Job:
-        return Job(
-            source=source,
-            options=CalibrateOptions(grid=anchors, transform=transform, budget=budget),
-            transform=plan(transform, arch),
-            blocks=Blocks(ids, ("random",), len(ids), fingerprint(ids)),
-            device=device,
-            dtype=dtype,
-            micro_batch=default_micro_batch(device, args.seq_len, arch.width),
-            report=clock,
-            spill=args.folder,
-        )
+    def job(transform: str, anchors: tuple[float, ...], budget: str, bits: int = 0) -> Job:
+        options = CalibrateOptions(sparsity=anchors[-1], grid=anchors, transform=transform, budget=budget, bits=bits)
+        text = Blocks(ids, ("random",), len(ids), fingerprint(ids))
+        return Job(source, options, plan(transform, arch), text, compute, clock)
 
     def fit(anchors: tuple[float, ...]) -> None:
         one = job("none", anchors, "uniform")
         rows = np.array([[[anchor] * len(SITES)] * len(arch.layers) for anchor in anchors])
-        stream = one._stream(source, ids, states=one._fit_states)
-        for state in fit_thresholds(stream, one._rule, one.options, rows)[1]:
-            state.clear()
+        fit_thresholds(one._stream(source, ids, states=one._fit_states), one._rule, one.options, rows)
 
     def plain() -> None:
         dense_pass(job("none", (0.5,), "uniform")._stream(source, ids)).clear()
@@ -164,15 +158,24 @@ def main() -> None:
 
     def choice() -> None:
         one = job(plan("auto", arch).name, (0.5,), "global")
-        chosen = one._budget(one._transformed(out)[0])
-        if chosen.dense is not None:
-            chosen.dense.clear()
+        one._budget(one._transformed(out)[0])
 
-    def whole() -> None:
+    def whole(bits: int = 0) -> None:
+        for folder in (out, out.with_name("dense")):
+            shutil.rmtree(folder, ignore_errors=True)
+        out.mkdir(parents=True)
         base = Blocks(ids[: max(1, 16384 // args.seq_len)], ("random",), 1, "")
-        job("global", (0.5,), "global").run(out, base)
+        job("global", (0.5,), "global", bits).run(out, base)
 
     timed(clock, lambda: dense_pass(job("none", (0.5,), "uniform")._stream(source, ids[:2])).clear())
+    if args.bits:
+        for bits in (0, args.bits):
+            measure(f"whole, {bits or 16} bits", lambda bits=bits: whole(bits))
+        click.echo(
+            f"with {args.bits} bits {found[f'whole, {args.bits} bits'] / found['whole, 16 bits']:.2f} times as long"
+        )
+        click.echo(json.dumps(facts))
+        return
     measure("plain", plain, 1 if args.choice else 2)
     if not args.choice:
         measure("with statistics", statistics)

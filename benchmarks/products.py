@@ -1,6 +1,6 @@
 """Site products of a decoder layer inside one CUDA graph, sparse against cuBLAS. Needs a GPU.
 
-    python benchmarks/kernels.py [--json FILE] [--layers 4] [--dtype bfloat16]
+    python benchmarks/products.py [--json FILE] [--layers 4] [--dtype bfloat16]
 
 Each graph holds several layers with weights of their own, so that nothing is served from the cache between them.
 Dense and sparse graphs are replayed in turn; medians are printed. Dense is `F.linear` on row-major weights.
