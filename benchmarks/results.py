@@ -181,7 +181,7 @@ def page(stored: dict[str, Any]) -> str:
         "Made by `make results` on a CPU, in float32, with the built-in text: calibrated on `builtin`, measured on "
         "`builtin:heldout`. Every table has its command above it; `docs/results.json` holds the figures. A run goes on "
         "where it was stopped. Perplexities of one table are of the same text; those of different tables may not be. "
-        "`tests/docs/test_results.py` makes a part of it again: numbers are equal within 1 %, or 0.005 where that is more."
+        "`tests/docs/test_results.py` makes a part of it again: numbers are equal within 1 %, or 0.005 where that is more.",
     ]
     sections: list[tuple[str, str, Callable[[dict[str, Any], str], list[str]], Sequence[str]]] = [
         ("Cost of a token", _FLOPS, _flops, [f"flops-{name}" for name in PRESETS]),

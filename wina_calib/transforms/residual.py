@@ -91,7 +91,9 @@ def fit_residual(
         save=save,
         progress=progress,
     )
-    return rotation[0].cpu()
+    return (
+        rotation[0].cpu().roll(-massive.shape[1], 1)
+    )  # beside the axes of least energy in a group of quantized weights
 
 
 def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:
