@@ -93,7 +93,7 @@ def test_config_is_pinned(calibrated: Path, llama: Path) -> None:
     assert config == json.loads((llama / "config.json").read_text())
     assert list(section) == [
         "quant_method", "sparsity", "anchors", "score", "masks", "exponent", "transform", "budget", "prefill",
-        "select", "first_token", "curve_levels", "weights", "samples", "whole_layers",
+        "select", "first_token", "curve_levels", "weights", "samples", "whole_layers", "vocab",
         "provenance", "format_version",
     ]  # fmt: skip
     assert section["quant_method"] == "wina"

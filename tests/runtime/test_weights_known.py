@@ -1,5 +1,6 @@
 """Weights that are not those of the calibration are noticed when a model is loaded, wherever the change is."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -55,6 +56,45 @@ def test_a_small_change_of_any_projection(layer: int, name: str, calibrated: Pat
         wina_calib.load(folder)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_small_change_outside_of_the_layers(name: str, calibrated: Path, tmp_path: Path) -> None:
+    folder = changed(calibrated, tmp_path / "changed", lambda model: model.get_parameter(name).mul_(1.001))
+    with pytest.raises(RuntimeLoadError, match=rf"1 weights are not .*such as {name}"):
+        wina_calib.load(folder)
+
+
+@pytest.mark.parametrize("options", [{"transform": "stacked"}, {"bits": 8}, {"bits": 8, "keep_head": True}], ids=str)
+def test_a_change_outside_of_the_layers_of_what_is_stored_otherwise(
+    options: dict[str, object], text: Path, tmp_path: Path
+) -> None:
+    """With run-time matrices and quantized weights, tied and with biases: the final norm, gains, biases, a 16-bit embedding."""
+    tiny.save("qwen2", tmp_path / "m", tie_word_embeddings=True)
+    tiny.calibrate(tmp_path / "m", tmp_path / "sparse", text, **({"transform": "none", "grid": (0.5,)} | options))
+    model = wina_calib.load(tmp_path / "sparse")
+    names = ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.2.self_attn.k_proj.bias"]
+    if options.get("keep_head", True):
+        names.append("model.embed_tokens.weight")
+    for name in names:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_parameter(name).mul_(1.5)
+        other.save_pretrained(tmp_path / name)
+        with pytest.raises(RuntimeLoadError, match=rf"1 weights are not .*such as {name}"):
+            wina_calib.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("rows", [310, 328])
+def test_an_embedding_of_more_or_fewer_tokens_is_no_change(rows: int, calibrated: Path, tmp_path: Path) -> None:
+    def resize(model: PreTrainedModel) -> None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+    folder = changed(calibrated, tmp_path / "resized", resize)
+    assert wina_calib.load(folder).get_input_embeddings().weight.shape[0] == rows
+    folder = changed(folder, tmp_path / "changed", lambda model: model.lm_head.weight.mul_(1.001))
+    with pytest.raises(RuntimeLoadError, match="lm_head"):
+        wina_calib.load(folder)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"score": "teal"}, {"score": "random"}, {"exponent": 0.0}, {"transform": "stacked"}, {"transform": "paper"}],
@@ -99,7 +139,8 @@ def without_samples(folder: Path, target: Path) -> Path:
     index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not n.endswith(".sample")}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((target / "config.json").read_text())
-    del config["quantization_config"]["samples"]
+    for name in ("samples", "whole_layers", "vocab"):
+        del config["quantization_config"][name]
     (target / "config.json").write_text(json.dumps(config))
     return target
 

@@ -27,7 +27,7 @@ from wina_calib.checkpoint.local_paths import data_here, is_path_of_here, publis
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut, Verdict
-from wina_calib.checkpoint.weight_sample import others_name
+from wina_calib.checkpoint.weight_sample import ends_name, others_name
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.common.atomic import staged_files
 from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
@@ -138,7 +138,7 @@ def _interpolated(opened: Checkpoint, settings: Settings, rows: Floats) -> dict[
             sample=stored.sample,
         )
         tensors |= changed.named(layer.prefix, site.name)
-    others = (others_name(layer) for layer in opened.architecture.layers)
+    others = (*map(others_name, opened.architecture.layers), ends_name(opened.architecture))
     return tensors | {name: opened.tensors[name] for name in others if name in opened.tensors}
 
 

@@ -293,11 +293,11 @@ class Job:
             curve_levels=CURVE_LEVELS if begun.chosen.curves is not None else (),
             weights=stored.fingerprint(model_names(stored, dense.architecture)),
             samples=SAMPLES if settings.weight_format is None else 0,
-            whole_layers=settings.weight_format is None,
+            whole_layers=True,
+            vocab=dense.architecture.vocab_size,
             provenance=self._provenance(begun, base) | measured | {VERDICT: verdict.to_dict()},
         )
-        if settings.samples:
-            tensors = {**tensors, **stored_samples(dense.shards, dense.architecture)}
+        tensors = {**tensors, **stored_samples(dense.shards, dense.architecture, settings)}
         is_local = self.source.commit is None and self.source.name != DEMO
         base_model = self.source.folder if is_local else None
         remember(settings.weights, settings.provenance, base_model=base_model, data=self.blocks.data)

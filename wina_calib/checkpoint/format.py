@@ -11,8 +11,8 @@ from torch import Tensor
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.budgets.model import Cells
-from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.weight_sample import others_name
+from wina_calib.checkpoint.settings import SAMPLES, Settings
+from wina_calib.checkpoint.weight_sample import ends_name, known_ends, others_name
 from wina_calib.errors import UsageError
 from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
@@ -73,8 +73,10 @@ def expected_tensors(arch: Architecture, settings: Settings) -> dict[str, tuple[
                 f"{path}.{group.name}.table": (anchors, levels),
                 f"{path}.{group.name}.threshold": (),
             }
-    if settings.samples and settings.whole_layers:
-        out |= {others_name(layer): (len(layer.small), settings.samples) for layer in arch.layers}
+    if settings.whole_layers:
+        out |= {others_name(layer): (len(layer.small), SAMPLES) for layer in arch.layers}
+    if settings.vocab:
+        out[ends_name(arch)] = (len(known_ends(arch, settings)), SAMPLES)
     return out
 
 

@@ -40,6 +40,7 @@ class Settings:
         weights: fingerprint of the weights that this belongs to.
         samples: elements of each projection's weight that are stored, to know the weights by when they are loaded.
         whole_layers: whether elements of the layers' other parameters are stored too.
+        vocab: rows that the embedding had, where elements of what lies outside of the layers are stored too; else 0.
         provenance: base model, data, seed, versions, command, dense perplexity.
         bits: of the sites' weights: 4, 8, or 16 where they are not quantized.
         group_size: outputs that share a scale at 4 bits.
@@ -63,6 +64,7 @@ class Settings:
     weights: str = ""
     samples: int = 0
     whole_layers: bool = False
+    vocab: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
     bits: int = UNQUANTIZED_BITS
@@ -189,6 +191,7 @@ class Settings:
                 type(self.samples) is int and self.samples in (0, SAMPLES),
                 f"samples is {self.samples!r:.80}, expected 0 or {SAMPLES}",
             ),
+            (type(self.vocab) is int and self.vocab >= 0, f"vocab is {self.vocab!r:.80}, expected a number of rows"),
             (type(self.whole_layers) is bool, f"whole_layers is {self.whole_layers!r:.80}, expected true or false"),
             (
                 isinstance(self.modules_to_not_convert, tuple)

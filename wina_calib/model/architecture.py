@@ -148,6 +148,13 @@ class Architecture:
         return ((layer, site) for layer in self.layers for site in layer.sites)
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """Names of all parameters outside of the layers: the embedding's, the final norm's, lm_head's where it is not tied."""
+        head = [] if self.tied else [f"{self.lm_head}.weight"]
+        bias = [f"{self.lm_head}.bias"] if self.lm_head_bias else []
+        return (f"{self.embed}.weight", f"{self.final_norm.module}.weight", *head, *bias)
+
+    @property
     def layer_weights(self) -> int:
         """Elements of the largest decoder layer's sites."""
         return max(sum(site.weights for site in layer.sites) for layer in self.layers)

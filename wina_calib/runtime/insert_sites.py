@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wina_calib.checkpoint.format import expected_tensors
 from wina_calib.checkpoint.reader import check_complete, check_values, norms_match, quantized_tensors
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.weight_sample import matches, others_name
+from wina_calib.checkpoint.weight_sample import ends_name, known_ends, matches, others_name
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
@@ -55,8 +55,10 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
                     dense = layer.get_submodule(projection.module)
                     assert isinstance(dense, nn.Linear)
                     layer.set_submodule(projection.module, kind(dense, site_state, group, i))
-        if settings.samples and settings.whole_layers:
-            holder.add_module("others", OtherParameters(len(described.small), settings.samples))
+        if settings.whole_layers:
+            holder.add_module("others", OtherParameters(len(described.small)))
+        if settings.vocab and described.index == 0:
+            holder.add_module("ends", OtherParameters(len(known_ends(arch, settings))))
         layer.add_module("wina", holder)
     quantize_head(model, arch, settings)
     norms.replace_norms(model, state)
@@ -110,8 +112,9 @@ def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings)
 
 
 def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) -> Iterator[tuple[str, bool]]:
-    """Each projection, and whether its weight is that of the calibration, as far as what is stored tells."""
-    for layer in arch.layers if settings.samples and settings.whole_layers else ():
+    """Each parameter, and whether it is that of the calibration, as far as what is stored tells."""
+    yield from _compared_ends(model, arch, settings)
+    for layer in arch.layers if settings.whole_layers else ():
         others = [f"{layer.prefix}{name}" for name in layer.small]
         parameters = [model.get_parameter(name) for name in others]
         if not any(parameter.is_meta for parameter in parameters):
@@ -140,6 +143,18 @@ def _compared(model: PreTrainedModel, arch: Architecture, settings: Settings) ->
                 fresh = column_norms([w.detach()[:, few] for w in members]).pow(settings.exponent)
                 norm = state.get_submodule(group.name).norm
                 yield f"{layer.prefix}{group.projections[0].module}", norms_match(norm[few], fresh)
+
+
+def _compared_ends(model: PreTrainedModel, arch: Architecture, settings: Settings) -> Iterator[tuple[str, bool]]:
+    """Each parameter outside of the layers, and whether it is that of the calibration; rows may have been added or cut off."""
+    if not settings.vocab or (samples := model.get_buffer(ends_name(arch))).is_meta:
+        return
+    for name, stored in zip(known_ends(arch, settings), samples, strict=True):
+        parameter = model.get_parameter(name)
+        if name == f"{arch.final_norm.module}.weight":
+            yield name, parameter.is_meta or matches(stored, parameter.flatten())
+        else:
+            yield name, parameter.is_meta or matches(stored, parameter, settings.vocab)
 
 
 @cache

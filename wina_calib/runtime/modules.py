@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.settings import SAMPLES, Settings
 from wina_calib.common.memory import moved_to_huge_pages
 from wina_calib.masks.mask import Cut, keep_mask, kept_inputs, mask_inputs
 from wina_calib.masks.thresholds import LEVELS, site_sparsity, threshold_between
@@ -42,11 +42,11 @@ class Float32Buffers(nn.Module):
 
 
 class OtherParameters(Float32Buffers):
-    """Elements (parameters, samples) of a layer's parameters that are no site's weights, to know them by when they are loaded."""
+    """Elements (parameters, SAMPLES) of parameters that are no site's weights, to know them by when they are loaded."""
 
-    def __init__(self, parameters: int, samples: int) -> None:
+    def __init__(self, parameters: int) -> None:
         super().__init__()
-        self.register_buffer("sample", torch.zeros(parameters, samples, dtype=torch.float32))
+        self.register_buffer("sample", torch.zeros(parameters, SAMPLES, dtype=torch.float32))
 
 
 class GroupState(Float32Buffers):
