@@ -53,6 +53,14 @@ def client(hub: Hub, home: Path) -> Iterator[script.Worker]:
     worker.close()
 
 
+@pytest.fixture(scope="module")
+def offline(hub: Hub, home: Path) -> Iterator[script.Worker]:
+    """The client with HF_HUB_OFFLINE, which is read when huggingface_hub is imported."""
+    worker = script.Worker(hub.environment(home, offline=True))
+    yield worker
+    worker.close()
+
+
 @pytest.fixture
 def folder(calibrated: Path, tmp_path: Path) -> Path:
     """A checkpoint that a push may write its card into."""
@@ -93,6 +101,7 @@ def test_push_load_push_again_and_offline(
     home: Path,
     folder: Path,
     client: script.Worker,
+    offline: script.Worker,
     push: Callable[..., Any],
     load: Callable[..., Any],
 ) -> None:
@@ -119,8 +128,7 @@ def test_push_load_push_again_and_offline(
     assert "give a local one" in kept.stderr  # the cache is the Hub's, and no place to write
     requests = len(hub.requests)
     assert load("me/first", local_files_only=True) == online
-    # The setting is read when huggingface_hub is imported, so a new process is needed.
-    done = script.run(LOAD + NOT_HERE, "me/first", "{}", env=hub.environment(home, offline=True))
+    done = offline.run(LOAD + NOT_HERE, "me/first", "{}")
     assert done.returncode == 1
     assert json.loads(done.stdout) == online
     assert "HF_HUB_OFFLINE is set" in done.stderr.splitlines()[-1]
@@ -296,16 +304,16 @@ def test_a_push_that_cannot_be_meant_or_done_here(folder: Path) -> None:
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(
-    hub: Hub, tmp_path: Path, folder: Path, push: Callable[..., Any]
+    hub: Hub, offline: script.Worker, folder: Path, push: Callable[..., Any], load: Callable[..., Any]
 ) -> None:
-    push(folder, "me/broken")
+    push(folder, "me/interrupts")
     hub.drops = 2
     try:
-        loaded = script.run_json(LOAD, "me/broken", "{}", env=hub.environment(tmp_path / "home", token=SECRET))
+        loaded = load("me/interrupts")
     finally:
         hub.drops = 0
     assert sum(name.startswith("broken ") for _, name in hub.requests) == 2
-    assert loaded == script.run_json(LOAD, "me/broken", "{}", env=hub.environment(tmp_path / "home", offline=True))
+    assert loaded == json.loads(offline.run(LOAD, "me/interrupts", "{}").stdout)
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ print(stopped)
 def test_killed_at_random_moments_leaves_no_half_folder(
     sig: signal.Signals, rounds: int, tmp_path: Path, llama: Path, text: Path
 ) -> None:
-    done = script.run(_KILLER, llama, tmp_path / "out", text, int(sig), rounds)
+    done = script.forked(_KILLER, llama, tmp_path / "out", text, int(sig), rounds)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -247,7 +247,7 @@ def test_a_folder_without_the_right_to_write(tmp_path: Path, llama: Path, text: 
     for folder in (*tmp_path.parents, tmp_path):
         if folder.stat().st_uid == os.getuid() and str(folder).startswith(str(tmp_path.parent.parent)):
             folder.chmod(folder.stat().st_mode | 0o055)
-    done = script.run(code, tmp_path / "closed" / "out")
+    done = script.forked(code, tmp_path / "closed" / "out")
     assert done.returncode == 0, done.stderr[-2000:]
     assert names(tmp_path / "closed") == []
 

@@ -1,9 +1,8 @@
 """The README's and the documentation's examples run, and the CLI reference is what the command line says."""
 
+import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -20,10 +19,11 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.parametrize("name", ["make_cli.py", "make_code_map.py"])
-def test_pages_made_from_the_code_are_current(name: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs" / name, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name", ["make_cli", "make_code_map"])
+def test_pages_made_from_the_code_are_current(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    maker = importlib.import_module(name)
+    assert maker.page() == maker.PAGE.read_text("utf-8"), "run `make docs`"
 
 
 def test_the_readme_shows_the_rooms_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Runs a piece of Python in a process of its own: another set of imports, another environment."""
 
+import atexit
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,45 @@ def run_json(code: str, *args: object, env: dict[str, str] | None = None) -> Any
     done = run(code, *args, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def forked(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """As `run`, in a fork of a process that has imported wina_calib already: for what is done there, not how it starts."""
+    return _imported().run(code, *args)
+
+
+@cache
+def _imported() -> "Worker":
+    worker = Worker({})
+    atexit.register(worker.close)
+    return worker
+
+
+# What plain transformers says and raises for each of some classes: {class: text}.
+PLAIN = """
+import json, logging, sys, transformers
+
+said = []
+class Heard(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+logging.getLogger("transformers").addHandler(Heard())
+found = {}
+for name in sys.argv[2:]:
+    said.clear()
+    try:
+        getattr(transformers, name).from_pretrained(sys.argv[1])
+        found[name] = ""
+    except Exception as error:
+        found[name] = "\\n".join([*said, str(error)])
+print(json.dumps(found))
+"""
+
+
+def plain_errors(folder: object, *classes: str) -> dict[str, str]:
+    """What transformers says where wina_calib is not imported and a class cannot load a folder; nothing where it can."""
+    return run_json(PLAIN, folder, *classes, env={"TRANSFORMERS_VERBOSITY": "warning"})
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:

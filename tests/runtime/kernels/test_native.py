@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from kernel_cases import ADVERSARIAL, LIMITS, adversarial, error, exact, operands
 
+from wina_calib.common import own_cache
 from wina_calib.masks.mask import keep_mask
 from wina_calib.runtime.kernels import native, native_build
 
@@ -132,8 +135,7 @@ def test_what_does_not_fit_is_refused():
 
 
 RUN = """
-import logging, sys, torch
-logging.basicConfig(level=logging.INFO, format="%(message)s")
+import sys, torch
 from wina_calib.runtime.kernels import native
 print(native.available(torch.bfloat16))
 names = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line}
@@ -141,67 +143,120 @@ print(len(names))
 """
 
 
-def available(cache: Path, **environment: str) -> subprocess.CompletedProcess:
-    given = os.environ | {"WINA_CALIB_CACHE": str(cache)} | environment
-    return subprocess.run([sys.executable, "-c", RUN], env=given, capture_output=True, text=True, check=True)
-
-
 @needs_compiler
-def test_compiled_once_and_with_torchs_threads(tmp_path):
-    cache = tmp_path / "cache"
-    assert available(cache).stdout.split() == ["True", "1"]
-    (folder,) = cache.iterdir()
+def test_compiled_with_torchs_threads_and_kept(tmp_path):
+    """In a process of its own: no second OpenMP, with threads of its own, is loaded."""
+    given = os.environ | {"WINA_CALIB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", RUN], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "1"]
+    (folder,) = (tmp_path / "cache").iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     (made,) = folder.iterdir()
-    before = made.stat().st_mtime_ns, made.stat().st_ino
-    done = available(cache)
-    assert done.stdout.split() == ["True", "1"]
-    assert [made] == list(folder.iterdir())
-    assert (made.stat().st_mtime_ns, made.stat().st_ino) == before
-    whole = made.read_bytes()
-    for damaged in (b"damaged", whole[: len(whole) // 3], whole[:5000] + b"?" + whole[5001:], b""):
-        made.unlink()  # not written over: it is open in other processes
-        made.write_bytes(damaged)
-        assert available(cache).stdout.split() == ["True", "1"]
+    assert hashlib.sha256(made.read_bytes()).hexdigest() in made.name
+
+
+class Opened:
+    """The library as a new process would open it, from a cache of its own; what is compiled is a copy of what was."""
+
+    def __init__(self, cache, monkeypatch):
+        self.cache, self.compiled = cache, 0
+        (whole,) = native_build.cache_folder().glob(f"site-{native_build._fingerprint(self.compiler)}-*.so")
+        self.whole = whole.read_bytes()
+        monkeypatch.setenv("WINA_CALIB_CACHE", str(cache))
+        monkeypatch.setattr(native_build, "_compile", self.compile)
+
+    @property
+    def compiler(self):
+        return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *native_build.COMPILERS))))
+
+    def compile(self, compiler, folder):
+        self.compiled += 1
+        (folder / "site.so").write_bytes(self.whole)
+        return folder / "site.so"
+
+    def again(self):
+        """Whether it was compiled; it is there in any case, as one file that is kept, if any is."""
+        before = self.compiled
+        assert native_build.library.__wrapped__() is not None
+        return self.compiled > before
+
+    @property
+    def kept(self):
+        (folder,) = self.cache.iterdir()
         (made,) = folder.iterdir()
-        assert hashlib.sha256(made.read_bytes()).hexdigest() in made.name
+        return made
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    if native_build.cache_folder() is None:
+        pytest.skip("needs a cache")
+    return Opened(tmp_path / "cache", monkeypatch)
 
 
 @needs_compiler
-def test_without_a_home_it_is_compiled_all_the_same(tmp_path):
-    program = f"import pwd\ndef unknown(_):\n    raise KeyError('uid')\npwd.getpwuid = unknown\n{RUN}"
-    given = {name: value for name, value in os.environ.items() if name not in ("HOME", "WINA_CALIB_CACHE")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert done.stdout.split() == ["True", "1"]
+def test_compiled_once_and_again_where_what_is_kept_is_damaged(opened):
+    assert opened.again()
+    made = opened.kept
+    before = made.stat().st_mtime_ns, made.stat().st_ino
+    assert not opened.again()
+    assert (opened.kept, made.stat().st_mtime_ns, made.stat().st_ino) == (made, *before)
+    whole = made.read_bytes()
+    for damaged in (b"damaged", whole[: len(whole) // 3], whole[:5000] + b"?" + whole[5001:], b""):
+        opened.kept.unlink()  # not written over: it is open in this process
+        made.write_bytes(damaged)
+        assert opened.again()
+        assert opened.kept.read_bytes() == whole
+
+
+@needs_compiler
+def test_without_a_home_it_is_compiled_all_the_same(opened, monkeypatch):
+    def unknown(_):
+        raise KeyError("uid")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "WINA_CALIB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert opened.again()
+    assert not opened.cache.exists()
 
 
 @needs_compiler
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
-def test_what_others_put_into_the_cache_is_not_run(tmp_path):
-    cache = tmp_path / "cache"
-    available(cache)
-    (folder,) = cache.iterdir()
-    (made,) = folder.iterdir()
-    os.chown(made, 65534, 65534)
-    cache.chmod(0o1777)
-    assert available(cache).stdout.split() == ["True", "1"]
-    (made,) = folder.iterdir()
+def test_what_others_put_into_the_cache_is_not_run(opened, caplog):
+    own_cache._warn.cache_clear()
+    assert opened.again()
+    os.chown(opened.kept, 65534, 65534)
+    opened.cache.chmod(0o1777)
+    assert opened.again()
+    made = opened.kept
     assert made.stat().st_uid == 0
-    os.chown(folder, 65534, 65534)
+    os.chown(made.parent, 65534, 65534)
     before = made.stat().st_atime_ns
-    done = available(cache)
-    assert done.stdout.split() == ["True", "1"]
-    assert done.stderr.count("belongs to another user") == 1
-    assert (list(folder.iterdir()), made.stat().st_atime_ns) == ([made], before)
+    assert opened.again()
+    assert opened.again()
+    assert caplog.text.count("belongs to another user") == 1
+    assert (opened.kept, made.stat().st_atime_ns) == (made, before)
 
 
-def test_without_a_compiler_one_line_says_so(tmp_path):
-    done = available(tmp_path, PATH=str(tmp_path), CC="")
-    assert done.stdout.split()[0] == "False"
-    assert done.stderr.count("no C compiler") == 1
-    assert available(tmp_path, WINA_CALIB_NATIVE="0").stdout.split()[0] == "False"
+def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "")
+    assert native_build.library.__wrapped__() is None
+    assert caplog.text.count("no C compiler") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("WINA_CALIB_NATIVE", "0")
+    assert native_build.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_is_available_where_the_library_is(there, monkeypatch):
+    library = native_build.library() if there else None
+    if there and library is None:
+        pytest.skip("needs a C compiler")
+    monkeypatch.setattr(native, "library", lambda: library)
+    assert native.available(torch.float32) is there
 
 
 @needs_compiler
