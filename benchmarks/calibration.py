@@ -24,6 +24,7 @@ import random_model
 import torch
 
 from benchmarks.transform_timing import seconds as decomposition_seconds
+from wina_calib.calibration import phases
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.fit_thresholds import fit_thresholds
@@ -123,14 +124,14 @@ def main() -> None:
     def fit(anchors: tuple[float, ...]) -> None:
         one = job("none", anchors, "uniform")
         rows = np.array([[[anchor] * len(SITES)] * len(arch.layers) for anchor in anchors])
-        fit_thresholds(one._stream(source, ids, states=one._fit_states), one._rule, one.options, rows)
+        fit_thresholds(one.stream(source, ids, states=one.fit_states), one.rule, one.options, rows)
 
     def plain() -> None:
-        dense_pass(job("none", (0.5,), "uniform")._stream(source, ids)).clear()
+        dense_pass(job("none", (0.5,), "uniform").stream(source, ids)).clear()
 
     def statistics() -> None:
         kept = Statistics(arch, "global", tokens=ids.numel() - len(ids))
-        dense_pass(job("none", (0.5,), "uniform")._stream(source, ids), kept).clear()
+        dense_pass(job("none", (0.5,), "uniform").stream(source, ids), kept).clear()
 
     facts: dict[str, Any] = {
         "shape": str(args.model or args.shape),
@@ -158,16 +159,16 @@ def main() -> None:
 
     def choice() -> None:
         one = job(plan("auto", arch).name, (0.5,), "global")
-        one._budget(one._transformed(out)[0])
+        phases.begin(one, out, 0.0)
 
     def whole(bits: int = 0) -> None:
         for folder in (out, out.with_name("dense")):
             shutil.rmtree(folder, ignore_errors=True)
         out.mkdir(parents=True)
         base = Blocks(ids[: max(1, 16384 // args.seq_len)], ("random",), 1, "")
-        job("global", (0.5,), "global", bits).run(out, base)
+        phases.run(job("global", (0.5,), "global", bits), out, base)
 
-    timed(clock, lambda: dense_pass(job("none", (0.5,), "uniform")._stream(source, ids[:2])).clear())
+    timed(clock, lambda: dense_pass(job("none", (0.5,), "uniform").stream(source, ids[:2])).clear())
     if args.bits:
         for bits in (0, args.bits):
             measure(f"whole, {bits or 16} bits", lambda bits=bits: whole(bits))

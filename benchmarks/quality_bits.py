@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import wina_calib
+from wina_calib.calibration import phases
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.job import Begun, Job
@@ -73,7 +74,7 @@ def begin(args: argparse.Namespace, options: dict[str, Any], folder: Path) -> tu
     """What all cases share, the text of calibrate's own measurement, and the seconds that it took."""
     start = time.perf_counter()
     job, base = prepare(args.model, folder / "none", make_options(options), SILENT, ALONE)
-    return job, base, job.begin(folder / "dense", 0.0), time.perf_counter() - start
+    return job, base, phases.begin(job, folder / "dense", 0.0), time.perf_counter() - start
 
 
 def finish(job: Job, base: Blocks, begun: Begun, own: dict[str, Any], folder: Path) -> tuple[Path, float]:
@@ -85,7 +86,7 @@ def finish(job: Job, base: Blocks, begun: Begun, own: dict[str, Any], folder: Pa
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (folder / "checkpoint").mkdir()
     target = folder / ("dense" if form is None else "checkpoint")
-    replace(job, options=chosen).finish(target, base, begun)
+    phases.finish(replace(job, options=chosen), target, base, begun)
     return target, time.perf_counter() - start
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from wina_calib.budgets import Budget, budget_at
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.model import Floats
+from wina_calib.calibration import phases
 from wina_calib.calibration.choose_budget import ChosenBudget
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.held_out import held_out_blocks
@@ -192,7 +193,7 @@ def _refitted(
         ),
         report=report,
     )
-    tensors, measured = job.fit(source, ChosenBudget(rows), held_out_blocks(tokenizer, seq_len))
+    tensors, measured = phases.fit(job, source, ChosenBudget(rows), held_out_blocks(tokenizer, seq_len))
     held = _beside_the_original(measured[HELD_OUT], HeldOut.from_dict(facts.get(HELD_OUT)))
     kept = {name: tensor for name, tensor in opened.tensors.items() if name.endswith((".curve", ".sample"))}
     changed = {"data": list(map(published, data)), "data_fingerprint": text.fingerprint, "blocks": len(text.ids)}

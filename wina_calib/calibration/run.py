@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from wina_calib.budgets.count import count_cells
+from wina_calib.calibration import phases
 from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.held_out import HELD_OUT_TOKENS, QUICK_TOKENS, held_out_blocks
@@ -215,7 +216,9 @@ def _run(job: Job, base: Blocks, output: Path) -> Settings:
             return finished
         run_state = begun
         try:
-            settings = replace(job, run_state=run_state, compute=replace(job.compute, spill=spill)).run(work, base)
+            settings = phases.run(
+                replace(job, run_state=run_state, compute=replace(job.compute, spill=spill)), work, base
+            )
             return ranks.first(lambda _: end(settings))
         except BaseException as error:
             if ranks.is_first:

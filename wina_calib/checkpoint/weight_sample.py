@@ -1,4 +1,4 @@
-"""A few elements of every parameter that is stored as numbers, by which a loaded model shows that it has its calibration's weights.
+"""A few elements of every parameter that is not quantized, by which a loaded model shows that it has its calibration's weights.
 
 All of a model's weights take as long to read again as to load. A merged adapter, training or another layer changes nearly
 every element, so a few of each parameter tell; a cast to another dtype rounds them in a known way.
