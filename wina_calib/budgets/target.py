@@ -168,9 +168,9 @@ def meet(
 
     least = loss(lowest)
     if least > limit + _SLACK:
-        found = f"loss rise {least:.4g}, perplexity rise {perplexity_rise(least):.2%}"
+        prediction = f"loss rise {least:.4g}, perplexity rise {perplexity_rise(least):.2%}"
         raise _impossible(
-            limits, f"{target.kind} of at most {target.value:g}", f": the lowest sparsity already predicts {found}"
+            limits, f"{target.kind} of at most {target.value:g}", f": the lowest sparsity already predicts {prediction}"
         )
     sparsity = highest if loss(highest) <= limit else _bisect(loss, limit, lowest, highest)
     return sparsity, spread(sparsity)

@@ -98,19 +98,19 @@ def complete(metadata: dict[str, Any], made: dict[str, Any], shown: dict[str, An
 
 def made_metadata(folder: Path, settings: Settings, base: Base) -> dict[str, Any]:
     """Metadata that follows from the facts; the Hub's keys."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if base.repo is not None:
-        found |= {"base_model": base.repo, "base_model_relation": "quantized"}
-    found |= licence(folder, base)
+        metadata |= {"base_model": base.repo, "base_model_relation": "quantized"}
+    metadata |= licence(folder, base)
     reference = is_reference(folder)
-    found |= {"library_name": "wina-calib" if reference else "transformers", "pipeline_tag": "text-generation"}
+    metadata |= {"library_name": "wina-calib" if reference else "transformers", "pipeline_tag": "text-generation"}
     language = base.metadata.get("language")
     if isinstance(language, str | list):
-        found["language"] = language
+        metadata["language"] = language
     datasets = hub_datasets(settings.data)
     if datasets:
-        found["datasets"] = datasets
-    return found | {"tags": list(TAGS)}
+        metadata["datasets"] = datasets
+    return metadata | {"tags": list(TAGS)}
 
 
 def licence(folder: Path, base: Base) -> dict[str, str]:

@@ -96,8 +96,8 @@ def command(
 
     try:
         with bars() as progress:
-            found = compare(model, output, methods=names, progress=progress, **options)
+            comparison = compare(model, output, methods=names, progress=progress, **options)
     except KeyboardInterrupt:
         note(f"Interrupted; finished cells are kept in {output}. The same command goes on from there.")
         raise click.exceptions.Exit(130) from None
-    emit(found.to_dict(), found.text(), as_json=as_json)
+    emit(comparison.to_dict(), comparison.text(), as_json=as_json)

@@ -76,13 +76,13 @@ class WeightFormat:
                 f"Choose another group size ({' or '.join(map(str, GROUP_SIZES))}), or 8 bits."
             )
         groups = out // self.group_size
-        found: dict[str, Spec] = {
+        parts: dict[str, Spec] = {
             "codes": (torch.uint8, (width, out // 2)),
             "scales": (torch.float16, (width, groups)),
         }
         if self.zero_point:
-            found["zeros"] = (torch.uint8, (width, -(-groups // 2)))
-        return found
+            parts["zeros"] = (torch.uint8, (width, -(-groups // 2)))
+        return parts
 
     def stored_bits(self, width: int, outs: Sequence[int]) -> int:
         """Bits of all tensors of such a group."""

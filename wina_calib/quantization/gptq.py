@@ -51,15 +51,16 @@ class HessianSum:
         """
         rows = x.reshape(-1, x.shape[-1])
         if rows.is_cuda and rows.dtype != torch.float32:
-            found = torch.mm(rows.t(), rows, out_dtype=torch.float32)  # products of 16-bit numbers are exact in float32
+            # Products of 16-bit numbers are exact in float32.
+            products = torch.mm(rows.t(), rows, out_dtype=torch.float32)
         else:
-            found = rows.float().t() @ rows.float()
+            products = rows.float().t() @ rows.float()
         if self.unit is None:
-            largest = float(found.diagonal().max())
+            largest = float(products.diagonal().max())
             self.unit = agreed(2.0 ** (math.frexp(largest)[1] - _UNIT_BITS) if 0 < largest < math.inf else 1.0)
-        if not bool(found.isfinite().all()):
+        if not bool(products.isfinite().all()):
             raise NumericError("sums of squared inputs are NaN or infinite. Try --dtype float32.")
-        for own, part in zip(self.parts.split(_ROWS), found.split(_ROWS), strict=True):
+        for own, part in zip(self.parts.split(_ROWS), products.split(_ROWS), strict=True):
             own += (part.double() / self.unit).round_().long()
 
     @property

@@ -89,9 +89,9 @@ class _Log:
         """
         if not self.waiting:
             return
-        found = engine.reduce(torch.stack(self.waiting), "mean").tolist()
+        averages = engine.reduce(torch.stack(self.waiting), "mean").tolist()
         self.waiting.clear()
-        for loss, fine in found:
+        for loss, fine in averages:
             self.losses.append(loss if fine else math.nan)
             self.skipped += not fine
             self.in_a_row = 0 if fine else self.in_a_row + 1
@@ -241,9 +241,9 @@ class Training:
                 held[step] = losses
             what = f"after {step} steps" + ("" if share == 1 else f", {share:.0%} of the way")
             self.report.note(f"divergence on held-out text {what}: {self._shown(losses)}")
-            if (found := merit(losses, held[0])) < self._merit:
+            if (reached := merit(losses, held[0])) < self._merit:
                 self._best = {name: p.detach().clone() for name, p in self._weights.items()}
-                self._merit, self._share, best = found, share, step
+                self._merit, self._share, best = reached, share, step
         self._take(now)
         return best
 
@@ -264,8 +264,8 @@ class Training:
                 self.masks.sparsity = sparsity
                 for some in parts:
                     total[number] += distiller(some.to(self.device))[0] * (len(some) / len(self.held_out))
-        found: list[float] = self._engine.reduce(total, "sum").tolist()
-        return found
+        sums: list[float] = self._engine.reduce(total, "sum").tolist()
+        return sums
 
     def _rounded(self, step: int | None = None) -> AbstractContextManager[None]:
         """Where bits were asked for, weights as they will be stored: in the last steps, and where no step is given."""

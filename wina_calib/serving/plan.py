@@ -206,7 +206,7 @@ def _opened(folder: Path, calibration: str | None) -> tuple[Checkpoint, Shards]:
 
 
 def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
-    settings, found = checkpoint.settings, []
+    settings, masks = checkpoint.settings, []
     for layer, site in checkpoint.architecture.sites:
         stored = checkpoint.site(layer, site)
         own = 0.0 if sparsity is None else site_sparsity(settings.anchors, np.asarray(stored.budget), sparsity)
@@ -221,8 +221,8 @@ def _masks(checkpoint: Checkpoint, sparsity: float | None) -> tuple[Mask, ...]:
             rows = [site.projections.index(p) for p in group.projections]
             outs = tuple(p.out_features for p in group.projections)
             sample = None if stored.sample is None else stored.sample[rows]
-            found.append(Mask(path, names, stored.norms[group.name], threshold, outs, sample))
-    return tuple(found)
+            masks.append(Mask(path, names, stored.norms[group.name], threshold, outs, sample))
+    return tuple(masks)
 
 
 def _refuse_what_is_not_served(checkpoint: Checkpoint, weights: Shards) -> None:

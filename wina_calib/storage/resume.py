@@ -216,7 +216,7 @@ class Phase:
         serial = self._serial + 1
         passing = passing() if callable(passing) else passing
         new = {f"{serial:04d}.safetensors": self._pending, f"{serial:04d}{_PASSING}": dict(passing or {})}
-        new = {name: found for name, found in new.items() if found} if self._ranks.is_first else {}
+        new = {name: held for name, held in new.items() if held} if self._ranks.is_first else {}
         state = {
             "step": done_items,
             "finished": finished,

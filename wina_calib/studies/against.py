@@ -99,8 +99,8 @@ def quantized_rows(
     progress.planned(Estimate(tuple(Part(f"quantize to {name}", layers) for name in names)))
     for name in names:
         progress.phase(f"quantize to {name}", layers)
-        found = _perplexity(source, opened, FORMATS[name], text, held, compute, progress)
-        rows.append(QuantizedRow(name, _bits(source.architecture, FORMATS[name]), found))
+        ppl = _perplexity(source, opened, FORMATS[name], text, held, compute, progress)
+        rows.append(QuantizedRow(name, _bits(source.architecture, FORMATS[name]), ppl))
     return tuple(rows)
 
 
@@ -127,9 +127,9 @@ def _perplexity(
                 measured[batch] = masked.run(measured[batch], beside.kwargs(index, batch))
         progress.step(f"layer {index + 1}")
     hidden.clear()
-    found = perplexity(float(next_token_nll(beside, measured).double().mean()))
+    ppl = perplexity(float(next_token_nll(beside, measured).double().mean()))
     measured.clear()
-    return found
+    return ppl
 
 
 def _bits(arch: Architecture, form: WeightFormat) -> float:

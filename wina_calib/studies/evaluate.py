@@ -199,32 +199,32 @@ def evaluate_model(
     blocks = evaluation_blocks(data, load_tokenizer(folder), tokens, settings.seq_len)
     progress.planned(Estimate((Part("evaluate", len(blocks.ids)),)))
     progress.phase("evaluate", len(blocks.ids))
-    found = measure(model, blocks, progress)
+    measured = measure(model, blocks, progress)
     arch, provenance = describe(model), settings.provenance
     held = HeldOut.from_dict(provenance.get(HELD_OUT))
     cells = stored_cells(arch, settings)
-    achieved: float | NDArray[np.float64] = found.model_sparsity
+    achieved: float | NDArray[np.float64] = measured.model_sparsity
     if cells.site_bits is not None:
-        achieved = np.array([[found.sites[layer.index, site.name] for site in layer.sites] for layer in arch.layers])
+        achieved = np.array([[measured.sites[layer.index, site.name] for site in layer.sites] for layer in arch.layers])
     return Evaluation(
         sparsity=asked,
-        model_sparsity=found.model_sparsity,
-        dense_ppl=found.dense_ppl,
-        sparse_ppl=found.ppl,
+        model_sparsity=measured.model_sparsity,
+        dense_ppl=measured.dense_ppl,
+        sparse_ppl=measured.ppl,
         base_ppl=float(provenance.get("base_ppl", float("nan"))),
         base_ppl_data=f"{' + '.join(provenance.get('base_ppl_data', []))}, {provenance.get('base_ppl_tokens', 0)} tokens",
         base_ppl_comparable=provenance.get("base_ppl_fingerprint") == blocks.fingerprint,
-        kl=found.kl,
-        top1_agreement=found.top1_agreement,
+        kl=measured.kl,
+        top1_agreement=measured.top1_agreement,
         read_fraction=cells.read_fraction_at(achieved),
         read_fraction_decoder=cells.read_fraction_at(achieved, lm_head=False),
         bits_read=cells.bits_read_at(achieved),
         bits_stored=cells.bits_read_at(0.0),
-        tokens=found.tokens,
+        tokens=measured.tokens,
         data=blocks.data,
-        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, found.sites[s.layer, s.site.name]) for s in sites),
+        sites=tuple(SiteSparsity(s.layer, s.site.name, s.asked, measured.sites[s.layer, s.site.name]) for s in sites),
         warnings=find_warnings(
-            settings, blocks.data, asked, found.model_sparsity, found.tokens, calibration=data_here(provenance)
+            settings, blocks.data, asked, measured.model_sparsity, measured.tokens, calibration=data_here(provenance)
         ),
         weights=settings.weights_name,
         quantizing_rise=None if held is None or settings.weights_name is None else held.base_rise,
@@ -314,21 +314,21 @@ def find_warnings(
     calibration: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """What makes an evaluation doubtful, with the remedy."""
-    found = []
+    warnings = []
     if tokens < FEW_TOKENS:
-        found.append(f"{tokens} tokens are too few to rely on these figures. Give more text, or a larger --tokens.")
+        warnings.append(f"{tokens} tokens are too few to rely on these figures. Give more text, or a larger --tokens.")
     outside = settings.unfitted(asked)
     if outside is not None:
-        found.append(outside)
+        warnings.append(outside)
     if abs(real - asked) > DRIFT:
         reason = (
             "" if outside else ": this text differs from the calibration's. Calibrate on text like this with --data"
         )
-        found.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
+        warnings.append(f"achieved sparsity {real:.3f} is off the asked {asked:.3f} by more than {DRIFT}{reason}.")
     overlap = _overlap(calibration or settings.data, data)
     if overlap > 0.01:
-        found.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
-    return tuple(found)
+        warnings.append(f"{overlap:.0%} of the text's lines are also in the calibration data: quality is flattered.")
+    return tuple(warnings)
 
 
 def _overlap(calibration: tuple[str, ...], data: tuple[str, ...]) -> float:

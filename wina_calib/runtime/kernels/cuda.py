@@ -179,8 +179,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         (batch, 1, heads, size).
     """
     if query.device.index in _unusable:
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-        return found.transpose(1, 2).contiguous()
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2).contiguous()
     if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
         with torch.cuda.device(query.device):
             return attend(query, key, value, mask, scale)

@@ -130,10 +130,10 @@ def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
     Raises:
         UsageError: a name is not known.
     """
-    found: dict[str, Method] = {}
+    methods: dict[str, Method] = {}
     for name in names:
         if isinstance(name, Method):
-            found[name.name] = name
+            methods[name.name] = name
             continue
         plain = name.removeprefix("-")
         chosen = GROUPS.get(plain) or ((METHODS[plain],) if plain in METHODS else ())
@@ -144,9 +144,9 @@ def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
                 "`wina-calib compare --list` tells all and their groups."
             )
         if name == plain:
-            found |= {method.name: method for method in chosen}
+            methods |= {method.name: method for method in chosen}
         else:
-            found = {key: method for key, method in found.items() if method not in chosen}
-    if not found:
+            methods = {key: method for key, method in methods.items() if method not in chosen}
+    if not methods:
         raise UsageError(f"no method was given; known: {', '.join((*METHODS, *GROUPS))}.")
-    return tuple(found.values())
+    return tuple(methods.values())

@@ -133,17 +133,17 @@ def compare(
         with readable_errors(bench.folder):
             (bench.folder / "cells").mkdir(parents=True, exist_ok=True)
         with lock(bench.folder.absolute()), torch.inference_mode(False), torch.enable_grad():
-            found = bench.run(chosen, tuple(sorted(set(grid))))
-            if not found.rows:
+            comparison = bench.run(chosen, tuple(sorted(set(grid))))
+            if not comparison.rows:
                 raise UsageError(
-                    f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in found.skipped)}"
+                    f"nothing could be measured. {'; '.join(f'{s.method}: {s.reason}' for s in comparison.skipped)}"
                 )
-            write_file(bench.folder / "compare.json", json_bytes(found.to_dict()))
-            write_file(bench.folder / "compare.md", found.markdown().encode())
+            write_file(bench.folder / "compare.json", json_bytes(comparison.to_dict()))
+            write_file(bench.folder / "compare.md", comparison.markdown().encode())
             if draw:
-                write_file(bench.folder / "compare.png", draw_comparison(found))
-                write_file(bench.folder / "bits.png", draw_bits(found))
-        return found
+                write_file(bench.folder / "compare.png", draw_comparison(comparison))
+                write_file(bench.folder / "bits.png", draw_bits(comparison))
+        return comparison
 
 
 @dataclass(frozen=True)
@@ -327,10 +327,10 @@ class _Bench:
             self.report.phase(f"{name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
             set_sparsity(model, sparsity)
-            found = measure(model, self.blocks, self.report)
-            base_ppl = self.base_ppl if task.options.bits else found.dense_ppl
+            measured = measure(model, self.blocks, self.report)
+            base_ppl = self.base_ppl if task.options.bits else measured.dense_ppl
             seconds = time.monotonic() - start
-            yield _row(name, sparsity, found, cells, base_ppl, seconds=seconds, calibration_seconds=took)
+            yield _row(name, sparsity, measured, cells, base_ppl, seconds=seconds, calibration_seconds=took)
         shutil.rmtree(place, ignore_errors=True)
 
     @cached_property
@@ -356,10 +356,10 @@ class _Bench:
         for sparsity, thresholds in zip(task.todo, fitted, strict=True):
             self.report.phase(f"{task.method.name}: measure at {sparsity:g}", len(self.blocks.ids))
             start = time.monotonic()
-            found = self._gated(model, thresholds)
+            measured = self._gated(model, thresholds)
             seconds = time.monotonic() - start
             name = task.method.name
-            yield _row(name, sparsity, found, cells, found.dense_ppl, seconds=seconds, calibration_seconds=took)
+            yield _row(name, sparsity, measured, cells, measured.dense_ppl, seconds=seconds, calibration_seconds=took)
 
     def _gated(self, model: PreTrainedModel, thresholds: Tensor) -> Measured:
         """Quality with masked gates."""
@@ -381,7 +381,7 @@ class _Bench:
 def _row(
     name: str,
     sparsity: float,
-    found: Measured,
+    measured: Measured,
     cells: Cells,
     base_ppl: float,
     *,
@@ -391,13 +391,13 @@ def _row(
     return Row(
         method=name,
         sparsity=sparsity,
-        **found.figures(),
-        read_fraction=cells.read_fraction_at(found.model_sparsity),
-        read_fraction_decoder=cells.read_fraction_at(found.model_sparsity, lm_head=False),
-        tokens=found.tokens,
+        **measured.figures(),
+        read_fraction=cells.read_fraction_at(measured.model_sparsity),
+        read_fraction_decoder=cells.read_fraction_at(measured.model_sparsity, lm_head=False),
+        tokens=measured.tokens,
         seconds=seconds,
         calibration_seconds=calibration_seconds,
-        bits_read=cells.bits_read_at(found.model_sparsity),
+        bits_read=cells.bits_read_at(measured.model_sparsity),
         bits_stored=cells.bits_read_at(0.0),
         base_ppl=base_ppl,
     )

@@ -119,9 +119,9 @@ class Comparison:
     def markdown(self) -> str:
         """The rise of perplexity by method and sparsity, all figures, and what the methods are."""
         asked = sorted({row.sparsity for row in self.rows})
-        found = {(row.method, row.sparsity): row for row in self.rows}
+        by_cell = {(row.method, row.sparsity): row for row in self.rows}
         names = list(dict.fromkeys(row.method for row in self.rows))
-        short = [[f"`{name}`", *(_short(found.get((name, s))) for s in asked)] for name in names]
+        short = [[f"`{name}`", *(_short(by_cell.get((name, s))) for s in asked)] for name in names]
         full = [[f"`{row.method}`", self.budgets[row.method], *_figures(row)] for row in self.rows]
         parts = [
             self._about(),
@@ -186,10 +186,10 @@ def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw_comparison(found: Comparison) -> bytes:
+def draw_comparison(comparison: Comparison) -> bytes:
     """Perplexity, KL divergence and agreement, against model sparsity and against read fraction, as a PNG."""
-    names = dict.fromkeys(row.method for row in found.rows)
-    lines = {name: sorted((r for r in found.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
+    names = dict.fromkeys(row.method for row in comparison.rows)
+    lines = {name: sorted((r for r in comparison.rows if r.method == name), key=lambda r: r.sparsity) for name in names}
     across = {"model sparsity": "model_sparsity", "read fraction (lm_head included)": "read_fraction"}
     up = {"perplexity": "ppl", "KL, nats a token": "kl", "same most likely token": "top1_agreement"}
     panels = {
@@ -198,13 +198,15 @@ def draw_comparison(found: Comparison) -> bytes:
         for x in across
     }
     perplexity, kl, _ = up
-    return plots.tradeoffs(panels, {perplexity: found.rows[0].base_ppl}, found.model, logarithmic=(perplexity, kl))
+    return plots.tradeoffs(
+        panels, {perplexity: comparison.rows[0].base_ppl}, comparison.model, logarithmic=(perplexity, kl)
+    )
 
 
-def draw_bits(found: Comparison) -> bytes:
+def draw_bits(comparison: Comparison) -> bytes:
     """Rise of perplexity over bits read, a line a method from its point at sparsity 0 on, as a PNG."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in found.rows:
+    for row in comparison.rows:
         points = lines.setdefault(row.method, [(row.bits_stored, row.dense_ppl / row.base_ppl - 1)])
         points.append((row.bits_read, row.rise))
-    return plots.over_bits(lines, found.model)
+    return plots.over_bits(lines, comparison.model)
