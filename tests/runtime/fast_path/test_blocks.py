@@ -9,35 +9,24 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from step_cases import IDS, PROMPT, close, filled, passes_of_another_kind, sparse, step
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 import wina_calib
-from wina_calib.budgets.count import count_cells
 from wina_calib.model.architecture import describe
 from wina_calib.runtime.fast_path import blocks, layers
 from wina_calib.runtime.fast_path.blocks import Short, ShortAttention, ShortMLP
 from wina_calib.runtime.kernels import native
 from wina_calib.runtime.load import runtime_state
-from wina_calib.studies.bench.models import Pair, fit
 
 pytestmark = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 
-IDS = torch.randint(4, 300, (1, 40), generator=torch.Generator().manual_seed(1))
-PROMPT = 12
 # Of three layers: blocks of a known form. Gemma and OLMo norm queries in another way; Gemma 2 caps scores.
 ATTENTION = {"llama": 3, "qwen2": 3, "qwen3": 3, "phi3": 3, "mistral": 3, "gemma2": 0, "gemma3": 0, "olmo2": 0}
 STEP = {"turned": 3, "attend": 3, "gated": 3}
-
-
-@torch.no_grad()
-def sparse(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A tiny model whose thresholds drop half of the inputs."""
-    dense, model = (tiny.make(family, dtype=dtype, **changes) for _ in range(2))
-    fit(Pair(family, dense, model, count_cells(describe(dense), "none"), False, None), (0.5,), IDS, 1)
-    return model
 
 
 @pytest.fixture(autouse=True)
@@ -71,24 +60,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-@torch.no_grad()
-def step(model: nn.Module, cache: Any = None, *, count: int = 1, **kwargs: Any) -> Tensor:
-    """Logits of tokens after a prompt, each alone."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    model(IDS[:, :PROMPT], **tiny.given(cache))
-    found = [model(IDS[:, i : i + 1], **tiny.given(cache), **kwargs).logits for i in range(PROMPT, PROMPT + count)]
-    return torch.cat(found, dim=1)
-
-
 def stock_way(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The same by the stock blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Short, "_rows", lambda self, x: None)
         return step(model, *args, **kwargs)
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return float((a - b).norm() / b.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -135,7 +111,7 @@ def test_every_cache(kind: str, calls: Counter[str]) -> None:
     model = sparse("mistral", sliding_window=6 if "sliding" in kind else None)
 
     def cache() -> Any:
-        return StaticCache(config=model.config, max_cache_len=40) if "static" in kind else None
+        return filled(model, cache=StaticCache(config=model.config, max_cache_len=40) if "static" in kind else None)
 
     found = step(model, cache(), count=5)
     assert calls["turned"] == 15
@@ -145,9 +121,9 @@ def test_every_cache(kind: str, calls: Counter[str]) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
 def test_blocks_in_bfloat16(family: str, calls: Counter[str]) -> None:
     """One by one: in a model a rounding turns a mask, and more with every layer."""
-    model = sparse(family, torch.bfloat16)
+    model = sparse(family, dtype=torch.bfloat16)
     layer = model.model.layers[1]
-    cache = filled(model, IDS[:, :PROMPT])
+    cache = filled(model)
     x, size = torch.randn(1, 1, 64).bfloat16(), layer.self_attn.head_dim
     turns = tuple(torch.randn(2, 1, 1, size).bfloat16())
     with torch.no_grad():
@@ -203,37 +179,12 @@ def test_long_contexts_are_torchs(model: PreTrainedModel, calls: Counter[str], m
 
 
 def test_what_else_a_pass_may_be(model: PreTrainedModel, calls: Counter[str]) -> None:
-    state = runtime_state(model)
-    token = IDS[:, :1]
-    with torch.no_grad():
-        model(IDS)
-        model(token)  # a first token, which is dense
-        model(token.expand(2, 1), **tiny.given(filled(model, IDS[:, :4].expand(2, 4))))
-    model(token, **tiny.given(filled(model, IDS[:, :4])))  # gradients
-    with state.counting():
-        step(model)
-    with state.densely():
-        step(model)
-    state.kernels = "reference"
-    step(model)
-    state.kernels = "auto"
-    wina_calib.set_sparsity(model, 0.0)
-    step(model)
-    assert not calls
-    wina_calib.set_sparsity(model, 0.5)
-    model.train()
-    step(model)
+    for kind in passes_of_another_kind(model):
+        assert not calls, kind
+    step(model.train())
     assert calls == {"gated": 3}  # dropout of attention weights
     step(model.eval())
     assert calls == {**STEP, "gated": 6}
-
-
-@torch.no_grad()
-def filled(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
-    """A cache after a prompt."""
-    cache = DynamicCache(config=model.config)
-    model(ids, **tiny.given(cache))
-    return cache
 
 
 def test_nothing_dropped_is_the_dense_model_to_the_bit(model: PreTrainedModel) -> None:
@@ -338,7 +289,7 @@ def test_parts_that_are_changed_count(changed: str, calls: Counter[str], monkeyp
 @pytest.mark.parametrize("changed", ["cosine", "down"])
 def test_other_dtypes_are_left_to_torch(changed: str, model: PreTrainedModel) -> None:
     """Which refuses them."""
-    cache = filled(model, IDS[:, :PROMPT])
+    cache = filled(model)
     if changed == "down":
         model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
     else:
@@ -366,7 +317,7 @@ def test_other_attention_is_respected(model: PreTrainedModel, calls: Counter[str
 
 def test_attention_weights_can_be_had(model: PreTrainedModel, calls: Counter[str]) -> None:
     model.set_attn_implementation("eager")
-    cache = filled(model, IDS[:, :PROMPT])
+    cache = filled(model)
     with torch.no_grad():
         out = model(IDS[:, :1], **tiny.given(cache), output_attentions=True, output_hidden_states=True)
     assert [a.shape for a in out.attentions] == [(1, 4, 1, PROMPT + 1)] * 3
@@ -374,7 +325,7 @@ def test_attention_weights_can_be_had(model: PreTrainedModel, calls: Counter[str
 
 
 def test_hidden_states_can_be_had_on_the_way(model: PreTrainedModel, calls: Counter[str]) -> None:
-    cache = filled(model, IDS[:, :PROMPT])
+    cache = filled(model)
     with torch.no_grad():
         out = model(IDS[:, PROMPT : PROMPT + 1], **tiny.given(cache), output_hidden_states=True)
     assert calls == STEP

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from step_cases import IDS, PROMPT, close, filled, passes_of_another_kind, sparse, step
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import wina_calib
-from wina_calib.budgets.count import count_cells
 from wina_calib.model.architecture import describe
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.fast_path import layers, past
@@ -23,23 +23,11 @@ from wina_calib.runtime.fast_path.layers import ShortLayer
 from wina_calib.runtime.kernels import native
 from wina_calib.runtime.kernels.layers import Layers
 from wina_calib.runtime.load import runtime_state
-from wina_calib.studies.bench.models import Pair, fit
 
 pytestmark = pytest.mark.skipif(not native.available(torch.float32), reason="needs a C compiler")
 
-IDS = torch.randint(4, 300, (1, 40), generator=torch.Generator().manual_seed(1))
-PROMPT = 12
 # Gemma, Gemma 2 and OLMo norm what a block gives.
 SERVED = {"llama": 1, "qwen2": 1, "qwen3": 1, "phi3": 1, "mistral": 1, "gemma2": 0, "gemma3": 0, "olmo2": 0}
-
-
-@torch.no_grad()
-def sparse(family: str = "llama", form: WeightFormat | None = None, dtype: Any = torch.float32, **changes: Any) -> Any:
-    """A tiny model whose thresholds drop half of the inputs, with random codes where it is quantized."""
-    dense, model = (tiny.make(family, dtype=dtype, **changes) for _ in range(2))
-    fit(Pair(family, dense, model, count_cells(describe(dense), "none"), False, None), (0.5,), IDS, 1, form)
-    runtime_state(model).watch = None
-    return model
 
 
 @pytest.fixture
@@ -61,22 +49,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@torch.no_grad()
-def filled(model: PreTrainedModel, count: int = PROMPT, cache: Any = None) -> Any:
-    """A cache after a prompt."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    model(IDS[:, :count], **tiny.given(cache))
-    return cache
-
-
-@torch.no_grad()
-def step(model: nn.Module, cache: Any = None, *, count: int = 1, start: int = PROMPT, **kwargs: Any) -> Tensor:
-    """Logits of tokens after a prompt, each alone."""
-    cache = filled(model) if cache is None else cache
-    found = [model(IDS[:, i : i + 1], **tiny.given(cache), **kwargs).logits for i in range(start, start + count)]
-    return torch.cat(found, dim=1)
-
-
 def layer_by_layer(run: Any, *, stock: bool = False) -> Any:
     """What a function gives where every layer computes itself, by blocks in a few calls or by the stock ones."""
     with pytest.MonkeyPatch.context() as patch:
@@ -84,10 +56,6 @@ def layer_by_layer(run: Any, *, stock: bool = False) -> Any:
         if stock:
             patch.setattr(Short, "_rows", lambda self, x: None)
         return run()
-
-
-def close(a: Tensor, b: Tensor, limit: float = 1e-5) -> bool:
-    return float((a - b).norm() / b.norm()) < limit
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -233,25 +201,8 @@ def test_long_contexts_of_shared_key_heads_are_torchs(
 
 
 def test_what_else_a_pass_may_be(model: PreTrainedModel, calls: list[int]) -> None:
-    state, token = runtime_state(model), IDS[:, :1]
-    with torch.no_grad():
-        model(IDS)
-        model(token)  # without a cache
-        model(token, **tiny.given(DynamicCache(config=model.config)))  # a first token, which is dense
-        both = DynamicCache(config=model.config)
-        model(IDS[:, :4].expand(2, 4), **tiny.given(both))
-        model(token.expand(2, 1), **tiny.given(both))
-    model(token, **tiny.given(filled(model)))  # gradients
-    with state.counting():
-        step(model)
-    with state.densely():
-        step(model)
-    state.kernels = "reference"
-    step(model)
-    state.kernels = "auto"
-    wina_calib.set_sparsity(model, 0.0)
-    step(model)
-    wina_calib.set_sparsity(model, 0.5)
+    for kind in passes_of_another_kind(model):
+        assert not calls, kind
     step(model.train())
     model.eval().model.layers[2].self_attn.train()
     step(model)
