@@ -1,8 +1,10 @@
 """Shared fixtures: one thread, no network, and models that are calibrated once a session."""
 
 import fcntl
+import gc
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,10 +17,25 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import wina_calib
+from wina_calib.calibration import held_out, run
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("WINA_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection have made stays; looking through it again and again takes seconds a minute."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def held_out_text_is_short() -> Iterator[None]:
+    """Random models are measured on a quarter of the text: what comes out says nothing of them anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "HELD_OUT_TOKENS", held_out.HELD_OUT_TOKENS // 4)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -51,5 +68,8 @@ def demo_sparse(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     with made.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not made.exists():
-            wina_calib.calibrate("demo", made, samples=32, seq_len=512, sparsity=0.5, grid=(0.25, 0.5, 0.65))
+            options = {"samples": 32, "seq_len": 512, "sparsity": 0.5, "grid": (0.25, 0.5, 0.65)}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(run, "HELD_OUT_TOKENS", held_out.HELD_OUT_TOKENS)
+                wina_calib.calibrate("demo", made, **options)
     return Path(shutil.copytree(made, tmp_path_factory.mktemp("demo") / "sparse"))

@@ -18,7 +18,8 @@ from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut, Verdict
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
 
-OPTIONS = {"samples": 24, "seq_len": 512, "transform": "none", "budget": "uniform", "grid": (0.2, 0.5)}
+OPTIONS = {"quick": True, "seq_len": 512, "transform": "none", "budget": "uniform", "grid": (0.2, 0.5)}
+HELD_TOKENS = 2560  # that a quick calibration is measured on
 
 
 def run(*args: object) -> tuple[str, str]:
@@ -46,10 +47,10 @@ def test_the_sparsity_is_the_largest_within_the_rise(decided: tuple[Path, Verdic
 def test_evaluate_finds_what_was_predicted(decided: tuple[Path, Verdict]) -> None:
     """The checkpoint's own thresholds, which lie between two anchors, on the text of the prediction."""
     folder, verdict = decided
-    found = wina_calib.evaluate(folder, tokens=8192)
+    found = wina_calib.evaluate(folder, tokens=HELD_TOKENS)
     assert found.sparsity == verdict.sparsity
     assert found.model_sparsity == pytest.approx(verdict.achieved, abs=0.01)
-    between = wina_calib.evaluate(folder, tokens=8192, sparsity=0.4)
+    between = wina_calib.evaluate(folder, tokens=HELD_TOKENS, sparsity=0.4)
     rise = between.sparse_ppl / between.dense_ppl - 1
     assert 1 / 1.25 < rise / verdict.rises["0.4"] < 1.25
     stored = {name: float(t) for name, t in open_checkpoint(folder).tensors.items() if name.endswith(".threshold")}
@@ -63,7 +64,7 @@ def test_achieved_sparsity_and_losses_are_those_of_the_loaded_model(decided: tup
     folder, _ = decided
     held = HeldOut.from_dict(open_checkpoint(folder).settings.provenance[HELD_OUT])
     assert held is not None
-    found = wina_calib.evaluate(folder, tokens=8192, sparsity=0.5)
+    found = wina_calib.evaluate(folder, tokens=HELD_TOKENS, sparsity=0.5)
     assert found.tokens == held.tokens
     assert held.achieved[1] == pytest.approx(found.model_sparsity, abs=1e-4)
     assert held.loss_rise[1] == pytest.approx(math.log(found.sparse_ppl / found.dense_ppl), abs=1e-4)
@@ -72,7 +73,7 @@ def test_achieved_sparsity_and_losses_are_those_of_the_loaded_model(decided: tup
 
 def test_an_asked_sparsity_is_taken_and_told_of(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = "--samples 17 --seq-len 512 --transform none --budget uniform --grid 0.3 --sparsity 0.7"
+    options = "--quick --seq-len 512 --transform none --budget uniform --grid 0.3 --sparsity 0.7"
     told, noted = run("calibrate", "demo", "-o", out, *options.split())
     assert f"{out}: calibrated for 70 % sparsity." in told
     assert re.search(r"expected rise of perplexity +\+\d+ % at 70 % sparsity", told)

@@ -43,7 +43,10 @@ def test_examples_of_the_python_page_run(tmp_path: Path, monkeypatch: pytest.Mon
         if (
             "push_to_hub" not in example and "recover(" not in example
         ):  # tests/docs/test_hub.py and the next test run these
-            exec(example.replace("samples=48", "samples=17, grid=(0.5,), transform='none', budget='uniform'"), names)
+            small = example.replace(
+                "samples=48", "samples=12, quick=True, grid=(0.5,), transform='none', budget='uniform'"
+            )
+            exec(small.replace("samples=17", "samples=17, tokens=2048"), names)
     assert names["set_to"] == pytest.approx(0.6, abs=1e-6)
     assert names["quality"].sparsity == 0.4
     assert [row.method for row in names["found"].rows] == ["teal-uniform", "wina"]
@@ -94,7 +97,9 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(README, "python")
     assert len([line for line in example.splitlines() if line.strip()]) == 3
-    small = example.replace("sparsity=0.5)", "sparsity=0.5, samples=17, seq_len=512, grid=(0.5,), transform='none')")
+    small = example.replace(
+        "sparsity=0.5)", "sparsity=0.5, samples=12, quick=True, seq_len=512, grid=(0.5,), transform='none')"
+    )
     assert small != example
     names: dict = {}
     exec(small, names)
@@ -102,18 +107,7 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     assert wina_calib.set_sparsity(names["model"], 0.6) == pytest.approx(0.6, abs=1e-6)
     small = {
-        "calibrate": [
-            "--samples",
-            "17",
-            "--seq-len",
-            "512",
-            "--grid",
-            "0.5",
-            "--transform",
-            "none",
-            "--budget",
-            "uniform",
-        ],
+        "calibrate": shlex.split("--quick --samples 12 --seq-len 512 --grid 0.5 --transform none --budget uniform"),
         "evaluate": ["--tokens", "2048"],
         "generate": ["--new", "5"],
     }

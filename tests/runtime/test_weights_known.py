@@ -72,7 +72,7 @@ def test_a_change_outside_of_the_layers_of_what_is_stored_otherwise(
     tiny.calibrate(tmp_path / "m", tmp_path / "sparse", text, **({"transform": "none", "grid": (0.5,)} | options))
     model = wina_calib.load(tmp_path / "sparse")
     names = ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.2.self_attn.k_proj.bias"]
-    if options.get("keep_head", True):
+    if options.get("keep_head", "bits" not in options):
         names.append("model.embed_tokens.weight")
     for name in names:
         other = copy.deepcopy(model)
