@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -187,16 +187,21 @@ class CalibrateOptions:
         ]
 
 
+def check_names(options: type, values: Iterable[str]) -> None:
+    """Raise UsageError unless all are names of fields of a dataclass of options."""
+    known = {f.name for f in fields(options)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+
+
 def make_options(values: dict[str, Any]) -> CalibrateOptions:
     """Build options from Python keyword arguments, forgiving about single values and paths.
 
     Raises:
         UsageError: a name is not an option, or a value is out of range.
     """
-    known = {f.name for f in fields(CalibrateOptions)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    check_names(CalibrateOptions, values)
     if values.get("quick"):
         defaults = {f.name: f.default for f in fields(CalibrateOptions)}
         values = values | {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wina_calib.calibration.options import option
+from wina_calib.calibration.options import check_names, option
 from wina_calib.corpus.sources import check_spec, data_specs
 from wina_calib.errors import UsageError
 
@@ -127,10 +127,7 @@ def make_options(values: dict[str, Any]) -> RecoverOptions:
     Raises:
         UsageError: a name is not an option, or a value is out of range.
     """
-    known = {f.name for f in fields(RecoverOptions)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    check_names(RecoverOptions, values)
     sparsities = values.get("sparsities", ())
     sparsities = (sparsities,) if isinstance(sparsities, int | float) else tuple(sparsities)
     data, tasks = values.get("data") or (), values.get("tasks") or ()

@@ -17,7 +17,6 @@ from wina_calib.common.memory import moved_to_huge_pages
 from wina_calib.errors import RuntimeLoadError
 from wina_calib.model.architecture import Architecture, MaskGroup
 from wina_calib.quantization.formats import Quantized, QuantizedRows
-from wina_calib.runtime import group_operator
 from wina_calib.runtime.derived import Derived
 from wina_calib.runtime.kernels import dispatch, reference
 from wina_calib.runtime.modules import Float32Buffers, SiteState, SparseLinear
@@ -48,18 +47,6 @@ class QuantizedLinear(SparseLinear):
     def weight(self) -> Tensor:  # type: ignore[override]  # torch has an attribute here
         """The dequantized weight (out, in), to be read only."""
         return _read_only(self.quantized.whole(self.like.dtype))
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear uses
-        """Sparse product of the site's input (..., in) and this projection: (..., out)."""
-        in_graph = torch.compiler.is_compiling() and input.dtype == self.packed_dtype
-        if in_graph and group_operator.serves(self.number, input):
-            return group_operator.part(self.number, self.start, self.start + self.out_features, input)
-        packed, now = self.packed, self.site.state.now()
-        if now.watch is not None:
-            self.site.note_row(self, input, now)
-        if packed is None or not packed.serves(input, now) or (torch.is_grad_enabled() and self._is_trained()):
-            return self.site.product(self, input, now)
-        return packed.part(self.position, input, now)
 
     def _is_trained(self) -> bool:
         """Whether gradients go to the module's bias; to its weight none can."""
