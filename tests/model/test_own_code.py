@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError, UnsupportedModel, UsageError
-from wina_calib.model.config import code_is_trusted, has_own_code, remote_code
+from wina_calib.model.config import code_is_trusted, open_folder, remote_code
 from wina_calib.model.locate import load_tokenizer
 from wina_calib.model.source import open_source
 
@@ -184,7 +184,7 @@ def test_a_config_that_is_no_json_object_is_refused(config: str, own: Path, tmp_
     folder = Path(shutil.copytree(own, tmp_path / "m"))
     (folder / "config.json").write_text(config)
     with pytest.raises(ModelFolderError, match=r"config\.json holds no JSON object"):
-        has_own_code(folder)
+        open_folder(folder)
 
 
 def test_code_beside_a_known_model_type_neither_runs_nor_is_copied(

@@ -232,11 +232,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return open_folder(folder).stored
 
 
-def has_own_code(folder: Path) -> bool:
-    """Whether a model folder has a model type that only Python code in the folder knows."""
-    return config_file(folder).is_file() and open_folder(folder).needs_code
-
-
 def load_config(folder: Path) -> PreTrainedConfig:
     """The config that transformers makes of a folder."""
     return open_folder(folder).config

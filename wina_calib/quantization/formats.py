@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wina_calib.choices import BITS, GROUP_SIZES
-from wina_calib.errors import CheckpointError, UsageError
+from wina_calib.errors import UsageError
 
 MEASURED_BITS = (3, *BITS)  # codes of 3 bits are measured, in nibbles in memory; no checkpoint holds them
 LIMIT_8 = 127
@@ -168,12 +168,6 @@ class Quantized:
         for inputs, tile in self.tiles(dtype):
             weight[:, inputs] = tile.t()
         return weight
-
-
-def check_finite(name: str, scales: Tensor) -> None:
-    """Raise CheckpointError where scales are NaN or infinite."""
-    if not bool(scales.isfinite().all()):
-        raise CheckpointError(f"{name}: scales are NaN or infinite. The file is damaged: fetch or calibrate it again.")
 
 
 def pack_codes(values: Tensor, group_size: int) -> Tensor:

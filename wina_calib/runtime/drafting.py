@@ -33,11 +33,6 @@ class Drafted:
     kept: int = 0
     passes: int = 0
 
-    @property
-    def acceptance(self) -> float:
-        """Share that was kept."""
-        return self.kept / self.tokens if self.tokens else 0.0
-
 
 def load_base(
     base: str | Path,
