@@ -22,9 +22,10 @@ OPTIONS = {"samples": 64, "seq_len": 128, "grid": (0.3, 0.6), "sparsity": 0.5}
         {"transform": "none", "budget": "greedy", "weights": "reference"},
     ],
 )
-def test_the_phases_are_those_of_the_plan(options: dict[str, object], tmp_path: Path, llama: Path, text: Path) -> None:
+def test_the_phases_are_those_of_the_plan(options: dict[str, object], tmp_path: Path, text: Path) -> None:
     heard = Heard()
-    wina_calib.calibrate(llama, tmp_path / "s", data=str(text), progress=heard, **(OPTIONS | options))
+    tiny.save("llama", tmp_path / "m", num_hidden_layers=2)
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "s", data=str(text), progress=heard, **(OPTIONS | options))
     heard.check()
 
 

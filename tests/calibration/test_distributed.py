@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import script
 import torch
 from torch.distributed import distributed_c10d
 
@@ -92,7 +93,10 @@ def assert_equal(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 
 def test_two_processes_make_what_one_makes(tmp_path: Path, llama: Path, text: Path) -> None:
     arguments = options(llama, text)
-    alone = made(tmp_path / "1", 1, _RANK, arguments)
+    (tmp_path / "1").mkdir()
+    done = script.forked(_RANK, *arguments, folder=tmp_path / "1")
+    assert done.returncode == 0, done.stderr
+    alone = {p.name: p.read_bytes() for p in (tmp_path / "1" / "out").iterdir()}
     assert_equal(made(tmp_path / "2", 2, _RANK, arguments), alone)
 
 

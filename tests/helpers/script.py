@@ -34,9 +34,9 @@ def run_json(code: str, *args: object, env: dict[str, str] | None = None) -> Any
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def forked(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+def forked(code: str, *args: object, folder: object = ".") -> subprocess.CompletedProcess[str]:
     """As `run`, in a fork of a process that has imported wina_calib already: for what is done there, not how it starts."""
-    return _imported().run(code, *args)
+    return _imported().run(code, *args, folder=folder)
 
 
 @cache
