@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import wina_calib
 from wina_calib.calibration import held_out, run
+from wina_calib.common.own_cache import cache_folder
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -28,6 +29,18 @@ def pytest_collection_finish() -> None:
     """What imports and collection have made stays; looking through it again and again takes seconds a minute."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where base models lie is remembered for one worker alone, and nowhere in the user's cache; what is compiled is shared."""
+    kept = cache_folder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WINA_CALIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        own = cache_folder()
+        for file in () if kept is None or own is None else kept.glob("site-*.so"):
+            shutil.copy2(file, own)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from wina_calib.calibration import run
 from wina_calib.checkpoint.card import hub_datasets, write_card
 from wina_calib.checkpoint.evaluation_file import read_evaluation, save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
@@ -190,7 +191,7 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
 
 
 def test_the_base_models_perplexity_stands_beside_figures_of_the_same_tokens_only(folder: Path) -> None:
-    for tokens, same in ((1024, False), (8192, True)):
+    for tokens, same in ((1024, False), (run.HELD_OUT_TOKENS, True)):
         result = evaluate(folder, tokens=tokens)
         save_evaluation(folder, result.to_dict())
         write_card(folder)

@@ -58,7 +58,7 @@ def test_wina_file_is_pinned(calibrated: Path) -> None:
         found = {name: tuple(part.get_shape()) for name, part in slices.items()}
         assert {part.get_dtype() for part in slices.values()} == {"F32"}
     sites = {"attn_in": (64, 3), "attn_out": (64, 1), "mlp_in": (64, 2), "mlp_out": (128, 1)}
-    expected = {}
+    expected = {"model.layers.0.wina.ends.sample": (3, 32)}
     for layer in range(3):
         expected[f"model.layers.{layer}.wina.others.sample"] = (2, 32)
         for site, (width, projections) in sites.items():
@@ -149,7 +149,7 @@ def test_missing_tensors_are_noticed(copy: Path) -> None:
     del index["weight_map"]["model.layers.2.wina.mlp_out.shared.norm"]
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     for opener in (open_checkpoint, wina_calib.load):
-        with pytest.raises(CheckpointError, match=r"1 of 75 .* model\.layers\.2\.wina\.mlp_out\.shared\.norm"):
+        with pytest.raises(CheckpointError, match=r"1 of 76 .* model\.layers\.2\.wina\.mlp_out\.shared\.norm"):
             opener(copy)
 
 

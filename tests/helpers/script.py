@@ -36,11 +36,12 @@ def run_json(code: str, *args: object, env: dict[str, str] | None = None) -> Any
 
 def forked(code: str, *args: object, folder: object = ".") -> subprocess.CompletedProcess[str]:
     """As `run`, in a fork of a process that has imported wina_calib already: for what is done there, not how it starts."""
-    return _imported().run(code, *args, folder=folder)
+    return imported().run(code, *args, folder=folder)
 
 
 @cache
-def _imported() -> "Worker":
+def imported() -> "Worker":
+    """A process that has imported wina_calib, for jobs that go on beside each other."""
     worker = Worker({})
     atexit.register(worker.close)
     return worker
