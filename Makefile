@@ -20,13 +20,13 @@ demo: $(STAMP)
 	$(BIN)/wina-calib demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist worksteal
 
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist loadfile $(INTEGRATION)
+	$(VENV)-oldest/bin/python -m pytest -m "not slow and not gpu and not soak" -n 2 --dist worksteal $(INTEGRATION)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal
 
 # The harness brings some forty packages, so the other targets leave its tests out.
 test-lm-eval: $(STAMP)
