@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from wina_calib.choices import BITS, DTYPES, GROUP_SIZES
@@ -18,6 +20,7 @@ from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, B
 @click.option(
     "--sparsity",
     "-s",
+    "sparsities",
     type=Fractions(),
     default=",".join(map(str, BENCH_SPARSITIES)),
     show_default=True,
@@ -57,11 +60,7 @@ from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, B
 def command(
     model: str | None,
     random: str | None,
-    sparsity: tuple[float, ...],
-    prompt: int,
-    new: int,
-    rounds: int,
-    compiled: bool | None,
+    sparsities: tuple[float, ...],
     bits: str,
     group_size: str,
     kernel_only: bool,
@@ -69,6 +68,7 @@ def command(
     device: str,
     dtype: str,
     as_json: bool,
+    **timing: Any,
 ) -> None:
     """Time decoding, dense against sparse, in one process.
 
@@ -94,23 +94,20 @@ def command(
     if kernel_only and name is not None:
         place = pick_device(device)
         weights = pick_dtype(dtype, torch.bfloat16, place)
-        alone = products(name, sparsities=sparsity, device=place, dtype=weights, seed=seed)
+        alone = products(name, sparsities=sparsities, device=place, dtype=weights, seed=seed)
         emit(alone.to_dict(), alone.render(), as_json=as_json)
         return
     with bars() as progress:
         result = bench(
             model,
             random=random,
-            sparsities=sparsity,
+            sparsities=sparsities,
             device=device,
             dtype=dtype,
-            prompt=prompt,
-            new=new,
-            rounds=rounds,
-            compiled=compiled,
             bits=int(bits),
             group_size=int(group_size),
             seed=seed,
             progress=progress,
+            **timing,
         )
     emit(result.to_dict(), result.render(), as_json=as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,16 +26,7 @@ from wina_calib.commands.output import bars, emit, note, quiet
 @click.option("--message", "-m", metavar="TEXT", help="Message of the commit.")
 @trust_option
 @json_option
-def command(
-    folder: Path,
-    repo: str,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    base_model: str | None,
-    message: str | None,
-    as_json: bool,
-) -> None:
+def command(folder: Path, repo: str, base_model: str | None, as_json: bool, **options: Any) -> None:
     """Verify the checkpoint DIR, complete its model card, and upload it to the Hugging Face Hub.
 
     Log in with `hf auth login` first, or set HF_TOKEN. An interrupted push goes on where it stopped; an unchanged
@@ -56,16 +48,7 @@ def command(
         base_model = _asked()
     # What the library says of unchanged files is said below.
     with log_level("huggingface_hub", logging.ERROR), bars() as progress:
-        done = push(
-            folder,
-            repo,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            base_model=base_model,
-            progress=progress,
-        )
+        done = push(folder, repo, base_model=base_model, progress=progress, **options)
     text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     if read_evaluation(folder) is None:
         note(
