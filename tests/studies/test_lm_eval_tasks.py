@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import script
+import tiny
 from click.testing import CliRunner
 from shared import SHARED
 
+from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.cli import main
 from wina_calib.errors import UsageError
 from wina_calib.studies import lm_eval_tasks
@@ -62,6 +64,13 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "int4"
+    tiny.calibrate(llama, folder, text, samples=80, bits=4, group_size=32)
+    return folder
+
+
 needs_harness = pytest.mark.filterwarnings("ignore")  # the harness and what it imports warn of their own matters
 
 
@@ -79,6 +88,31 @@ def test_sparse_and_dense_side_by_side(calibrated: Path, task_files: Path) -> No
     )
     assert [score.dense for score in sparse] == [score.dense for score in found]
     assert any(score.dense != score.sparse for score in sparse)
+
+
+@needs_harness
+def test_a_quantized_checkpoint_solves_what_its_dense_model_does(
+    quantized: Path, task_files: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval; `make test-lm-eval` installs it")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks = ["wina_arc", "wina_lambada"]
+    found = evaluate_tasks(quantized, tasks, sparsity=0.0, limit=40, include_path=task_files, dtype="float32")
+    export_dense(quantized, tmp_path / "dense")
+    plain = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={tmp_path / 'dense'},dtype=float32",
+        device="cpu",
+        tasks=tasks,
+        limit=40,
+        task_manager=TaskManager(include_path=str(task_files)),
+    )
+    scores = {score.task: score for score in found if score.metric == "acc"}
+    assert scores.keys() == set(tasks)
+    for task, score in scores.items():
+        assert score.dense == score.sparse == plain["results"][task]["acc,none"]
 
 
 @needs_harness
