@@ -1,10 +1,12 @@
 """Quantized sparse sites on a GPU: the products of a layer alone, and whole compiled steps beside the stock model. Needs a GPU.
 
-    python benchmarks/quantized_gpu.py [--model llama-3-8b] [--only products,int4,int8,stock,prompts] [--json FILE]
+    python benchmarks/quantized_gpu.py [--model llama-3-8b] [--only products,int4,int8,stock,prompts,torchao] [--json FILE]
 
-Products run in a CUDA graph of several layers with weights of their own, so that no cache serves them. A step is a token of a
-compiled model with random weights and a static cache, after a prompt of 64; times are medians of five runs of 32 tokens. The
-fixed cost is a step whose sites drop all inputs. Launch shapes are measured first, where no earlier run has.
+Models: the presets of `wina-calib flops`, and qwen3-8b. Products run in a CUDA graph of several layers with weights of their own,
+so that no cache serves them. A step is a token of a compiled model with random weights and a static cache, after a prompt of 64;
+times are medians of five runs of 32 tokens. The fixed cost is a step whose sites drop all inputs. `stock` is transformers' model
+in bfloat16, `torchao` the same quantized by that package, where it is installed. Launch shapes are measured first, where no
+earlier run has.
 """
 
 import argparse
@@ -15,9 +17,13 @@ from pathlib import Path
 import click
 import torch
 from kernels import captured, medians
+from torch import nn
 from torch.nn import functional as F
+from transformers import Qwen3Config
 
-from wina_calib.model.loading import describe_config
+from wina_calib.budgets.count import count_cells
+from wina_calib.model.architecture import describe
+from wina_calib.model.loading import describe_config, language_model, meta_model
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
 from wina_calib.runtime.kernels import dispatch, quantized_cuda
 from wina_calib.runtime.load import choose_sparsity, sparse_sites
@@ -31,6 +37,22 @@ SPARSITIES = {"int4": (0.0, 0.25, 0.4), "int8": (0.0, 0.5)}
 LAYERS, PROMPT, NEW, CHUNK, CHUNKS = 6, 64, 256, 32, 5
 ROWS = (2, 4, 8, 16, 24, 32)
 LIMIT = 4.3e12  # bytes a second of a large copy on an H200
+STD = 0.02  # of random weights
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+
+
+def config_of(name):
+    """The config of a model's shape."""
+    return Qwen3Config(**QWEN3_8B) if name == "qwen3-8b" else find_config(name)
 
 
 def random_site(form, width, out):
@@ -53,7 +75,7 @@ def cut(x, sparsity):
 
 def products(name):
     """Microseconds of a layer's products, and the share of what the bytes allow."""
-    sites = describe_config(find_config(name)).layers[0].sites
+    sites = describe_config(config_of(name)).layers[0].sites
     shapes = [(site.width, site.out_features) for site in sites]
     found = {}
     for kind, form in FORMATS.items():
@@ -111,46 +133,94 @@ def token(run):
     return statistics.median(times)
 
 
+def light_model(config):
+    """A model whose projections have weights of next to no memory, all columns alike: quantized ones take their place."""
+    model = meta_model(config, torch.bfloat16)
+    inside = {p.module for p in (p for site in describe(model).layers[0].sites for p in site.projections)}
+    for name, module in model.named_modules():
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            out, *rest = parameter.shape
+            if not rest:
+                value = torch.full((out,), 0.0 if own == "bias" else 1.0)
+            elif any(name.endswith(f".{projection}") for projection in inside):
+                value = (torch.randn(out, 1, device=DEVICE) * STD).bfloat16().expand(out, *rest)
+            else:
+                value = torch.empty(out, *rest, device=DEVICE, dtype=torch.bfloat16).normal_(0.0, STD)
+            setattr(module, own, nn.Parameter(value.to(DEVICE, torch.bfloat16), requires_grad=False))
+    model.tie_weights()
+    return model.to(DEVICE).eval()
+
+
+def quantized_model(name, form, sparsities, ids):
+    """A quantized sparse model with random codes, and thresholds for these sparsities."""
+    config = language_model(config_of(name)).config
+    like, sparse = light_model(config), light_model(config)
+    pair = models.Pair(name, like, sparse, count_cells(describe(sparse), "none"), False, None)
+    models.fit(pair, sparsities, ids[:, : PROMPT + CHUNK], PROMPT, form)
+    return sparse
+
+
 @torch.no_grad()
 def steps(name, kinds):
     """Milliseconds a token of whole models, and of prompts."""
     found = {}
+    ids = torch.randint(30000, (1, PROMPT + NEW), device=DEVICE)
     for kind in [kind for kind in FORMATS if kind in kinds]:
-        pair = models.random_pair(name, device=DEVICE, dtype=torch.bfloat16, seed=0)
-        ids = torch.randint(30000, (1, PROMPT + NEW), device=DEVICE)
         fitted = tuple(s for s in SPARSITIES[kind] if s)
-        models.fit(pair, fitted, ids[:, : PROMPT + CHUNK], PROMPT, FORMATS[kind])
-        if "stock" in kinds and "stock" not in found:
-            found["stock"] = token(decode.session(pair.dense, ids, PROMPT, compiled=True))
-            click.echo(f"{name} stock bfloat16, compiled: {found['stock']:.3f} ms")
-        run = decode.session(pair.sparse, ids, PROMPT, compiled=True)
+        sparse = quantized_model(name, FORMATS[kind], fitted, ids)
+        run = decode.session(sparse, ids, PROMPT, compiled=True)
         for sparsity in SPARSITIES[kind]:
-            choose_sparsity(pair.sparse, sparsity)
+            choose_sparsity(sparse, sparsity)
             found[f"{kind} {sparsity}"] = took = token(run)
             click.echo(f"{name} {kind} x {sparsity}: {took:.3f} ms, {1e3 / took:.0f} tokens/s")
-        for site in sparse_sites(pair.sparse):
+        for site in sparse_sites(sparse):
             for group in site.groups:
                 site.group(group.name).threshold.fill_(torch.inf)
         found[f"{kind} fixed"] = token(run)
         click.echo(f"{name} {kind}, nothing read at its sites: {found[f'{kind} fixed']:.3f} ms")
         if "prompts" in kinds:
-            choose_sparsity(pair.sparse, fitted[-1])
-            found[f"{kind} prompts"] = {n: prompt(pair, n) for n in (512, 2048)}
-            click.echo(f"{name} {kind}, prompts (dense, quantized): {found[f'{kind} prompts']}")
+            choose_sparsity(sparse, fitted[-1])
+            found[f"{kind} prompts"] = {n: prompt(sparse, n) for n in (512, 2048)}
+            click.echo(f"{name} {kind}, prompts: {found[f'{kind} prompts']}")
+        del run, sparse
+        torch._dynamo.reset()
+    if "stock" in kinds:
+        dense = models.random_model(language_model(config_of(name)).config, DEVICE, torch.bfloat16, 0)
+        found["stock"] = token(decode.session(dense, ids, PROMPT, compiled=True))
+        click.echo(f"{name} stock bfloat16, compiled: {found['stock']:.3f} ms")
+        if "prompts" in kinds:
+            found["stock prompts"] = {n: prompt(dense, n) for n in (512, 2048)}
+            click.echo(f"{name} stock bfloat16, prompts: {found['stock prompts']}")
+        del dense
+        torch._dynamo.reset()
+    if "torchao" in kinds:
+        found |= of_torchao(name, ids)
+    return found
+
+
+def of_torchao(name, ids):
+    """Milliseconds a token of transformers' model with torchao's weights of 4 and 8 bits, dense and compiled."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    found = {}
+    ways = {
+        "int4, groups of 64": Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"),
+        "int8": Int8WeightOnlyConfig(),
+    }
+    for kind, way in ways.items():
+        dense = models.random_model(language_model(config_of(name)).config, DEVICE, torch.bfloat16, 0)
+        quantize_(dense.model, way)
+        found[f"torchao {kind}"] = took = token(decode.session(dense, ids, PROMPT, compiled=True))
+        click.echo(f"{name} torchao {kind}: {took:.3f} ms, {1e3 / took:.0f} tokens/s")
+        del dense
         torch._dynamo.reset()
     return found
 
 
-def prompt(pair, length):
-    """Milliseconds of a prompt, dense and quantized in turn, not compiled."""
+def prompt(model, length):
+    """Milliseconds of a prompt, not compiled."""
     ids = torch.randint(30000, (1, length), device=DEVICE)
-    times = {"dense": [], "sparse": []}
-    for turn in range(6):
-        for kind, model in (("dense", pair.dense), ("sparse", pair.sparse)):
-            took = seconds(lambda model=model: model(ids, logits_to_keep=1), DEVICE)
-            if turn:
-                times[kind].append(1e3 * took)
-    return [statistics.median(values) for values in times.values()]
+    return 1e3 * statistics.median(seconds(lambda: model(ids, logits_to_keep=1), DEVICE) for _ in range(7))
 
 
 def main():

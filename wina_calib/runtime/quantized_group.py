@@ -34,6 +34,7 @@ class QuantizedGroup:
     Attributes:
         row: the product of one row in C, ready to be called; None where there is none.
         mask: the kernel that masks the many rows of a prompt; None where there is none.
+        many: the dense product of many rows on a card, ready to be called; None where there is none.
         number: by which a compiled step finds it, see `group_operator`.
     """
 
@@ -57,6 +58,7 @@ class QuantizedGroup:
             self.bias = torch.cat(parts)
         self._nothing = torch.full_like(threshold, -1.0)  # a threshold that drops nothing
         self.mask = cuda.mask_of(norm, threshold, dtype)
+        self.many = dispatch.quantized_many_of(weight, self.bias, dtype)
         self.row = dispatch.quantized_row_of(weight, norm, threshold, self.bias, dtype)
         if (
             self.row is not None
@@ -68,7 +70,7 @@ class QuantizedGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds addresses; a copy is not made of what its model then holds, and is replaced."""
-        return self.__dict__ | {"row": None, "number": group_operator.UNNUMBERED, "_given": ()}
+        return self.__dict__ | {"row": None, "many": None, "number": group_operator.UNNUMBERED, "_given": ()}
 
     def is_made_of(self, *given: Any) -> bool:
         """Whether these are what it was made of: all arguments but the sizes, in order."""
@@ -120,7 +122,9 @@ class QuantizedGroup:
         if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
             return self.row(x, everything=now.dense)
         rows = x.reshape(-1, x.shape[-1])
-        if now.dense:
+        if now.dense and self.many is not None and _has_many_rows(rows):
+            out = self.many(rows)
+        elif now.dense:
             out = dispatch.dense_quantized_site(rows, self.weight, self.bias)
         else:
             dense = rows_for(now.dense_rows, x)
@@ -130,9 +134,8 @@ class QuantizedGroup:
 
     def _masked_product(self, rows: Tensor, dense: Tensor | None) -> Tensor:
         """Outputs (rows, sum of outs) for rows (rows, in), of which those that `dense` (rows,) says are not masked."""
-        many = rows.shape[0] > dispatch.MAX_ROWS_OF_CODES
-        if self.mask is not None and many and dispatch.masks_in_one_pass(rows) and is_current(rows.device):
-            return dispatch.dense_quantized_site(self.mask(rows, dense), self.weight, self.bias)
+        if self.mask is not None and self.many is not None and _has_many_rows(rows):
+            return self.many(self.mask(rows, dense))
         return dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, dense, self.bias)
 
     def whole(self, x: Tensor, *, dense: bool) -> Tensor:
@@ -159,9 +162,10 @@ class QuantizedGroup:
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether kernels that are started now run on a device."""
-    return device.index == torch.cuda.current_device()
+def _has_many_rows(rows: Tensor) -> bool:
+    """Whether what is made ready on a card for many rows serves these (rows, in)."""
+    many = rows.shape[0] > dispatch.MAX_ROWS_OF_CODES and dispatch.masks_in_one_pass(rows)
+    return many and rows.device.index == torch.cuda.current_device()
 
 
 def _identity(

@@ -5,19 +5,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from compiled_steps import IDS, PROMPT, compiled, count, sparse
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 import wina_calib
-from wina_calib.budgets.count import count_cells
-from wina_calib.model.architecture import describe
-from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.fast_path import step
-from wina_calib.runtime.patches import compile_guards
-from wina_calib.studies.bench.models import Pair, fit
-
-IDS = torch.randint(4, 300, (1, 24), generator=torch.Generator().manual_seed(2))
-PROMPT = 10
 
 
 @pytest.fixture(autouse=True)
@@ -29,34 +22,12 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch._dynamo.reset()
 
 
-def sparse(family: str, **changes: Any) -> PreTrainedModel:
-    dense, model = (tiny.make(family, **changes) for _ in range(2))
-    fit(Pair(family, dense, model, count_cells(describe(dense), "none"), False, None), (0.5,), IDS, 1, WeightFormat(8))
-    return model
-
-
 def steps(model: PreTrainedModel, call: Any) -> Tensor:
     """Logits of tokens after a prompt."""
     cache = StaticCache(config=model.config, max_cache_len=IDS.shape[1])
     model(IDS[:, :PROMPT], **tiny.given(cache))
     found = [call(IDS[:, i : i + 1], **tiny.given(cache)).logits.clone() for i in range(PROMPT, PROMPT + 3)]
     return torch.cat(found, dim=1)
-
-
-def compiled(model: PreTrainedModel) -> tuple[Any, list[str]]:
-    """The compiled step, and the operators that it turns out to have."""
-    names: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
-        names.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    options = {"guard_filter_fn": compile_guards.needed_ones}
-    return torch.compile(model.__call__, fullgraph=True, backend=backend, options=options), names
-
-
-def count(names: list[str], what: str) -> int:
-    return sum(what in name for name in names)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

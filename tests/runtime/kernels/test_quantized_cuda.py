@@ -11,7 +11,15 @@ from kernel_cases import random_weight
 from quantized_cases import FORMATS
 
 from wina_calib.quantization.formats import WeightFormat, quantize_rows
-from wina_calib.runtime.kernels import dispatch, quantized_cuda
+from wina_calib.runtime.kernels import (
+    attention_cuda,
+    codes_by_rows,
+    codes_card,
+    dispatch,
+    gathered,
+    quantized_cuda,
+    streamed,
+)
 from wina_calib.runtime.kernels.around import Around
 
 # Shared memory that a block may have: Ada and the smaller Ampere, A100, Hopper.
@@ -23,20 +31,43 @@ WIDTHS = [64, 896, 4096, 14336, 28672]
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_there_is_a_launch_shape_for_every_card_and_width(room, bits, width, monkeypatch):
-    monkeypatch.setattr(quantized_cuda, "_room", lambda index: room)
-    for dtype in quantized_cuda.TYPES:
-        rows = quantized_cuda._rows_at_once.__wrapped__(0, dtype, width, bits)
-        assert 1 <= rows * quantized_cuda._sides(dtype) <= quantized_cuda.FACTORS
-        for shape in quantized_cuda.candidates(width, bits, rows, rows * quantized_cuda._sides(dtype), room):
+    monkeypatch.setattr(codes_card, "room", lambda index: room)
+    for dtype in codes_card.TYPES:
+        rows = gathered.rows_at_once.__wrapped__(0, dtype, width, bits)
+        assert 1 <= rows * codes_card.sides(dtype) <= codes_card.FACTORS
+        for shape in gathered.candidates(width, bits, rows, rows * codes_card.sides(dtype), room):
             assert shape.inputs(width) * shape.slices >= width
-            assert shape.inputs(width) % quantized_cuda.WARP == 0
-            assert shape.passes(width) * shape.warps * quantized_cuda.WARP >= shape.inputs(width)
+            assert shape.inputs(width) % codes_card.WARP == 0
+            assert shape.passes(width) * shape.warps * codes_card.WARP >= shape.inputs(width)
             assert shape.columns(bits) % shape.slices == 0
-            assert shape.blocks(bits) * shape.warps * quantized_cuda.WARP <= 768
+            assert shape.blocks(bits) * shape.warps * codes_card.WARP <= 768
+
+
+@pytest.mark.parametrize("form", FORMATS[:4], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_launch_shapes_of_streamed_columns_fit_a_processor(form, width):
+    shapes = streamed.candidates(width, form, ROOMS[-1])
+    assert shapes
+    for shape in shapes:
+        assert shape.inputs(width) * shape.slices >= width
+        assert shape.blocks * (shape.shared_bytes(width, form) + streamed.RESERVED) <= 228 << 10
+        assert shape.blocks * shape.threads <= 2048
+        assert shape.shared_bytes(width, form) % 2 == 0
+
+
+def test_what_is_streamed(monkeypatch):
+    monkeypatch.setattr(codes_card, "overlaps", lambda index: True)
+    for form in FORMATS:
+        assert streamed.serves(torch.bfloat16, random_weight(form, 64, 1024), 0) == (form.bits == 4)
+        assert not streamed.serves(torch.float32, random_weight(form, 64, 1024), 0)
+        assert not streamed.serves(torch.bfloat16, random_weight(form, 64, 1024 + 128), 0)
+    monkeypatch.setattr(codes_card, "overlaps", lambda index: False)
+    assert not streamed.serves(torch.bfloat16, random_weight(FORMATS[0], 64, 1024), 0)
 
 
 def test_too_wide_a_weight_has_none():
-    assert quantized_cuda.candidates(1 << 20, 4, 1, 1, ROOMS[-1]) == ()
+    assert gathered.candidates(1 << 20, 4, 1, 1, ROOMS[-1]) == ()
+    assert streamed.candidates(1 << 20, FORMATS[0], ROOMS[-1]) == ()
 
 
 def card(**changes):
@@ -60,7 +91,7 @@ def weight(form, codes, contiguous=True):
 
 def test_what_the_code_can_read(monkeypatch):
     monkeypatch.setattr(quantized_cuda, "available", lambda index: True)
-    monkeypatch.setattr(quantized_cuda, "_room", lambda index: ROOMS[0])
+    monkeypatch.setattr(codes_card, "room", lambda index: ROOMS[0])
     form = WeightFormat(8)
     assert quantized_cuda.serves(card(), weight(form, codes((64, 128))))
     for x, held in (
@@ -82,7 +113,7 @@ def test_what_the_code_can_read(monkeypatch):
 def test_on_a_cpu_it_serves_nothing(form):
     x, held = torch.randn(1, 64), random_weight(form, 64, 128)
     assert not quantized_cuda.serves(x, held)
-    assert not quantized_cuda.serves_rows(x, quantize_rows(torch.randn(64, 64)))
+    assert not codes_by_rows.serves(x, quantize_rows(torch.randn(64, 64)))
     assert dispatch.quantized_step(x, held, torch.ones(64), torch.tensor(0.1), None, Around()) is None
 
 
@@ -128,7 +159,7 @@ def test_what_is_around_a_product_by_operators(dtype):
 @pytest.mark.parametrize(("architecture", "hopper"), [("sm_80", 0), ("sm_89", 0), ("sm_90", 1)])
 @pytest.mark.parametrize("form", [FORMATS[0], FORMATS[3], FORMATS[4]], ids=str)
 def test_it_compiles_for_every_architecture(architecture, hopper, form, tmp_path):
-    first, last = quantized_cuda.SHAPES[0], quantized_cuda.SHAPES[-1]
+    first, last = gathered.SHAPES[0], gathered.SHAPES[-1]
     zeros = int(form.bits == 4 and form.zero_point)
     kind = {"BITS": form.bits, "GROUP": form.group_size, "ZEROS": zeros, "CLUSTERED": hopper, "OVERLAP": hopper}
     site = {"SLICE": 512, "ROWS": 1, "TYPE": 1, "INPUT": 0}
@@ -137,13 +168,36 @@ def test_it_compiles_for_every_architecture(architecture, hopper, form, tmp_path
         site | shape_constants(first, form) | {"INPUT": 1},
         site | shape_constants(last, form) | {"INPUT": 2, "TYPE": 2},
         site | shape_constants(last, form) | {"ROWS": 4, "TYPE": 0},
-        {"ROWS": 8, "TYPE": 1, "WARPS": quantized_cuda.ROWS_WARPS, "STEPS": quantized_cuda.ROWS_STEPS},
+        {"ROWS": 8, "TYPE": 1, "WARPS": codes_by_rows.WARPS, "STEPS": codes_by_rows.STEPS},
         {"ROWS": 1, "TYPE": 0, "WARPS": 1, "TILE": 1},
     ):
-        flags = [f"-D{name}={value}" for name, value in (kind | constants).items()]
-        command = ["nvcc", "-cubin", f"-arch={architecture}", "-o", str(tmp_path / "code"), *flags]
-        made = subprocess.run([*command, str(quantized_cuda.SOURCE)], capture_output=True, text=True, check=False)
-        assert not made.returncode, made.stderr[-2000:]
+        compile_there(codes_card.SOURCE, architecture, kind | constants, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs NVIDIA's compiler")
+@pytest.mark.parametrize("form", FORMATS[:4], ids=str)
+def test_streamed_columns_compile_for_hopper(form, tmp_path):
+    kind = {"BITS": 4, "GROUP": form.group_size, "ZEROS": int(form.zero_point), "CLUSTERED": 1, "OVERLAP": 1, "TYPE": 1}
+    for i, shape in enumerate(streamed.SHAPES):
+        found = kind | streamed.constants(shape, shape.inputs(4096), i % 3)
+        compile_there(streamed.SOURCE, "sm_90", found, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs NVIDIA's compiler")
+@pytest.mark.parametrize(("size", "group"), [(32, 1), (64, 7), (128, 4), (128, 8), (256, 4)])
+def test_attention_of_a_token_compiles_for_hopper(size, group, tmp_path):
+    for dtype, normed in ((torch.bfloat16, True), (torch.float16, False)):
+        found = attention_cuda.constants(dtype, size, group, 8, normed=normed, masked=normed)
+        compile_there(attention_cuda.SOURCE, "sm_90", found, tmp_path)
+
+
+def compile_there(source, architecture, constants, folder):
+    flags = [f"-D{name}={value}" for name, value in constants.items()]
+    command = ["nvcc", "-cubin", f"-arch={architecture}", "-o", str(folder / "code"), *flags, str(source)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not made.returncode, made.stderr[-2000:]
 
 
 def shape_constants(shape, form):

@@ -8,7 +8,17 @@ from kernel_cases import error, random_weight
 from quantized_cases import CASES, FORMATS, exact, inputs
 
 from wina_calib.quantization.formats import Quantized, quantize_rows
-from wina_calib.runtime.kernels import autotune, dispatch, quantized_cuda, reference
+from wina_calib.runtime.kernels import (
+    autotune,
+    codes_by_rows,
+    codes_card,
+    dequantized,
+    dispatch,
+    gathered,
+    quantized_cuda,
+    reference,
+    streamed,
+)
 from wina_calib.runtime.kernels.around import Around
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -24,16 +34,21 @@ def way(request, monkeypatch, tmp_path):
     """With clusters and without, as on cards before Hopper; no launch shape is measured."""
     if not quantized_cuda.available(0):
         pytest.skip("needs compute capability 8.0 and NVRTC")
-    if request.param == "clusters" and not quantized_cuda._overlaps(0):
+    if request.param == "clusters" and not codes_card.overlaps(0):
         pytest.skip("needs a card with clusters")
     monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path))
     monkeypatch.setenv("WINA_CALIB_AUTOTUNE", "0")
     monkeypatch.setattr(autotune, "_known", {})
     monkeypatch.setattr(autotune, "_loaded", set())
     if request.param == "two kernels":
-        monkeypatch.setattr(quantized_cuda, "_overlaps", lambda index: False)
-        for name in ("_site", "_combine", "_site_code", "_rows", "_dequantize", "_dequantizer"):
-            monkeypatch.setattr(quantized_cuda, name, memo(getattr(quantized_cuda, name).__wrapped__))
+        monkeypatch.setattr(codes_card, "overlaps", lambda index: False)
+        for module, names in (
+            (gathered, ("_site", "_combine", "site_code")),
+            (codes_by_rows, ("_rows",)),
+            (dequantized, ("_dequantize", "_dequantizer")),
+        ):
+            for name in names:
+                monkeypatch.setattr(module, name, memo(getattr(module, name).__wrapped__))
     return request.param
 
 
@@ -96,22 +111,33 @@ def test_a_few_rows(form, rows):
 
 
 @pytest.mark.parametrize("form", [FORMATS[0], FORMATS[3], FORMATS[4]], ids=str)
-@pytest.mark.parametrize("shape", quantized_cuda.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", gathered.SHAPES, ids=str)
 def test_every_launch_shape(form, shape):
     check(form, 1100, 704, 1, torch.bfloat16, ("plain", "everything"), shape)
     check(form, 1100, 320, 4, torch.float16, ("plain",), shape)
+
+
+@pytest.mark.parametrize("form", FORMATS[:4], ids=str)
+@pytest.mark.parametrize("shape", streamed.SHAPES, ids=str)
+def test_every_launch_shape_of_streamed_columns(form, shape, way):
+    if way != "clusters":
+        pytest.skip("needs a card with clusters")
+    for width, out in ((40, 512), (1100, 1536), (4096, 2048 + 512)):
+        assert streamed.serves(torch.bfloat16, on_card(random_weight(form, width, out)), 0)
+        check(form, width, out, 1, torch.bfloat16, shape=shape)
+    check(form, 333, 1024, 1, torch.float16, shape=shape)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("rows", [33, 100])
 def test_many_rows_have_the_bits_of_the_definition(form, dtype, rows, monkeypatch):
-    monkeypatch.setattr(quantized_cuda, "TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(dequantized, "TILE_BYTES", 1 << 18)
     weight = random_weight(form, 300, 448)
     there = on_card(weight)
     room = torch.empty(300 * 448, dtype=dtype, device=DEVICE)
     for start, stop in ((0, 448), (128, 256), (384, 448)):
-        tile = quantized_cuda.dequantized(there, start, stop, room)
+        tile = dequantized.dequantized(there, start, stop, room)
         assert torch.equal(tile.cpu(), weight.dequantize(dtype)[:, start:stop])
     x, norm, threshold = inputs("plain", rows, 300, dtype)
     bias = torch.randn(448).to(dtype)
@@ -236,6 +262,7 @@ def test_tuned_once_and_remembered(way, monkeypatch):
     given = (x.to(DEVICE), there, norm.to(DEVICE), threshold.to(DEVICE))
     dispatch.quantized_site(*given)
     (known,) = autotune._known.values()
-    assert quantized_cuda.Shape(*known) in quantized_cuda.SHAPES
+    shapes = (*gathered.SHAPES, *(streamed.SHAPES if way == "clusters" else ()))
+    assert known in [dataclasses.astuple(shape) for shape in shapes]
     monkeypatch.setattr(quantized_cuda, "_fastest", None)
     assert error(dispatch.quantized_site(*given).cpu(), exact(x, weight, norm, threshold)) <= LIMITS[torch.bfloat16]

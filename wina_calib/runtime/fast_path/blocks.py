@@ -24,6 +24,7 @@ from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.derived import Derived, derive
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
+from wina_calib.runtime.fast_path.token_attention import UNUSED, turned
 from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.kernels.native import Row
 from wina_calib.runtime.modules import SparseLinear
@@ -40,8 +41,6 @@ PROJECTIONS = (SparseLinear, QuantizedLinear)
 NORMS = ("q_norm", "k_norm")
 # What blocks are probed with: an epsilon, and a number that those would show which cut off what is large.
 EPSILON, LARGE = 1e-6, 1000.0
-# What decoder layers pass to attention that needs none of it.
-UNUSED = frozenset({"position_ids", "use_cache", "cache_position", "output_hidden_states"})
 
 
 @dataclass(frozen=True)
@@ -274,12 +273,6 @@ def _computes_attention(stock: Any, parts: Parts, dtype: torch.dtype) -> bool:
     if parts.norms:
         query, key = (probe.get_submodule(name)(t) for name, t in zip(parts.norms, (query, key), strict=True))
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    keys, values = past.update(_turned(key, *turns), value, stock.layer_idx)
-    expected, _ = attention.attention_forward(probe, _turned(query, *turns), keys, values, None, scaling=stock.scaling)
+    keys, values = past.update(turned(key, *turns), value, stock.layer_idx)
+    expected, _ = attention.attention_forward(probe, turned(query, *turns), keys, values, None, scaling=stock.scaling)
     return weights is None and torch.equal(y, expected.reshape(1, 1, -1))
-
-
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of x (..., size), of which the first half turns with the second."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine

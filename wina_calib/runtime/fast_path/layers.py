@@ -24,8 +24,9 @@ from wina_calib.runtime.caches import cache_name
 from wina_calib.runtime.decoder import Recomputed
 from wina_calib.runtime.derived import derive
 from wina_calib.runtime.fast_path import attention, past, step
-from wina_calib.runtime.fast_path.blocks import PROJECTIONS, UNUSED, ShortAttention, ShortMLP, matches
+from wina_calib.runtime.fast_path.blocks import PROJECTIONS, ShortAttention, ShortMLP, matches
 from wina_calib.runtime.fast_path.norms import Norm
+from wina_calib.runtime.fast_path.token_attention import UNUSED
 from wina_calib.runtime.forward_pass import Pass, here
 from wina_calib.runtime.kernels.layers import LayerParts, Layers
 from wina_calib.runtime.quantized_group import QuantizedGroup

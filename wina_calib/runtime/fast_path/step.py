@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.runtime import group_operator
+from wina_calib.runtime.fast_path import token_attention
 from wina_calib.runtime.fast_path.blocks import ShortAttention, ShortMLP
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.forward_pass import here
@@ -38,9 +39,13 @@ def traced(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     third, fourth = _number(mlp, mlp.parts.inputs, x), _number(mlp, (mlp.parts.output,), x)
     if first is None or second is None or third is None or fourth is None or _is_watched(attn) or _is_watched(mlp):
         return None
-    now.ready = first, group_operator.step(first, x, norms[0].weight, norms[0].variance_epsilon)
-    now.waiting = second, x
-    x = attn(hidden_states=x, **kwargs)[0]
+    heads = group_operator.step(first, x, norms[0].weight, norms[0].variance_epsilon)
+    attended = token_attention.traced(attn, heads, kwargs, form.cache)
+    if attended is not None:
+        x = group_operator.step(second, attended, None, 0.0, added=x)
+    else:
+        now.ready, now.waiting = (first, heads), (second, x)
+        x = attn(hidden_states=x, **kwargs)[0]
     gated = group_operator.step(third, x, norms[1].weight, norms[1].variance_epsilon)
     return group_operator.step(fourth, gated, None, 0.0, gated=True, added=x)
 

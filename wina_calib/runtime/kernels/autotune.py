@@ -22,7 +22,7 @@ from wina_calib.errors import OutputError
 logger = logging.getLogger(__name__)
 
 # Raised when a kernel changes so that remembered shapes are measured again.
-KERNEL_VERSION = 4
+KERNEL_VERSION = 5
 REPEATS = 9
 # A search that has taken this long stops with the best so far. Compiling a candidate takes about half a second.
 BUDGET_SECONDS = 15.0

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from wina_calib.masks import mask
 from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
-from wina_calib.runtime.kernels import cpu, cuda, native, quantized_cpu, quantized_cuda, reference
+from wina_calib.runtime.kernels import codes_by_rows, cpu, cuda, native, quantized_cpu, quantized_cuda, reference
 from wina_calib.runtime.kernels.around import Around
+from wina_calib.runtime.kernels.dequantized import ManyRows
 from wina_calib.runtime.kernels.native import Row
 
 logger = logging.getLogger(__name__)
@@ -257,6 +258,16 @@ def quantized_row_of(
     return Row(weight, norm.contiguous(), threshold, bias, dtype)
 
 
+def quantized_many_of(weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> ManyRows | None:
+    """`dense_quantized_site` of many rows of `dtype` with these operands, ready to be called; None where it is not on a card.
+
+    Of no use with gradients or to a compiler.
+    """
+    if weight.codes.device.type != "cuda":
+        return None
+    return quantized_cuda.many_rows_of(weight, bias, dtype)
+
+
 def quantized_rows(x: Tensor, weight: QuantizedRows) -> Tensor:
     """`y = x @ W^T` of a matrix quantized by rows, as lm_head's: x (..., width) gives (..., rows) of x's dtype."""
     if torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda") and not torch.is_grad_enabled():
@@ -264,8 +275,8 @@ def quantized_rows(x: Tensor, weight: QuantizedRows) -> Tensor:
         return y
     if _quantized_on_cpu(x, weight.codes):
         return quantized_cpu.rows_product(x, weight)
-    if _quantized_on_cuda(x) and quantized_cuda.serves_rows(x, weight):
-        return quantized_cuda.rows_product(x, weight)
+    if _quantized_on_cuda(x) and codes_by_rows.serves(x, weight):
+        return codes_by_rows.product(x, weight)
     return reference.dense_rows_product(x, weight)
 
 

@@ -15,6 +15,7 @@ from wina_calib.runtime.patches.triton_launch import raw_stream
 
 # From the driver's header: attributes of a function and of a launch, and the errors of a thread without a context.
 MAX_SHARED_ATTRIBUTE = 8
+LARGE_CLUSTER_ATTRIBUTE = 14
 OVERLAP_ATTRIBUTE = 6
 NO_CONTEXT = (3, 201)
 # Shared memory of a block that needs no asking.
@@ -121,6 +122,11 @@ def load(code: bytes, name: str) -> ctypes.c_void_p:
     return function
 
 
+def allow_large_clusters(function: ctypes.c_void_p) -> None:
+    """Let a kernel have clusters of more than 8 blocks. Raises RuntimeError where the card has none."""
+    call(_driver().cuFuncSetAttribute, function, LARGE_CLUSTER_ATTRIBUTE, 1)
+
+
 @cache
 def compiler() -> ctypes.CDLL:
     """NVRTC, of torch's own version of CUDA. Raises OSError where it is not."""
@@ -130,7 +136,7 @@ def compiler() -> ctypes.CDLL:
 
 
 def build(source: Path, architecture: str, constants: Mapping[str, int]) -> bytes:
-    """Machine code for an architecture such as `sm_90`.
+    """Machine code for an architecture such as `sm_90`, of a file that may include the headers beside it.
 
     Raises:
         OSError: there is no NVRTC.
@@ -139,7 +145,11 @@ def build(source: Path, architecture: str, constants: Mapping[str, int]) -> byte
     nvrtc, program, size = compiler(), ctypes.c_void_p(), ctypes.c_size_t()
     options = [f"--gpu-architecture={architecture}", *(f"-D{name}={value}" for name, value in constants.items())]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None):
+    files = sorted(source.parent.glob("*.cuh"))
+    texts = (ctypes.c_char_p * len(files))(*(file.read_bytes() for file in files))
+    names = (ctypes.c_char_p * len(files))(*(file.name.encode() for file in files))
+    text, name = source.read_bytes(), source.name.encode()
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, len(files), texts, names):
         raise RuntimeError("NVRTC takes no program")
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), given):

@@ -14,15 +14,11 @@
    VEC 8 or 16, WARPS, ACROSS of them, CLUSTER, SLICE, UNROLL steps in flight, INPUT; CLUSTERED and OVERLAP for Hopper and
    later. Results repeat bit for bit. */
 
-typedef unsigned int word;
-typedef unsigned short half;
-typedef unsigned char byte;
+#include "common.cuh"
 
 #if TYPE == 0
-typedef float element;
 #define SIDES 2
 #else
-typedef half element;
 #define SIDES 1
 #endif
 
@@ -30,45 +26,8 @@ typedef half element;
 #define NORMED 1 /* gain * (x / rms(x)), rounded before the gain */
 #define GATED 2  /* silu of the first half times the second half, rounded before the product */
 
-#define EVERY 0xffffffffu
 #define THREADS (WARPS * 32)
 #define FACTORS (ROWS * SIDES) /* columns of the second factor of a matrix product */
-
-__device__ static inline float widen(element value) {
-#if TYPE == 0
-    return value;
-#elif TYPE == 1
-    return __uint_as_float((word)value << 16);
-#else
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
-#endif
-}
-
-__device__ static inline half to_half(float value) {
-    half found;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(found) : "f"(value));
-    return found;
-}
-
-__device__ static inline float from_half(half value) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
-}
-
-__device__ static inline element narrow(float value) {
-#if TYPE == 0
-    return value;
-#elif TYPE == 1
-    element found;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(found) : "f"(value));
-    return found;
-#else
-    return to_half(value);
-#endif
-}
 
 /* Two numbers of float16 at a time. */
 __device__ static inline word times(word a, word b) {
@@ -98,27 +57,6 @@ __device__ static inline void multiply(float *sum, word a0, word a1, word a2, wo
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
-}
-
-/* 16 bytes that are read once: they are not kept in the first cache. */
-__device__ static inline uint4 read_once(const void *from) {
-    uint4 found;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-        : "l"(from));
-    return found;
-}
-
-/* Nothing that an earlier kernel of a forward pass may have written is touched before `wait_for_inputs`. */
-__device__ static inline void wait_for_inputs() {
-#if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ static inline void let_next_start() {
-#if OVERLAP
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
 }
 
 /* The power of two that brings magnitudes up to that of the bits `highest` to 2^10 at least and below 2^11, and its inverse. */
@@ -157,31 +95,6 @@ __device__ static inline int output_at(int place) {
 #else
     const int at = thread * VEC + tile;
     return first + at / (GROUP / 2) * GROUP + at % (GROUP / 2) + second * (GROUP / 2);
-#endif
-}
-
-/* The blocks of a cluster wait for each other: all that was written before `arrive` is seen after `await`. */
-__device__ static inline void arrive() {
-#if CLUSTERED
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ static inline void await() {
-#if CLUSTERED
-    if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else __syncthreads();
-#endif
-}
-
-/* Write to the place of `own` in the shared memory of a block of the cluster. */
-__device__ static inline void give(float *own, word block, float value) {
-#if CLUSTERED && CLUSTER > 1
-    const word address = (word)__cvta_generic_to_shared(own);
-    word there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-#else
-    *own = value;
 #endif
 }
 

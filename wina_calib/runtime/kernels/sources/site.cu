@@ -7,14 +7,13 @@
 
    Compiled with TYPE 0 float32, 1 bfloat16, 2 float16; LANES threads that share a row; WARPS, CLUSTER, UNROLL, SLICE. */
 
-typedef unsigned int word;
-typedef unsigned short half;
+#define CLUSTERED 1
+#define OVERLAP 1
+#include "common.cuh"
 
 #if TYPE == 0
-typedef float element;
 #define VECTOR 4
 #else
-typedef half element;
 #define VECTOR 8
 #endif
 
@@ -23,41 +22,6 @@ typedef half element;
 #define THREADS (WARPS * 32)
 #define SHARE (COLUMNS / CLUSTER) /* outputs that a block of the cluster adds up */
 #define PASSES ((SLICE + THREADS - 1) / THREADS)
-
-__device__ static inline float widen(element value) {
-#if TYPE == 0
-    return value;
-#elif TYPE == 1
-    return __uint_as_float((word)value << 16);
-#else
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
-#endif
-}
-
-__device__ static inline element narrow(float value) {
-#if TYPE == 0
-    return value;
-#else
-    element found;
-#if TYPE == 1
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(found) : "f"(value));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(found) : "f"(value));
-#endif
-    return found;
-#endif
-}
-
-/* 16 bytes that are read once: they are not kept in the first cache. */
-__device__ static inline uint4 read_once(const void *from) {
-    uint4 found;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-        : "l"(from));
-    return found;
-}
 
 __device__ static inline void add(float *sum, word bits, float value) {
 #if TYPE == 0
@@ -76,27 +40,6 @@ __device__ static inline void add_all(float *sum, uint4 bits, float value) {
     add(sum + VECTOR / 4, bits.y, value);
     add(sum + VECTOR / 2, bits.z, value);
     add(sum + 3 * VECTOR / 4, bits.w, value);
-}
-
-/* The blocks of a cluster wait for each other: all that was written before `arrive` is seen after `await`. */
-__device__ static inline void arrive() {
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ static inline void await() {
-    if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else __syncthreads();
-}
-
-/* Write to the place of `own` in the shared memory of a block of the cluster. */
-__device__ static inline void give(float *own, word block, float value) {
-#if CLUSTER > 1
-    const word address = (word)__cvta_generic_to_shared(own);
-    word there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-#else
-    *own = value;
-#endif
 }
 
 /* What is read by every block and again for the next token: the last to go from the cache. */
@@ -127,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) __cluster_
         scale[pass] = i < length ? read_often(norm + first + i) : 0.0f;
     }
     /* Nothing that an earlier kernel of a forward pass may have written is touched before this. */
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_inputs();
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int i = pass * THREADS + thread;
@@ -139,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) __cluster_
     for (int pass = 0; pass < PASSES; pass++) {
         const int i = pass * THREADS + thread;
         const bool keep = i < length && !(fabsf(v[pass]) * scale[pass] <= limit); /* a NaN is kept, so that it shows */
-        const word kept = __ballot_sync(0xffffffffu, keep);
+        const word kept = __ballot_sync(EVERY, keep);
         if (i < SLICE) value[i] = v[pass];
         if (keep) list[count + __popc(kept & ((1u << lane) - 1))] = (half)i;
         count += __popc(kept);
@@ -167,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) __cluster_
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
 #pragma unroll
-        for (int step = LANES; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+        for (int step = LANES; step < 32; step *= 2) sum[i] += __shfl_xor_sync(EVERY, sum[i], step);
     if (lane < LANES)
 #pragma unroll
         for (int i = 0; i < VECTOR; i += 4)
@@ -183,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) __cluster_
     arrive();
     await();
     /* The next kernel may start. Any earlier, its blocks would crowd where this one's end first. */
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_start();
     for (int i = thread; i < SHARE; i += THREADS) {
         const int at = blockIdx.x * COLUMNS + blockIdx.y * SHARE + i;
         float found = 0.0f;
