@@ -12,8 +12,10 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import wina_calib
 from wina_calib.budgets.count import count_cells
+from wina_calib.masks.mask import mask_inputs
 from wina_calib.model.architecture import describe
 from wina_calib.quantization.formats import WeightFormat
+from wina_calib.runtime import quantized_group
 from wina_calib.runtime.fast_path import layers
 from wina_calib.runtime.fast_path.blocks import Short
 from wina_calib.runtime.kernels import native, quantized_cpu
@@ -209,3 +211,35 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     model = sparse()
     assert distance(logits(model), reference(model)) < 1e-5
+
+
+@torch.no_grad()
+def test_many_rows_go_to_what_is_made_ready_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card: rows of a prompt are masked in one kernel, and multiplied by what remembers its own."""
+    model = sparse()
+    wina_calib.set_sparsity(model, 0.5)
+    expected = reference(model)
+    monkeypatch.setattr(quantized_group, "_has_many_rows", lambda rows: rows.shape[0] > 1)
+    seen = []
+    for module in model.modules():
+        group = getattr(module, "packed", None)
+        if isinstance(group, quantized_group.QuantizedGroup) and group.many is None:
+            whole, norm, threshold = group.weight.dequantize(), group.norm, group.threshold
+
+            def mask(x: Tensor, dense: Tensor | None, norm: Tensor = norm, threshold: Tensor = threshold) -> Tensor:
+                seen.append("mask")
+                return mask_inputs(x, norm, threshold, dense_rows=dense)
+
+            def many(x: Tensor, whole: Tensor = whole) -> Tensor:
+                seen.append("product")
+                return x @ whole
+
+            monkeypatch.setattr(group, "mask", mask)
+            monkeypatch.setattr(group, "many", many)
+    assert distance(logits(model), expected) <= LIMIT
+    sites = 4 * model.config.num_hidden_layers
+    assert (seen.count("mask"), seen.count("product")) == (sites, sites)
+    seen.clear()
+    wina_calib.set_prefill(model, "dense")
+    logits(model)
+    assert (seen.count("mask"), seen.count("product")) == (0, sites)

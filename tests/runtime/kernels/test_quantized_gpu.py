@@ -147,6 +147,23 @@ def test_many_rows_have_the_bits_of_the_definition(form, dtype, rows, monkeypatc
         assert error(y.cpu(), exact(x, weight, norm, threshold, None, added)) <= max(LIMITS[dtype], 1e-3)
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_many_rows_made_ready(form, dtype, monkeypatch):
+    weight, bias = random_weight(form, 300, 448), torch.randn(448).to(dtype)
+    there = on_card(weight)
+    x, norm, _ = inputs("plain", 40, 300, dtype)
+    for added in (None, bias):
+        ready = quantized_cuda.many_rows_of(there, None if added is None else added.to(DEVICE), dtype)
+        expected = exact(x, weight, norm, torch.tensor(-1.0), None, added)
+        y = ready(x.to(DEVICE))
+        assert error(y.cpu(), expected) <= max(LIMITS[dtype], 1e-3)
+        assert torch.equal(ready(x.to(DEVICE)), y)
+        monkeypatch.setattr(dequantized, "TILE_BYTES", 1 << 18)
+        assert error(ready(x.to(DEVICE)).cpu(), expected) <= max(LIMITS[dtype], 1e-3)
+        monkeypatch.setattr(dequantized, "TILE_BYTES", 256 << 20)
+
+
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 32, 33])
 def test_rows_by_rows(dtype, rows):
