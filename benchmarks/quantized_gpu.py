@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 import torch
-from kernels import captured, medians
+from products import captured, medians
 from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
