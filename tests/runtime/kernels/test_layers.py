@@ -84,7 +84,7 @@ def compare(dtype, parts, *, masked=False, filled=5, length=6, places=9):
     found, past = caches(parts, places, filled, dtype)
     before = [cache.clone() for cache in found]
     expected = apart(parts, x, turns, seen, [cache.clone() for cache in before], filled, length)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
         y = call(x, *turns, seen, past, length)
         assert [t.shape for t in y] == [x.shape] * len(parts)
@@ -97,6 +97,12 @@ def compare(dtype, parts, *, masked=False, filled=5, length=6, places=9):
 @pytest.mark.parametrize("form", [None, WeightFormat(4, 64), WeightFormat(4, 32), WeightFormat(8)], ids=str)
 def test_layers_are_their_parts(dtype, form):
     compare(dtype, [layer_of(dtype, form, seed=i) for i in range(3)])
+
+
+@pytest.mark.parametrize("form", [WeightFormat(4, 64), WeightFormat(8)], ids=str)
+def test_inputs_in_parts_that_threads_share(form):
+    """Enough inputs for each of four parts to have some."""
+    compare(torch.bfloat16, [layer_of(torch.bfloat16, form, width=576, seed=i) for i in range(2)])
 
 
 @pytest.mark.parametrize("dtype", native_build.DTYPES)

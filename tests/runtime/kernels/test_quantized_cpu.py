@@ -22,7 +22,8 @@ FLAGS = {"avx512": native_build.TARGETS[0], "avx2": ("-mavx2", "-mfma", "-mf16c"
 # What 16 bits and the output's dtype leave, relative to the norm of the outputs.
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Around the inputs that are taken at a time, 64, their pairs, the outputs of a vector, 32 to 128, and those of a tile, 6144.
-SHAPES = [(1, 64), (2, 128), (63, 192), (64, 256), (65, 320), (130, 704), (67, 6144), (9, 12416)]
+# And enough inputs to be summed in four parts, 512.
+SHAPES = [(1, 64), (2, 128), (63, 192), (64, 256), (65, 320), (520, 128), (130, 704), (67, 6144), (9, 12416)]
 
 
 @contextlib.contextmanager
@@ -222,7 +223,7 @@ def test_no_rows(target):
 
 def test_the_error_that_is_stated(target):
     """Of 16 bits a block: the figures of the module's text, on inputs like a model's and on one that is far from the others."""
-    for form, (case, limit) in itertools.product(FORMATS, (("plain", 5e-5), ("outlier", 2e-4))):
+    for form, (case, limit) in itertools.product(FORMATS, (("plain", 6e-5), ("outlier", 2e-4))):
         x, norm, threshold = inputs(case, 1, 1024, torch.float32)
         weight = random_weight(form, 1024, 512)
         found = error(quantized_cpu.sparse_site(x, weight, norm, threshold), exact(x, weight, norm, threshold))

@@ -23,7 +23,7 @@ from wina_calib.common.own_cache import cache_folder, find_kept, keep
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "sources"
-HEADERS = [FOLDER / name for name in ("numbers.h", "site.h", "attend.h")]
+HEADERS = [FOLDER / name for name in ("numbers.h", "vectors.h", "site.h", "attend.h")]
 SOURCES = [FOLDER / name for name in ("site.c", "quantized.c", "rows.c", "attend.c", "layers.c")]
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")

@@ -3,179 +3,26 @@
 
    A block of kept inputs at a time is multiplied in whole numbers: what an input and a group's scale give is rounded to 16 bits
    of the block's largest of that group, two inputs are interleaved, and one instruction adds both their products with the
-   codes. Sums of a block are exact, and added up in float32. The error is that rounding: 2^-16 of the largest, which is far
-   below what weights of 4 and 8 bits and inputs in bfloat16 have lost before.
+   codes; or, for one row of 4-bit codes with AVX-512, four inputs, whose products with either byte of those 16 bits are added.
+   Sums of a block are exact, and added up in float32. The error is that rounding: 2^-16 of the largest, which is far below what
+   weights of 4 and 8 bits and inputs in bfloat16 have lost before.
    While a block is multiplied from the second cache, the next one's columns are fetched into it. */
 
 #include <stdlib.h>
 
 #include "site.h"
+#include "vectors.h"
 
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #define COLUMNS 64 /* kept inputs that are multiplied at a time; at most 256, or sums would not fit */
 #define PAIRS (COLUMNS / 2)
 #define SUMS 16384 /* sums that a thread holds */
-#define TILE 6144  /* outputs at a time, at most */
+#define TILE 4608  /* outputs at a time, at most: a block of columns and the next fit the second cache */
 #define GROUPS (TILE / 32 + WORDS)
+#define LINE 64    /* bytes of a cache line */
 #define AT_ONCE 4  /* rows that a code is unpacked for */
-#define LARGEST 32767.0f
-#define ROUNDS 12582912.0f /* a float of which the last place counts one */
-#define TINY 1e-30f /* scaled inputs below which all are zero */
-
-#define ALWAYS static inline __attribute__((always_inline))
-
-ALWAYS int32_t word_of(const void *from) {
-    int32_t word;
-    memcpy(&word, from, sizeof word);
-    return word;
-}
-
-#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-
-#define VECTORS
-#define VECTOR 64 /* bytes */
-typedef __m512i ints;
-typedef __m512 floats;
-
-ALWAYS ints zero(void) { return _mm512_setzero_si512(); }
-ALWAYS ints load(const void *from) { return _mm512_loadu_si512(from); }
-ALWAYS ints low_pairs(ints a, ints b) { return _mm512_unpacklo_epi16(a, b); }
-ALWAYS ints high_pairs(ints a, ints b) { return _mm512_unpackhi_epi16(a, b); }
-ALWAYS ints only(ints a, int bits) { return _mm512_and_si512(a, _mm512_set1_epi16((short)bits)); }
-ALWAYS ints high_byte(ints a) { return _mm512_srli_epi16(a, 8); }
-ALWAYS ints signed_high_byte(ints a) { return _mm512_srai_epi16(a, 8); }
-ALWAYS ints signed_low_byte(ints a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
-ALWAYS ints subtract(ints a, ints b) { return _mm512_sub_epi32(a, b); }
-ALWAYS ints sixteen_times(ints a) { return _mm512_slli_epi32(a, 4); }
-ALWAYS floats times(floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
-
-ALWAYS ints add_products(ints sum, ints a, ints b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(sum, a, b);
-#else
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
-/* Of each group in a vector its number, in every place of the group; of all places the first where there are no groups. */
-ALWAYS ints spread(const void *number, const int group) {
-    const __m512i two = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i four = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    if (group == 64)
-        return _mm512_permutexvar_epi32(two, _mm512_castsi128_si512(_mm_loadl_epi64(number)));
-    if (group == 32)
-        return _mm512_permutexvar_epi32(four, _mm512_castsi128_si512(_mm_loadu_si128(number)));
-    return _mm512_set1_epi32(word_of(number));
-}
-ALWAYS floats as_floats(ints a) { return _mm512_castsi512_ps(a); }
-
-ALWAYS floats halves_times(const uint16_t *from, float by) {
-    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)), _mm512_set1_ps(by));
-}
-ALWAYS ints widen_bytes(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
-ALWAYS void store(void *to, ints a) { _mm512_storeu_si512(to, a); }
-ALWAYS void store_floats(float *to, floats a) { _mm512_storeu_ps(to, a); }
-ALWAYS floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
-ALWAYS floats larger(floats largest, floats a) { return _mm512_range_ps(largest, a, 0x0b); } /* of magnitudes */
-ALWAYS floats over(float a, floats b) { /* zero where b is tiny */
-    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, _mm512_set1_ps(TINY), _CMP_GT_OQ), _mm512_set1_ps(a), b);
-}
-/* Two vectors times one, each number rounded to the 16 bits that it ends in when a large one is added, in pairs. */
-ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
-    const floats large = _mm512_set1_ps(ROUNDS);
-    const ints a = _mm512_castps_si512(_mm512_fmadd_ps(low, by, large)), b = _mm512_castps_si512(_mm512_fmadd_ps(high, by, large));
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
-}
-/* Zero points of two inputs in pairs, of as many groups as a vector has numbers. */
-ALWAYS ints zero_pairs(uint64_t low, uint64_t high) {
-    const __m128i mask = _mm_set1_epi16(0x0f0f);
-    const __m128i a = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)low)), b = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)high));
-    const __m128i x = _mm_and_si128(_mm_or_si128(a, _mm_slli_epi16(a, 4)), mask);
-    const __m128i y = _mm_and_si128(_mm_or_si128(b, _mm_slli_epi16(b, 4)), mask);
-    return _mm512_or_si512(_mm512_cvtepu8_epi32(x), _mm512_slli_epi32(_mm512_cvtepu8_epi32(y), 16));
-}
-ALWAYS ints all_pairs(int of) { return _mm512_set1_epi16((short)of); }
-
-ALWAYS void add_scaled(float *to, ints sum, floats scale) {
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(to)));
-}
-
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-
-#define VECTORS
-#define VECTOR 32
-typedef __m256i ints;
-typedef __m256 floats;
-
-ALWAYS ints zero(void) { return _mm256_setzero_si256(); }
-ALWAYS ints load(const void *from) { return _mm256_loadu_si256(from); }
-ALWAYS ints low_pairs(ints a, ints b) { return _mm256_unpacklo_epi16(a, b); }
-ALWAYS ints high_pairs(ints a, ints b) { return _mm256_unpackhi_epi16(a, b); }
-ALWAYS ints only(ints a, int bits) { return _mm256_and_si256(a, _mm256_set1_epi16((short)bits)); }
-ALWAYS ints high_byte(ints a) { return _mm256_srli_epi16(a, 8); }
-ALWAYS ints signed_high_byte(ints a) { return _mm256_srai_epi16(a, 8); }
-ALWAYS ints signed_low_byte(ints a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
-ALWAYS ints subtract(ints a, ints b) { return _mm256_sub_epi32(a, b); }
-ALWAYS ints sixteen_times(ints a) { return _mm256_slli_epi32(a, 4); }
-ALWAYS floats times(floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
-
-ALWAYS ints add_products(ints sum, ints a, ints b) {
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
-#else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
-}
-
-ALWAYS ints spread(const void *number, const int group) {
-    const __m256i two = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-    if (group == 32)
-        return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64(number)), two);
-    return _mm256_set1_epi32(word_of(number));
-}
-ALWAYS floats as_floats(ints a) { return _mm256_castsi256_ps(a); }
-
-ALWAYS floats halves_times(const uint16_t *from, float by) {
-    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)), _mm256_set1_ps(by));
-}
-ALWAYS ints widen_bytes(const int8_t *from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)); }
-ALWAYS void store(void *to, ints a) { _mm256_storeu_si256(to, a); }
-ALWAYS void store_floats(float *to, floats a) { _mm256_storeu_ps(to, a); }
-ALWAYS floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
-ALWAYS floats larger(floats largest, floats a) { return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a), largest); }
-ALWAYS floats over(float a, floats b) {
-    return _mm256_and_ps(_mm256_cmp_ps(b, _mm256_set1_ps(TINY), _CMP_GT_OQ), _mm256_div_ps(_mm256_set1_ps(a), b));
-}
-ALWAYS ints nearest_pairs(floats low, floats high, floats by) {
-    const floats large = _mm256_set1_ps(ROUNDS);
-    const ints a = _mm256_castps_si256(_mm256_fmadd_ps(low, by, large)), b = _mm256_castps_si256(_mm256_fmadd_ps(high, by, large));
-    return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
-}
-ALWAYS ints zero_pairs(uint64_t low, uint64_t high) {
-    const __m128i mask = _mm_set1_epi16(0x0f0f);
-    const __m128i a = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)low)), b = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)high));
-    const __m128i x = _mm_and_si128(_mm_or_si128(a, _mm_slli_epi16(a, 4)), mask);
-    const __m128i y = _mm_and_si128(_mm_or_si128(b, _mm_slli_epi16(b, 4)), mask);
-    return _mm256_or_si256(_mm256_cvtepu8_epi32(x), _mm256_slli_epi32(_mm256_cvtepu8_epi32(y), 16));
-}
-ALWAYS ints all_pairs(int of) { return _mm256_set1_epi16((short)of); }
-
-ALWAYS void add_scaled(float *to, ints sum, floats scale) {
-    const floats wide = _mm256_cvtepi32_ps(sum);
-    _mm256_storeu_ps(to, _mm256_fmadd_ps(wide, scale, _mm256_loadu_ps(to)));
-}
-
-#else
-#define VECTOR 32
-#endif
-
-#define WORDS (VECTOR / 4)
 
 /* What a block of kept inputs multiplies with, for some rows: numbers of 16 bits in pairs (rows, PAIRS, groups), what such a
    number counts for (rows, groups), and the sums of what zero points stand for (rows, groups). */
@@ -186,17 +33,53 @@ struct factors {
     int32_t shift[AT_ONCE * GROUPS];
 };
 
-/* Some kept inputs: their columns and those of the next block, from a tile's first output on. */
-struct block {
-    const uint8_t *column[COLUMNS], *next[COLUMNS];
-    int64_t pairs;
+#define SIDE 16 /* columns that are asked for side by side: memory gives most to few that are read on and on */
+
+/* What follows a block: columns from a tile's first output on, and where the next of them are asked for, a line at a time. */
+struct ahead {
+    const uint8_t *column[2 * COLUMNS];
+    int64_t input[COLUMNS], group; /* whose scales and zero points are asked for, and from which group on */
+    int64_t first, offset, bytes;  /* of SIDE columns, in a column, and where it ends */
 };
+
+/* Ask for a line of four columns of the SIDE next ones to be in the second cache. */
+ALWAYS void ask_four(const struct ahead *ahead, int64_t k) {
+    const uint8_t *const *column = ahead->column + ahead->first + k % SIDE;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(column[i] + ahead->offset, 0, 2);
+}
+
+/* Go on to their next line, or to the next columns; behind the last known ones asking again costs nothing. */
+ALWAYS void go_on(struct ahead *ahead) {
+    ahead->offset += LINE;
+    if (ahead->offset >= ahead->bytes) {
+        ahead->offset = 0;
+        ahead->first += ahead->first < 2 * COLUMNS - SIDE ? SIDE : 0;
+    }
+}
+
+/* Some kept inputs, filled up to a multiple of four: their indices, and their columns from a tile's first output on. */
+struct block {
+    const uint8_t *column[COLUMNS];
+    int64_t input[COLUMNS], count;
+};
+
+/* Whether codes are taken of four inputs at a time. */
+#define BY_FOUR(bits, rows) (QUADS && (bits) == 4 && (rows) == 1)
 
 #ifdef VECTORS
 
 /* The sums of a vector of codes in the order of their outputs. Interleaving puts the first words of each 16 bytes into one vector of
    pairs and the others into another; each of these gives a sum for every place in a word: of bytes, or of their halves. */
-ALWAYS void in_order(const int bits, const int group, const float *sums, float *result) {
+ALWAYS void in_order(const int bits, const int group, const int rows, const float *sums, float *result) {
+    if (BY_FOUR(bits, rows)) {
+        const int half = group / 2;
+        for (int byte = 0; byte < VECTOR; byte += 4)
+            for (int high = 0; high < 2; high++) {
+                const float *from = sums + (byte % 16 / 2 + high) * WORDS + byte / 16 * 4;
+                memcpy(result + byte / half * group + high * half + byte % half, from, 4 * sizeof(float));
+            }
+        return;
+    }
     const int halves = bits == 4 ? 2 : 1, half = bits == 4 ? group / 2 : VECTOR;
     for (int byte = 0; byte < VECTOR; byte += 8)
         for (int high = 0; high < halves; high++) {
@@ -208,9 +91,51 @@ ALWAYS void in_order(const int bits, const int group, const float *sums, float *
         }
 }
 
+#if QUADS
+
+/* sums += the products of a block's 4-bit codes in the vector at `offset`: of four inputs at a time, both codes of a byte and the low
+   one, with both bytes of each number. */
+ALWAYS void add_by_four(const int group, const struct block *block, int64_t offset, const struct factors *by,
+                        struct ahead *ahead, float *sums) {
+    const int64_t g = 2 * offset / group, groups = by->groups;
+    ints both[2][4], low[2][4];
+    for (int h = 0; h < 2; h++)
+        for (int i = 0; i < 4; i++) both[h][i] = low[h][i] = zero();
+    for (int64_t k = 0; k < block->count; k += 4) {
+        ints x[2], from[4], codes[4];
+        ask_four(ahead, k);
+        if (k % SIDE == SIDE - 4) go_on(ahead);
+        for (int i = 0; i < 4; i++) from[i] = load(block->column[k + i] + offset);
+        for (int h = 0; h < 2; h++) x[h] = spread(by->pair + (k / 2 + h) * groups + g, group);
+        bytes_in_turn(from, codes);
+        for (int i = 0; i < 4; i++) {
+            const ints less = only(codes[i], 0x0f0f);
+            for (int h = 0; h < 2; h++) {
+                both[h][i] = add_bytes(both[h][i], codes[i], x[h]);
+                low[h][i] = add_bytes(low[h][i], less, x[h]);
+            }
+        }
+    }
+    const floats scale = as_floats(spread(by->scale + g, group)), less = times(scale, 0.0625f);
+    const ints shift = spread(by->shift + g, group), more = sixteen_times(shift);
+    for (int i = 0; i < 4; i++) {
+        const ints all = joined(both[1][i], both[0][i]), code = joined(low[1][i], low[0][i]);
+        add_scaled(sums + 2 * i * WORDS, subtract(code, shift), scale);
+        add_scaled(sums + (2 * i + 1) * WORDS, subtract(subtract(all, code), more), less);
+    }
+}
+
+#endif
+
 /* sums (rows, stride) += the products of a block's codes in the vector at `offset`. */
 ALWAYS void add_vector(const int bits, const int group, const int rows, const struct block *block, int64_t offset,
-                       const struct factors *by, float *sums, int64_t stride) {
+                       const struct factors *by, struct ahead *ahead, float *sums, int64_t stride) {
+#if QUADS
+    if (BY_FOUR(bits, rows)) {
+        add_by_four(group, block, offset, by, ahead, sums);
+        return;
+    }
+#endif
     const int parts = bits == 4 ? 4 : 2, halves = rows == 1 ? 2 : 1;
     const int64_t g = bits == 4 ? 2 * offset / group : 0, groups = by->groups;
     for (int first = 0; first < 2; first += halves) {
@@ -218,11 +143,11 @@ ALWAYS void add_vector(const int bits, const int group, const int rows, const st
         for (int r = 0; r < rows; r++)
             for (int h = 0; h < halves; h++)
                 for (int n = 0; n < parts; n++) sum[r][h][n] = zero();
-        for (int64_t p = 0; p < block->pairs; p++) {
+        for (int64_t p = 0; p < block->count / 2; p++) {
             const ints a = load(block->column[2 * p] + offset), b = load(block->column[2 * p + 1] + offset);
-            if (!first) {
-                __builtin_prefetch(block->next[2 * p] + offset, 0, 2);
-                __builtin_prefetch(block->next[2 * p + 1] + offset, 0, 2);
+            if (!first && p % 2 && (VECTOR == LINE || p / (SIDE / 2) % 2)) { /* of two vectors in a line one asks */
+                ask_four(ahead, 2 * p - 2);
+                if (p % (SIDE / 2) == SIDE / 2 - 1) go_on(ahead);
             }
             ints x[4];
             for (int r = 0; r < rows; r++) x[r] = spread(by->pair + (r * PAIRS + p) * groups + g, bits == 4 ? group : 0);
@@ -264,17 +189,18 @@ ALWAYS void add_vector(const int bits, const int group, const int rows, const st
 
 #else
 
-ALWAYS void in_order(const int bits, const int group, const float *sums, float *result) {
-    (void)group;
+ALWAYS void in_order(const int bits, const int group, const int rows, const float *sums, float *result) {
+    (void)group, (void)rows;
     memcpy(result, sums, (size_t)(VECTOR * 8 / bits) * sizeof(float));
 }
 
 ALWAYS void add_vector(const int bits, const int group, const int rows, const struct block *block, int64_t offset,
-                       const struct factors *by, float *sums, int64_t stride) {
+                       const struct factors *by, struct ahead *ahead, float *sums, int64_t stride) {
+    (void)ahead;
     const int64_t groups = by->groups;
     for (int r = 0; r < rows; r++) {
         int32_t sum[2 * VECTOR] = {0};
-        for (int64_t p = 0; p < block->pairs; p++) {
+        for (int64_t p = 0; p < block->count / 2; p++) {
             const int32_t *pair = by->pair + (r * PAIRS + p) * groups;
             int16_t code[2][2 * VECTOR];
             for (int k = 0; k < 2; k++) {
@@ -316,7 +242,7 @@ static inline int32_t nearest(float x) { return x != x ? 0 : (int32_t)(bits_of(x
 
 static inline int32_t pair_of(int32_t low, int32_t high) { return (int32_t)(((uint32_t)low & 0xffff) | (uint32_t)high << 16); }
 
-/* The factors of row `r` for 8-bit codes and inputs with these values. */
+/* The factors of row `r` for 8-bit codes and inputs with these values, an even number. */
 static void round_inputs(const float *value, int64_t count, int64_t r, struct factors *by) {
     float largest = 0;
     for (int64_t k = 0; k < count; k++) {
@@ -325,13 +251,13 @@ static void round_inputs(const float *value, int64_t count, int64_t r, struct fa
     }
     const float inverse = largest > TINY ? LARGEST / largest : 0.0f;
     for (int64_t k = 0; k < count; k += 2)
-        by->pair[r * PAIRS + k / 2] = pair_of(nearest(value[k] * inverse), k + 1 < count ? nearest(value[k + 1] * inverse) : 0);
+        by->pair[r * PAIRS + k / 2] = pair_of(nearest(value[k] * inverse), nearest(value[k + 1] * inverse));
     by->scale[r] = largest * (1.0f / LARGEST);
 }
 
 #ifdef VECTORS
 
-/* `count` bytes, of which only those before `end` are read. */
+/* A copy of the bytes before `end`, and zeros behind. */
 ALWAYS const void *readable(const void *from, const void *end, size_t count, void *copy) {
     if ((const char *)from + count <= (const char *)end) return from;
     memset(copy, 0, count);
@@ -339,71 +265,120 @@ ALWAYS const void *readable(const void *from, const void *end, size_t count, voi
     return copy;
 }
 
-/* The factors of row `r` for inputs with these values, in the groups from `g0` on, which is even. */
-static void scale_inputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t g0,
-                         int64_t groups, int64_t r, struct factors *by) {
+/* What multiplies the codes of four inputs, whose values times scales these are, to `to` and `stride` behind it; and the sums of the
+   products of that with zero points, whose places are null where all are 8. */
+#if QUADS
+ALWAYS void factors_by_four(const floats scaled[4], floats inverse, const uint8_t *zeros[4], const int with_zeros, int32_t *to,
+                            int64_t stride, ints shift[2]) {
+    const ints zero_point = with_zeros ? zero_bytes(zeros) : all_bytes(8);
+    ints low, high;
+    nearest_bytes(scaled, inverse, &low, &high);
+    store(to, low);
+    store(to + stride, high);
+    shift[0] = add_bytes(shift[0], zero_point, low);
+    shift[1] = add_bytes(shift[1], zero_point, high);
+}
+#endif
+
+ALWAYS void factors_by_two(const floats scaled[4], floats inverse, const uint8_t *zeros[4], const int with_zeros, int32_t *to,
+                           int64_t stride, ints *shift) {
+    for (int i = 0; i < 4; i += 2) {
+        const ints both = nearest_pairs(scaled[i], scaled[i + 1], inverse);
+        store(to + i / 2 * stride, both);
+        *shift = add_products(*shift, both, with_zeros ? zero_pairs(zeros[i], zeros[i + 1]) : all_pairs(8));
+    }
+}
+
+/* The factors of row `r` of `rows` for a block of inputs with these values, in the groups from `g0` on, which is even. What is read
+   behind a column's last group is there unless the column is one of the last: `checked` reads no further than there are numbers. */
+ALWAYS void scale_block(const struct quantized *weight, const struct block *block, const float *value, int64_t g0, int64_t groups,
+                        int64_t r, struct factors *by, struct ahead *ahead, const int by_four, const int checked,
+                        const int with_zeros) {
     const int64_t stride = by->groups, all = weight->out / weight->group, row = (all + 1) / 2;
     int32_t *pair = by->pair + r * PAIRS * stride;
     const uint16_t *scales_end = weight->scales + weight->in * all;
-    const uint8_t *zeros_end = weight->zeros + weight->in * row;
-    const uint16_t *scales[COLUMNS];
-    floats scaled[COLUMNS + 1];
-    for (int64_t k = 0; k < count; k++) scales[k] = weight->scales + index[k] * all + g0;
+    const uint8_t *zeros_end = with_zeros ? weight->zeros + weight->in * row : 0;
+    floats scaled[COLUMNS];
     for (int64_t g = 0; g < groups; g += WORDS) {
-        floats largest = as_floats(zero());
-        for (int64_t k = 0; k < count; k++) {
-            uint16_t copy[WORDS];
-            const uint16_t *from = scales[k] + g;
-            scaled[k] = halves_times(readable(from, scales_end, sizeof copy, copy), value[k]);
-            largest = larger(largest, scaled[k]);
+        const uint16_t *scales = weight->scales + g0 + g, *scales_after = weight->scales + ahead->group + g;
+        floats most[4] = {as_floats(zero()), as_floats(zero()), as_floats(zero()), as_floats(zero())};
+        const int asks = ahead->first < COLUMNS + COLUMNS / 2;
+        for (int64_t k = 0; k < block->count; k += 4) {
+            for (int i = 0; i < 4; i++) {
+                uint16_t copy[WORDS];
+                const uint16_t *from = scales + block->input[k + i] * all;
+                scaled[k + i] = halves_times(checked ? readable(from, scales_end, sizeof copy, copy) : from, value[k + i]);
+                most[i] = larger(most[i], scaled[k + i]);
+                __builtin_prefetch(scales_after + ahead->input[k + i] * all, 0, 2);
+            }
+            if (asks) ask_four(ahead, k);
+            if (asks && k % SIDE == SIDE - 4) go_on(ahead);
         }
-        scaled[count] = as_floats(zero());
+        const floats largest = larger(larger(most[0], most[1]), larger(most[2], most[3]));
         const floats inverse = over(LARGEST, largest);
-        ints shift = zero();
-        for (int64_t k = 0; k < count; k += 2) {
-            const ints both = nearest_pairs(scaled[k], scaled[k + 1], inverse);
-            store(pair + k / 2 * stride + g, both);
-            if (weight->zeros) {
-                uint64_t low = 0, high = 0, copy;
-                const int64_t second = k + 1 < count ? k + 1 : k;
-                const uint8_t *from = weight->zeros + (g0 + g) / 2;
-                memcpy(&low, readable(from + index[k] * row, zeros_end, sizeof low, &copy), sizeof low);
-                memcpy(&high, readable(from + index[second] * row, zeros_end, sizeof high, &copy), sizeof high);
-                shift = add_products(shift, both, zero_pairs(low, high));
-            } else
-                shift = add_products(shift, both, all_pairs(8));
+        ints shift[2] = {zero(), zero()};
+        for (int64_t k = 0; k < block->count; k += 4) {
+            const uint8_t *zeros[4] = {0};
+            uint64_t copy[4];
+            for (int64_t i = 0; i < 4 && with_zeros; i++) {
+                zeros[i] = weight->zeros + (g0 + g) / 2 + block->input[k + i] * row;
+                if (checked) zeros[i] = readable(zeros[i], zeros_end, sizeof *copy, copy + i);
+                __builtin_prefetch(weight->zeros + (ahead->group + g) / 2 + ahead->input[k + i] * row, 0, 2);
+            }
+#if QUADS
+            if (by_four)
+                factors_by_four(scaled + k, inverse, zeros, with_zeros, pair + k / 2 * stride + g, stride, shift);
+            else
+#endif
+                (void)by_four,
+                factors_by_two(scaled + k, inverse, zeros, with_zeros, pair + k / 2 * stride + g, stride, shift);
         }
-        store(by->shift + r * stride + g, shift);
+#if QUADS
+        if (by_four) shift[0] = joined(shift[1], shift[0]);
+#endif
+        store(by->shift + r * stride + g, shift[0]);
         store_floats(by->scale + r * stride + g, times(largest, 1.0f / LARGEST));
     }
 }
 
+static void scale_inputs(const struct quantized *weight, const struct block *block, const float *value, int64_t g0, int64_t groups,
+                         int64_t r, int64_t rows, struct factors *by, struct ahead *ahead) {
+    const int by_four = BY_FOUR(4, rows), zeros = weight->zeros != 0;
+    const int checked = block->input[block->count - 1] + WORDS >= weight->in; /* a column has at least one group */
+#define SCALED(by_four, checked, zeros) scale_block(weight, block, value, g0, groups, r, by, ahead, by_four, checked, zeros)
+    if (by_four)
+        checked ? SCALED(1, 1, zeros) : zeros ? SCALED(1, 0, 1) : SCALED(1, 0, 0);
+    else
+        checked ? SCALED(0, 1, zeros) : zeros ? SCALED(0, 0, 1) : SCALED(0, 0, 0);
+#undef SCALED
+}
+
 #else
 
-static void scale_inputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t g0,
-                         int64_t groups, int64_t r, struct factors *by) {
-    float scaled[COLUMNS + 1][GROUPS], inverse[GROUPS];
+static void scale_inputs(const struct quantized *weight, const struct block *block, const float *value, int64_t g0, int64_t groups,
+                         int64_t r, int64_t rows, struct factors *by, struct ahead *ahead) {
+    (void)rows, (void)ahead;
+    float scaled[COLUMNS][GROUPS], inverse[GROUPS];
     const int64_t stride = by->groups, all = weight->out / weight->group, row = (all + 1) / 2;
     float *scale = by->scale + r * stride;
     int32_t *shift = by->shift + r * stride;
     memset(scale, 0, (size_t)stride * sizeof(float));
     memset(shift, 0, (size_t)stride * sizeof(int32_t));
-    for (int64_t k = 0; k < count; k++) {
-        const uint16_t *from = weight->scales + index[k] * all + g0;
+    for (int64_t k = 0; k < block->count; k++) {
+        const uint16_t *from = weight->scales + block->input[k] * all + g0;
         for (int64_t g = 0; g < groups; g++) {
             scaled[k][g] = value[k] * widen_float16(from[g]);
             const float size = scaled[k][g] < 0 ? -scaled[k][g] : scaled[k][g];
             scale[g] = size > scale[g] ? size : scale[g];
         }
     }
-    memset(scaled[count], 0, sizeof scaled[count]);
     for (int64_t g = 0; g < groups; g++) {
         inverse[g] = scale[g] > TINY ? LARGEST / scale[g] : 0.0f;
         scale[g] *= 1.0f / LARGEST;
     }
-    for (int64_t k = 0; k < count; k += 2) {
+    for (int64_t k = 0; k < block->count; k += 2) {
         const uint8_t *zeros = weight->zeros ? weight->zeros + g0 / 2 : 0;
-        const uint8_t *a = zeros + index[k] * row, *b = zeros + index[k + 1 < count ? k + 1 : k] * row;
+        const uint8_t *a = zeros + block->input[k] * row, *b = zeros + block->input[k + 1] * row;
         for (int64_t g = 0; g < groups; g++) {
             const int32_t low = nearest(scaled[k][g] * inverse[g]), high = nearest(scaled[k + 1][g] * inverse[g]);
             by->pair[(r * PAIRS + k / 2) * stride + g] = pair_of(low, high);
@@ -416,29 +391,29 @@ static void scale_inputs(const struct quantized *weight, const int64_t *index, c
 
 /* The vectors of a tile from `offset` to `stop` (bytes), and their sums (rows, stride). */
 ALWAYS void add_tile(const int bits, const int group, const int rows, const struct block *block, int64_t stop,
-                     const struct factors *by, float *sums, int64_t stride) {
+                     const struct factors *by, struct ahead *ahead, float *sums, int64_t stride) {
     const int outputs = bits == 4 ? 2 * VECTOR : VECTOR;
     int64_t offset = 0;
     for (; offset + VECTOR <= stop; offset += VECTOR, sums += outputs)
-        add_vector(bits, group, rows, block, offset, by, sums, stride);
+        add_vector(bits, group, rows, block, offset, by, ahead, sums, stride);
     if (offset < stop) { /* the rest of each column, and zeros after it; what they give is not used */
         uint8_t rest[COLUMNS * VECTOR] = {0};
         struct block last = *block;
-        for (int64_t k = 0; k < 2 * block->pairs; k++) {
+        for (int64_t k = 0; k < block->count; k++) {
             memcpy(rest + k * VECTOR, block->column[k] + offset, (size_t)(stop - offset));
             last.column[k] = rest + k * VECTOR - offset;
         }
-        add_vector(bits, group, rows, &last, offset, by, sums, stride);
+        add_vector(bits, group, rows, &last, offset, by, ahead, sums, stride);
     }
 }
 
 /* Of the sums of a tile's outputs those from `first` to `stop` in their order. */
-ALWAYS void put_in_order(const int bits, const int group, const float *sums, int64_t first, int64_t stop, float *result) {
+ALWAYS void put_in_order(const int bits, const int group, const int rows, const float *sums, int64_t first, int64_t stop, float *result) {
     const int64_t outputs = VECTOR * 8 / bits;
     for (int64_t j = 0; j < stop; j += outputs) {
         const int64_t from = j < first ? first : j, end = j + outputs < stop ? j + outputs : stop;
         float all[2 * VECTOR];
-        in_order(bits, group, sums + j, all);
+        in_order(bits, group, rows, sums + j, all);
         if (from < end) memcpy(result + from, all + from - j, (size_t)(end - from) * sizeof(float));
     }
 }
@@ -448,10 +423,10 @@ ALWAYS void put_in_order(const int bits, const int group, const float *sums, int
     if ((weight)->bits == 8) CALL(8, 64) else if ((weight)->group == 64) CALL(4, 64) else CALL(4, 32)
 #define TILES(rows)                                                                                                    \
     static void add_tile_##rows(const struct quantized *weight, const struct block *block, int64_t stop,               \
-                                const struct factors *by, float *sums, int64_t stride) {                               \
+                                const struct factors *by, struct ahead *ahead, float *sums, int64_t stride) {          \
         FORMATS(weight, TILE_OF_##rows)                                                                                \
     }
-#define TILE_OF(bits, group, rows) { add_tile(bits, group, rows, block, stop, by, sums, stride); }
+#define TILE_OF(bits, group, rows) { add_tile(bits, group, rows, block, stop, by, ahead, sums, stride); }
 #define TILE_OF_1(bits, group) TILE_OF(bits, group, 1)
 #define TILE_OF_2(bits, group) TILE_OF(bits, group, 2)
 #define TILE_OF_4(bits, group) TILE_OF(bits, group, 4)
@@ -485,15 +460,75 @@ static inline int is_far(const float *value, int64_t spacing, int64_t rows, cons
     return far;
 }
 
-/* Results (rows, stop - start) of outputs from `start` to `stop` for kept inputs at `index` with values (rows, spacing), of at most
-   MOST_ROWS rows. A value that is not finite makes NaN of its row. Codes of 8 bits have no scale of their input, so that one input
-   may be far larger than others and its weights far smaller: those that are far have blocks of their own. */
-void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
-                       int64_t rows, int64_t start, int64_t stop, float *result) {
+/* Kept inputs at `index`, and the output from which on they are multiplied. */
+struct read {
+    const int64_t *index;
+    int64_t count, first;
+};
+
+/* Where number `i` of inputs lies, or of those that are read after them; behind all that is known the last. */
+static const uint8_t *column_of(const struct quantized *weight, const struct read *now, const struct read *then, int64_t i) {
+    const struct read *from = i < now->count || !then->count ? now : then;
+    const int64_t place = from == now ? i : i - now->count, last = from->count - 1;
+    return weight->codes + (from->index[place < last ? place : last] * weight->out + from->first) * weight->bits / 8;
+}
+
+/* Say which inputs follow number `k`, for a block that has begun to be asked for. */
+static void look_ahead(struct ahead *ahead, const struct quantized *weight, const struct read *now, const struct read *then, int64_t k) {
+    const struct read *from = k < now->count || !then->count ? now : then;
+    const int64_t place = from == now ? k : k - now->count, last = from->count - 1;
+    for (int64_t i = 0; i < COLUMNS; i++) {
+        ahead->input[i] = from->index[place + i < last ? place + i : last];
+        ahead->column[COLUMNS + i] = column_of(weight, now, then, k + COLUMNS + i);
+    }
+    ahead->group = weight->bits == 4 ? from->first / weight->group : 0;
+}
+
+/* Ask for the first block of inputs as a whole. */
+static struct ahead ask_first(const struct quantized *weight, const struct read *now, const struct read *then, int64_t bytes) {
+    struct ahead ahead = {.bytes = bytes};
+    const int64_t all = weight->bits == 4 ? weight->out / weight->group : 0, groups = weight->bits == 4 ? 2 * bytes / weight->group : 0;
+    for (int64_t i = 0; i < COLUMNS; i++) ahead.column[i] = column_of(weight, now, then, i);
+    look_ahead(&ahead, weight, now, then, 0);
+    for (int64_t i = 0; i < COLUMNS && groups; i++) {
+        fetch(weight->scales + ahead.input[i] * all + ahead.group, 2 * groups);
+        if (weight->zeros) fetch(weight->zeros + ahead.input[i] * ((all + 1) / 2) + ahead.group / 2, (groups + 1) / 2);
+    }
+    while (ahead.first < COLUMNS) {
+        for (int64_t k = 0; k < SIDE; k += 4) ask_four(&ahead, k);
+        go_on(&ahead);
+    }
+    return ahead;
+}
+
+/* sums (rows, stride) += the products of a block, whose inputs' values (rows, spacing) are at `place`. */
+static void add_block(const struct quantized *weight, const struct block *block, const float *value, const int64_t *place,
+                      int64_t size, int64_t spacing, int64_t rows, int64_t from, int64_t bytes, struct factors *by,
+                      struct ahead *ahead, float *sums, int64_t stride) {
+    for (int64_t r = 0, taken; r < rows; r += taken) {
+        taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+        for (int64_t i = 0; i < taken; i++) {
+            float own[COLUMNS] = {0};
+            for (int64_t j = 0; j < size; j++) own[j] = value[(r + i) * spacing + place[j]];
+            if (weight->bits == 4)
+                scale_inputs(weight, block, own, from / weight->group, 2 * bytes / weight->group, i, taken, by, ahead);
+            else
+                round_inputs(own, block->count, i, by);
+        }
+        (taken == 4 ? add_tile_4 : taken == 2 ? add_tile_2 : add_tile_1)(weight, block, bytes, by, ahead, sums + r * stride, stride);
+    }
+}
+
+/* Results (rows, stop - now.first) of outputs up to `stop` for kept inputs with values (rows, spacing), of at most MOST_ROWS rows. A
+   value that is not finite makes NaN of its row. Codes of 8 bits have no scale of their input, so that one input may be far larger
+   than others and its weights far smaller: those that are far have blocks of their own. What is read then is asked for in the end. */
+static void multiply(const struct quantized *weight, struct read now, struct read then, const float *value, int64_t spacing,
+                     int64_t rows, int64_t stop, float *result) {
     const int bits = weight->bits, group = weight->group;
-    const int64_t vector = VECTOR * 8 / bits, column = weight->out * bits / 8;
-    const int64_t all = bits == 4 ? weight->out / group : 0, row = (all + 1) / 2;
-    const int64_t unit = bits == 4 ? 2 * group : 1, room = SUMS / rows / 128 * 128, most = room < TILE ? room : TILE;
+    const int64_t start = now.first, count = now.count, vector = VECTOR * 8 / bits, column = weight->out * bits / 8;
+    const int64_t unit = bits == 4 ? 2 * group : 1, begin = start / unit * unit, room = SUMS / rows / 128 * 128;
+    const int64_t tile = room < TILE ? room : TILE, tiles = (stop - begin + tile - 1) / tile;
+    const int64_t most = tiles ? ((stop - begin + tiles - 1) / tiles + 127) / 128 * 128 : tile; /* tiles alike */
     float sums[SUMS], limit[MOST_ROWS];
     struct factors by;
     int passes = 1;
@@ -501,14 +536,17 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         far_limits(value, count, spacing, rows, limit);
         for (int64_t k = 0; k < count; k++) passes = is_far(value + k, spacing, rows, limit) ? 2 : passes;
     }
-    for (int64_t from = start / unit * unit; from < stop; from += most) {
+    for (int64_t from = begin; from < stop; from += most) {
         const int64_t left = (bits == 4 ? (stop + group - 1) / group * group : stop) - from, here = left < most ? left : most;
         const int64_t stride = (here + vector - 1) / vector * vector, bytes = here * bits / 8;
-        const int64_t groups = bits == 4 ? here / group : 1;
         const uint8_t *codes = weight->codes + from * bits / 8;
-        by.groups = bits == 4 ? (groups + WORDS - 1) / WORDS * WORDS : 1;
+        const struct read after = from + most < stop ? (struct read){now.index, count, from + most} : then;
+        struct ahead ahead;
+        now.first = from;
+        if (count) ahead = ask_first(weight, &now, &after, bytes);
+        by.groups = bits == 4 ? (here / group + WORDS - 1) / WORDS * WORDS : 1;
         memset(sums, 0, (size_t)(rows * stride) * sizeof(float));
-        for (int far = 0; far < passes; far++) {
+        for (int far = 0; far < passes; far++)
             for (int64_t k = 0; k < count;) {
                 int64_t place[COLUMNS], size = 0;
                 for (; k < count && size < COLUMNS; k++) {
@@ -516,36 +554,20 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
                     size += passes == 1 || is_far(value + k, spacing, rows, limit) == far;
                 }
                 if (!size) break;
-                struct block block = {.pairs = (size + 1) / 2};
-                for (int64_t i = 0; i < 2 * block.pairs; i++) {
-                    const int64_t after = k + i;
-                    block.column[i] = codes + index[place[i < size ? i : size - 1]] * column;
-                    block.next[i] = after < count ? codes + index[after] * column : block.column[i];
-                    if (bits == 4 && after < count) {
-                        fetch(weight->scales + index[after] * all + from / group, 2 * groups);
-                        if (weight->zeros) fetch(weight->zeros + (index[after] * row + from / group / 2), (groups + 1) / 2);
-                    }
+                struct block block = {.count = (size + 3) / 4 * 4};
+                for (int64_t i = 0; i < block.count; i++) {
+                    block.input[i] = now.index[place[i < size ? i : size - 1]];
+                    block.column[i] = codes + block.input[i] * column;
                 }
-                for (int64_t r = 0, taken; r < rows; r += taken) {
-                    taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-                    for (int64_t i = 0; i < taken; i++) {
-                        const float *given = value + (r + i) * spacing;
-                        if (bits == 4)
-                            scale_inputs(weight, index + place[0], given + place[0], size, from / group, groups, i, &by);
-                        else {
-                            float own[COLUMNS];
-                            for (int64_t j = 0; j < size; j++) own[j] = given[place[j]];
-                            round_inputs(own, size, i, &by);
-                        }
-                    }
-                    (taken == 4 ? add_tile_4 : taken == 2 ? add_tile_2 : add_tile_1)(weight, &block, bytes, &by, sums + r * stride, stride);
-                }
+                ahead.first = ahead.first < COLUMNS ? 0 : ahead.first - COLUMNS;
+                memmove(ahead.column, ahead.column + COLUMNS, COLUMNS * sizeof *ahead.column);
+                look_ahead(&ahead, weight, &now, &after, k);
+                add_block(weight, &block, value, place, size, spacing, rows, from, bytes, &by, &ahead, sums, stride);
             }
-        }
         const int64_t first = from < start ? start - from : 0, end = from + here < stop ? here : stop - from;
         for (int64_t r = 0; r < rows; r++) {
             float *to = result + r * (stop - start) + from - start;
-#define IN_ORDER(bits, group) { put_in_order(bits, group, sums + r * stride, first, end, to); }
+#define IN_ORDER(bits, group) { put_in_order(bits, group, r == rows - 1 ? rows % 2 : 2, sums + r * stride, first, end, to); }
             FORMATS(weight, IN_ORDER)
             for (int64_t o = first; o < end && bits == 8; o++) to[o] *= weight->output_scales[from + o];
         }
@@ -554,6 +576,35 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         int bad = 0;
         for (int64_t k = 0; k < count; k++) bad |= (bits_of(value[r * spacing + k]) & 0x7f800000u) == 0x7f800000u;
         for (int64_t o = 0; o < stop - start && bad; o++) result[r * (stop - start) + o] = float_of(0x7fc00000u);
+    }
+}
+
+/* Part number `part` of `count` kept inputs. */
+static struct read part_of(const int64_t *index, int64_t count, int64_t part, int64_t first) {
+    const int64_t from = share(count, COLUMNS, part, PARTS);
+    return (struct read){index + from, share(count, COLUMNS, part + 1, PARTS) - from, first};
+}
+
+void quantized_part(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t part,
+                    int64_t last, float *result) {
+    const struct read now = part_of(index, count, part, 0), none = {0};
+    const struct read then = part + 1 < last ? part_of(index, count, part + 1, 0) : none;
+    multiply(weight, now, then, value + (now.index - index), 0, 1, weight->out, result);
+}
+
+void quantized_outputs(const struct quantized *weight, const int64_t *index, const float *value, int64_t count, int64_t spacing,
+                       int64_t rows, int64_t start, int64_t stop, int64_t next, float *result) {
+    const struct read then = {index, next < 0 ? 0 : count, next};
+    if (rows > 1 || !in_parts(weight)) {
+        multiply(weight, (struct read){index, count, start}, then, value, spacing, rows, stop, result);
+        return;
+    }
+    float added[SUMS];
+    for (int64_t part = 0; part < PARTS; part++) {
+        const struct read now = part_of(index, count, part, start);
+        const struct read after = part + 1 < PARTS ? part_of(index, count, part + 1, start) : then;
+        multiply(weight, now, after, value + (now.index - index), spacing, rows, stop, part ? added : result);
+        for (int64_t i = 0; part && i < stop - start; i++) result[i] += added[i];
     }
 }
 
@@ -566,7 +617,7 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         const int64_t most = SUMS / rows / QUANTIZED_UNIT * QUANTIZED_UNIT;                                                                \
         for (int64_t from = start; from < stop; from += most) {                                                        \
             const int64_t width = stop - from < most ? stop - from : most;                                             \
-            quantized_outputs(site->quantized, index, value, count, site->in, rows, from, from + width, result);       \
+            quantized_outputs(site->quantized, index, value, count, site->in, rows, from, from + width, -1, result);       \
             for (int64_t r = 0; r < rows; r++)                                                                         \
                 for (int64_t o = 0; o < width; o++) {                                                                  \
                     const float found = result[r * width + o];                                                         \

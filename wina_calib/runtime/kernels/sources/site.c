@@ -181,16 +181,18 @@ static inline __m512 vector_bfloat16(const bfloat16 *x) {
 KEPT(float32)
 KEPT(bfloat16)
 
-/* Of y (out,) the numbers from `start` to `stop`, from `count` kept inputs. */
+/* Of y (out,) the numbers from `start` to `stop`, from `count` kept inputs. Those from `next` on, if it is not negative, are wanted
+   after them. */
 #define OUTPUTS(TYPE)                                                                                                  \
     void site_outputs_##TYPE(const struct site *site, struct list kept, int64_t count, int64_t start, int64_t stop,    \
-                             TYPE *y) {                                                                                \
+                             int64_t next, TYPE *y) {                                                                  \
         const TYPE *weight = site->weight, *bias = site->bias;                                                         \
         float result[BLOCK];                                                                                           \
         for (int64_t j = start; j < stop; j += BLOCK) {                                                                \
             const int64_t width = stop - j < BLOCK ? stop - j : BLOCK;                                                 \
             if (site->quantized)                                                                                       \
-                quantized_outputs(site->quantized, kept.index, kept.value, count, site->in, 1, j, j + width, result);  \
+                quantized_outputs(site->quantized, kept.index, kept.value, count, site->in, 1, j, j + width,             \
+                                  j + BLOCK < stop ? j + BLOCK : next, result);                                        \
             else {                                                                                                     \
                 memset(result, 0, (size_t)width * sizeof(float));                                                      \
                 add_##TYPE(weight + j, site->out, kept.index, kept.value, count, width, result);                       \
@@ -210,7 +212,7 @@ KEPT(bfloat16)
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), out = site->out, unit = unit_of(site); \
             const struct list own = list_of(memory, threads, site->in, me);                                            \
             const int64_t count = kept_##TYPE(x, site->norm, threshold, site->in, own.index, own.value);               \
-            site_outputs_##TYPE(site, own, count, share(out, unit, me, team), share(out, unit, me + 1, team), y);           \
+            site_outputs_##TYPE(site, own, count, share(out, unit, me, team), share(out, unit, me + 1, team), -1, y);      \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -229,13 +231,12 @@ KEPT(bfloat16)
         }                                                                                                              \
     }
 
-/* The outputs from `start` to `stop`, whole heads of queries, keys and values: those of queries and keys are then normed, where
-   there are weights for it, and turned by cosine (size,) and sine (size,). */
-#define OWN_HEADS(TYPE)                                                                                                \
-    void own_heads_##TYPE(const struct site *site, const struct heads *heads, const TYPE *cosine, const TYPE *sine,    \
-                          struct list kept, int64_t count, int64_t start, int64_t stop, TYPE *y) {                     \
+/* Of queries, keys and values in y the heads from output `start` to `stop`: queries and keys are normed, where there are weights for
+   it, and turned by cosine (size,) and sine (size,). */
+#define TURN_HEADS(TYPE)                                                                                               \
+    void turn_heads_##TYPE(const struct heads *heads, const TYPE *cosine, const TYPE *sine, int64_t start,             \
+                           int64_t stop, TYPE *y) {                                                                    \
         const int64_t size = heads->size;                                                                              \
-        site_outputs_##TYPE(site, kept, count, start, stop, y);                                                        \
         for (int64_t h = start / size; h < heads->queries + heads->keys && h < stop / size; h++) {                     \
             const TYPE *weight = h < heads->queries ? heads->query_norm : heads->key_norm;                             \
             if (weight) normed_##TYPE(y + h * size, weight, y + h * size, heads->epsilon, size);                       \
@@ -256,25 +257,32 @@ KEPT(bfloat16)
             const int64_t start = share(site->out, size, me, team), stop = share(site->out, size, me + 1, team);       \
             const struct list own = list_of(memory, threads, site->in, me);                                            \
             const int64_t count = kept_##TYPE(x, site->norm, *site->threshold, site->in, own.index, own.value);        \
-            own_heads_##TYPE(site, &heads, cosine, sine, own, count, start, stop, y);                                  \
+            site_outputs_##TYPE(site, own, count, start, stop, -1, y);                                                 \
+            turn_heads_##TYPE(&heads, cosine, sine, start, stop, y);                                                   \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
     }
 
-/* Of gate and up side by side in both (out,) the numbers from `start` to `stop` of each; the first half becomes x * sigmoid(x) of
-   the gate, or its GELU by tanh, times up. */
-#define OWN_GATED(TYPE)                                                                                                \
-    void own_gated_##TYPE(const struct site *site, int gelu, struct list kept, int64_t count, int64_t start,           \
-                          int64_t stop, TYPE *both) {                                                                  \
-        const int64_t width = site->out / 2;                                                                           \
-        site_outputs_##TYPE(site, kept, count, start, stop, both);                                                     \
-        site_outputs_##TYPE(site, kept, count, width + start, width + stop, both);                                     \
+/* Of gate and up side by side in both (2 * width,) the numbers from `start` to `stop` of the first become x * sigmoid(x) of the gate, or
+   its GELU by tanh, times up. */
+#define ACTIVATE(TYPE)                                                                                                 \
+    void activate_##TYPE(int gelu, int64_t width, int64_t start, int64_t stop, TYPE *both) {                           \
         for (int64_t j = start; j < stop; j++) {                                                                       \
             const float gate = widen_##TYPE(both[j]);                                                                  \
             const TYPE open = narrow_##TYPE(gate / (1.0f + exponential(gelu ? -2.0f * inner_of_gelu(gate) : -gate)));  \
             both[j] = narrow_##TYPE(widen_##TYPE(open) * widen_##TYPE(both[width + j]));                               \
         }                                                                                                              \
+    }
+
+/* The same from kept inputs of the site whose outputs they are. */
+#define OWN_GATED(TYPE)                                                                                                \
+    void own_gated_##TYPE(const struct site *site, int gelu, struct list kept, int64_t count, int64_t start,           \
+                          int64_t stop, TYPE *both) {                                                                  \
+        const int64_t width = site->out / 2;                                                                           \
+        site_outputs_##TYPE(site, kept, count, start, stop, width + start, both);                                      \
+        site_outputs_##TYPE(site, kept, count, width + start, width + stop, -1, both);                                 \
+        activate_##TYPE(gelu, width, start, stop, both);                                                               \
     }
 
 /* A gated MLP from x (in,) to y (out,): `first` gives gate and up, from which the input of `second` is made in both (2 * width,).
@@ -285,15 +293,17 @@ KEPT(bfloat16)
         const int64_t width = second->in, most = first->in < width ? width : first->in;                                \
         void *memory = malloc(LIST_BYTES(threads, most));                                                              \
         if (!memory) return 1;                                                                                         \
+        struct meeting meeting = {0};                                                                                  \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
             const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();                                     \
             const struct list own = list_of(memory, threads, most, me);                                                \
             const int64_t unit = unit_of(first), start = share(width, unit, me, team), stop = share(width, unit, me + 1, team); \
             int64_t count = kept_##TYPE(x, first->norm, *first->threshold, first->in, own.index, own.value);           \
             own_gated_##TYPE(first, gelu, own, count, start, stop, both);                                              \
-            _Pragma("omp barrier") count = kept_##TYPE(both, second->norm, *second->threshold, width, own.index, own.value); \
+            meet(&meeting, team);                                                                                      \
+            count = kept_##TYPE(both, second->norm, *second->threshold, width, own.index, own.value); \
             const int64_t last = unit_of(second), end = share(second->out, last, me + 1, team);                        \
-            site_outputs_##TYPE(second, own, count, share(second->out, last, me, team), end, y);                       \
+            site_outputs_##TYPE(second, own, count, share(second->out, last, me, team), end, -1, y);                   \
         }                                                                                                              \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
@@ -305,10 +315,12 @@ SITE(float32)
 SITE(bfloat16)
 TURN(float32)
 TURN(bfloat16)
-OWN_HEADS(float32)
-OWN_HEADS(bfloat16)
+TURN_HEADS(float32)
+TURN_HEADS(bfloat16)
 TURNED(float32)
 TURNED(bfloat16)
+ACTIVATE(float32)
+ACTIVATE(bfloat16)
 OWN_GATED(float32)
 OWN_GATED(bfloat16)
 GATED(float32)
