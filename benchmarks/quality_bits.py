@@ -3,9 +3,9 @@
     python benchmarks/quality_bits.py MODEL OUT_DIR --calibration CAL.jsonl --heldout HELD.jsonl --group-size 32 --device cuda
 
 A case is bits, group size and the sparsity to calibrate for, `4:32:0.4`; without --case there are three: 16 and 8 bits for
-50 %, 4 bits for 40 %. All share transform and budget, as `calibrate` makes them. Each is measured at its own sparsity and at
-those of --at, on held-out blocks that all share; rises are over the original model. Results go to OUT_DIR/quality_bits.json
-as they come, a row each; --draw draws them.
+50 %, 4 bits for 40 %. Transform and budget are as `calibrate` makes them, once for 4 bits and once for the others. Each case is
+measured at its own sparsity and at those of --at, on held-out blocks that all share; rises are over the original model. Results
+go to OUT_DIR/quality_bits.json as they come, a row each; --draw draws them.
 """
 
 from __future__ import annotations
@@ -134,19 +134,26 @@ def main() -> None:
     click.echo(f"{held.numel()} held-out tokens, perplexity {base_ppl:.3f}")
     shared = {"data": args.calibration, "samples": args.blocks, "seq_len": args.seq_len, "device": args.device}
     grid = tuple(s for s in at if s)
-    job, base, begun, took = begin(args, shared | {"grid": grid, "sparsity": grid[-1]} | others, args.out_dir)
-    click.echo(f"transform and budget: {took:.0f} s")
     rows: list[dict[str, Any]] = []
-    facts = {"base": base_ppl, "tokens": held.numel(), "blocks": len(job.blocks.ids), "shared_seconds": took}
-    for case in cases:
-        folder, seconds = finish(job, base, begun, parse(case), args.out_dir)
-        for row in measure(folder, held, at, device):
-            row |= {"case": case, "rise": row["perplexity"] / base_ppl - 1, "seconds": seconds} | others
-            rows.append(row)
-            line = f"{case} at {row['sparsity']:.0%} ({row['achieved']:.1%}): {row['bits_read']:.2f} bits"
-            click.echo(f"{line}, {row['perplexity']:.3f}, {row['rise']:+.2%}; fitted in {seconds:.0f} s")
-        (args.out_dir / "quality_bits.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
-        shutil.rmtree(folder)
+    facts = {"base": base_ppl, "tokens": held.numel()}
+    for bits in (0, 4):  # weights that are quantized in groups have a rotation of their own
+        own = [case for case in cases if (parse(case)["bits"] == 4) == (bits == 4)]
+        if not own:
+            continue
+        options = shared | {"grid": grid} | (parse(own[0]) if bits else {}) | {"sparsity": grid[-1]} | others
+        shutil.rmtree(args.out_dir / "dense", ignore_errors=True)
+        job, base, begun, took = begin(args, options, args.out_dir)
+        click.echo(f"transform and budget: {took:.0f} s")
+        facts["blocks"] = len(job.blocks.ids)
+        for case in own:
+            folder, seconds = finish(job, base, begun, parse(case), args.out_dir)
+            for row in measure(folder, held, at, device):
+                row |= {"case": case, "rise": row["perplexity"] / base_ppl - 1, "seconds": seconds} | others
+                rows.append(row)
+                line = f"{case} at {row['sparsity']:.0%} ({row['achieved']:.1%}): {row['bits_read']:.2f} bits"
+                click.echo(f"{line}, {row['perplexity']:.3f}, {row['rise']:+.2%}; fitted in {seconds:.0f} s")
+            (args.out_dir / "quality_bits.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+            shutil.rmtree(folder)
     if args.draw is not None:
         args.draw.write_bytes(draw(rows, args.model))
 

@@ -21,7 +21,7 @@ def test_its_checkpoints_are_those_of_calibrate(llama: Path, text: Path, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "quality_bits.json").read_text())
     rows = {(row["case"], row["sparsity"]): row for row in found["rows"]}
-    assert list(rows) == [(case, s) for case in ("4:32:0.25", "16::0.5") for s in (0.0, 0.25, 0.5)]
+    assert list(rows) == [(case, s) for case in ("16::0.5", "4:32:0.25") for s in (0.0, 0.25, 0.5)]
     assert rows["16::0.5", 0.0]["rise"] == pytest.approx(0, abs=1e-4)
     options = {"data": str(text), "samples": 64, "seq_len": 128, "grid": (0.25, 0.5)}
     wina_calib.calibrate(llama, tmp_path / "q", bits=4, group_size=32, sparsity=0.25, **options)

@@ -4,7 +4,7 @@ import torch
 
 from wina_calib.transforms.eigen import eigenvectors
 from wina_calib.transforms.learn import Problem, learn
-from wina_calib.transforms.sinks import MASSIVE, axes_with, massive_directions, massive_state
+from wina_calib.transforms.sinks import MASSIVE, axes_with, keep_on_axes, massive_directions, massive_state
 
 
 def rotation(size: int, seed: int = 0) -> torch.Tensor:
@@ -53,3 +53,12 @@ def test_a_descent_leaves_them_alone_and_lowers_the_cost() -> None:
     assert torch.allclose(found[0, :, :1], direction, atol=1e-6)
     assert torch.allclose(found[0].mT @ found[0], torch.eye(32, dtype=torch.float64), atol=1e-12)
     assert cost < 0.95 * before
+
+
+def test_directions_become_axes_and_little_else_turns() -> None:
+    before, directions = rotation(24), rotation(24, seed=1)[:, :2]
+    after = keep_on_axes(before, directions)
+    assert torch.allclose(after.mT @ after, torch.eye(24, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose((after.mT @ directions).abs().amax(0), torch.ones(2, dtype=torch.float64), atol=1e-12)
+    assert int(torch.linalg.matrix_rank(after - before, atol=1e-9)) <= 4  # a plane each
+    assert torch.equal(keep_on_axes(before, directions[:, :0]), before)

@@ -196,6 +196,7 @@ def _rotations(job: Job, statistics: Statistics | None, phase: Phase, report: Pr
         seed=job.options.seed,
         steps=job.steps,
         device=job.compute.device,
+        grouped=job.options.bits == 4,
         phase=phase,
         progress=report,
     )

@@ -35,6 +35,7 @@ def fit(
     seed: int = 0,
     steps: int | None = None,
     device: torch.device | str = "cpu",
+    grouped: bool = False,
     phase: Phase = NOT_SAVED,
     progress: Progress = SILENT,
 ) -> Rotations:
@@ -49,6 +50,7 @@ def fit(
         seed: of the random choices of the fit.
         steps: descent steps for the learned rotations, None for each one's default, 0 for covariance eigenvectors.
         device: where decompositions and products run.
+        grouped: whether weights are to be quantized in groups.
         phase: where every matrix is saved.
         progress: hears of phases (`fit_phases`), and of every step.
 
@@ -81,6 +83,7 @@ def fit(
             steps=steps,
             seed=seed,
             device=device,
+            grouped=grouped,
             progress=progress,
             saved={
                 name.removeprefix(_DESCENT): value for name, value in rotations.items() if name.startswith(_DESCENT)

@@ -14,7 +14,7 @@ from wina_calib.model.architecture import Architecture, Layer
 from wina_calib.transforms.apply import folded_gain
 from wina_calib.transforms.learn import Problem, checks, learn, low_rank
 from wina_calib.transforms.plan import INPUT_SITES
-from wina_calib.transforms.sinks import axes_with
+from wina_calib.transforms.sinks import axes_with, keep_on_axes
 from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_layers
 
 SITES_PER_STEP = 8
@@ -51,11 +51,14 @@ def fit_residual(
     steps: int | None,
     seed: int,
     device: torch.device | str,
+    grouped: bool = False,
     progress: Progress = SILENT,
     saved: Mapping[str, Tensor] | None = None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
     """Fit the rotation (d, d) of the whole residual stream, float64 on the CPU; `saved` and `save` as for `learn`.
+
+    Where weights are to be quantized in groups (`grouped`), massive first tokens are turned onto axes after the descent.
 
     Raises:
         TransformError: too few sampled tokens for the model's width.
@@ -78,7 +81,8 @@ def fit_residual(
         del weights  # the layer after the next is read from now on
         progress.step(f"layer {index + 1}")
     massive = statistics.massive()
-    start = axes_with(massive, pooled).to(device).unsqueeze(0)
+    first = massive[:, :0] if grouped else massive
+    start = axes_with(first, pooled).to(device).unsqueeze(0)
     progress.phase(_TURN, checks(steps, int(saved["step"]) if saved else 0))
     rotation, _, _ = learn(
         problems,
@@ -86,14 +90,13 @@ def fit_residual(
         steps=steps,
         sites_per_step=min(SITES_PER_STEP, len(problems)),
         seed=seed,
-        fixed=massive.shape[1],
+        fixed=first.shape[1],
         saved=saved,
         save=save,
         progress=progress,
     )
-    return (
-        rotation[0].cpu().roll(-massive.shape[1], 1)
-    )  # beside the axes of least energy in a group of quantized weights
+    found = rotation[0].cpu()
+    return keep_on_axes(found, massive) if grouped else found
 
 
 def unfold_gain(x: Tensor, gain: Tensor | None) -> Tensor:
