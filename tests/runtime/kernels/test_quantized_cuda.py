@@ -65,6 +65,15 @@ def test_what_is_streamed(monkeypatch):
     assert not streamed.serves(torch.bfloat16, random_weight(FORMATS[0], 64, 1024), 0)
 
 
+def test_a_launch_shape_that_computes_something_else_is_left_out():
+    expected = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    quantized_cuda.check_close((expected * 1.004).bfloat16(), expected)
+    quantized_cuda.check_close(torch.zeros(1, 256), torch.zeros(1, 256))
+    for wrong in (expected * 1.03, expected.roll(1), expected + torch.nan, torch.zeros(1, 256)):
+        with pytest.raises(ArithmeticError, match="off"):
+            quantized_cuda.check_close(wrong, expected)
+
+
 def test_too_wide_a_weight_has_none():
     assert gathered.candidates(1 << 20, 4, 1, 1, ROOMS[-1]) == ()
     assert streamed.candidates(1 << 20, FORMATS[0], ROOMS[-1]) == ()

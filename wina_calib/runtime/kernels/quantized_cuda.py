@@ -34,6 +34,8 @@ MAX_CODES = 1 << 32
 MAX_FEW_ROWS = 16
 # Rows that launch shapes are measured with for more than one.
 FEW_ROWS = 4
+# Relative distance of a launch shape's products from those of dequantized weights: far above what rounding does.
+MOST_APART = 0.02
 
 Shape = gathered.Shape | streamed.Shape
 
@@ -150,27 +152,31 @@ def _shape_for(x: Tensor, weight: Quantized) -> Shape:
     most = 1 if x.shape[0] == 1 else gathered.rows_at_once(index, x.dtype, width, form.bits)
     rows = min(most, FEW_ROWS)
     room = codes_card.room(index)
-    shapes: tuple[Shape, ...] = ()
-    if x.shape[0] == 1 and streamed.serves(x.dtype, weight, index):
-        shapes = streamed.candidates(width, form, room)
-    shapes = shapes or gathered.candidates(width, form.bits, most, most * sides(x.dtype), room)
+    shapes: tuple[Shape, ...] = gathered.candidates(width, form.bits, most, most * sides(x.dtype), room)
+    streams = x.shape[0] == 1 and streamed.serves(x.dtype, weight, index)
+    if streams:  # the first is the guess where nothing can be measured
+        shapes = (*shapes[:1], *streamed.candidates(width, form, room))
 
     def measure() -> Shape | None:
         _prepare(shapes, index, x.dtype, form, width, rows)
         return _fastest(weight, shapes, rows, x.dtype)
 
-    found = autotune.chosen(_key(index, width, out, x.dtype, form, rows), shapes, measure)
+    found = autotune.chosen(_key(index, width, out, x.dtype, form, rows, streams), shapes, measure)
     return shapes[0] if found is None else found
 
 
 @cache
-def _key(index: int, width: int, out: int, dtype: torch.dtype, form: WeightFormat, rows: int) -> str:
+def _key(index: int, width: int, out: int, dtype: torch.dtype, form: WeightFormat, rows: int, streams: bool) -> str:
     kind = "int8" if form.bits == 8 else f"int4 {form.group_size}{' zeros' if form.zero_point else ''}"
+    kind += " streamed" if streams else ""
     return autotune.key_of(index, f"CUDA {torch.version.cuda} {kind} {rows}", width, out, dtype)
 
 
 def _fastest(weight: Quantized, shapes: Sequence[Shape], rows: int, dtype: torch.dtype) -> Shape | None:
-    """Time each candidate with normal inputs of which 38 % are dropped, on copies of the weight that no cache holds all."""
+    """Time each candidate with normal inputs of which 38 % are dropped, on copies of the weight that no cache holds all.
+
+    One that does not give what dequantized weights give is left out.
+    """
     device = weight.codes.device
     generator = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(rows, weight.width, generator=generator, device=device).to(dtype)
@@ -180,10 +186,20 @@ def _fastest(weight: Quantized, shapes: Sequence[Shape], rows: int, dtype: torch
         for _ in range(autotune.copies_of(weight.codes.nbytes))
     ]
 
+    expected = dequantized.product(torch.where(x.float().abs() > threshold, x, 0), weight).float()
+
     def run(shape: Shape) -> float:
+        check_close(launch(shape, x, weight, norm, threshold), expected)
         return autotune.time_on_card([partial(launch, shape, x, w, norm, threshold) for w in (weight, *copies)], device)
 
     return autotune.fastest(shapes, run)
+
+
+def check_close(y: Tensor, expected: Tensor) -> None:
+    """Raise ArithmeticError where a product is further from the expected one than rounding can explain."""
+    apart = float((y.float() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    if not apart <= MOST_APART:
+        raise ArithmeticError(f"the product is {apart:.2g} off")
 
 
 def _prepare(
