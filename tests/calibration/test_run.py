@@ -112,7 +112,7 @@ def test_micro_batches_do_not_change_the_result_beyond_rounding(
     budget: str, tmp_path: Path, llama: Path, text: Path
 ) -> None:
     """Site sparsities that are chosen by curves, and the curves, too."""
-    options, tables = SMALL | {"budget": budget, "data": str(text)}, []
+    options, tables = SMALL | {"budget": budget, "data": str(text), "samples": 32, "seq_len": 256}, []
     for batch in (1, 3, 8):
         folder = tmp_path / str(batch)
         wina_calib.calibrate(llama, folder, transform="none", micro_batch=batch, **options)
