@@ -199,7 +199,7 @@ def test_files_of_hidden_states_are_memory_mapped(tmp_path: Path) -> None:
 def test_files_of_hidden_states_change_nothing(
     budget: str, tmp_path: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"data": str(text), "samples": 64, "seq_len": 128, "budget": budget}
+    options = {"data": str(text), "samples": 64, "seq_len": 128, "budget": budget, "grid": (0.5,)}
     used = []
     real = LayerStream.store
     monkeypatch.setattr(LayerStream, "store", lambda self: used.append(self.spill is not None) or real(self))

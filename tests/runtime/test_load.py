@@ -328,7 +328,7 @@ def test_another_gain_or_bias_of_any_layer_is_noticed_and_a_cast_is_none(
     family: str, text: Path, tmp_path: Path
 ) -> None:
     tiny.save(family, tmp_path / "m")
-    tiny.calibrate(tmp_path / "m", tmp_path / "s", text)
+    tiny.calibrate(tmp_path / "m", tmp_path / "s", text, grid=(0.5,))
     model = wina_calib.load(tmp_path / "s")
     for number, name in enumerate(CHANGED[family]):
         other = copy.deepcopy(model)

@@ -77,7 +77,7 @@ def test_packed_families_with_biases_and_fused_projections(family: str, tmp_path
     tiny.save(family, tmp_path / "m", **extra)
     for masks in ("shared", "per-projection"):
         out = tmp_path / masks
-        tiny.calibrate(tmp_path / "m", out, text, masks=masks)
+        tiny.calibrate(tmp_path / "m", out, text, masks=masks, transform="none", grid=(0.5,))
         fast, slow = wina_calib.load(out), wina_calib.load(out)
         runtime_state(slow).kernels = "reference"
         assert error(logits(fast), logits(slow)) < 1e-5
@@ -261,7 +261,7 @@ def test_first_token_in_generation_with_a_static_cache(calibrated: Path) -> None
 @pytest.mark.usefixtures("packing")
 def test_biases_are_not_stale_copies(tmp_path: Path, text: Path) -> None:
     tiny.save("qwen2", tmp_path / "m")
-    tiny.calibrate(tmp_path / "m", tmp_path / "s", text)
+    tiny.calibrate(tmp_path / "m", tmp_path / "s", text, transform="none", grid=(0.5,))
     model = wina_calib.load(tmp_path / "s")
     before = logits(model)
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_an_optimizer_made_before_the_first_pass_trains_the_weights(calibrated: 
 @pytest.mark.usefixtures("packing")
 def test_biases_can_be_trained_alone(tmp_path: Path, text: Path) -> None:
     tiny.save("qwen2", tmp_path / "m")
-    tiny.calibrate(tmp_path / "m", tmp_path / "s", text)
+    tiny.calibrate(tmp_path / "m", tmp_path / "s", text, transform="none", grid=(0.5,))
     model = wina_calib.load(tmp_path / "s").requires_grad_(False)
     biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("_proj.bias")]
     model(IDS, labels=IDS).loss.backward()

@@ -101,7 +101,14 @@ def test_an_embedding_of_more_or_fewer_tokens_is_no_change(rows: int, calibrated
     ids=str,
 )
 def test_whatever_norms_are_stored(options: dict[str, object], llama: Path, text: Path, tmp_path: Path) -> None:
-    common = {"transform": "none", "budget": "uniform", "data": str(text), "samples": 64, "seq_len": 128}
+    common = {
+        "transform": "none",
+        "budget": "uniform",
+        "data": str(text),
+        "samples": 64,
+        "seq_len": 128,
+        "grid": (0.5,),
+    }
     wina_calib.calibrate(llama, tmp_path / "sparse", **(common | options))
     untouched = changed(tmp_path / "sparse", tmp_path / "untouched", lambda model: None)
     wina_calib.load(untouched)
@@ -117,7 +124,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("stored", DTYPES)
 def test_casts_are_not_changes(stored: torch.dtype, text: Path, tmp_path: Path) -> None:
     tiny.save("llama", tmp_path / "model", dtype=stored)
-    common = {"transform": "none", "budget": "uniform", "data": str(text), "samples": 64, "seq_len": 128}
+    common = {
+        "transform": "none",
+        "budget": "uniform",
+        "data": str(text),
+        "samples": 64,
+        "seq_len": 128,
+        "grid": (0.5,),
+    }
     wina_calib.calibrate(tmp_path / "model", tmp_path / "sparse", **common)
     for first in DTYPES:
         saved = changed(tmp_path / "sparse", tmp_path / str(first), lambda model: None, dtype=first)

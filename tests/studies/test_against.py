@@ -32,7 +32,14 @@ def test_fewer_bits_cost_more(calibrated: Path, text: Path) -> None:
 
 
 def test_the_int4_row_is_what_calibrate_makes(llama: Path, calibrated: Path, text: Path, tmp_path: Path) -> None:
-    options = {"transform": "none", "budget": "uniform", "data": str(text), "samples": 80, "seq_len": 128}
+    options = {
+        "transform": "none",
+        "budget": "uniform",
+        "data": str(text),
+        "samples": 80,
+        "seq_len": 128,
+        "grid": (0.5,),
+    }
     wina_calib.calibrate(llama, tmp_path / "q", bits=4, group_size=32, keep_head=True, sparsity=0, **options)
     row = run(str(calibrated), "--data", str(text), "--tokens", "2048", "--against", "int4-32")["against"][0]
     whole = wina_calib.evaluate(tmp_path / "q", data=str(text), tokens=2048)
@@ -51,7 +58,14 @@ def test_what_cannot_be_compared_is_refused(
         assert done.exit_code == UsageError.exit_code
         assert message in done.stderr
     tiny.save("llama", tmp_path / "m")
-    options = {"transform": "none", "budget": "uniform", "data": str(text), "samples": 80, "seq_len": 128}
+    options = {
+        "transform": "none",
+        "budget": "uniform",
+        "data": str(text),
+        "samples": 80,
+        "seq_len": 128,
+        "grid": (0.5,),
+    }
     wina_calib.calibrate(tmp_path / "m", tmp_path / "q", bits=8, sparsity=0, **options)
     monkeypatch.setattr("wina_calib.studies.evaluate.evaluate", lambda *_, **__: pytest.fail("it was measured first"))
     done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "q"), "--data", str(text), "--against", "int8"])

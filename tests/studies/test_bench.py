@@ -340,7 +340,8 @@ def test_bits(shape: Path, bits: str) -> None:
 
 def test_a_quantized_checkpoint_and_what_cannot_be(tmp_path: Path, llama: Path, text: Path) -> None:
     folder = tmp_path / "sparse"
-    options = {"bits": 4, "group_size": 32, "budget": "uniform", "data": str(text), "samples": 80, "seq_len": 128}
+    options = {"bits": 4, "group_size": 32, "budget": "uniform", "transform": "none", "grid": (0.5,)}
+    options |= {"data": str(text), "samples": 80, "seq_len": 128}
     wina_calib.calibrate(llama, folder, **options)
     found = bench(str(folder), sparsities=(0.5,), device="cpu", prompt=12, new=6, rounds=1)
     assert found.bits == 4

@@ -255,7 +255,7 @@ def test_run_time_matrices_are_multiplied(calls: Counter[str]) -> None:
 
 
 def test_masks_of_one_projection_each(text: Path, llama: Path, tmp_path: Path, calls: Counter[str]) -> None:
-    options: dict[str, Any] = {"transform": "none", "budget": "uniform", "samples": 80, "seq_len": 128}
+    options: dict[str, Any] = {"transform": "none", "budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,)}
     wina_calib.calibrate(llama, tmp_path / "sparse", masks="per-projection", data=str(text), **options)
     model = wina_calib.load(tmp_path / "sparse", 0.5)
     calls.clear()

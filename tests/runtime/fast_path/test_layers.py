@@ -368,7 +368,7 @@ def test_run_time_matrices_and_masks_of_one_projection_each(
         layer.wina.attn_in.register_buffer("rotation", torch.linalg.qr(torch.randn(64, 64))[0])
     runtime_state(model).stale = True
     step(model)
-    options: dict[str, Any] = {"transform": "none", "budget": "uniform", "samples": 80, "seq_len": 128}
+    options: dict[str, Any] = {"transform": "none", "budget": "uniform", "samples": 80, "seq_len": 128, "grid": (0.5,)}
     wina_calib.calibrate(llama, tmp_path / "sparse", masks="per-projection", data=str(text), **options)
     model = wina_calib.load(tmp_path / "sparse", 0.5)
     calls.clear()
