@@ -191,7 +191,7 @@ def main() -> None:
         "transform and global budget": sum(
             seconds
             for name, seconds in clock.seconds.items()
-            if name.startswith(("statistics", "fit transform", "choose budget"))
+            if name.startswith(("statistics", "transform: ", "budget: "))
         )
         / plain_s,
     }

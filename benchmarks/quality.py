@@ -175,7 +175,8 @@ def model_part(cells: dict[str, dict[str, Any]]) -> str:
         rows.append([budget, *map(quality, cell["rows"])])
         if TEAL in cells:
             rows[-1].append(percent(1 - excess(cell["rows"][-1]) / excess(cells[TEAL]["rows"][-1]), 0))
-        work.append([budget, *cost(cell), f"{cell['seconds'].get('choose budget', 0.0):.0f}"])
+        took = sum(seconds for name, seconds in cell["seconds"].items() if name.startswith("budget: "))
+        work.append([budget, *cost(cell), f"{took:.0f}"])
     lines.append(table([*heads, "gap closed"] if TEAL in cells else heads, rows))
     lines += ["", "What choosing the budget takes, in forward passes over all calibration tokens.", ""]
     lines.append(table(["", "passes", "layer passes, and the papers' algorithm's for as many steps", "seconds"], work))

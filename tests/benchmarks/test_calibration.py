@@ -28,4 +28,4 @@ def test_it_measures_every_phase(tmp_path: Path) -> None:
         "transform and global budget",
     }
     assert all(value > 0 for value in found["seconds"].values())
-    assert {"statistics", "write weights", "choose budget", "fit thresholds"} <= set(found["phases"])
+    assert {"statistics", "write weights", "budget: loss curves", "fit thresholds"} <= set(found["phases"])
