@@ -33,13 +33,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where base models lie is remembered for one worker alone, and nowhere in the user's cache; what is compiled is shared."""
+    """Where base models lie is remembered for one worker alone, and nowhere in the user's cache; kernels come from there."""
     kept = cache_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINA_CALIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         own = cache_folder()
-        for file in () if kept is None or own is None else kept.glob("site-*.so"):
-            shutil.copy2(file, own)
+        for file in () if kept is None or own is None else kept.iterdir():
+            if file.is_file() and not file.name.startswith("place-"):
+                shutil.copy2(file, own)
         yield
 
 
