@@ -647,8 +647,9 @@ void quantized_outputs(const struct quantized *weight, const int64_t *index, con
         for (int64_t r = 0; r < rows; r++) {                                                                           \
             const float cut = open && open[r] ? -1.0f : threshold;                                                     \
             for (int64_t k = 0; k < count; k++) {                                                                      \
-                const float v = widen_##TYPE(x[r * in + index[k]]), size = v < 0 ? -v : v;                             \
-                value[r * in + k] = size * norm[index[k]] <= cut ? 0 : v;                                              \
+                const float v = widen_##TYPE(x[r * in + index[k]]);                                                    \
+                const uint32_t keep = -(uint32_t) !(fabsf(v) * norm[index[k]] <= cut); /* a branch is rarely foreseen */  \
+                value[r * in + k] = float_of(bits_of(v) & keep);                                                       \
             }                                                                                                          \
         }                                                                                                              \
         return count;                                                                                                  \
