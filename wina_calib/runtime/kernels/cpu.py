@@ -6,8 +6,8 @@ the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` 
 the processor (`bags_pay`, docs/performance-notes.md). Both work in parallel over bags or sparse rows, so the kept inputs are
 dealt out to several of them.
 
-Dense products of many rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it
-(`native.product`), as oneDNN is slow on few rows of this layout. Other 16-bit products go through oneDNN only where the
+Products of many rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it
+(`native.product`, masked or not), as oneDNN is slow on few rows of this layout. Other 16-bit products go through oneDNN only where the
 processor has 16-bit arithmetic; elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the
 product is done in float32, a block of columns at a time, which for 8 rows and more is also faster than the row-major
 16-bit product.
@@ -47,6 +47,8 @@ def sparse_site(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The site product on a contiguous (in, out) weight; arguments as for `dispatch.sparse_site`."""
+    if x.shape[0] > 1 and native.has_product(x.dtype):
+        return native.product(x, weight_t, bias, norm.contiguous(), threshold, dense_rows)
     if x.shape[0] > max_sparse_rows(x.dtype):
         return dense_columns(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight_t, bias)
     if native.available(x.dtype) and x.shape[0] > 0:
@@ -156,5 +158,8 @@ def column_storage(weights: Sequence[Tensor]) -> Tensor:
     end = 0
     for weight in weights:
         start, end = end, end + weight.shape[0]
-        stored[:, start:end] = weight.t()
+        if device.type == "cpu" and native.available(torch.float32) and weight.is_contiguous() and dtype in DTYPES:
+            native.turn(weight, stored[:, start:end])
+        else:
+            stored[:, start:end] = weight.t()
     return stored

@@ -23,8 +23,9 @@ from wina_calib.common.own_cache import cache_folder, find_kept, keep
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "sources"
-HEADERS = [FOLDER / name for name in ("numbers.h", "vectors.h", "site.h", "attend.h")]
-SOURCES = [FOLDER / name for name in ("site.c", "quantized.c", "rows.c", "attend.c", "layers.c")]
+HEADERS = [FOLDER / name for name in ("numbers.h", "vectors.h", "site.h", "attend.h", "lines.h")]
+_NAMES = ("site", "quantized", "rows", "few_rows", "many_rows", "attend", "layers", "layout")
+SOURCES = [FOLDER / f"{name}.c" for name in _NAMES]
 DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fopenmp", "-fPIC", "-std=c11", "-ffp-contract=fast", "-fno-math-errno")
@@ -44,7 +45,8 @@ SIGNATURES = {
     "few": ([*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int], ctypes.c_int),
     "dequantize": ([ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int], None),
     "by_rows": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
-    "product": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
+    "columns": ([*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_int], None),
+    "product": ([*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
 }
 COMPILE_SECONDS = 60
 
