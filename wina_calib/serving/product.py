@@ -58,12 +58,14 @@ def product(
 ) -> Tensor:
     """The product with some rows never masked: arguments as for `dispatch.sparse_site`, and how many rows are few."""
     count = x.shape[0]
-    if 0 < count <= sparse_rows:
-        rows = x.split(1)
-        opened = [None] * count if open_rows is None else list(open_rows.split(1))
-        made = [cpu.sparse_site(r, weight_t, norm, threshold, o, bias) for r, o in zip(rows, opened, strict=True)]
-        return made[0] if count == 1 else torch.cat(made)
-    return dispatch.dense_site(dispatch.mask_inputs(x, norm, threshold, open_rows), weight_t, bias)
+    if count > sparse_rows or not count:
+        return cpu.several_rows(x, weight_t, norm, threshold, open_rows, bias)
+    if count == 1:
+        return cpu.sparse_site(x, weight_t, norm, threshold, open_rows, bias)
+    opened = [None] * count if open_rows is None else list(open_rows.split(1))
+    return torch.cat(
+        [cpu.sparse_site(r, weight_t, norm, threshold, o, bias) for r, o in zip(x.split(1), opened, strict=True)]
+    )
 
 
 def shape_of(x: Tensor, weight: Tensor, norm: Tensor, threshold: Tensor, policy: Tensor, bias: Tensor | None) -> Tensor:

@@ -222,10 +222,15 @@ def test_results_are_the_same_run_to_run(threads, each_product):
     assert all(torch.equal(first, dispatch.sparse_site(*args)) for _ in range(5))
 
 
-@pytest.mark.parametrize("width", [1100, 2500])
-def test_column_storage_copies_the_transpose(width):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [1101, 2500])
+def test_column_storage_copies_the_transpose(width, dtype):
     """Below and above the size that gets pages of its own."""
-    weights = [torch.randn(1500, width).bfloat16(), torch.randn(300, width).bfloat16()]
+    weights = [
+        torch.randn(1500, width).to(dtype),
+        torch.randn(303, width).to(dtype),
+        torch.randn(5, 2 * width).to(dtype)[:, ::2],
+    ]
     stored = cpu.column_storage(weights)
     assert stored.is_contiguous()
     assert torch.equal(stored, torch.cat(weights).t())

@@ -278,28 +278,44 @@ needs_product = pytest.mark.skipif(
 
 
 @needs_product
-@pytest.mark.parametrize(("width", "out"), [*SHAPES, (257, 31), (520, 160)])
-@pytest.mark.parametrize("rows", [2, 8, 13, 520])
-def test_the_product_of_many_rows(rows, width, out, monkeypatch):
-    """Around 8 rows and 512, pairs of inputs and 256 of them, 32 outputs and 128; a row does not depend on the others."""
+@pytest.mark.parametrize(("width", "out"), [*SHAPES[:6], (333, 130), (257, 31), (520, 160), (130, 4200)])
+@pytest.mark.parametrize("rows", [2, 32, 33, 150])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_product_of_several_rows(rows, width, out, masked, monkeypatch):
+    """Around 32 and 128 rows, 16 and 128 inputs, 32, 64, 512 and 2,048 outputs; a row does not depend on the others."""
     monkeypatch.setattr(native, "MIN_SHARED", 1)
-    out = min(out, 2049)
-    x, weight_t, _, _ = operands(rows, width, out, torch.bfloat16)
+    x, weight_t, norm, threshold = operands(rows, width, out, torch.bfloat16)
+    x[-1] = 0
+    mask = (norm, threshold, torch.arange(rows) % 3 == 1) if masked else ()
+    keep = keep_mask(x, norm, threshold) | mask[2][:, None] if masked else torch.ones_like(x, dtype=torch.bool)
     for bias in (None, torch.randn(out).bfloat16()):
-        expected = x.double() @ weight_t.double() + (0 if bias is None else bias.double())
+        expected = (x.double() * keep) @ weight_t.double() + (0 if bias is None else bias.double())
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(native.product(x, weight_t, bias))
+            found.append(native.product(x, weight_t, bias, *mask))
         assert error(found[0], expected) <= LIMITS[torch.bfloat16]
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
-        assert torch.equal(native.product(x[-2:], weight_t, bias), found[0][-2:])
+        few = slice(-2, None) if rows <= 32 else slice(-33, None)
+        alone = native.product(x[few], weight_t, bias, *mask[:2], *(part[few] for part in mask[2:]))
+        assert torch.equal(alone, found[0][few])
 
 
 @needs_product
-def test_the_product_shows_what_is_not_finite_and_takes_any_strides():
-    x, weight_t, _, _ = operands(8, 64, 40, torch.bfloat16)
+@pytest.mark.parametrize("rows", [4, 40])
+def test_the_product_masks_as_the_reference(rows):
+    """Weights are a unit matrix, so that the product is the masked input; scores lie on the threshold and beside it."""
+    x = torch.tensor([0.5, 0.25, -0.5, 1.0]).bfloat16().repeat(rows, 40)
+    norm = torch.where(torch.arange(160) % 3 == 0, 1.0, 1 + 2**-20)
+    found = native.product(x, torch.eye(160).bfloat16(), None, norm, torch.tensor(0.5))
+    assert torch.equal(found, torch.where(keep_mask(x, norm, torch.tensor(0.5)), x, 0))
+
+
+@needs_product
+@pytest.mark.parametrize("rows", [8, 40])
+def test_the_product_shows_what_is_not_finite_and_takes_any_strides(rows):
+    x, weight_t, _, _ = operands(rows, 64, 40, torch.bfloat16)
     expected = native.product(x, weight_t)
     assert torch.equal(native.product(x.t().contiguous().t(), weight_t), expected)
     x[1, 5], x[2, 6] = torch.nan, torch.inf

@@ -6,11 +6,10 @@ the kept inputs as weights of the bag, and `torch.sparse.mm(..., reduce="sum")` 
 the processor (`bags_pay`, docs/performance-notes.md). Both work in parallel over bags or sparse rows, so the kept inputs are
 dealt out to several of them.
 
-Products of many rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it
-(`native.product`, masked or not), as oneDNN is slow on few rows of this layout. Other 16-bit products go through oneDNN only where the
-processor has 16-bit arithmetic; elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the
-product is done in float32, a block of columns at a time, which for 8 rows and more is also faster than the row-major
-16-bit product.
+Products of several rows on a column-contiguous weight: in bfloat16 in C where the processor multiplies pairs of it
+(`native.product`, masked or not). Other 16-bit products go through oneDNN only where the processor has 16-bit arithmetic;
+elsewhere torch falls back to a loop that is 20 times slower than the row-major one. There the product is done in float32, a
+block of columns at a time, which for 8 rows and more is also faster than the row-major 16-bit product.
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ def sparse_site(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The site product on a contiguous (in, out) weight; arguments as for `dispatch.sparse_site`."""
-    if x.shape[0] > 1 and native.has_product(x.dtype):
-        return native.product(x, weight_t, bias, norm.contiguous(), threshold, dense_rows)
     if x.shape[0] > max_sparse_rows(x.dtype):
-        return dense_columns(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight_t, bias)
+        return several_rows(x, weight_t, norm, threshold, dense_rows, bias)
     if native.available(x.dtype) and x.shape[0] > 0:
         product = native.Row(weight_t, norm.contiguous(), threshold, None if bias is None else bias.contiguous())
         open_rows = [False] * x.shape[0] if dense_rows is None else dense_rows.tolist()
@@ -63,6 +60,22 @@ def sparse_site(
     rows = [gather_row(row, weight_t, kept_inputs(row, norm, limit)) for row, limit in pairs]
     y = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else x.new_empty(0, weight_t.shape[1])
     return y if bias is None else y + bias
+
+
+def several_rows(
+    x: Tensor,
+    weight_t: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    dense_rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`sparse_site` of rows that are multiplied together, so that the weights are read once."""
+    if x.shape[0] > 1 and native.has_product(x.dtype):
+        return native.product(x, weight_t, bias, norm.contiguous(), threshold, dense_rows)
+    if x.shape[0] > 0 and native.available(x.dtype):
+        return dense_columns(native.mask_inputs(x, norm.contiguous(), threshold, dense_rows), weight_t, bias)
+    return dense_columns(mask_inputs(x, norm, threshold, dense_rows=dense_rows), weight_t, bias)
 
 
 def kept_inputs(x: Tensor, norm: Tensor, limit: float) -> Tensor:
