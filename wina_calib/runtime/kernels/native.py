@@ -284,7 +284,7 @@ def product(
 
 
 def turn(weight: Tensor, columns: Tensor) -> None:
-    """Copy the transpose of a weight, in less than a tenth of the time that torch takes.
+    """Copy the transpose of a weight, with all threads: one alone takes less than half of the time that torch does.
 
     Args:
         weight: (out, in) contiguous, of 16 or 32 bits a number.
