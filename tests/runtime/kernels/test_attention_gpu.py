@@ -66,3 +66,20 @@ def test_what_it_reads():
     odd = torch.zeros(1, 1, 12 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)[..., 1:]
     assert not attention_cuda.reads(odd, *tensors[1:])
     assert not attention_cuda.reads(*tensors[:7], tensors[7].int(), tensors[8])
+
+
+@pytest.mark.parametrize("place", [40, 41, 1 << 40, -1])
+def test_a_full_cache_is_left_alone_and_the_result_shows_it(place):
+    small = given(8, 2, 64, 40, 39, torch.bfloat16, False, True)
+    small[5].nan_to_num_()
+    small[6].nan_to_num_()
+    there = [t if t is None else t.to(DEVICE) for t in small]
+    there[7].fill_(place)
+    beside = [torch.zeros(3, *small[5].shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+    for room, filled in zip(beside, there[5:7], strict=True):
+        room[1] = filled
+    there[5:7] = [room[1] for room in beside]
+    assert attention_cuda.attend(*there, 1e-6, 0.125).isnan().all()
+    for room, before in zip(beside, small[5:7], strict=True):
+        assert torch.equal(room[1].cpu(), before)
+        assert not room[0].any() and not room[2].any()

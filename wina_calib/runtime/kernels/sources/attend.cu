@@ -2,7 +2,8 @@
 
    A cluster of CLUSTER blocks computes the GROUP query heads of one key head; SIZE / 8 threads read a place of the cache at a
    time, UNROLL of them in flight, and keep a maximum, a sum and a weighted value each, which warps, blocks and the cluster
-   merge at the end in a fixed order. Only places before the new token's are read, and of those only what the mask shows.
+   merge at the end in a fixed order. Only places before the new token's are read, and of those only what the mask shows. Where the
+   cache is full nothing is written, and the result is NaN, so that it shows.
 
    Compiled with TYPE 1 bfloat16, 2 float16; SIZE, GROUP, CLUSTER, WARPS, UNROLL; NORMS, MASKED. */
 
@@ -78,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) __cluster_dims__(CLUSTER, 
     wait_for_inputs();
     let_next_start();
 
-    const int now = (int)*position;
+    const bool full = (unsigned long long)*position >= (unsigned long long)length;
+    const int now = full ? 0 : (int)*position;
     float c[8], s[8], query[GROUP][8];
     spread(c, read(cosines + at));
     spread(s, read(sines + at));
@@ -86,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) __cluster_dims__(CLUSTER, 
     for (int g = 0; g < GROUP; g++) {
         turned(query[g], heads + (head * GROUP + g) * SIZE, query_gain, epsilon, c, s, at);
 #pragma unroll
-        for (int i = 0; i < 8; i++) query[g][i] *= scale;
+        for (int i = 0; i < 8; i++) query[g][i] *= full ? __int_as_float(0x7fc00000) : scale;
     }
     element *own_keys = keys + (long long)head * length * SIZE + at, *own_values = values + (long long)head * length * SIZE + at;
     float top[GROUP], total[GROUP], sum[GROUP][8];
@@ -102,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) __cluster_dims__(CLUSTER, 
         const uint4 bits = read(heads + (gridDim.y * (GROUP + 1) + head) * SIZE + at);
         spread(value, bits);
         const bool mine = lane / LANES == SPLIT - 1;
-        if (mine) {
+        if (mine && !full) {
             *(uint4 *)(own_keys + (long long)now * SIZE) = packed(key);
             *(uint4 *)(own_values + (long long)now * SIZE) = bits;
         }
