@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import wina_calib
+from wina_calib.calibration import identity
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.cli import main
 from wina_calib.common.progress import Silent
@@ -152,12 +153,25 @@ def test_restart_starts_over(stopped: tuple[Path, Path, dict[str, Any]]) -> None
     assert names(out.parent) == ["m", "out"]
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "value", "told"),
+    [
+        (torch, "__version__", "99.0", r'versions\.torch was "2.*is "99\.0"'),
+        (identity, "FORMAT", 99, "format was .*is 99"),
+    ],
+    ids=["torch", "what phases give"],
+)
 def test_another_version_is_noticed(
-    stopped: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    module: Any,
+    name: str,
+    value: object,
+    told: str,
+    stopped: tuple[Path, Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, out, options = stopped
-    monkeypatch.setattr(torch, "__version__", "99.0")
-    with pytest.raises(StateError, match=r'versions\.torch was "2.*is "99\.0"'):
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(StateError, match=told):
         wina_calib.calibrate(model, out, **options)
 
 

@@ -20,6 +20,8 @@ from wina_calib.checkpoint.side_files import side_files
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.version import versions
 
+# Raised where a phase gives something else from the same input, so that no result is made of both.
+FORMAT = 2
 _LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come to is in the identity
 
 
@@ -32,7 +34,7 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
     """
     source, options, device = job.source, asdict(job.options), job.compute.device
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": {
             "name": source.name,
             "commit": source.commit,
