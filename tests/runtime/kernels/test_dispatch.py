@@ -234,6 +234,14 @@ def test_column_storage_copies_the_transpose(width, dtype):
     stored = cpu.column_storage(weights)
     assert stored.is_contiguous()
     assert torch.equal(stored, torch.cat(weights).t())
+
+
+def test_column_storage_of_weights_of_several_dtypes():
+    """That of the first counts; more numbers than it has room for are not written."""
+    weights = [torch.randn(64, 96).bfloat16(), torch.randn(32, 96), torch.randn(32, 96).half()]
+    stored = cpu.column_storage(weights)
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, torch.cat([weight.bfloat16() for weight in weights]).t())
     assert torch.equal(copy.deepcopy(stored), stored)
 
 

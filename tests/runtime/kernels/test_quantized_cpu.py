@@ -255,7 +255,7 @@ import test_quantized_cpu as cases
 flags = (*cases.FLAGS[sys.argv[1]], "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 with cases.compiled(flags, Path(tempfile.mkdtemp())):
     for form in (cases.FORMATS[0], cases.FORMATS[3], cases.FORMATS[4]):
-        for width, out in ((1, 64), (65, 320)):
+        for width, out in ((1, 64), (65, 320), (520, 64)):
             cases.check(form, width, out, 1, torch.float32, ("plain",))
             cases.check(form, width, out, 5, torch.bfloat16, ("plain",))
         cases.test_dequantized_tiles_are_the_definition(None, form)
@@ -265,6 +265,7 @@ with cases.compiled(flags, Path(tempfile.mkdtemp())):
     cases.test_blocks_in_one_call_take_quantized_weights()
     layers.compare(torch.bfloat16, [layers.layer_of(torch.bfloat16, cases.FORMATS[0])], masked=True, length=7)
     layers.compare(torch.float32, [layers.layer_of(torch.float32, size=6, width=40, heads=(3, 1))])
+    layers.compare(torch.bfloat16, [layers.layer_of(torch.bfloat16, cases.FORMATS[0], width=576)])
 print("clean")
 """
 

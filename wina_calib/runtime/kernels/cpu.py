@@ -171,7 +171,8 @@ def column_storage(weights: Sequence[Tensor]) -> Tensor:
     end = 0
     for weight in weights:
         start, end = end, end + weight.shape[0]
-        if device.type == "cpu" and native.available(torch.float32) and weight.is_contiguous() and dtype in DTYPES:
+        plain = weight.is_cpu and weight.is_contiguous() and weight.dtype is dtype and dtype in DTYPES
+        if plain and device.type == "cpu" and native.available(torch.float32):
             native.turn(weight, stored[:, start:end])
         else:
             stored[:, start:end] = weight.t()

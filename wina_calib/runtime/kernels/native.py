@@ -258,7 +258,8 @@ def product(
 ) -> Tensor:
     """Masked product (rows, out) of many rows x (rows, in) with weight_t (in, out) contiguous, plus bias (out,).
 
-    Each row is the same to the bit for any number of rows and threads. Inputs that are zero are skipped as dropped ones are.
+    Each row is the same to the bit for any number of threads, and whichever rows are beside it: up to 32 in all, or more, which
+    are summed in another order. Inputs that are zero are skipped as dropped ones are.
 
     Args:
         x: bfloat16.
@@ -288,7 +289,7 @@ def turn(weight: Tensor, columns: Tensor) -> None:
 
     Args:
         weight: (out, in) contiguous, of 16 or 32 bits a number.
-        columns: (in, out) to be filled; the last dimension contiguous, the first of any stride.
+        columns: (in, out) of its dtype to be filled; the last dimension contiguous, the first of any stride.
     """
     (out, width), kind = weight.shape, torch.float32 if weight.itemsize == 4 else torch.bfloat16
     places = weight.data_ptr(), columns.data_ptr()
