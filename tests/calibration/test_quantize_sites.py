@@ -163,6 +163,10 @@ def test_what_is_told_of_sites_in_16_bits_is_counted_site_by_site(llama: Path, t
         ({"keep_16_bit": "layers.*.attn"}, "--keep-16-bit: .*no site 'attn'; did you mean"),
         ({"keep_16_bit": "*"}, "--keep-16-bit leaves nothing to quantize"),
         ({"keep_16_bit": "layers.0.*", "bits": 0}, "keep-16-bit has no meaning without --bits"),
+        ({"group_size": 32, "bits": 0}, "group-size has no meaning without --bits 4"),
+        ({"group_size": 32, "bits": 8}, "group-size has no meaning without --bits 4"),
+        ({"symmetric": True, "bits": 8}, "symmetric has no meaning without --bits 4"),
+        ({"keep_head": True, "bits": 0}, "keep-head has no meaning without --bits"),
     ],
 )
 def test_what_cannot_be_left_is_refused(

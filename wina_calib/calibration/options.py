@@ -156,6 +156,9 @@ class CalibrateOptions:
             (0.0 <= self.exponent < math.inf, f"exponent is {self.exponent}; expected a number from 0 up"),
             (self.bits in (0, *BITS), f"bits is {self.bits}; expected 0, 4 or 8"),
             (self.group_size in GROUP_SIZES, f"group-size is {self.group_size}; expected 32 or 64"),
+            (self.group_size == 64 or self.bits == 4, "group-size has no meaning without --bits 4"),
+            (not self.symmetric or self.bits == 4, "symmetric has no meaning without --bits 4"),
+            (not self.keep_head or self.bits > 0, "keep-head has no meaning without --bits"),
             (not self.keep_16_bit or self.bits > 0, "keep-16-bit has no meaning without --bits"),
             (not self.bits or self.loop == "closed", "weights are quantized in closed loop; leave --loop open out"),
             (

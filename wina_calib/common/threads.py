@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 T = TypeVar("T")
+ENDING = threading.Event()  # set when the process ends: long work in the background looks at it between its steps
+_PATIENCE = 0.5  # seconds that the end of the process waits for such work
+_working: WeakSet[threading.Thread] = WeakSet()
 
 
 def read_ahead(read: Callable[[int], T], order: Sequence[int]) -> Iterator[tuple[int, T]]:
@@ -40,6 +46,7 @@ class Background:
         self._result: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        _working.add(self._thread)
         self._thread.start()
 
     def __call__(self) -> Any:
@@ -54,3 +61,12 @@ class Background:
             self._result = work()
         except BaseException as error:
             self._error = error
+
+
+@atexit.register
+def _end() -> None:
+    """Let work in the background come to its next step: a thread that is ended inside of torch aborts the process."""
+    ENDING.set()
+    last = time.monotonic() + _PATIENCE
+    for thread in list(_working):
+        thread.join(max(0.0, last - time.monotonic()))

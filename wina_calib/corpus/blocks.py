@@ -108,14 +108,14 @@ def load_blocks(
             little = f"only {left:,} tokens, less than a block of {seq_len:,}" if left else "no text"
             raise CorpusError(
                 f"data {shown(spec)}: it holds {little}; at least {max(min_tokens, seq_len):,} tokens are needed in all. "
-                "Give more text with --data, or a smaller --seq-len."
+                "Give more text with --data; calibrate and recover also take a smaller --seq-len."
             )
     rows = [row for turn in zip_longest(*(blocks for blocks, _ in packed)) for row in turn if row is not None]
     tokens = len(rows) * seq_len
     if tokens < min_tokens:
         raise CorpusError(
             f"data {', '.join(map(shown, data))}: only {tokens:,} tokens in whole blocks of {seq_len:,}; at least "
-            f"{min_tokens:,} are needed. Give more text with --data, or a smaller --seq-len."
+            f"{min_tokens:,} are needed. Give more text with --data; calibrate and recover also take a smaller --seq-len."
         )
     ids = torch.stack(rows).long()
     notes = [tally.note(spec) for spec, tally in zip(data, tallies, strict=True)]

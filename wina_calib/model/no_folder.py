@@ -31,7 +31,9 @@ def reason(model: str) -> str | None:
     if under_way is not None:
         return under_way
     near = nearest(path)
-    return None if near is None else f"there is no folder {model} here; did you mean {near}?"
+    if near is not None:
+        return f"there is no folder {model} here; did you mean {near}?"
+    return f"there is no file {model} here." if path.suffix.lower() == ".gguf" else None
 
 
 def refused_folder(model: str, folder: Path) -> str | None:

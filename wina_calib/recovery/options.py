@@ -98,6 +98,7 @@ class RecoverOptions:
             (self.rank >= 1, f"rank is {self.rank}; expected at least 1"),
             (self.bits in (0, 4, 8), f"bits is {self.bits}; expected 0, 4 or 8"),
             (self.group_size in (32, 64), f"group-size is {self.group_size}; expected 32 or 64"),
+            (self.group_size == 64 or self.bits == 4, "group-size has no meaning without --bits 4"),
             (self.max_time >= 0, f"max-time is {self.max_time}; expected 0 or more minutes"),
             (self.micro_batch >= 0, f"micro-batch is {self.micro_batch}; expected 0 or more"),
             (SELF not in self.data or self.data == (SELF,), f"data {SELF} goes with no other data"),

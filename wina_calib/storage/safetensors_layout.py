@@ -121,7 +121,12 @@ def parse_header(header: bytes | bytearray, file_size: int, path: Path) -> dict[
             problems.append(f"tensor {shown(name)}: {info}")
     infos.sort(key=lambda info: (info.start, info.end))
     if not problems:
+        end = infos[-1].end if infos else 8 + len(header)
         problems = _gaps(infos, 8 + len(header), file_size)
+        if len(problems) == 1 and end > file_size:
+            raise CheckpointError(
+                f"{path} is truncated: its tensors end at byte {end:,}, the file has {file_size:,}; copy or make it again."
+            )
     if problems:
         raise CheckpointError(f"{path}: damaged header, convert or download it again: {listed(problems)}")
     return {info.name: info for info in infos}

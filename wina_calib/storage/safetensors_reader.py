@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wina_calib.common.memory import OWN_PAGES, advise_huge_pages
-from wina_calib.common.threads import Background
+from wina_calib.common.threads import ENDING, Background
 from wina_calib.errors import CheckpointError
 from wina_calib.storage.safe_files import listed, open_regular, read_into, read_json, safe_path, shown
 from wina_calib.storage.safetensors_layout import DTYPE_NAMES, TensorInfo, header_length, parse_header
@@ -157,7 +157,7 @@ class Shards(Mapping[str, TensorInfo]):
 
         def work() -> None:
             buffer = torch.empty(_CHUNK, dtype=torch.uint8)
-            while True:
+            while not ENDING.is_set():
                 try:
                     name = waiting.popleft()
                 except IndexError:
@@ -177,6 +177,8 @@ class Shards(Mapping[str, TensorInfo]):
         info = self._info(name)
         digest = hashlib.sha256(json.dumps([name, DTYPE_NAMES[info.dtype], info.shape]).encode() + b"\n")
         for offset in range(0, info.nbytes, len(buffer)):
+            if ENDING.is_set():  # nobody asks for it any more
+                break
             chunk = buffer[: info.nbytes - offset]
             self._read(info, chunk, [(offset, offset + len(chunk))], 1)
             digest.update(chunk.numpy().data)
