@@ -189,7 +189,7 @@ class Opened:
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
     if native_build.cache_folder() is None:
-        pytest.skip("needs a cache")
+        pytest.skip("no folder of one's own for compiled code: no home, and none given")
     return Opened(tmp_path / "cache", monkeypatch)
 
 

@@ -156,9 +156,9 @@ def rows_product(x: Tensor, weight: QuantizedRows) -> Tensor:
             f"codes are {tuple(weight.codes.shape)} on {weight.codes.device}; "
             f"expected {rows.shape[1]} contiguous columns on the CPU"
         )
-    rows = rows.contiguous()
+    rows, scales = rows.contiguous(), weight.scales.contiguous()  # held until the call is over
     y = torch.empty(rows.shape[0], out, dtype=x.dtype, device="cpu")
-    places = (t.data_ptr() for t in (weight.codes, weight.scales.contiguous(), rows, y))
+    places = (t.data_ptr() for t in (weight.codes, scales, rows, y))
     counts = rows.shape[0], width, out
     if functions("by_rows")[x.dtype](*places, *counts, native.threads_for(width * out)):
         raise MemoryError(f"no memory to round {rows.shape[0]} rows")
