@@ -95,6 +95,7 @@ class TestOnTheGpu:
             pytest.skip("needs a card with clusters")
         self.kind = request.param
         monkeypatch.setenv("WINA_CALIB_CACHE", str(tmp_path))
+        monkeypatch.delenv("WINA_CALIB_AUTOTUNE", raising=False)
         monkeypatch.setattr(autotune, "_known", {})
         monkeypatch.setattr(autotune, "_loaded", set())
 

@@ -125,7 +125,8 @@ def test_every_launch_shape_of_streamed_columns(form, shape, way):
     for width, out in ((40, 512), (1100, 1536), (4096, 2048 + 512)):
         assert streamed.serves(torch.bfloat16, on_card(random_weight(form, width, out)), 0)
         check(form, width, out, 1, torch.bfloat16, shape=shape)
-    check(form, 333, 1024, 1, torch.float16, shape=shape)
+    # Outputs of tiny inputs are subnormal in float16.
+    check(form, 333, 1024, 1, torch.float16, tuple(case for case in CASES if case != "tiny"), shape)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

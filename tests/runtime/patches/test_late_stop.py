@@ -86,6 +86,7 @@ def test_this_transformers_has_the_rule_that_is_known(calibrated: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch makes one to start its graph pool with
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_tokens_are_the_same(calibrated: Path, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
