@@ -98,7 +98,7 @@ def products(name):
         for sparsity in (*SPARSITIES[kind], 0.65, 1.0):
             took = time_of(1, sparsity)
             share = size * (1 - sparsity) / LIMIT * 1e6 / took
-            found[f"{kind} {sparsity}"] = took
+            found[f"{kind} {sparsity} products"] = took
             click.echo(f"{name} {kind}, {sparsity} dropped: {took:.1f} us a layer, {share:.2f} of the limit")
         for rows in ROWS:
             found[f"{kind} rows {rows}"] = dense, sparse = [time_of(rows, s) for s in (0.0, 0.4)]

@@ -28,7 +28,6 @@ PASSED = (
     "batch",
     "seq_len",
     "hidden",
-    "noise",
     "bits",
     "group_size",
     "max_time",
@@ -105,7 +104,7 @@ def main() -> None:
     parser.add_argument("--turns", type=numbers, default=())
     parser.add_argument("--tasks", action="append", default=[])
     for name in PASSED:
-        kind = float if name in ("lr", "hidden", "noise", "max_time") else str if name == "train" else int
+        kind = float if name in ("lr", "hidden", "max_time") else str if name == "train" else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)

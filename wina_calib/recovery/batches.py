@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: the same text again and again, but cut in other places, with some tokens replaced."""
+"""Which tokens a step trains on: the same text again and again, but cut in other places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_EPOCH, _STEP = 1 << 20, 1 << 40  # set the generators of epochs and steps apart
+_EPOCH = 1 << 20  # sets the generators of epochs apart
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,11 @@ class Batches:
     Attributes:
         ids: (sequences, seq) the text.
         batch: sequences a step.
-        noise: share of tokens that others of the text take the place of. The dense model sees them too, so what it says of
-            them is no error; but no text is seen twice.
         seed: of all choices.
     """
 
     ids: Tensor
     batch: int
-    noise: float
     seed: int
 
     def rows(self, step: int) -> Tensor:
@@ -33,14 +30,7 @@ class Batches:
         places = range(step * self.batch, (step + 1) * self.batch)
         count = len(self.ids)
         epochs = {p // count: (self._cut(p // count), self._order(p // count)) for p in places}
-        rows = torch.stack([text[order[p % count]] for p in places for text, order in [epochs[p // count]]])
-        if not self.noise:
-            return rows
-        generator = torch.Generator().manual_seed(self.seed * _EPOCH + _STEP + step)
-        replaced = torch.rand(rows.shape, generator=generator) < self.noise
-        replaced[:, 0] = False
-        others = self.ids.flatten()[torch.randint(self.ids.numel(), rows.shape, generator=generator)]
-        return torch.where(replaced, others, rows)
+        return torch.stack([text[order[p % count]] for p in places for text, order in [epochs[p // count]]])
 
     def _cut(self, epoch: int) -> Tensor:
         """The text, after the first time cut into sequences elsewhere; a first token that all have stays where it is."""

@@ -47,11 +47,6 @@ class RecoverOptions:
     hidden: float = option(
         1.0, "Weight of the layers' hidden states in the loss, beside the divergence of predictions.", metavar="W"
     )
-    noise: float = option(
-        0.0,
-        "Share of tokens that are replaced by others: little text, gone through often, is not known by heart.",
-        metavar="P",
-    )
     lr: float = option(0.0, "Highest learning rate; 0 chooses by the model's size.", metavar="RATE")
     train: str = option(
         "auto", "What is trained: all decoder weights, or low-rank adapters where memory is short.", choices=TRAINED
@@ -91,7 +86,6 @@ class RecoverOptions:
                 f"turns are {self.turns}; expected a number from 1 on for each of the sparsities {self.sparsities}",
             ),
             (0 <= self.hidden < 1e6, f"hidden is {self.hidden}; expected a number from 0 on"),
-            (0 <= self.noise < 1, f"noise is {self.noise}; expected a number in [0, 1)"),
             (self.task_items >= 0, f"task-items is {self.task_items}; expected 0 or more"),
             (0 <= self.lr < 1, f"lr is {self.lr}; expected a number in [0, 1)"),
             (self.train in TRAINED, f"train is {self.train!r}; expected one of {', '.join(TRAINED)}"),

@@ -152,7 +152,7 @@ class Training:
         written = self.options.data == (SELF,)  # anew in each run, and not to the bit
         text = None if written else fingerprint(torch.cat([self.ids, self.held_out]))
         self._given = {"text": text, "adapters": self.plan.adapters}
-        self._text = Batches(self.ids, self.options.batch, self.options.noise, self.options.seed)
+        self._text = Batches(self.ids, self.options.batch, self.options.seed)
         values = self._restore()
         self._merit, self._share = float(values.get("merit", 1.0)), float(values.get("share", 1.0))
         self._planned = int(values.get("planned", self.plan.steps))
