@@ -34,18 +34,36 @@ struct factors {
 };
 
 #define SIDE 16 /* columns that are asked for side by side: memory gives most to few that are read on and on */
+#define NEAR (2 * LINE) /* bytes ahead in a column that are asked for once more: of what is asked for in a row some is not fetched */
 
 /* What follows a block: columns from a tile's first output on, and where the next of them are asked for, a line at a time. */
 struct ahead {
     const uint8_t *column[2 * COLUMNS];
     int64_t input[COLUMNS], group; /* whose scales and zero points are asked for, and from which group on */
     int64_t first, offset, bytes;  /* of SIDE columns, in a column, and where it ends */
+    struct beside {
+        const char *from; /* of the first input */
+        int64_t row, bytes, lines;
+    } beside[2]; /* scales and zero points of a tile's groups */
 };
 
 /* Ask for a line of four columns of the SIDE next ones to be in the second cache. */
 ALWAYS void ask_four(const struct ahead *ahead, int64_t k) {
     const uint8_t *const *column = ahead->column + ahead->first + k % SIDE;
     for (int i = 0; i < 4; i++) __builtin_prefetch(column[i] + ahead->offset, 0, 2);
+}
+
+/* Where in a column to ask once more while its vector at `offset` is read. */
+ALWAYS int64_t near_of(const struct ahead *ahead, int64_t offset) { return offset + NEAR < ahead->bytes ? offset + NEAR : offset; }
+
+/* Ask once more for line number `n` of the next block's scales and zero points, of one input after the other. */
+ALWAYS void ask_beside(const struct ahead *ahead, int64_t n) {
+    const struct beside *of = ahead->beside;
+    int64_t line = n / COLUMNS;
+    if (line >= of->lines) line -= of->lines, of++;
+    if (line >= of->lines) return;
+    const int64_t last = of->bytes - 1, at = line * LINE < last ? line * LINE : last;
+    __builtin_prefetch(of->from + ahead->input[n % COLUMNS] * of->row + at, 0, 2);
 }
 
 /* Go on to their next line, or to the next columns; behind the last known ones asking again costs nothing. */
@@ -101,9 +119,12 @@ ALWAYS void add_by_four(const int group, const struct block *block, int64_t offs
     ints both[2][4], low[2][4];
     for (int h = 0; h < 2; h++)
         for (int i = 0; i < 4; i++) both[h][i] = low[h][i] = zero();
+    const int64_t near = near_of(ahead, offset);
     for (int64_t k = 0; k < block->count; k += 4) {
         ints x[2], from[4], codes[4];
         ask_four(ahead, k);
+        for (int i = 0; i < 4; i++) __builtin_prefetch(block->column[k + i] + near, 0, 2);
+        ask_beside(ahead, offset / LINE * (COLUMNS / 4) + k / 4);
         if (k % SIDE == SIDE - 4) go_on(ahead);
         for (int i = 0; i < 4; i++) from[i] = load(block->column[k + i] + offset);
         for (int h = 0; h < 2; h++) x[h] = spread(by->pair + (k / 2 + h) * groups + g, group);
@@ -137,7 +158,7 @@ ALWAYS void add_vector(const int bits, const int group, const int rows, const st
     }
 #endif
     const int parts = bits == 4 ? 4 : 2, halves = rows == 1 ? 2 : 1;
-    const int64_t g = bits == 4 ? 2 * offset / group : 0, groups = by->groups;
+    const int64_t g = bits == 4 ? 2 * offset / group : 0, groups = by->groups, near = near_of(ahead, offset);
     for (int first = 0; first < 2; first += halves) {
         ints sum[4][2][4];
         for (int r = 0; r < rows; r++)
@@ -148,6 +169,10 @@ ALWAYS void add_vector(const int bits, const int group, const int rows, const st
             if (!first && p % 2 && (VECTOR == LINE || p / (SIDE / 2) % 2)) { /* of two vectors in a line one asks */
                 ask_four(ahead, 2 * p - 2);
                 if (p % (SIDE / 2) == SIDE / 2 - 1) go_on(ahead);
+            }
+            if (!first && offset % LINE == 0) {
+                for (int i = 0; i < 2; i++) __builtin_prefetch(block->column[2 * p + i] + near, 0, 2);
+                if (bits == 4) ask_beside(ahead, offset / LINE * PAIRS + p);
             }
             ints x[4];
             for (int r = 0; r < rows; r++) x[r] = spread(by->pair + (r * PAIRS + p) * groups + g, bits == 4 ? group : 0);
@@ -466,29 +491,48 @@ struct read {
     int64_t count, first;
 };
 
-/* Where number `i` of inputs lies, or of those that are read after them; behind all that is known the last. */
-static const uint8_t *column_of(const struct quantized *weight, const struct read *now, const struct read *then, int64_t i) {
-    const struct read *from = i < now->count || !then->count ? now : then;
-    const int64_t place = from == now ? i : i - now->count, last = from->count - 1;
-    return weight->codes + (from->index[place < last ? place : last] * weight->out + from->first) * weight->bits / 8;
+/* Where inputs from number `place` on lie; behind the last one it again. */
+ALWAYS void columns_of(const struct quantized *weight, const struct read *from, int64_t place, int64_t count, const uint8_t **to) {
+    const int64_t column = weight->out * weight->bits / 8, last = from->count - 1;
+    const int64_t inside = last - place < 0 ? 0 : last - place < count ? last - place : count;
+    const uint8_t *codes = weight->codes + from->first * weight->bits / 8;
+    for (int64_t i = 0; i < inside; i++) to[i] = codes + from->index[place + i] * column;
+    for (int64_t i = inside; i < count; i++) to[i] = codes + from->index[last] * column;
+}
+
+/* Where COLUMNS inputs from number `k` on lie, and after the last of these the ones that are read then. */
+static void columns_on(const struct quantized *weight, const struct read *now, const struct read *then, int64_t k, const uint8_t **to) {
+    const int64_t left = now->count - k, own = !then->count || left > COLUMNS ? COLUMNS : left < 0 ? 0 : left;
+    columns_of(weight, now, k, own, to);
+    if (own < COLUMNS) columns_of(weight, then, own - left, COLUMNS - own, to + own);
+}
+
+/* Bytes of each input, which may begin in the middle of a line. */
+static struct beside beside_of(const void *from, int64_t row, int64_t bytes) {
+    return (struct beside){from, row, bytes, bytes < LINE / 2 ? 1 : (bytes - 2) / LINE + 2};
 }
 
 /* Say which inputs follow number `k`, for a block that has begun to be asked for. */
 static void look_ahead(struct ahead *ahead, const struct quantized *weight, const struct read *now, const struct read *then, int64_t k) {
     const struct read *from = k < now->count || !then->count ? now : then;
     const int64_t place = from == now ? k : k - now->count, last = from->count - 1;
-    for (int64_t i = 0; i < COLUMNS; i++) {
-        ahead->input[i] = from->index[place + i < last ? place + i : last];
-        ahead->column[COLUMNS + i] = column_of(weight, now, then, k + COLUMNS + i);
-    }
+    const int64_t inside = last - place < 0 ? 0 : last - place < COLUMNS ? last - place : COLUMNS;
+    for (int64_t i = 0; i < inside; i++) ahead->input[i] = from->index[place + i];
+    for (int64_t i = inside; i < COLUMNS; i++) ahead->input[i] = from->index[last];
+    columns_on(weight, now, then, k + COLUMNS, ahead->column + COLUMNS);
     ahead->group = weight->bits == 4 ? from->first / weight->group : 0;
+    if (weight->bits == 4) {
+        const int64_t groups = 2 * ahead->bytes / weight->group, all = weight->out / weight->group;
+        ahead->beside[0] = beside_of(weight->scales + ahead->group, 2 * all, 2 * groups);
+        if (weight->zeros) ahead->beside[1] = beside_of(weight->zeros + ahead->group / 2, (all + 1) / 2, (groups + 1) / 2);
+    }
 }
 
 /* Ask for the first block of inputs as a whole. */
 static struct ahead ask_first(const struct quantized *weight, const struct read *now, const struct read *then, int64_t bytes) {
     struct ahead ahead = {.bytes = bytes};
     const int64_t all = weight->bits == 4 ? weight->out / weight->group : 0, groups = weight->bits == 4 ? 2 * bytes / weight->group : 0;
-    for (int64_t i = 0; i < COLUMNS; i++) ahead.column[i] = column_of(weight, now, then, i);
+    columns_on(weight, now, then, 0, ahead.column);
     look_ahead(&ahead, weight, now, then, 0);
     for (int64_t i = 0; i < COLUMNS && groups; i++) {
         fetch(weight->scales + ahead.input[i] * all + ahead.group, 2 * groups);
@@ -501,7 +545,7 @@ static struct ahead ask_first(const struct quantized *weight, const struct read 
     return ahead;
 }
 
-/* sums (rows, stride) += the products of a block, whose inputs' values (rows, spacing) are at `place`. */
+/* sums (rows, stride) += the products of a block of `size` inputs, whose values (rows, spacing) are at `place`, or side by side. */
 static void add_block(const struct quantized *weight, const struct block *block, const float *value, const int64_t *place,
                       int64_t size, int64_t spacing, int64_t rows, int64_t from, int64_t bytes, struct factors *by,
                       struct ahead *ahead, float *sums, int64_t stride) {
@@ -509,7 +553,10 @@ static void add_block(const struct quantized *weight, const struct block *block,
         taken = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
         for (int64_t i = 0; i < taken; i++) {
             float own[COLUMNS] = {0};
-            for (int64_t j = 0; j < size; j++) own[j] = value[(r + i) * spacing + place[j]];
+            if (place)
+                for (int64_t j = 0; j < size; j++) own[j] = value[(r + i) * spacing + place[j]];
+            else
+                memcpy(own, value + (r + i) * spacing, (size_t)size * sizeof *own);
             if (weight->bits == 4)
                 scale_inputs(weight, block, own, from / weight->group, 2 * bytes / weight->group, i, taken, by, ahead);
             else
@@ -548,21 +595,33 @@ static void multiply(const struct quantized *weight, struct read now, struct rea
         memset(sums, 0, (size_t)(rows * stride) * sizeof(float));
         for (int far = 0; far < passes; far++)
             for (int64_t k = 0; k < count;) {
+                struct block block;
                 int64_t place[COLUMNS], size = 0;
-                for (; k < count && size < COLUMNS; k++) {
-                    place[size] = k;
-                    size += passes == 1 || is_far(value + k, spacing, rows, limit) == far;
+                const float *values = value;
+                if (passes == 1) { /* what was asked for */
+                    size = count - k < COLUMNS ? count - k : COLUMNS;
+                    memcpy(block.input, ahead.input, sizeof block.input);
+                    memcpy(block.column, ahead.column, sizeof block.column);
+                    values += k, k += size;
+                } else {
+                    for (; k < count && size < COLUMNS; k++) {
+                        place[size] = k;
+                        size += is_far(value + k, spacing, rows, limit) == far;
+                    }
+                    if (!size) break;
+                    for (int64_t i = 0; i < size; i++) {
+                        block.input[i] = now.index[place[i]];
+                        block.column[i] = codes + block.input[i] * column;
+                    }
                 }
-                if (!size) break;
-                struct block block = {.count = (size + 3) / 4 * 4};
-                for (int64_t i = 0; i < block.count; i++) {
-                    block.input[i] = now.index[place[i < size ? i : size - 1]];
-                    block.column[i] = codes + block.input[i] * column;
+                for (block.count = size; block.count % 4; block.count++) {
+                    block.input[block.count] = block.input[size - 1];
+                    block.column[block.count] = block.column[size - 1];
                 }
                 ahead.first = ahead.first < COLUMNS ? 0 : ahead.first - COLUMNS;
                 memmove(ahead.column, ahead.column + COLUMNS, COLUMNS * sizeof *ahead.column);
                 look_ahead(&ahead, weight, &now, &after, k);
-                add_block(weight, &block, value, place, size, spacing, rows, from, bytes, &by, &ahead, sums, stride);
+                add_block(weight, &block, values, passes == 1 ? 0 : place, size, spacing, rows, from, bytes, &by, &ahead, sums, stride);
             }
         const int64_t first = from < start ? start - from : 0, end = from + here < stop ? here : stop - from;
         for (int64_t r = 0; r < rows; r++) {
