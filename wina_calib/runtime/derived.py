@@ -1,6 +1,6 @@
-"""Classes made of one of ours and a stock one, which modules of a sparse model get in place of the stock one.
+"""Classes made of one of ours, or several, and a stock one, which modules of a sparse model get in place of the stock one.
 
-To all who look at names they are the stock class; copied and pickled by the two classes.
+To all who look at names they are the stock class; copied and pickled by what they are made of.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ class Derived(nn.Module):
     known: tuple[Any, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copied and pickled by name of the two classes."""
+        """Copied and pickled by name of the classes that it is made of."""
         state: Any = super().__getstate__  # torch has no types for it
-        return _empty, type(self).__bases__, state()
+        made_of: list[type] = [type(self)]
+        while made_of[-1] in _made.values():
+            made_of += made_of.pop().__bases__
+        return _empty, tuple(made_of), state()
 
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -37,6 +40,9 @@ def derive(module: nn.Module, mixin: type[Derived]) -> None:
     module.__class__ = both(mixin, type(module))
 
 
-def _empty(mixin: type[Derived], stock: type[nn.Module]) -> nn.Module:
-    made = both(mixin, stock)
-    return made.__new__(made)
+def _empty(*made_of: Any) -> nn.Module:
+    *mixins, made = made_of
+    for mixin in reversed(mixins):
+        made = both(mixin, made)
+    empty: nn.Module = made.__new__(made)
+    return empty

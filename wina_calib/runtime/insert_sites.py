@@ -20,6 +20,7 @@ from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.architecture import Architecture
 from wina_calib.runtime import decoder
 from wina_calib.runtime.fast_path import attention, blocks, lm_head, norms
+from wina_calib.runtime.fast_path import decoder as fast_decoder
 from wina_calib.runtime.fast_path import layers as fast_layers
 from wina_calib.runtime.modules import GroupState, OtherParameters, SiteState, SparseLinear, site_states
 from wina_calib.runtime.patches import compile_guards, continuous_batching, late_stop
@@ -66,6 +67,9 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
         norm = model.get_submodule(arch.final_norm.module)
         norm.weight = nn.Parameter(norm.weight.detach().unsqueeze(0), requires_grad=False)  # as it is stored
     path, _, name = arch.layers_path.rpartition(".")
+    fast_decoder.shorten(
+        model.get_submodule(path), arch.embed.removeprefix(f"{path}."), arch.final_norm.module.removeprefix(f"{path}.")
+    )
     decoder.install(model.get_submodule(path), state, name)
     model.__dict__["wina_state"] = state
     compile_guards.prefer(model)

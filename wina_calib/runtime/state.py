@@ -46,6 +46,7 @@ class RuntimeState:
         masks: whether the sparsity that is set drops anything.
         stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
         revision: counts how often thresholds were set.
+        packs: counts how often the weights' storage was looked at.
         sites: all sites, in order.
         watch: samples what decode steps drop, until it has seen enough.
         gate: keeps passes and changes of the model apart.
@@ -62,6 +63,7 @@ class RuntimeState:
     masks: bool = False
     stale: bool = True
     revision: int = 0
+    packs: int = 0
     sites: list[Any] = field(default_factory=list, repr=False)
     watch: Watch | None = field(default=None, repr=False)
     gate: Gate = field(default_factory=Gate, repr=False)
@@ -178,6 +180,7 @@ class RuntimeState:
                 with torch.inference_mode(False), torch.no_grad():
                     for site in self.sites:
                         site.pack()
+                self.packs += 1
                 self.masks = any(site.asked != 0 for site in self.sites)  # nan: thresholds without a sparsity
                 self.stale = False
 

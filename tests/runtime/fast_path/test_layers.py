@@ -37,13 +37,13 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Length of the cache in each call."""
+    """Places of the cache in each call: all, or where the decoder's own code was left out, those that are filled."""
     seen: list[int] = []
     plain = Layers.__call__
 
-    def call(self: Layers, *args: Any) -> tuple[Tensor, ...]:
-        seen.append(args[-1])
-        return plain(self, *args)
+    def call(self: Layers, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        seen.append(args[5])
+        return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(Layers, "__call__", call)
     return seen
@@ -106,7 +106,7 @@ def test_every_cache(kind: str, calls: list[int]) -> None:
         return step(model, filled(model, cache=cache), count=5)
 
     found = run()
-    assert calls == ([40] * 5 if kind == "static" else [])
+    assert calls == ([40, *range(PROMPT + 2, PROMPT + 6)] if kind == "static" else [])
     assert close(found, layer_by_layer(run, stock=True))
 
 
@@ -161,7 +161,7 @@ def test_a_count_of_places_that_is_replaced_counts(model: PreTrainedModel, calls
         layer.cumulative_length = layer.cumulative_length.clone()
     step(model, cache, start=PROMPT + 1)
     assert int(cache.get_seq_length()) == PROMPT + 2
-    assert calls == [40, 40]
+    assert calls == [40, PROMPT + 2]
 
 
 def test_two_caches_go_by_turns(model: PreTrainedModel, calls: list[int]) -> None:
@@ -327,6 +327,22 @@ def test_a_decoder_that_changes_what_lies_between_layers(
         expected, others = layer_by_layer(run)
         assert torch.equal(found, expected)
         assert all(torch.equal(a, b) for a, b in zip(kept, others, strict=True))
+
+
+def test_a_decoder_that_leaves_a_layer_out(
+    model: PreTrainedModel, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer after it gets what was counted on for another one."""
+    plain = ShortLayer.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if self is model.model.layers[1] else plain(self, *args, **kwargs)
+
+    cache, other = filled(model), filled(model)
+    monkeypatch.setattr(ShortLayer, "__call__", call)
+    assert torch.equal(step(model, cache), layer_by_layer(lambda: step(model, other)))
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(tensors(cache), tensors(other), strict=True))
 
 
 def test_fewer_layers_leave_the_others_caches(model: PreTrainedModel, calls: list[int]) -> None:

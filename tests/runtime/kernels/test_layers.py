@@ -89,6 +89,8 @@ def compare(dtype, parts, *, masked=False, filled=5, length=6, places=9):
         y = call(x, *turns, seen, past, length)
         assert [t.shape for t in y] == [x.shape] * len(parts)
         assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
+        *_, last, normed = call(x, *turns, seen, past, length, parts[0].norms[0], 1e-5)
+        assert torch.equal(normed, native.norm(last, parts[0].norms[0], 1e-5))
     apart(parts, x, turns, seen, before, filled, length)
     assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
 

@@ -12,6 +12,8 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Places from which torch's attention saves more than one call does, where several query heads share a key head.
 MAX_LENGTH = 2048
+_EPSILON, _SCALING = attrgetter("variance_epsilon"), attrgetter("scaling")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class ShortLayer(Recomputed):
 
     form: Form
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; what was computed ahead is handed out without more ado, as nobody looks on."""
+        if not torch.compiler.is_compiling():
+            now: Pass | None = getattr(here, "current", None)
+            if now is not None and now.ahead is not None:
+                y = now.ahead.hand_out(self, args, kwargs)
+                if y is not None:
+                    return y
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs (batch, rows, width), as the stock layer."""
         if not (self.training or torch.is_grad_enabled()):
@@ -63,36 +76,65 @@ class ShortLayer(Recomputed):
 
 
 class Ahead:
-    """A token that was computed for all layers of a pass, some of which have handed out their part."""
+    """A token that was computed for all layers of a pass, some of which have handed out their part.
 
-    def __init__(self, inputs: Sequence[Tensor], given: Mapping[str, Any], caches: past.Caches) -> None:
-        self.inputs, self.given, self.caches = inputs, given, caches
-        self.versions = [_version(x) for x in inputs]
+    Args:
+        layers: of the pass.
+        inputs: of each layer, and the output of the last; views of one tensor but for the first.
+        kwargs: what the first layer was given besides.
+        given: what of these matters.
+        caches: that a token was added to.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ShortLayer],
+        inputs: Sequence[Tensor],
+        kwargs: Mapping[str, Any],
+        given: Mapping[str, Any],
+        caches: past.Caches,
+    ) -> None:
+        self.layers, self.inputs, self.given, self.caches = layers, inputs, given, caches
+        self.names, self.values = tuple(kwargs), tuple(kwargs.values())
+        self.version = inputs[-1]._version  # of all outputs, which count their changes together
         self.place = 0
 
-    def hand_out(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The output of the next layer; None where it is given something else than was counted on."""
-        i, given = self.place, self.given
-        if i + 1 >= len(self.inputs) or len(args) != 1 or args[0] is not self.inputs[i]:
+    def hand_out(self, layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The output of the next layer; None where another one is asked, or it is given something else than was counted on."""
+        i, inputs = self.place, self.inputs
+        if i + 1 >= len(inputs) or layer is not self.layers[i] or len(args) != 1 or args[0] is not inputs[i]:
             return None
-        if _version(args[0]) != self.versions[i] or not _only(kwargs, given):
-            return None
-        if any(kwargs.get(name) is not value for name, value in given.items()):
+        if inputs[i + 1]._version != self.version or not self._is_given(kwargs):
             return None
         self.place = i + 1
-        return self.inputs[i + 1]
+        return inputs[i + 1]
+
+    def _is_given(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a layer gets what the first one got, or what comes to the same."""
+        if tuple(kwargs) == self.names and all(map(is_, kwargs.values(), self.values)):
+            return True
+        return _only(kwargs, self.given) and all(kwargs.get(name) is value for name, value in self.given.items())
+
+    def is_over(self) -> bool:
+        """Whether all layers have handed out their part."""
+        return self.place + 1 == len(self.inputs)
 
     def finish(self) -> None:
         """Take back what was added for layers that were not asked."""
-        if self.place + 1 < len(self.inputs):
+        if not self.is_over():
             self.caches.take_back(self.place)
 
 
 class Plan:
-    """All layers of a model as one call, and what must still be so for it to be what they compute."""
+    """All layers of a model as one call, and what must still be so for it to be what they compute.
+
+    Attributes:
+        decoder: what their decoder was seen to do besides, see `decoder.Seen`; None as long as it was not.
+    """
 
     def __init__(self, layers: Sequence[ShortLayer]) -> None:
         self.layers = list(layers)
+        self.decoder: Any = None
         self.form = layers[0].form
         self.attentions: list[Any] = [layer._modules[layer.form.attention] for layer in layers]
         self.norms = list(_norms(layers))
@@ -100,6 +142,7 @@ class Plan:
         self.dropping = [*self.attentions, *(m for m in self.modules if isinstance(m, nn.Dropout))]
         self.parents = [m._modules for m in self.modules if m._modules]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [m.__dict__ for m in self.modules]
         self.projections: list[Any] = [m for m in self.modules if isinstance(m, PROJECTIONS)]
         self.groups: list[Any] = list(dict.fromkeys(m.packed for m in self.projections))
         self.quantized = all(isinstance(group, QuantizedGroup) for group in self.groups)
@@ -111,18 +154,26 @@ class Plan:
         self.grouped = any(a.parts.heads[0] != a.parts.heads[1] for a in self.attentions)
         self.call = Layers([_parts(layer) for layer in layers])
         self._children = [dict(children) for children in self.parents]
-        self._made_of = self._now()
+        self._made_of, self._packed, self._packs = self._now(), self._products(), -1
 
-    def holds(self) -> bool:
-        """Whether modules, weights and settings still are those that the call was made of."""
-        children = all(now == before for now, before in zip(self.parents, self._children, strict=True))
-        return children and self._now() == self._made_of
+    def holds(self, packs: int) -> bool:
+        """Whether modules, weights and settings still are those that the call was made of; `packs` as of the state.
+
+        Asked at every token, when whatever is looked at has to come from memory again: loops are in C where they can be.
+        """
+        if self.parents != self._children or self._now() != self._made_of:
+            return False
+        if packs != self._packs:
+            if self._products() != self._packed:
+                return False
+            self._packs = packs
+        return True
 
     def is_seen(self) -> bool:
         """Whether hooks see the calls of a module, or one computes something else by now."""
         if any(self.hooks) or torch_modules._has_any_global_hook():
             return True
-        if any("forward" in module.__dict__ for module in self.modules) or any(m.training for m in self.dropping):
+        if any(map(contains, self.own, repeat("forward"))) or any(m.training for m in self.dropping):
             return True
         return any(kind.__bases__[1].forward is not module.known[0] for kind, module in self.derived.items())
 
@@ -133,14 +184,16 @@ class Plan:
         return now.drops or self.quantized
 
     def _now(self) -> list[Any]:
-        """What the call depends on, in things that are cheap to compare."""
-        facts: list[Any] = [type(module) for module in self.modules]
+        """What the call depends on, in things that are cheap to compare, but for the products."""
+        facts: list[Any] = list(map(type, self.modules))
         facts += [norm._parameters["weight"].data_ptr() for norm in self.norms]
-        facts += [norm.variance_epsilon for norm in self.norms]
-        facts += [a.scaling for a in self.attentions]
-        facts += [id(m.packed) for m in self.projections]
-        facts += [id(group.row) for group in self.groups]
+        facts += map(_EPSILON, self.norms)
+        facts += map(_SCALING, self.attentions)
         return facts
+
+    def _products(self) -> list[int]:
+        """The products of the projections, which change where the state packs weights again."""
+        return [*(id(m.packed) for m in self.projections), *(id(group.row) for group in self.groups)]
 
 
 def shorten(layer: nn.Module, described: Layer) -> None:
@@ -182,45 +235,70 @@ def _ahead(layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return None
     if now.ahead is None:
         now.ahead = _begin(layer, args, kwargs, now)
-    handed: Tensor | None = None if now.ahead is None else now.ahead.hand_out(args, kwargs)
+    handed: Tensor | None = None if now.ahead is None else now.ahead.hand_out(layer, args, kwargs)
     if handed is None:
         finish(now)
         now.layers = None  # the layers that follow need not ask
     return handed
 
 
+def plan_for(now: Pass) -> Plan | None:
+    """The plan of a pass in which one row of which nothing but the result is wanted may go through all layers in one call."""
+    plan = _plan_of(now)
+    if plan is None or not plan.serves(now) or plan.is_seen():
+        return None
+    if any(config._attn_implementation != attention.NAME for config in plan.configs):
+        return None
+    return plan
+
+
+def caches_for(plan: Plan, held: Any) -> past.Caches | None:
+    """A cache with room for one more token of a plan; None where C cannot add to it."""
+    caches = past.caches_of(held, len(plan.layers))
+    if caches is None or not caches.prepare(plan.shapes, plan.call.dtype):
+        return None
+    return None if plan.grouped and caches.filled() >= MAX_LENGTH else caches
+
+
+def fits(plan: Plan, x: Any, turns: Any) -> bool:
+    """Whether a plan takes x as a token (1, 1, width), and what its heads are turned by."""
+    if type(x) is not Tensor or x.shape != (1, 1, plan.call.width) or not _is_held(x, plan):
+        return False
+    size = plan.shapes[0][1]
+    if not isinstance(turns, tuple) or len(turns) != 2:
+        return False
+    return all(t.numel() == size and _is_held(t, plan) for t in turns)
+
+
+def _is_held(x: Tensor, plan: Plan) -> bool:
+    return x.dtype is plan.call.dtype and x.is_cpu and x.is_contiguous()
+
+
 def _begin(layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], now: Pass) -> Ahead | None:
     """Compute a token for all layers, if this is the first and nothing but the result is wanted."""
     if len(args) != 1 or type(args[0]) is not Tensor or args[0].shape[:2] != (1, 1):
         return None
-    plan = _plan_of(now)
-    if plan is None or plan.layers[0] is not layer or not plan.serves(now) or plan.is_seen():
+    plan = plan_for(now)
+    if plan is None or plan.layers[0] is not layer:
         return None
-    given = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask", plan.form.cache)}
+    given: dict[str, Any] = {
+        name: kwargs.get(name) for name in ("position_embeddings", "attention_mask", plan.form.cache)
+    }
     turns, mask, held = given.values()
-    (x,), call = args, plan.call
-    if x.dtype is not call.dtype or not x.is_cpu or x.shape[2] != call.width or not x.is_contiguous():
+    (x,) = args
+    if not fits(plan, x, turns) or not _only(kwargs, given):
         return None
-    if not isinstance(turns, tuple) or len(turns) != 2 or not _only(kwargs, given):
-        return None
-    size = plan.shapes[0][1]
-    if any(t.numel() != size or t.dtype is not x.dtype or not t.is_contiguous() or not t.is_cpu for t in turns):
-        return None
-    if any(config._attn_implementation != attention.NAME for config in plan.configs):
-        return None
-    caches = past.caches_of(held, len(plan.layers))
-    if caches is None or not caches.prepare(plan.shapes, x.dtype):
-        return None
-    if plan.grouped and caches.filled() >= MAX_LENGTH:
+    caches = caches_for(plan, held)
+    if caches is None:
         return None
     if mask is not None and (
         mask.dtype is not torch.bool or mask.numel() != caches.length or not mask.is_contiguous() or not mask.is_cpu
     ):
         return None
     with torch.inference_mode(False):  # what counts its changes
-        outputs = call(x, *turns, mask, caches.past, caches.length)
+        outputs = plan.call(x, turns[0], turns[1], mask, caches.past, caches.length)
     caches.added()
-    return Ahead((x, *outputs), given, caches)
+    return Ahead(plan.layers, (x, *outputs), kwargs, given, caches)
 
 
 def _plan_of(now: Pass) -> Plan | None:
@@ -228,7 +306,7 @@ def _plan_of(now: Pass) -> Plan | None:
     state = now.state
     if state.plan is False:
         return None
-    if state.plan is None or not state.plan.holds():
+    if state.plan is None or not state.plan.holds(state.packs):
         state.plan = _plan(list(now.layers)) or False
     known: Plan | None = state.plan or None
     return known
@@ -311,11 +389,6 @@ def _only(kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
         name not in given and name not in UNUSED and value is not None and value is not False
         for name, value in kwargs.items()
     )
-
-
-def _version(x: Tensor) -> int:
-    """A number that changes with every write to a tensor, -1 where torch does not count."""
-    return -1 if x.is_inference() else x._version
 
 
 def _computes(layer: nn.Module, form: Form, dtype: torch.dtype) -> bool:

@@ -58,7 +58,9 @@ class Norm(nn.Module):
         now = self.state.now()
         if not now.drops:
             return False
-        if type(x) is not Tensor or x.dtype is not weight.dtype or weight.dim() != 1 or x.shape[-1:] != weight.shape:
+        if type(x) is not Tensor or x.dtype is not weight.dtype or x.shape[-1:] != weight.shape[-1:]:
+            return False
+        if weight.dim() != 1 and (weight.numel() != weight.shape[-1] or not x.is_cpu):  # as a rotation's norm is stored
             return False
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False

@@ -118,7 +118,15 @@ class Layers:
         self.weights = max(row.width * row.out for part in parts for row in part.rows)
 
     def __call__(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor | None, past: ctypes.Array[Past], length: int
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        seen: Tensor | None,
+        past: ctypes.Array[Past],
+        length: int,
+        norm: Tensor | None = None,
+        epsilon: float = 0.0,
     ) -> tuple[Tensor, ...]:
         """What each layer gives for one token, which is added to the cache.
 
@@ -129,19 +137,21 @@ class Layers:
             seen: bool, length numbers, contiguous: places that are attended to; None is all.
             past: a layer's cache each, with room for `length` places, the new one among them.
             length: of the cache.
+            norm: weights (width,) of x's dtype, contiguous, of an RMSNorm of what the last layer gives; None is without.
+            epsilon: of it.
 
         Returns:
-            (1, 1, width) for each layer; the same for any number of threads.
+            (1, 1, width) for each layer, and the norm of the last one's; the same for any number of threads.
 
         Raises:
             MemoryError: there is none.
             ValueError: a cache is full.
         """
         count = len(self.parts)
-        hidden = torch.empty(count, 1, 1, self.width, dtype=self.dtype, device="cpu")
-        places = (t if t is None else t.data_ptr() for t in (x, hidden, cosine, sine, seen))
+        hidden = torch.empty(count + (norm is not None), 1, 1, self.width, dtype=self.dtype, device="cpu")
+        places = (t if t is None else t.data_ptr() for t in (x, hidden, cosine, sine, seen, norm))
         threads = threads_for(self.weights)
-        failed = self.function(self.address, ctypes.addressof(past), count, *places, length, threads)
+        failed = self.function(self.address, ctypes.addressof(past), count, *places, epsilon, length, threads)
         if failed == 1:
             raise MemoryError(f"no memory for a token's heads and the scores of {length} places")
         if failed:

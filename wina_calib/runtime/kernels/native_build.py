@@ -36,7 +36,14 @@ SIGNATURES = {
     "turned": ([*[ctypes.c_void_p] * 7, ctypes.c_float, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
     "gated": ([*[ctypes.c_void_p] * 5, *[ctypes.c_int] * 2], ctypes.c_int),
     "layers": (
-        [*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int],
+        [
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 6,
+            ctypes.c_float,
+            ctypes.c_int64,
+            ctypes.c_int,
+        ],
         ctypes.c_int,
     ),
     "attend": ([*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int], ctypes.c_int),

@@ -93,11 +93,13 @@ JOINED(bfloat16)
     for (int64_t j = share((site)->out, unit_of(site), me, team); j < share((site)->out, unit_of(site), me + 1, team); j++) \
         (to)[j] = narrow_##TYPE(widen_##TYPE((from)[j]) + widen_##TYPE((to)[j]));
 
-/* From x (width,) to hidden (count, width), what each layer gives. A layer's cache has room for `length` places, of which `seen`
+/* From x (width,) to hidden (count, width), what each layer gives, and behind it the norm of the last one's with the weights `norm`
+   (width,), which may be null. A layer's cache has room for `length` places, of which `seen`
    (length,) or null says which are attended to. Returns 1 without memory, 2 where a cache is full; then nothing was changed. */
 #define LAYERS(TYPE)                                                                                                   \
     int layers_##TYPE(const struct layer *layers, struct past *past, int64_t layer_count, const TYPE *x, TYPE *hidden, \
-                      const TYPE *cosine, const TYPE *sine, const uint8_t *seen, int64_t length, int threads) {        \
+                      const TYPE *cosine, const TYPE *sine, const uint8_t *seen, const TYPE *norm, float epsilon,      \
+                      int64_t length, int threads) {                                                                   \
         for (int64_t l = 0; l < layer_count; l++) {                                                                    \
             if (past[l].counter) past[l].filled = *past[l].counter;                                                    \
             if (past[l].filled < 0 || past[l].filled >= length) return 2;                                              \
@@ -170,6 +172,7 @@ JOINED(bfloat16)
         }                                                                                                              \
         for (int64_t l = 0; l < layer_count; l++)                                                                      \
             if (past[l].counter) ++*past[l].counter;                                                                   \
+        if (norm) normed_##TYPE(hidden + (layer_count - 1) * need.width, norm, hidden + layer_count * need.width, epsilon, need.width); \
         free(memory);                                                                                                  \
         return 0;                                                                                                      \
     }
