@@ -94,8 +94,8 @@ def make(config_file, folder, kinds):
 def serve(path, threads):
     """Read lines `COUNT`, `prompt COUNT` or `reset COUNT` and answer each with milliseconds.
 
-    A count alone is that many tokens, one at a time: milliseconds of a token. A prompt is computed in one batch from an empty
-    cache: milliseconds of all. After a reset the cache holds that many tokens.
+    A count alone is that many tokens, one at a time, the likeliest next one chosen after each: milliseconds of a token. A prompt
+    is computed in one batch from an empty cache: milliseconds of all. After a reset the cache holds that many tokens.
     """
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -104,12 +104,13 @@ def serve(path, threads):
     options.no_perf = True
     context = llama_cpp.llama_init_from_model(model, options)
     memory = llama_cpp.llama_get_memory(context)
+    greedy = llama_cpp.llama_sampler_init_greedy()
 
     def decode(count):
         tokens = (llama_cpp.llama_token * count)(*range(5, 5 + count))
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)):
             sys.exit("llama.cpp cannot decode: the context is full")
-        llama_cpp.llama_synchronize(context)
+        llama_cpp.llama_sampler_sample(greedy, context, -1)  # waits for the logits
 
     _say(llama_cpp.llama_print_system_info().decode().strip())
     for line in sys.stdin:

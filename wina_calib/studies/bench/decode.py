@@ -61,9 +61,9 @@ class Session:
         self.position = self.prompt
 
     def step(self) -> None:
-        """Run one token and choose the next."""
+        """Run one token and choose the next, as `generate` does: among logits in float32."""
         token = self.ids[:, self.position : self.position + 1]
-        self.forward(input_ids=token, use_cache=True, **self.given).logits[:, -1].argmax(-1)
+        self.forward(input_ids=token, use_cache=True, **self.given).logits[:, -1].float().argmax(-1)
         self.position += 1
 
     def steps(self, count: int) -> None:
