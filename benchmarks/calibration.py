@@ -191,7 +191,7 @@ def main() -> None:
         "transform and global budget": sum(
             seconds
             for name, seconds in clock.seconds.items()
-            if name.startswith(("statistics", "transform: ", "budget: "))
+            if name.startswith(("collect layer inputs", "rotate weights: ", "find where to drop: "))
         )
         / plain_s,
     }

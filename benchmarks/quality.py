@@ -175,7 +175,7 @@ def model_part(cells: dict[str, dict[str, Any]]) -> str:
         rows.append([budget, *map(quality, cell["rows"])])
         if TEAL in cells:
             rows[-1].append(percent(1 - excess(cell["rows"][-1]) / excess(cells[TEAL]["rows"][-1]), 0))
-        took = sum(seconds for name, seconds in cell["seconds"].items() if name.startswith("budget: "))
+        took = sum(seconds for name, seconds in cell["seconds"].items() if name.startswith("find where to drop: "))
         work.append([budget, *cost(cell), f"{took:.0f}"])
     lines.append(table([*heads, "gap closed"] if TEAL in cells else heads, rows))
     lines += ["", "What choosing the budget takes, in forward passes over all calibration tokens.", ""]

@@ -28,4 +28,6 @@ def test_it_measures_every_phase(tmp_path: Path) -> None:
         "transform and global budget",
     }
     assert all(value > 0 for value in found["seconds"].values())
-    assert {"statistics", "write weights", "budget: loss curves", "fit thresholds"} <= set(found["phases"])
+    assert {"collect layer inputs", "write weights", "find where to drop: backward pass", "fit thresholds"} <= set(
+        found["phases"]
+    )

@@ -90,13 +90,13 @@ def test_progress_tells_the_worst_site_of_each_layer(tmp_path: Path, llama: Path
     fits = [
         note
         for note in told
-        if re.fullmatch(r"layer [123]: output error up to \d+% \((attn|mlp)_(in|out) at 65%\)", note)
+        if re.fullmatch(r"layer [123]: own output off by \d+% at most \((attn|mlp)_(in|out), at 65% sparsity\)", note)
     ]
     assert len(fits) == 3
     errors = {n: t[-1] for n, t in open_checkpoint(tmp_path / "s").tensors.items() if n.endswith(".error")}
     for layer, note in enumerate(fits):
         site = max((n for n in errors if f".{layer}.wina" in n), key=lambda n: float(errors[n]))
-        assert f"up to {float(errors[site]):.0%} ({site.split('.')[-2]} at 65%)" in note
+        assert f"off by {float(errors[site]):.0%} at most ({site.split('.')[-2]}, at 65% sparsity)" in note
     assert result.settings.provenance["seq_len"] == 256
 
 

@@ -61,6 +61,30 @@ def test_it_is_corrected_by_the_phase_under_way_and_ends_at_nothing() -> None:
     assert forecast.share == 1
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.0, 5.0), (5.0, 1.0)])
+def test_it_follows_when_other_programs_take_the_processor_or_give_it_back(before: float, after: float) -> None:
+    forecast = Forecast(tuple(Part(name, 200, 1.0) for name in "abc"))
+    end = run(forecast, "a", 200, before, 0.0)
+    forecast.phase("b", 200, end)
+    for step in range(130):
+        end += before if step < 40 else after
+        forecast.step(end)
+    assert forecast.seconds_left(end) == pytest.approx(after * (70 + 200), rel=0.5)
+    for _ in range(70):
+        end += after
+        forecast.step(end)
+    forecast.phase("c", 200, end)
+    assert forecast.seconds_left(end) == pytest.approx(after * 200, rel=0.25)
+
+
+def test_what_is_not_in_the_plan_says_nothing_of_the_rest() -> None:
+    forecast = Forecast(PLAN)
+    end = run(forecast, "a", 4, 1.0, 0.0)
+    end = run(forecast, "surprise", 5, 100.0, end)
+    forecast.phase("b", 10, end)
+    assert forecast.seconds_left(end) == pytest.approx(36)
+
+
 def test_saved_work_counts_as_done_and_says_nothing_of_the_time() -> None:
     forecast = Forecast((*PLAN, Part("c", 2, 10.0)))
     forecast.phase("b", 5, 0.0)  # "a" is there, and half of "b"

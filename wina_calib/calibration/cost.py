@@ -18,11 +18,12 @@ from wina_calib.transforms import Plan, Statistics, fit_work, needed_sites
 
 LOADED_LATER = 64 << 20  # code that is loaded, and small things that are kept, once the work runs
 # Of a plain pass through the layers: one anchor's closed loop, and one anchor in open loop.
-CLOSED_LOOP_PASSES = 2.1
+CLOSED_LOOP_PASSES = 1.8
 OPEN_LOOP_PASSES = 1.2
-HELD_OUT_PASSES = 1.3  # held-out text at one anchor
+HELD_OUT_PASSES = 1.1  # held-out text at one anchor
 GREEDY_PASSES = 95.0  # to a sparsity of 0.65; each takes a part of a layer
-_COMPARED = 1.3  # what logits that are compared take longer than a product
+_COLLECTED = 1.3  # a plain pass that keeps a sample of inputs
+_COMPARED = 1.5  # what logits that are compared take longer than a product
 _COLUMNS = 5.0  # what a product of GPTQ takes longer than one of a plain pass
 _LOGITS = 10  # the logits of a part, and all that is computed of them and kept at a time
 # Floats a token of a layer's forward pass, and of forward and backward with what is felt at each site: as multiples of the
@@ -31,7 +32,8 @@ _FORWARD = 4, 4
 _BACKWARD = 26, 16
 # Phases by name, as the job announces them.
 DENSE, STATISTICS, WRITE, GREEDY, FIT, MEASURE = (
-    "dense perplexity", "statistics", "write weights", "budget: greedy search", "fit thresholds", "measure",
+    "run the dense model", "collect layer inputs", "write weights", "find where to drop: greedy search", "fit thresholds",
+    "measure the sparse model",
 )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
     head = arch.hidden_size * arch.vocab_size / weights  # lm_head of a token
     parts = [Part(DENSE, layers + heads, work.heldout * (1 + head))]
     if work.transform:
-        parts.append(Part(STATISTICS, layers, work.transform))
+        parts.append(Part(STATISTICS, layers, _COLLECTED * work.transform))
     if not work.by_reference:
         parts += [
             Part(name, steps, flops / (2 * weights))

@@ -99,7 +99,7 @@ def fit_thresholds(
         if quantizer is not None:
             quantizer.write(layer)
         done(
-            f"layer {index + 1}: output error up to {worst[1].error:.0%} ({worst[0]} at {anchors[-1]:.0%})",
+            f"layer {index + 1}: own output off by {worst[1].error:.0%} at most ({worst[0]}, at {anchors[-1]:.0%} sparsity)",
             tensors=new,
             values=None if held_out is None else held_out.values,
             prepare=None if quantizer is None else quantizer.sync,

@@ -97,7 +97,7 @@ def loss_gradients(
                     gradient[block, rows] -= own
         both[1][:, -1] = 0  # nothing follows the last token
         gradients[batch], text[batch] = (gradient.to(hidden.dtype) for gradient in both)
-        progress.step("labels")
+        progress.step("")
     return gradients, text
 
 

@@ -44,8 +44,10 @@ _SPREAD = 0.3  # what their ratio differs by from site to site, as found on two 
 _RATIOS = (-0.75, 3.0)
 
 # Phases, and what each costs in dense passes through the layers, or through lm_head.
-_DENSE, _GRADIENTS_PHASE, _CURVES = "budget: dense pass", "budget: gradients of the loss", "budget: loss curves"
-_COUNTED, _HEAD, _BACKWARD = 1.1, 2.9, 3.8
+_DENSE, _GRADIENTS_PHASE, _CURVES = (
+    f"find where to drop: {what}" for what in ("forward pass", "lm_head", "backward pass")
+)
+_COUNTED, _HEAD, _BACKWARD = 1.4, 4.5, 4.4
 CURVE_PASSES = _COUNTED + _BACKWARD
 _GRADIENTS = ("sampled", "text")  # names of the gradients that are saved, by their labels
 

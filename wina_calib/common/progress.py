@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+HALF_LIFE = 60.0  # seconds after which what was seen of the pace counts half
+
 
 @dataclass(frozen=True)
 class Part:
@@ -153,6 +155,23 @@ class Within(Silent):
         self._outer.note(f"{self._name}: {text}")
 
 
+class Pace:
+    """Seconds a unit of work, what was seen lately counting most, as other programs may take the processor or give it back."""
+
+    def __init__(self) -> None:
+        self._seconds = self._work = 0.0
+
+    def saw(self, seconds: float, work: float) -> None:
+        """So much work took so long."""
+        kept = 0.5 ** (seconds / HALF_LIFE)
+        self._seconds, self._work = kept * self._seconds + seconds, kept * self._work + work
+
+    @property
+    def each(self) -> float | None:
+        """Seconds a unit; None where none was seen."""
+        return self._seconds / self._work if self._work else None
+
+
 class Forecast:
     """How much of some work is done and how long the rest takes: from its plan, corrected by what was seen so far.
 
@@ -163,17 +182,16 @@ class Forecast:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = list(parts)
         self._total = sum(part.cost for part in parts)
-        self._over = self._timed = self._took = 0.0  # cost of what is over, of what of it took time here, and that time
-        self._now, self._left = Part("", 0, 0.0), 0
-        self._times: list[float] = []
+        self._over = 0.0  # cost of what is over, or was there already
+        self._now, self._steps, self._done = Part("", 0, 0.0), 0, 0
+        self._begun = self._first = self._last = 0.0  # when the phase began, its first step ended, and its last one
+        self._whole, self._phase = Pace(), Pace()  # a unit of cost, and a step of the phase
 
     def phase(self, name: str, steps: int, now: float) -> None:
         """A phase begins of which `steps` steps are left."""
-        if self._times:
-            cost = self._now.cost * self._left / max(self._now.steps, self._left, 1)
-            self._over, self._timed, self._took = (
-                self._over + cost, self._timed + cost, self._took + now - self._times[0]
-            )  # fmt: skip
+        if self._steps:  # its first step has its own beginnings: they count now, where they are a small share
+            self._see(self._first - self._begun + now - self._last, min(1 + self._steps - self._done, self._steps))
+            self._over += self._cost(self._steps)
         index = next((i for i, part in enumerate(self._parts) if part.name == name), None)
         if index is None:
             self._now = Part(name, steps, 0.0 if self._total else 1.0)
@@ -181,12 +199,18 @@ class Forecast:
             self._now = self._parts[index]
             self._over += sum(part.cost for part in self._parts[:index])  # what comes before it is there already
             del self._parts[: index + 1]
-        self._left, self._times = steps, [now]
-        self._over += self._now.cost * (1 - steps / max(self._now.steps, steps, 1))
+        self._steps, self._done, self._phase = steps, 0, Pace()
+        self._begun = self._first = self._last = now
+        self._over += self._now.cost - self._cost(steps)
 
     def step(self, now: float) -> None:
         """A step of the phase is done."""
-        self._times.append(now)
+        if self._done == 0:
+            self._first = now
+        elif self._done < self._steps:
+            self._phase.saw(now - self._last, 1.0)
+            self._see(now - self._last, 1)
+        self._last, self._done = now, min(self._done + 1, self._steps)
 
     @property
     def share(self) -> float:
@@ -197,22 +221,19 @@ class Forecast:
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds to the end; None while nothing is known: until two steps are done, as the first one has its own beginnings."""
-        done, later = self._done, sum(part.cost for part in self._parts)
-        if done >= 2:
-            each = (self._times[done] - self._times[1]) / (done - 1)
-            phase = max(each * (self._left - done) - (now - self._times[done]), 0.0)
-            timed, took = self._timed + self._cost(done), self._took + each * done
-        elif self._timed:
-            timed, took = self._timed, self._took
-            phase = max(self._cost(self._left) * took / timed - (now - self._times[0]), 0.0)
-        else:
+        step, unit = self._phase.each, self._whole.each
+        if step is None and unit is None:
             return None
-        return phase + (later * took / timed if later and timed else 0.0)
+        if step is None:
+            step = self._cost(1) * (unit or 0.0)
+        later = sum(part.cost for part in self._parts) * (unit or 0.0)
+        return max(step * (self._steps - self._done) - (now - self._last), 0.0) + later
 
-    @property
-    def _done(self) -> int:
-        return min(len(self._times) - 1, self._left) if self._times else 0
+    def _see(self, seconds: float, steps: int) -> None:
+        """So many steps of the phase under way took so long; one that is not in the plan says nothing of those that are."""
+        if self._now.cost:
+            self._whole.saw(seconds, self._cost(steps))
 
     def _cost(self, steps: int) -> float:
         """Cost of so many steps of the phase under way."""
-        return self._now.cost * steps / max(self._now.steps, self._left, 1)
+        return self._now.cost * steps / max(self._now.steps, self._steps, 1)

@@ -55,7 +55,7 @@ WAYS: Mapping[str, tuple[str, str]] = {
     ),
     "values": ("the source's thresholds as they are", "nothing"),
 }
-_SCORES, _MEASURE = "dense pass", "transfer"
+_SCORES, _MEASURE = "run the dense model", "transfer"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from wina_calib.transforms.residual import fit_residual, residual_work
 from wina_calib.transforms.statistics import Statistics
 
 LoadLayer = Callable[[int], Mapping[str, Tensor]]
-_SITES, _HEADS = "transform: sites", "transform: heads"
+_SITES, _HEADS = "rotate weights: sites", "rotate weights: heads"
 _DESCENT = "descent."  # what a descent under way is saved under
 # The paper takes the singular vectors of one projection of each site.
 _PAPER_PROJECTION = {"attn_in": ("k_proj", "qkv_proj"), "mlp_in": ("gate_proj", "gate_up_proj")}

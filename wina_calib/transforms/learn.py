@@ -192,7 +192,7 @@ def learn(
                 state = {"rotation": rotation, "moment": moment, "best": best, "best_cost": best_cost}
                 state |= {"first_cost": first_cost, "order": torch.tensor(order, dtype=torch.int64)}
                 save(state | {"generator": generator.get_state(), "step": torch.tensor(step)})
-            progress.step(f"step {step} of {steps}: held-out cost {float(cost.mean() / first_cost.mean()):.3f}")
+            progress.step(f"step {step} of {steps}: {float(cost.mean() / first_cost.mean()):.3f} times the first error")
     improved = (best_cost < first_cost)[:, None, None]
     rotations = torch.where(improved, orthogonalised(best.double()), start)
     return rotations, held_out_cost(problems, rotations), first_cost

@@ -19,7 +19,7 @@ from wina_calib.transforms.statistics import Statistics, check_tokens, sampled_l
 
 SITES_PER_STEP = 8
 STEPS = 200
-_PREPARE, _TURN = "transform: read layers", "transform: rotation"
+_PREPARE, _TURN = "rotate weights: read layers", "rotate weights: search"
 
 
 def default_steps(width: int) -> int:
@@ -31,9 +31,9 @@ def residual_work(arch: Architecture, steps: int | None) -> list[tuple[str, int,
     """The phases of the fit, as `fit_work` gives them."""
     layers, width = len(sampled_layers(arch)), arch.hidden_size
     steps, rows = default_steps(width) if steps is None else steps, SITES_PER_STEP * max(512, width)
-    pace = 0.35 if has_16_bit_products(torch.bfloat16) else 0.8
+    pace = 0.42 if has_16_bit_products(torch.bfloat16) else 0.8
     return [
-        (_PREPARE, layers, layers * 3700.0 * arch.layer_weights),
+        (_PREPARE, layers, layers * 4700.0 * arch.layer_weights),
         (_TURN, checks(steps), steps * pace * (8.0 * rows * width**2 + 16.0 * width**3)),
     ]
 
