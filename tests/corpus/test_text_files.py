@@ -111,14 +111,14 @@ class TestBadInput:
             ("x" * 5000, "no such file or folder"),
             ("a\0b", "no such file or folder"),
             ("/dev/null", "neither a file nor a folder"),
-            ("{dir}/a.md", r"ends in \.md; expected \.txt, \.jsonl, \.parquet\. Rename or convert"),
+            ("{dir}/a.csv", r"ends in \.csv; expected text .*, \.jsonl or \.parquet\. Rename or convert"),
             ("{dir}/plain", "ends in no suffix"),
             ("{dir}/a.jsonl:", "field '' was asked for"),
             ("{dir}/a.txt:body", "field 'body' was asked for. Only .jsonl and .parquet files have fields"),
         ],
     )
     def test_specs(self, tmp_path, spec, message):
-        for name in ("a.md", "plain", "a.jsonl", "a.txt"):
+        for name in ("a.csv", "plain", "a.jsonl", "a.txt"):
             (tmp_path / name).write_text("x")
         with pytest.raises(UsageError, match=message) as caught:
             check_spec(spec.replace("{dir}", str(tmp_path)))
@@ -197,9 +197,25 @@ class TestBadInput:
             list(documents(f"{file}:n"))
 
     def test_folder_without_text(self, tmp_path):
-        (tmp_path / "a.md").write_text("x")
-        with pytest.raises(CorpusError, match=r"holds no \.txt, \.jsonl, \.parquet file"):
+        (tmp_path / "a.png").write_text("x")
+        with pytest.raises(CorpusError, match=r"holds no text \(\.txt, \.md, \.py and other source code\), \.jsonl or"):
             list(documents(str(tmp_path)))
+
+    def test_source_code_is_text(self, tmp_path):
+        (tmp_path / "src").mkdir()
+        (tmp_path / ".git").mkdir()
+        for name in ("README.md", "src/a.py", "src/b.RS", "requirements.txt", "src/c.pyc", "picture.png", ".git/d.py"):
+            (tmp_path / name).write_text(name)
+        assert list(documents(str(tmp_path))) == ["README.md", "requirements.txt", "src/a.py", "src/b.RS"]
+        assert list(documents(str(tmp_path / "src" / "a.py"))) == ["src/a.py"]
+        with pytest.raises(UsageError, match="field 'body' was asked for"):
+            check_spec(f"{tmp_path / 'src' / 'a.py'}:body")
+
+    def test_beside_rows_of_data_other_text_describes_them(self, tmp_path):
+        write_jsonl(tmp_path / "a.jsonl", {"text": "row"})
+        for name in ("README.md", "load.py", "b.txt"):
+            (tmp_path / name).write_text(name)
+        assert list(documents(str(tmp_path))) == ["row", "b.txt"]
 
     def test_unreadable_file(self, tmp_path, monkeypatch):
         file = tmp_path / "a.txt"

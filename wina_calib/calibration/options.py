@@ -81,8 +81,8 @@ class CalibrateOptions:
     )
     data: tuple[str, ...] = option(
         (),
-        "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a .txt, .jsonl, "
-        ".parquet file or folder; rows of messages are rendered by the chat template. Repeat to mix evenly. By default "
+        "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a file or "
+        "folder of text, source code, .jsonl or .parquet; rows of messages are rendered by the chat template. Repeat to mix evenly. By default "
         "builtin, for a model with a chat template builtin:chat too.",
         multiple=True,
         metavar="SPEC",

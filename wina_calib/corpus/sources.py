@@ -5,7 +5,7 @@ A data spec is one of
   `builtin:heldout:fiction` are its documents of one kind, and `builtin:chat` conversations made of them;
 - a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
 - `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
-- the path of a .txt, .jsonl or .parquet file or of a folder of them; `file.jsonl:field` names the field with the text
+- the path of a file of text, source code, .jsonl or .parquet, or of a folder of them; `file.jsonl:field` names the field with the text
   or the chat messages, which the model's chat template renders.
 """
 
@@ -89,7 +89,7 @@ def reader(spec: str) -> Callable[[Tally], Iterator[str]]:
         path, field = split_path(spec)
     except UsageError as error:
         raise UsageError(
-            f"{error} Data is `builtin`, a path (.txt, .jsonl, .parquet or a folder of them), hub:NAME, or one of "
+            f"{error} Data is `builtin`, a path (text, source code, .jsonl, .parquet or a folder of them), hub:NAME, or one of "
             f"{', '.join(catalogue())}."
         ) from None
     return lambda tally: path_documents(path, field, tally)

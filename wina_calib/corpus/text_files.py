@@ -1,4 +1,4 @@
-"""Documents out of .txt, .jsonl and .parquet files, in memory that does not grow with the file."""
+"""Documents out of files of text, source code, .jsonl and .parquet, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from wina_calib.common.text import first_line
 from wina_calib.corpus.rows import Tally, shown, texts, type_name
 from wina_calib.errors import CorpusError, UsageError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+ROWS = (".jsonl", ".parquet")
+SUFFIXES = (".txt", *ROWS)
+"""Of files that are data wherever they lie."""
+CODE = frozenset(
+    ".adb .ads .asm .awk .bash .c .cc .clj .cpp .cs .cu .cuh .cxx .dart .el .erl .ex .exs .f90 .fs .go .h .hpp .hs .hxx .java .jl "
+    ".js .jsx .kt .lisp .lua .m .mjs .ml .mli .nim .pas .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scm .sh .sql "
+    ".sv .swift .tcl .ts .tsx .v .vb .vhd .vue .zig".split()
+)
+PROSE = frozenset((".md", ".markdown", ".rst", ".tex", ".adoc", ".org"))
+"""Further text, which beside rows of data only describes them."""
+EXPECTED = "text (.txt, .md, .py and other source code), .jsonl or .parquet"
 PIECE = 1 << 18
 """Characters: a .txt file is read as documents of at most this length, cut at a blank line where there is one."""
 MAX_LINE = 16 << 20
@@ -37,12 +47,12 @@ def split_path(spec: str) -> tuple[Path, str]:
         raise UsageError(f"data {shown(spec)}: there is no such file or folder.")
     if not path.is_dir() and not path.is_file():
         raise UsageError(f"data {shown(spec)}: neither a file nor a folder.")
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+    if path.is_file() and path.suffix.lower() not in _READERS:
         raise UsageError(
-            f"data {shown(spec)}: the name ends in {path.suffix or 'no suffix'}; expected {', '.join(SUFFIXES)}. "
+            f"data {shown(spec)}: the name ends in {path.suffix or 'no suffix'}; expected {EXPECTED}. "
             "Rename or convert the file."
         )
-    if not field or (path.suffix.lower() == ".txt" and str(path) != str(Path(spec))):
+    if not field or (path.is_file() and path.suffix.lower() not in ROWS and str(path) != str(Path(spec))):
         raise UsageError(
             f"data {shown(spec)}: field {field!r} was asked for. Only .jsonl and .parquet files have fields, as in "
             "file.jsonl:FIELD."
@@ -53,7 +63,8 @@ def split_path(spec: str) -> tuple[Path, str]:
 def path_documents(path: Path, field: str, tally: Tally) -> Iterator[str]:
     """Yield the documents of a file, or of all text files below a folder in the order of their names.
 
-    Files and folders below it whose name begins with a dot are left out.
+    Files and folders below it whose name begins with a dot are left out, and where some are .jsonl or .parquet, so is what may
+    only describe them: all but these and .txt.
 
     Raises:
         CorpusError: there is no text file, or one cannot be read.
@@ -61,7 +72,7 @@ def path_documents(path: Path, field: str, tally: Tally) -> Iterator[str]:
     try:
         files = _files_below(path) if path.is_dir() else [path]
         if not files:
-            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file.")
+            raise CorpusError(f"{path}: the folder holds no {EXPECTED}.")
         for file in files:
             yield from _READERS[file.suffix.lower()](file, field, tally)
     except OSError as error:
@@ -88,13 +99,16 @@ def path_exists(path: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(
+    found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in _READERS
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+    if any(path.suffix.lower() in ROWS for path in found):
+        return [path for path in found if path.suffix.lower() in SUFFIXES]
+    return found
 
 
 def _txt_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
@@ -163,4 +177,4 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
         raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
 
 
-_READERS = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
+_READERS = dict.fromkeys((".txt", *sorted(CODE | PROSE)), _txt_documents) | {".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
