@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,22 @@ def test_an_error_of_the_disk_keeps_the_state(tmp_path: Path, llama: Path, text:
     assert "the same command goes on" in progress.notes[0]
 
 
-def test_interrupted_on_the_command_line(tmp_path: Path, llama: Path, text: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("sent", [None, signal.SIGTERM])
+def test_interrupted_on_the_command_line(
+    sent: signal.Signals | None, tmp_path: Path, llama: Path, text: Path, monkeypatch: Any
+) -> None:
+    """By Ctrl-C, and by what a scheduler or `timeout` sends."""
     steps = Stopping(after=5)
-    monkeypatch.setattr("wina_calib.common.progress.Silent.step", lambda self, text: steps.step(text))
+
+    def step(self: object, text: str) -> None:
+        try:
+            steps.step(text)
+        except KeyboardInterrupt:
+            if sent is None:
+                raise
+            os.kill(os.getpid(), sent)
+
+    monkeypatch.setattr("wina_calib.common.progress.Silent.step", step)
     command = ["calibrate", str(llama), "-o", str(tmp_path / "out"), "--data", str(text), "--samples", "64"]
     result = CliRunner().invoke(main, ["--quiet", *command, "--seq-len", "128"])
     assert result.exit_code == 130

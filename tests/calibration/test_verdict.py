@@ -79,6 +79,8 @@ def test_an_asked_sparsity_is_taken_and_told_of(tmp_path: Path) -> None:
     assert re.search(r"expected rise of perplexity +\+\d+ % at 70 % sparsity", told)
     assert f"wina-calib evaluate {out}" in told and f"wina-calib generate {out}" in told
     warning = next(line for line in noted.splitlines() if line.startswith("warning: perplexity is expected to rise by"))
+    told, noted = run("inspect", out, "--json")
+    assert f"{json.loads(told)['warning']}" in warning and json.loads(told)["warning"] in noted
     command = warning.rpartition("wina-calib ")[2].split()
     run(*command)  # the remedy that it names
     settings = open_checkpoint(out).settings

@@ -45,6 +45,16 @@ def test_calibrate_leaves_a_card_that_huggingface_hub_reads(calibrated: Path) ->
         assert f"\n## {heading}\n" in card.text
 
 
+def test_a_sparsity_that_a_target_gave_is_told_in_few_digits(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["sparsity"] = 0.27881234567
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder)
+    card = (folder / "README.md").read_text()
+    assert "wina_calib.set_sparsity(model, 0.2788)" in card and "27.9 % of them by default" in card
+    assert "0.27881" not in card
+
+
 def test_every_fact_of_the_calibration_is_told(calibrated: Path) -> None:
     settings, card = read_settings(calibrated), (calibrated / "README.md").read_text()
     facts = settings.provenance

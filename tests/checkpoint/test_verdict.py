@@ -106,6 +106,17 @@ def test_a_quantized_models_verdict_says_what_quantizing_costs(cells: Cells) -> 
     worse = HeldOut((0.4,), (0.3,), (0.3,), (0.4,), 1 << 20, ("x",), (0.2, 0.2))
     warning = Verdict.of(worse, cells, 0.4).warning
     assert warning is not None and "Quantizing alone costs 22 %" in warning and "0 % sparsity costs" not in warning
+    assert all(way in warning for way in ("--group-size 32", "--keep-16-bit", "--bits 8", "wina-calib recover"))
+
+
+def test_the_sparsity_told_for_a_rise_is_the_one_that_is_chosen(cells: Cells) -> None:
+    """27.7 % where 27 % was chosen would be told as 28 %, and read like a contradiction."""
+    found = next(h for h in (held(off=0.0), held((0.25, 0.5)), held((0.4,))) if h.sparsity_for(0.05) % 0.01 > 0.005)
+    chosen = found.choose(0.05)
+    told = Verdict.of(found, cells, chosen, 0.05).text()
+    assert f"at {100 * chosen:.0f} % sparsity" in told and f"+5 %: {100 * chosen:.0f} %," in told
+    odd = Verdict.of(found, cells, 0.27881).text()
+    assert "at 27.9 % sparsity" in odd
 
 
 def test_it_comes_back_from_json(cells: Cells) -> None:

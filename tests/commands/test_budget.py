@@ -19,6 +19,7 @@ from wina_calib.calibration.scale_curves import measured_pairs
 from wina_calib.checkpoint.local_paths import remember
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.settings import Settings
+from wina_calib.checkpoint.verdict import HeldOut
 from wina_calib.cli import main
 from wina_calib.runtime.load import sparse_sites
 from wina_calib.studies.diagnose import diagnose
@@ -484,3 +485,28 @@ def test_predictions_of_quantized_weights_say_what_they_are_over(
     told = run(tmp_path / "q", "--max-ppl-rise", "3%").output
     assert "both rises are over its own int4 weights at sparsity 0" in told
     assert f"of which int4 alone {alone:+.2%}" in told
+
+
+def test_where_the_verdict_tells_another_rise_it_is_said_why(folder: Path) -> None:
+    """At a measured sparsity both are the same; between two the verdict draws a line, and curves are added up here."""
+    assert "inspect and the card tell" not in run(folder).stdout
+    raw = json.loads((folder / "config.json").read_text())
+    facts = raw["quantization_config"]["provenance"]
+    facts["held_out"]["loss_rise"] = facts["held_out"]["kl"] = [
+        0.01,
+        0.2,
+        0.9,
+    ]  # a tiny random model feels next to nothing
+    facts["prediction"] |= {"loss_rise": [0.01, 0.2, 0.9], "kl": [0.01, 0.2, 0.9], "tokens": 1 << 20}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert "inspect and the card tell" not in run(folder).stdout
+    raw["quantization_config"]["sparsity"] = 0.4
+    (folder / "config.json").write_text(json.dumps(raw))
+    shown = run(folder).stdout
+    told = HeldOut.from_dict(facts["held_out"])
+    assert told is not None
+    assert (
+        f"inspect and the card tell {told.rise_at(0.4):+.2%} here. Both hold to what was measured at 25 %, 50 %, 65 %"
+        in shown
+    )
+    assert "inspect and the card tell" not in run(folder, "--set", "layers.0.*=0.9").stdout

@@ -106,7 +106,8 @@ def test_interrupted_while_the_command_line_itself_is_imported(tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
-def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_libraries_are_imported(sent: signal.Signals, tmp_path: Path) -> None:
     done = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "calibrate", "demo", "-o", str(tmp_path / "out")],
         stderr=subprocess.PIPE, text=True, env=script.environment(), cwd=Path(__file__).parent,
@@ -114,7 +115,7 @@ def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
     maps = Path(f"/proc/{done.pid}/maps")
     while done.poll() is None and "libtorch" not in maps.read_text():
         time.sleep(0.01)
-    done.send_signal(signal.SIGINT)
+    done.send_signal(sent)
     _, said = done.communicate(timeout=60)
     assert (done.returncode, said) == (130, "Interrupted; nothing was left behind.\n")
     assert list(tmp_path.iterdir()) == []

@@ -77,6 +77,15 @@ def test_it_follows_when_other_programs_take_the_processor_or_give_it_back(befor
     assert forecast.seconds_left(end) == pytest.approx(after * 200, rel=0.25)
 
 
+def test_one_kind_of_work_that_is_hit_harder_says_little_of_the_others() -> None:
+    """Small products on two threads suffer far more than large ones when other programs take a processor."""
+    forecast = Forecast(tuple(Part(name, 100, cost) for name, cost in (("a", 1.0), ("small", 0.5), ("b", 8.0))))
+    end = run(forecast, "a", 100, 0.3, 0.0)
+    end = run(forecast, "small", 100, 1.2, end)  # eight times as long as planned
+    forecast.phase("b", 100, end)
+    assert forecast.seconds_left(end) == pytest.approx(8 * 30, rel=0.05)
+
+
 def test_what_is_not_in_the_plan_says_nothing_of_the_rest() -> None:
     forecast = Forecast(PLAN)
     end = run(forecast, "a", 4, 1.0, 0.0)

@@ -31,9 +31,9 @@ _LOGITS = 10  # the logits of a part, and all that is computed of them and kept 
 _FORWARD = 4, 4
 _BACKWARD = 26, 16
 # Phases by name, as the job announces them.
-DENSE, STATISTICS, WRITE, GREEDY, FIT, MEASURE = (
-    "run the dense model", "collect layer inputs", "write weights", "find where to drop: greedy search", "fit thresholds",
-    "measure the sparse model",
+DENSE, HEAD, STATISTICS, WRITE, GREEDY, FIT, MEASURE = (
+    "run the dense model", "run the dense model: lm_head", "collect layer inputs", "write weights",
+    "find where to drop: greedy search", "fit thresholds", "measure the sparse model",
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
     layers, dtype, heads = len(arch.layers), work.compute.dtype, head_parts(arch, work.compute.dtype)
     weights = sum(site.weights for _, site in arch.sites)
     head = arch.hidden_size * arch.vocab_size / weights  # lm_head of a token
-    parts = [Part(DENSE, layers + heads, work.heldout * (1 + head))]
+    parts = [Part(DENSE, layers, work.heldout), Part(HEAD, heads, work.heldout * head)]
     if work.transform:
         parts.append(Part(STATISTICS, layers, _COLLECTED * work.transform))
     if not work.by_reference:

@@ -54,7 +54,9 @@ class CalibrateOptions:
         metavar="R",
         share=True,
     )
-    quick: bool = option(False, "A first look: less text and fewer sparsities, so figures are rough.")
+    quick: bool = option(
+        False, "A first look: a third of the text and fewer sparsities. A calibration without it usually bears more."
+    )
     transform: str = option(
         "auto",
         "Orthogonal transform of the weights; auto takes the best one without run-time cost that is exact here.",
@@ -81,9 +83,9 @@ class CalibrateOptions:
     )
     data: tuple[str, ...] = option(
         (),
-        "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a file or "
-        "folder of text, source code, .jsonl or .parquet; rows of messages are rendered by the chat template. Repeat to mix evenly. By default "
-        "builtin, for a model with a chat template builtin:chat too.",
+        "Calibration text: builtin, builtin:chat, a catalogue name, hub:NAME[:config][:split][:column], or a file or folder of "
+        "text, source code, .jsonl or .parquet; rows of messages are rendered by the chat template. Repeat to mix evenly. By "
+        "default builtin, for a model with a chat template builtin:chat too.",
         multiple=True,
         metavar="SPEC",
     )

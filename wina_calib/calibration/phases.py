@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import ChosenBudget, allocate
-from wina_calib.calibration.cost import DENSE, FIT, GREEDY, MEASURE, STATISTICS, WRITE
+from wina_calib.calibration.cost import DENSE, FIT, GREEDY, HEAD, MEASURE, STATISTICS, WRITE
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.held_out import HeldOutRun
@@ -164,8 +164,9 @@ def _perplexity(job: Job, blocks: Blocks) -> float:
         return float(phase.values["perplexity"])
     stream = job.stream(job.source, blocks.ids, spill=False)
     arch = job.source.architecture
-    job.announce(DENSE, len(arch.layers) + head_parts(arch, job.compute.dtype), phase)
+    job.announce(DENSE, len(arch.layers), phase)
     hidden = dense_pass(stream, phase=phase, progress=job.report)
+    job.report.phase(HEAD, head_parts(arch, job.compute.dtype))
     dense_ppl = perplexity(float(next_token_nll(stream, hidden, job.report).double().mean()))
     phase.finish(values={"perplexity": dense_ppl})
     return dense_ppl

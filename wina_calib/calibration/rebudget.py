@@ -29,6 +29,8 @@ from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut
 from wina_calib.errors import BudgetError
 
+_OWN = 0.01  # mean difference of site sparsities up to which a budget is the checkpoint's own
+
 
 @dataclass(frozen=True)
 class Request:
@@ -93,6 +95,14 @@ class Choice:
     def over_original(self, loss_rise: float | None) -> float | None:
         """Predicted relative rise of perplexity over the original model; None where weights are not quantized, or unknown."""
         return None if loss_rise is None or not self.quantizing else perplexity_rise(loss_rise + self.quantizing)
+
+    @property
+    def verdict_rise(self) -> float | None:
+        """The rise of perplexity that the checkpoint's verdict tells at this sparsity; None where the budget is another one."""
+        held = HeldOut.from_dict(self.opened.settings.provenance.get(HELD_OUT))
+        if held is None or np.abs(self.opened.sparsities(self.sparsity) - self.budget.sparsities).mean() > _OWN:
+            return None
+        return held.rise_at(self.sparsity)
 
     def rows(self, anchors: Sequence[float]) -> Floats:
         """Site sparsities (anchors, layers, sites): this budget at its own sparsity, and what goes with it elsewhere."""

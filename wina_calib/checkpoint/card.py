@@ -26,7 +26,7 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.atomic import write_file
 from wina_calib.common.printable import MAX_LINE, one_line
-from wina_calib.common.text import human_bytes, percent, rise
+from wina_calib.common.text import human_bytes, percent, rise, share
 from wina_calib.corpus.sources import catalogue
 from wina_calib.errors import HubError
 from wina_calib.model.architecture import SITES
@@ -168,7 +168,7 @@ def made_text(opened: Checkpoint, base: Base, name: str) -> str:
     settings, folder = opened.settings, opened.folder
     parts = [
         f"{_base_link(base)} with calibrated activation sparsity: at every linear layer of the decoder, inputs whose "
-        f"score is below a fitted threshold are skipped, {percent(settings.sparsity, 0)} of them by default, and the "
+        f"score is below a fitted threshold are skipped, {share(settings.sparsity)} of them by default, and the "
         "weight columns that they would meet are not read. Made by wina_calib with the method of "
         "[WINA](https://arxiv.org/abs/2505.19427).",
         _loading(folder, settings, name),
@@ -190,7 +190,7 @@ def _loading(folder: Path, settings: Settings, name: str) -> str:
     lines = [
         "import wina_calib",
         f'model = wina_calib.load("{name}"{", trust_remote_code=True" if own_code else ""})',
-        f"wina_calib.set_sparsity(model, {settings.sparsity})",
+        f"wina_calib.set_sparsity(model, {settings.sparsity:.4g})",
     ]
     text = "## Load it\n\n`pip install wina-calib`, then\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
     if own_code:

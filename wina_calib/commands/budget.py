@@ -153,7 +153,7 @@ def command(
     if unfitted is not None:
         note(f"warning: {unfitted}")
     shown = to_json(choice.cells, choice.budget, choice.curves, fixed=choice.fixed) | {"budget": choice.name}
-    text = [_table(choice) + _against(choice)]
+    text = [_table(choice) + _against(choice) + _verdict(choice)]
     if choice.quantizing:
         shown["quantizing_perplexity_rise"] = perplexity_rise(choice.quantizing)
         shown["predicted_rise_over_original"] = choice.over_original(choice.totals.loss_rise)
@@ -265,6 +265,23 @@ def _against(choice: Choice) -> str:
         return ""
     over = "" if rise is None else f"over the original model {rise:+.2%}, of which {name} alone {_alone(choice)}\n"
     return f"both rises are{_own(choice)}\n{over}"
+
+
+def _verdict(choice: Choice) -> str:
+    """Why `inspect` and the card may tell another rise of the same budget, where they do."""
+    from wina_calib.budgets import perplexity_rise
+
+    told, loss = choice.verdict_rise, choice.totals.loss_rise
+    if told is None or loss is None:
+        return ""
+    own = perplexity_rise(loss + choice.quantizing)
+    if percent(own) == percent(told):
+        return ""
+    anchors = ", ".join(percent(anchor, 0) for anchor in choice.opened.settings.fitted_anchors)
+    return (
+        f"inspect and the card tell {told:+.2%} here. Both hold to what was measured at {anchors}; between these, they go by "
+        "that alone, and this by the curves of every site, which also tell of other budgets\n"
+    )
 
 
 def _against_points(choice: Choice) -> str:

@@ -16,7 +16,7 @@ from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import flags, folder_option, json_option
 from wina_calib.commands.output import bars, emit, note
-from wina_calib.common.text import percent
+from wina_calib.common.text import percent, share, whole
 
 if TYPE_CHECKING:
     from wina_calib.calibration.run import Result
@@ -50,7 +50,7 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
             "has more of them than the model"
         )
     if (warning := result.verdict.warning) is not None:
-        better = result.verdict.sparsity_for["0.05"]
+        better = whole(result.verdict.sparsity_for["0.05"])
         place = quote(str(output))
         mend = f": wina-calib budget {place} --sparsity {better:.2f} --apply {place}"
         note(f"warning: {warning}{mend if result.verdict.reaches('0.05') else '.'}")
@@ -60,7 +60,8 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
 def summary(result: Result) -> dict[str, Any]:
     """A finished calibration for JSON."""
     facts = result.settings.to_dict()
-    return {"folder": str(result.folder), **facts, "verdict": result.verdict.to_dict()}
+    verdict = result.verdict
+    return {"folder": str(result.folder), **facts, "verdict": verdict.to_dict(), "warning": verdict.warning}
 
 
 def told(result: Result) -> str:
@@ -74,7 +75,7 @@ def told(result: Result) -> str:
     )
     return "\n".join(
         [
-            f"{folder}: calibrated for {percent(verdict.sparsity, 0)} sparsity{why}.",
+            f"{folder}: calibrated for {share(verdict.sparsity)} sparsity{why}.",
             "",
             verdict.text(),
             "",

@@ -9,7 +9,7 @@ import click
 
 from wina_calib.commands.logs import load_libraries
 from wina_calib.commands.options import json_option, revision_option, trust_option
-from wina_calib.commands.output import emit
+from wina_calib.commands.output import emit, note
 from wina_calib.common.text import percent, table
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def command(checkpoint: str, full: bool, weights: bool, revision: str | None, as
     if weights:
         opened.verify_weights()
     facts = describe(opened, verified=weights)
+    if facts["warning"] is not None:
+        note(f"warning: {facts['warning']}.")
     emit(facts, render(facts, full=full), as_json=as_json)
 
 
@@ -80,6 +82,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "runtime_matrices": cells.runtime_matrices,
         "fitted_anchors": list(settings.fitted_anchors),
         "verdict": None if verdict is None else verdict.to_dict(),
+        "warning": None if verdict is None else verdict.warning,
         "settings": settings.to_dict(),
         "sites": sites,
     }

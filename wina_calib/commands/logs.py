@@ -48,7 +48,7 @@ def load_libraries() -> None:
 
 @contextmanager
 def _ends_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the program: an exception in the middle of an import is lost in some libraries, and misread in others."""
+    """Let Ctrl-C and SIGTERM end the program: an exception amid an import is lost in some libraries, and misread in others."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,8 +57,9 @@ def _ends_at_once() -> Iterator[None]:
         os.write(2, f"{INTERRUPTED}\n".encode())
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, end)
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-HALF_LIFE = 60.0  # seconds after which what was seen of the pace counts half
+RECENT, HALF_LIFE = 60.0, 240.0  # seconds after which the pace that was seen counts half: of a phase, and of all work
+PIECE, PIECES = 10.0, 256  # seconds of a piece of work, at least, and how many are kept
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,37 @@ class Within(Silent):
 
 
 class Pace:
-    """Seconds a unit of work, what was seen lately counting most, as other programs may take the processor or give it back."""
+    """Seconds a unit of work, from pieces of it, of which late ones count most.
+
+    Other programs may take the processor or give it back, and hit one kind of work harder than another: the median of the
+    pieces, weighted by their work, follows the first and leaves single pieces aside.
+    """
 
     def __init__(self) -> None:
-        self._seconds = self._work = 0.0
+        self._pieces: list[tuple[float, float, float]] = []  # when it ended, seconds, work
+        self._open = False
 
-    def saw(self, seconds: float, work: float) -> None:
-        """So much work took so long."""
-        kept = 0.5 ** (seconds / HALF_LIFE)
-        self._seconds, self._work = kept * self._seconds + seconds, kept * self._work + work
+    def saw(self, now: float, seconds: float, work: float) -> None:
+        """So much work took so long; short pieces that follow each other are one."""
+        if self._open and self._pieces[-1][1] < PIECE:
+            _, before, had = self._pieces.pop()
+            seconds, work = before + seconds, had + work
+        self._pieces = [*self._pieces[1 - PIECES :], (now, seconds, work)]
+        self._open = True
 
-    @property
-    def each(self) -> float | None:
-        """Seconds a unit; None where none was seen."""
-        return self._seconds / self._work if self._work else None
+    def other(self) -> None:
+        """What follows is work of another kind."""
+        self._open = False
+
+    def each(self, now: float) -> float | None:
+        """Seconds a unit; None where nothing was seen."""
+        rates = sorted((seconds / work, work * 0.5 ** ((now - at) / HALF_LIFE)) for at, seconds, work in self._pieces)
+        half = sum(weight for _, weight in rates) / 2
+        for rate, weight in rates:
+            half -= weight
+            if half <= 0:
+                return rate
+        return None
 
 
 class Forecast:
@@ -185,13 +203,15 @@ class Forecast:
         self._over = 0.0  # cost of what is over, or was there already
         self._now, self._steps, self._done = Part("", 0, 0.0), 0, 0
         self._begun = self._first = self._last = 0.0  # when the phase began, its first step ended, and its last one
-        self._whole, self._phase = Pace(), Pace()  # a unit of cost, and a step of the phase
+        self._pace = Pace()  # of a unit of cost
+        self._seconds = self._steps_seen = 0.0  # of the phase without its first step, late ones counting most
 
     def phase(self, name: str, steps: int, now: float) -> None:
         """A phase begins of which `steps` steps are left."""
         if self._steps:  # its first step has its own beginnings: they count now, where they are a small share
-            self._see(self._first - self._begun + now - self._last, min(1 + self._steps - self._done, self._steps))
+            self._see(now, self._first - self._begun + now - self._last, min(1 + self._steps - self._done, self._steps))
             self._over += self._cost(self._steps)
+        self._pace.other()
         index = next((i for i, part in enumerate(self._parts) if part.name == name), None)
         if index is None:
             self._now = Part(name, steps, 0.0 if self._total else 1.0)
@@ -199,7 +219,8 @@ class Forecast:
             self._now = self._parts[index]
             self._over += sum(part.cost for part in self._parts[:index])  # what comes before it is there already
             del self._parts[: index + 1]
-        self._steps, self._done, self._phase = steps, 0, Pace()
+        self._steps, self._done = steps, 0
+        self._seconds = self._steps_seen = 0.0
         self._begun = self._first = self._last = now
         self._over += self._now.cost - self._cost(steps)
 
@@ -208,8 +229,10 @@ class Forecast:
         if self._done == 0:
             self._first = now
         elif self._done < self._steps:
-            self._phase.saw(now - self._last, 1.0)
-            self._see(now - self._last, 1)
+            seconds = now - self._last
+            kept = 0.5 ** (seconds / RECENT)
+            self._seconds, self._steps_seen = kept * self._seconds + seconds, kept * self._steps_seen + 1
+            self._see(now, seconds, 1)
         self._last, self._done = now, min(self._done + 1, self._steps)
 
     @property
@@ -221,18 +244,20 @@ class Forecast:
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds to the end; None while nothing is known: until two steps are done, as the first one has its own beginnings."""
-        step, unit = self._phase.each, self._whole.each
-        if step is None and unit is None:
+        unit, later = self._pace.each(now), sum(part.cost for part in self._parts)
+        if self._steps_seen:
+            step = self._seconds / self._steps_seen
+        elif unit is not None:
+            step = self._cost(1) * unit
+        else:
             return None
-        if step is None:
-            step = self._cost(1) * (unit or 0.0)
-        later = sum(part.cost for part in self._parts) * (unit or 0.0)
+        later *= unit or 0.0
         return max(step * (self._steps - self._done) - (now - self._last), 0.0) + later
 
-    def _see(self, seconds: float, steps: int) -> None:
+    def _see(self, now: float, seconds: float, steps: int) -> None:
         """So many steps of the phase under way took so long; one that is not in the plan says nothing of those that are."""
         if self._now.cost:
-            self._whole.saw(seconds, self._cost(steps))
+            self._pace.saw(now, seconds, self._cost(steps))
 
     def _cost(self, steps: int) -> float:
         """Cost of so many steps of the phase under way."""

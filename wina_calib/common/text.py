@@ -31,6 +31,16 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def whole(sparsity: float) -> float:
+    """A sparsity in whole percent, rounded down: what it costs is then no more than that of the sparsity itself."""
+    return math.floor(100 * sparsity + 1e-6) / 100
+
+
+def share(sparsity: float) -> str:
+    """A sparsity for people: `27 %`, and `27.7 %` where it is not in whole percent."""
+    return percent(sparsity, 0 if abs(100 * sparsity - round(100 * sparsity)) < 0.05 else 1)
+
+
 def rise(value: float, base: float) -> str:
     """Relative change with its sign: `+12.3 %`, `+1.43e+11 %`."""
     change = 100 * (value / base - 1)

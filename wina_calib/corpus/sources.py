@@ -5,8 +5,8 @@ A data spec is one of
   `builtin:heldout:fiction` are its documents of one kind, and `builtin:chat` conversations made of them;
 - a name of the catalogue (`wikitext2`, `c4` ...), with another split than the catalogue's as `wikitext2:test`;
 - `hub:NAME[:config][:split][:column]`, any Hub dataset or local dataset folder, streamed;
-- the path of a file of text, source code, .jsonl or .parquet, or of a folder of them; `file.jsonl:field` names the field with the text
-  or the chat messages, which the model's chat template renders.
+- the path of a file of text, source code, .jsonl or .parquet, or of a folder of them; `file.jsonl:field` names the field with
+  the text or the chat messages, which the model's chat template renders.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from wina_calib.errors import CorpusError, UsageError
 ROWS = (".jsonl", ".parquet")
 SUFFIXES = (".txt", *ROWS)
 """Of files that are data wherever they lie."""
-CODE = frozenset(
-    ".adb .ads .asm .awk .bash .c .cc .clj .cpp .cs .cu .cuh .cxx .dart .el .erl .ex .exs .f90 .fs .go .h .hpp .hs .hxx .java .jl "
-    ".js .jsx .kt .lisp .lua .m .mjs .ml .mli .nim .pas .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rs .s .scala .scm .sh .sql "
-    ".sv .swift .tcl .ts .tsx .v .vb .vhd .vue .zig".split()
+_LANGUAGES = (
+    "c cc cpp cs cu cuh cxx dart erl ex f90 go h hpp hs java jl js jsx kt lua m ml nim php pl pm py pyi r rb rs scala sh sql "
+    "swift ts tsx vue zig"
 )
-PROSE = frozenset((".md", ".markdown", ".rst", ".tex", ".adoc", ".org"))
+CODE = tuple(f".{name}" for name in _LANGUAGES.split())
+PROSE = (".md", ".markdown", ".rst", ".tex", ".adoc", ".org")
 """Further text, which beside rows of data only describes them."""
 EXPECTED = "text (.txt, .md, .py and other source code), .jsonl or .parquet"
 PIECE = 1 << 18
@@ -177,4 +177,7 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
         raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
 
 
-_READERS = dict.fromkeys((".txt", *sorted(CODE | PROSE)), _txt_documents) | {".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
+_READERS = dict.fromkeys((".txt", *PROSE, *CODE), _txt_documents) | {
+    ".jsonl": _jsonl_documents,
+    ".parquet": _parquet_documents,
+}

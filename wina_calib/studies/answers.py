@@ -11,7 +11,7 @@ from wina_calib.checkpoint.evaluation_file import read_evaluation
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.verdict import A_FIRST_LOOK, ASKED_RISES, HELD_OUT, SHOWN, HeldOut, Verdict
-from wina_calib.common.text import percent, rise, table
+from wina_calib.common.text import percent, rise, share, table, whole
 from wina_calib.model.architecture import SITES
 
 _SAME = 0.005  # shares that differ by less are told as one
@@ -58,15 +58,15 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
     source = "predicted from the loss curves"
     if held.tokens:
         source = f"measured on {held.tokens:,} tokens that nothing was fitted on"
-    says = f"At {percent(verdict.sparsity, 0)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: {source}."
+    says = f"At {share(verdict.sparsity)}, which it is set to, perplexity rises by about {percent(verdict.rise)}: {source}."
     if verdict.quantizing:
         says += f" That is over the original model. {verdict.alone}."
     if verdict.warning is not None and verdict.reaches("0.05"):
-        says += f" That is much; {percent(held.sparsity_for(0.05), 0)} costs about 5 %."
+        says += f" That is much; {share(whole(held.sparsity_for(0.05)))} costs about 5 %."
     if verdict.quick:
         says += f" It is {A_FIRST_LOOK}."
     rows = tuple(
-        (f"+{percent(r, 0)}", *_at(opened, cells, held.sparsity_for(r), more=_more(held, r)))
+        (f"+{percent(r, 0)}", *_at(opened, cells, whole(held.sparsity_for(r)), more=_more(held, r)))
         if held.sparsity_for(r) > 0 or not verdict.quantizing
         else (f"+{percent(r, 0)}", "none", "-", "-")
         for r in ASKED_RISES
@@ -133,4 +133,4 @@ def _more(held: HeldOut, rise: float) -> bool:
 def _at(opened: Checkpoint, cells: Cells, sparsity: float, *, more: bool = False) -> tuple[str, str, str]:
     """A sparsity, the share of bytes that is read there, and how many times as fast decoding can be by that alone."""
     read = cells.read_fraction_at(opened.dropped(sparsity))
-    return percent(sparsity, 0) + " or more" * more, percent(read, 0), f"{1 / read:.2f}"
+    return share(sparsity) + " or more" * more, percent(read, 0), f"{1 / read:.2f}"

@@ -17,7 +17,8 @@ STEPS = 100
 
 def heads_flops(layer: Layer, steps: int | None) -> float:
     """Floating-point operations of a model's products that take as long as the fit of a layer."""
-    return (STEPS if steps is None else steps) * (2.5e7 + 50.0 * layer.heads * 512 * layer.head_dim**2)
+    taken = 20 + 1.2 * (STEPS if steps is None else steps)
+    return taken * (1e7 + 20.0 * layer.heads * 512 * layer.head_dim**2)
 
 
 def fit_heads(
