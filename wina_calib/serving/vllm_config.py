@@ -30,6 +30,7 @@ from wina_calib.model.locate import resolve
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, dispatch, native
 from wina_calib.serving import product
+from wina_calib.serving.loading import turning
 from wina_calib.serving.plan import VARIABLES, Mask, Options, ServingPlan, make_plan, options_from
 from wina_calib.serving.split import own_outputs, take_inputs, take_outputs
 
@@ -173,18 +174,23 @@ class WinaLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """As of a dense layer, loaded as that; nothing where weights are quantized."""
+        """As of a dense layer, loaded as that, by input where one mask is for all; nothing where weights are quantized."""
         self.sizes, self.inputs, self.width = list(output_partition_sizes), input_size, input_size_per_partition
         self.whole_sizes = _whole_sizes(layer, output_size)
         if self.plan.settings.weight_format is not None:
             layer.weight = _constant(torch.empty(0, dtype=params_dtype))
             return
+        if len(self._parts()) == 1:
+            extra["weight_loader"] = turning(extra["weight_loader"])
         super().create_weights(
             layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra
         )
+        if len(self._parts()) == 1:
+            out, width = layer.weight.shape
+            layer.weight.data = cpu.empty_columns(out, width, params_dtype).t()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Store the weights by input and let go of those that were loaded.
+        """Check the weights, and store by input those that are not.
 
         Raises:
             RuntimeLoadError: the weights are not those of the calibration.
@@ -219,7 +225,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):
                 raise RuntimeLoadError(
                     f"{layer.prefix}: the weights are not those that the calibration was made for. Calibrate them again."
                 )
-            setattr(layer, f"wina_weight_{i}", _constant(cpu.column_storage([own]).t()))
+            columns = own.t() if own.t().is_contiguous() else cpu.column_storage([own])
+            setattr(layer, f"wina_weight_{i}", _constant(columns.t()))
         self.bounds = [sum(sizes) for _, _, sizes in parts]
         whole_weight = len(parts) == 1 and settings.weight_format is None
         layer.weight = layer.wina_weight_0 if whole_weight else _constant(weight.new_empty(0))

@@ -230,6 +230,7 @@ def test_column_storage_copies_the_transpose(width, dtype):
         torch.randn(1500, width).to(dtype),
         torch.randn(303, width).to(dtype),
         torch.randn(5, 2 * width).to(dtype)[:, ::2],
+        torch.randn(7, width + 9).to(dtype)[:, 4 : width + 4],
     ]
     stored = cpu.column_storage(weights)
     assert stored.is_contiguous()

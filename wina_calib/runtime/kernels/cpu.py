@@ -156,24 +156,32 @@ def dense_columns(x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Te
 
 
 def column_storage(weights: Sequence[Tensor]) -> Tensor:
-    """The weights (out_i, in) side by side in one new contiguous (in, sum of out_i) tensor.
+    """The weights (out_i, in) side by side in one new contiguous (in, sum of out_i) tensor."""
+    stored = empty_columns(
+        sum(weight.shape[0] for weight in weights), weights[0].shape[1], weights[0].dtype, weights[0].device
+    )
+    end = 0
+    for weight in weights:
+        start, end = end, end + weight.shape[0]
+        fill_columns(stored[:, start:end], weight)
+    return stored
+
+
+def empty_columns(out: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A new contiguous (width, out) tensor for weights by input.
 
     On Linux it lies in huge pages where the system gives them: gathering rows at random costs a page walk each with
     small ones.
     """
-    width = weights[0].shape[1]
-    out = sum(weight.shape[0] for weight in weights)
-    device, dtype = weights[0].device, weights[0].dtype
-    if device.type == "cpu":
-        stored = empty_in_huge_pages((width, out), dtype)
+    if torch.device(device).type == "cpu":
+        return empty_in_huge_pages((width, out), dtype)
+    return torch.empty(width, out, dtype=dtype, device=device)
+
+
+def fill_columns(columns: Tensor, weight: Tensor) -> None:
+    """Copy the transpose of a weight (out, in) to `columns` (in, out), of which the last dimension is contiguous."""
+    plain = weight.is_cpu and columns.is_cpu and weight.dtype is columns.dtype and weight.dtype in DTYPES
+    if plain and weight.stride(1) == 1 and native.available(torch.float32):
+        native.turn(weight, columns)
     else:
-        stored = torch.empty(width, out, dtype=dtype, device=device)
-    end = 0
-    for weight in weights:
-        start, end = end, end + weight.shape[0]
-        plain = weight.is_cpu and weight.is_contiguous() and weight.dtype is dtype and dtype in DTYPES
-        if plain and device.type == "cpu" and native.available(torch.float32):
-            native.turn(weight, stored[:, start:end])
-        else:
-            stored[:, start:end] = weight.t()
-    return stored
+        columns.copy_(weight.t())

@@ -52,7 +52,7 @@ SIGNATURES = {
     "few": ([*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int], ctypes.c_int),
     "dequantize": ([ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int], None),
     "by_rows": ([*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
-    "columns": ([*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_int], None),
+    "columns": ([*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, ctypes.c_int], None),
     "product": ([*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3, ctypes.c_int], ctypes.c_int),
 }
 COMPILE_SECONDS = 60

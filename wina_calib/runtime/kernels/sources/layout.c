@@ -43,19 +43,20 @@ static void turn_bfloat16(const uint16_t (*from)[SIDE], uint16_t (*to)[SIDE]) {
 #endif
 }
 
-/* to (columns, stride), of which the first `rows` of each row are written, from (rows, columns). Blocks side by side follow each
-   other, as what is read lies in small pages more often than what is written. */
+/* to (columns, stride), of which the first `rows` of each row are written, from the first `columns` of (rows, given). Blocks side by
+   side follow each other, as what is read lies in small pages more often than what is written. */
 #define COLUMNS(TYPE, NUMBER)                                                                                          \
-    void columns_##TYPE(const NUMBER *from, NUMBER *to, int64_t rows, int64_t columns, int64_t stride, int threads) {  \
+    void columns_##TYPE(const NUMBER *from, NUMBER *to, int64_t rows, int64_t columns, int64_t given, int64_t stride,  \
+                        int threads) {                                                                                 \
         _Pragma("omp parallel for num_threads(threads) if (threads > 1)")                                              \
         for (int64_t i = 0; i < rows; i += SIDE) {                                                                     \
             const int64_t high = rows - i < SIDE ? rows - i : SIDE;                                                    \
-            NUMBER given[SIDE][SIDE] = {{0}}, turned[SIDE][SIDE];                                                      \
+            NUMBER read[SIDE][SIDE] = {{0}}, turned[SIDE][SIDE];                                                       \
             for (int64_t j = 0; j < columns; j += SIDE) {                                                              \
                 const int64_t wide = columns - j < SIDE ? columns - j : SIDE;                                          \
                 for (int64_t k = 0; k < high; k++)                                                                     \
-                    memcpy(given[k], from + (i + k) * columns + j, (size_t)wide * sizeof(NUMBER));                     \
-                turn_##TYPE((const NUMBER(*)[SIDE])given, turned);                                                     \
+                    memcpy(read[k], from + (i + k) * given + j, (size_t)wide * sizeof(NUMBER));                        \
+                turn_##TYPE((const NUMBER(*)[SIDE])read, turned);                                                      \
                 for (int64_t k = 0; k < wide; k++)                                                                     \
                     memcpy(to + (j + k) * stride + i, turned[k], (size_t)high * sizeof(NUMBER));                       \
             }                                                                                                          \
