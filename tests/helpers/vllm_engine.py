@@ -20,30 +20,37 @@ Masks = dict[int, torch.Tensor]  # by position
 
 
 class Recorder:
-    """Masks by request, part of a layer and position as they are made; requests of which one was made again, another way."""
+    """Masks by request, part of a layer and position as they are made, by eager steps and by operators of compiled ones; requests
+    of which one was made again, another way.
+    """
 
     def __init__(self, llm: Any) -> None:
-        from wina_calib.serving import vllm_config
+        from wina_calib.serving.product import Prepared
 
         self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self.masks: dict[str, dict[str, Masks]] = {}
         self.anew: set[str] = set()
-        self.method, self.plain = vllm_config.WinaLinearMethod, vllm_config.WinaLinearMethod.apply
+        self.kind, self.plain = Prepared, Prepared.__call__
+        self.names = {
+            part.mask[1].data_ptr(): f"{layer.prefix}.{i}"  # where its threshold is
+            for layer in self.runner.get_model().modules()
+            for i, part in enumerate(getattr(layer, "wina_parts", ()))
+        }
 
     def __enter__(self) -> "Recorder":
         recorder = self
 
-        def apply(self: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-            recorder.note(self, layer, x)
-            return recorder.plain(self, layer, x, bias)
+        def call(self: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+            recorder.note(self, x)
+            return recorder.plain(self, x, bias)
 
-        self.method.apply = apply
+        self.kind.__call__ = call
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.method.apply = self.plain
+        self.kind.__call__ = self.plain
 
-    def note(self, method: Any, layer: Any, x: torch.Tensor) -> None:
+    def note(self, part: Any, x: torch.Tensor) -> None:
         """The masks of one call: what the kernels keep, by the rule."""
         from vllm.forward_context import get_forward_context
 
@@ -54,20 +61,18 @@ class Recorder:
             return
         known = next(iter(metadata.values()))
         starts, lengths = known.query_start_loc.tolist(), known.seq_lens.tolist()
-        first, prompts, _ = layer.wina_policy.tolist()
-        x = x.reshape(-1, x.shape[-1])
-        opened = open_rows_now(len(x), first=bool(first), prompts=bool(prompts))
-        for i in range(len(method.bounds)):
-            keep = x.float().abs() * getattr(layer, f"wina_norm_{i}") > getattr(layer, f"wina_threshold_{i}")
-            if opened is not None:
-                keep |= opened[:, None]
-            for r, request in enumerate(self.runner.input_batch.req_ids):
-                masks = self.masks.setdefault(request, {}).setdefault(f"{layer.prefix}.{i}", {})
-                for row in range(starts[r], starts[r + 1]):
-                    position = lengths[r] - (starts[r + 1] - row)
-                    if position in masks and not torch.equal(masks[position], keep[row]):
-                        self.anew.add(request)
-                    masks[position] = keep[row].clone()
+        norm, threshold = part.mask
+        keep = x.float().abs() * norm > threshold
+        opened = open_rows_now(len(x), first=part.first, prompts=part.prompts)
+        if opened is not None:
+            keep |= opened[:, None]
+        for r, request in enumerate(self.runner.input_batch.req_ids):
+            masks = self.masks.setdefault(request, {}).setdefault(self.names[threshold.data_ptr()], {})
+            for row in range(starts[r], starts[r + 1]):
+                position = lengths[r] - (starts[r + 1] - row)
+                if position in masks and not torch.equal(masks[position], keep[row]):
+                    self.anew.add(request)
+                masks[position] = keep[row].clone()
 
     def of(self, request: str) -> str:
         """The name that the engine gave a request."""

@@ -19,9 +19,7 @@ def load_merged(weight: Tensor, loaded: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", [slice(None), slice(8, 41)])
-def test_what_a_loader_copies_is_turned(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inputs: slice
-) -> None:
+def test_what_a_loader_copies_is_turned(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inputs: slice) -> None:
     loaded = [torch.randn(30, 48)[:, inputs], torch.randn(30, 48).to(dtype)[:, inputs]]
     weight = cpu.empty_columns(48, loaded[0].shape[1], dtype).t()
     turned = []

@@ -1,15 +1,17 @@
 """The product of one linear layer of a server: few rows by the kernels that skip columns, many densely.
 
-It is one opaque operator to the compiler, as it asks for what belongs to a step.
+It is one opaque operator to the compiler, as it asks for what belongs to a step; an eager step calls it without the dispatcher.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from wina_calib.quantization.formats import Quantized, WeightFormat
-from wina_calib.runtime.kernels import cpu, dispatch
+from wina_calib.runtime.kernels import cpu, dispatch, native, quantized_cpu
 from wina_calib.serving.rows import open_rows_now
 
 NAME, QUANTIZED_NAME = "wina_linear", "wina_quantized_linear"
@@ -31,8 +33,68 @@ def policy_of(*, first: bool, prompts: bool, sparse_rows: int | None, dtype: tor
     return torch.tensor([int(first), int(prompts), rows])
 
 
+class Prepared:
+    """A masked product of one layer with all ready that is the same in every step: after megabytes of weights the code of each
+    call is gone from the caches, so that calls take several times as long as they seem to.
+
+    Args:
+        weight: (out, in), the transpose of a contiguous tensor; or quantized.
+        norm: (in,) float32, contiguous.
+        threshold: () float32.
+        policy: as of `policy_of`.
+    """
+
+    def __init__(self, weight: Tensor | Quantized, norm: Tensor, threshold: Tensor, policy: Tensor) -> None:
+        first, prompts, self.sparse_rows = policy.tolist()
+        self.first, self.prompts = bool(first), bool(prompts)
+        self.weight = weight.detach().t() if isinstance(weight, Tensor) else weight
+        self.mask, self.policy = (norm.detach(), threshold.detach()), policy.detach()
+        self.several: native.Product | None = None
+        if isinstance(self.weight, Tensor) and native.has_product(self.weight.dtype):
+            self.several = native.Product(self.weight, *self.mask)
+        self.rows: dict[torch.dtype, tuple[Tensor | None, native.Row]] = {}
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product (rows, out) of the step's inputs x (rows, in), plus bias (out,)."""
+        count = x.shape[0]
+        opened = open_rows_now(count, first=self.first, prompts=self.prompts)
+        if self.several is not None and count > max(1, self.sparse_rows):
+            return self.several(x, bias, opened)
+        if isinstance(self.weight, Quantized):
+            if not native.available(x.dtype) or not 0 < count <= quantized_cpu.max_few_rows(x.dtype):
+                return dispatch.quantized_site(x, self.weight, *self.mask, opened, bias)
+            if count > 1:
+                return quantized_cpu.few(self._row(x.dtype, bias), x, opened)
+        elif count != 1 or self.sparse_rows < 1 or not native.available(x.dtype):
+            return product(x, self.weight, *self.mask, opened, bias, self.sparse_rows)
+        return self._row(x.dtype, bias)(x, everything=opened is not None and bool(opened[0]))
+
+    def _row(self, dtype: torch.dtype, bias: Tensor | None) -> native.Row:
+        known = self.rows.get(dtype)
+        if known is None or known[0] is not bias:
+            row = native.Row(self.weight, *self.mask, None if bias is None else bias.contiguous(), dtype)
+            known = self.rows[dtype] = bias, row
+        return known[1]
+
+
+def prepare(weights: Sequence[Tensor | None], mask: Sequence[Tensor]) -> Prepared:
+    """A product of the operands of `linear` or `quantized_linear`, made at the first step and kept with the weights.
+
+    Args:
+        weights: `weight`; or `codes`, `scales` and `zeros`.
+        mask: norm, threshold and policy.
+    """
+    held, others = weights[0], tuple(t.data_ptr() for t in mask)  # of memory that is held
+    known: tuple[tuple[int, ...], Prepared] | None = getattr(held, "wina_prepared", None)
+    if known is None or known[0] != others:
+        assert held is not None
+        known = others, Prepared(held if len(weights) == 1 else weight_of(*weights), *mask)
+        held.wina_prepared = known  # type: ignore[attr-defined]
+    return known[1]
+
+
 def linear(x: Tensor, weight: Tensor, norm: Tensor, threshold: Tensor, policy: Tensor, bias: Tensor | None) -> Tensor:
-    """Masked product (rows, out) of the step's inputs x (rows, in).
+    """Masked product (rows, out) of the step's inputs x (rows, in), as an operator of a compiled step.
 
     Args:
         x: float32, bfloat16 or float16.
@@ -42,9 +104,7 @@ def linear(x: Tensor, weight: Tensor, norm: Tensor, threshold: Tensor, policy: T
         policy: as of `policy_of`.
         bias: (out,) or None.
     """
-    first, prompts, sparse_rows = policy.tolist()
-    rows = open_rows_now(x.shape[0], first=bool(first), prompts=bool(prompts))
-    return product(x, weight.t(), norm, threshold, rows, bias, sparse_rows)
+    return prepare((weight,), (norm, threshold, policy))(x, bias)
 
 
 def product(
@@ -84,13 +144,13 @@ def quantized_linear(
     bias: Tensor | None,
 ) -> Tensor:
     """As `linear`, of quantized weights, whose tensors are as in `formats`; the kernel knows how many rows are few."""
-    first, prompts, _ = policy.tolist()
-    rows = open_rows_now(x.shape[0], first=bool(first), prompts=bool(prompts))
-    return dispatch.quantized_site(x, weight_of(codes, scales, zeros), norm, threshold, rows, bias)
+    return prepare((codes, scales, zeros), (norm, threshold, policy))(x, bias)
 
 
-def weight_of(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Quantized:
+def weight_of(codes: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Quantized:
     """Quantized weights, whose format their tensors tell."""
+    assert codes is not None
+    assert scales is not None
     if codes.dtype == torch.int8:
         return Quantized(WeightFormat(8), codes, scales)
     group = 2 * codes.shape[1] // scales.shape[1]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -39,21 +43,25 @@ def open_rows_now(count: int, *, first: bool, prompts: bool) -> Tensor | None:
     Raises:
         RuntimeError: the attention says nothing of the requests.
     """
-    from vllm.forward_context import get_forward_context, is_forward_context_available
-
-    if not (first or prompts) or not is_forward_context_available():
+    if not (first or prompts) or not _contexts().is_forward_context_available():
         return None
-    context = get_forward_context()
+    context = _contexts().get_forward_context()
     if not context.attn_metadata:
         return None
-    key = f"wina_open_rows_{first}_{prompts}"
-    if key not in context.additional_kwargs:
+    known, key = context.additional_kwargs, "wina_prompt_rows" if prompts else "wina_first_rows"
+    if key not in known:
         starts, lengths = _requests(context.attn_metadata)
-        context.additional_kwargs[key] = open_rows(starts, lengths, count, first=first, prompts=prompts)
-    rows: Tensor | None = context.additional_kwargs[key]
+        known[key] = open_rows(starts, lengths, count, first=first, prompts=prompts)
+    rows: Tensor | None = known[key]
     if rows is not None and rows.shape[0] != count:
         raise RuntimeError(f"a linear layer is given {count} rows of a step of {rows.shape[0]}")
     return rows
+
+
+@cache
+def _contexts() -> ModuleType:
+    """Where vLLM keeps what belongs to a step."""
+    return import_module("vllm.forward_context")
 
 
 def _requests(metadata: object) -> tuple[Tensor, Tensor]:

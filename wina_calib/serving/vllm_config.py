@@ -228,6 +228,7 @@ class WinaLinearMethod(UnquantizedLinearMethod):
             columns = own.t() if own.t().is_contiguous() else cpu.column_storage([own])
             setattr(layer, f"wina_weight_{i}", _constant(columns.t()))
         self.bounds = [sum(sizes) for _, _, sizes in parts]
+        layer.wina_parts = [product.prepare(*self._operands(layer, i)) for i in range(len(parts))]
         whole_weight = len(parts) == 1 and settings.weight_format is None
         layer.weight = layer.wina_weight_0 if whole_weight else _constant(weight.new_empty(0))
 
@@ -249,19 +250,31 @@ class WinaLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The masked product (..., out) of x (..., in)."""
-        rows = x.reshape(-1, x.shape[-1])
-        biases = [bias] if bias is None or len(self.bounds) == 1 else list(bias.split(self.bounds))
-        made = []
-        for i in range(len(self.bounds)):
-            mask = getattr(layer, f"wina_norm_{i}"), getattr(layer, f"wina_threshold_{i}"), layer.wina_policy
-            own_bias = biases[i % len(biases)]
-            if self.plan.settings.weight_format is None:
-                made.append(torch.ops.vllm.wina_linear(rows, getattr(layer, f"wina_weight_{i}"), *mask, own_bias))
-            else:
-                weight = (getattr(layer, f"wina_{part}_{i}", None) for part in ("codes", "scales", "zeros"))
-                made.append(torch.ops.vllm.wina_quantized_linear(rows, *weight, *mask, own_bias))
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        biases = [bias] * len(self.bounds) if bias is None or len(self.bounds) == 1 else bias.split(self.bounds)
+        if torch.compiler.is_compiling():
+            made = [self._operator(layer, i, rows, own) for i, own in enumerate(biases)]
+        else:
+            made = [part(rows, own) for part, own in zip(layer.wina_parts, biases, strict=True)]
         out = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    def _operands(self, layer: Any, part: int) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The weights of a part, and what masks it."""
+        names = ("weight",) if self.plan.settings.weight_format is None else ("codes", "scales", "zeros")
+        weights = [getattr(layer, f"wina_{name}_{part}", None) for name in names]
+        return weights, [
+            getattr(layer, f"wina_norm_{part}"),
+            getattr(layer, f"wina_threshold_{part}"),
+            layer.wina_policy,
+        ]
+
+    def _operator(self, layer: Any, part: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """A part's product for the compiler."""
+        weights, mask = self._operands(layer, part)
+        operator = torch.ops.vllm.wina_linear if len(weights) == 1 else torch.ops.vllm.wina_quantized_linear
+        out: Tensor = operator(x, *weights, *mask, bias)
+        return out
 
 
 class WinaHeadMethod(QuantizeMethodBase):

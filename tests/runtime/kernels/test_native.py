@@ -329,7 +329,7 @@ def test_the_product_shows_what_is_not_finite_and_takes_any_strides(rows):
 def test_the_product_refuses_weights_of_another_kind():
     x, weight_t, _, _ = operands(4, 64, 40, torch.bfloat16)
     for other in (weight_t.float(), weight_t[:63], weight_t.to("meta")):
-        with pytest.raises(ValueError, match="expected 64 rows"):
+        with pytest.raises(ValueError, match="expected (bfloat16 on the CPU|rows of 63 torch.bfloat16)$"):
             native.product(x, other)
 
 

@@ -244,8 +244,50 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def has_product(dtype: torch.dtype) -> bool:
-    """Whether `product` can be had: in bfloat16 where the processor multiplies pairs of it, and no matrices."""
+    """Whether `Product` can be had: in bfloat16 where the processor multiplies pairs of it, and no matrices."""
     return available(dtype) and dtype in functions("product")
+
+
+class Product:
+    """`Row` for many rows of inputs: a masked product with the rest ready.
+
+    Each row is the same to the bit for any number of threads, and whichever rows are beside it: up to 32 in all, or more, which
+    are summed in another order. Inputs that are zero are skipped as dropped ones are.
+
+    Args:
+        weight_t: (in, out) contiguous, bfloat16.
+        norm: (in,) float32 of the mask, contiguous; None drops nothing.
+        threshold: () float32, read at every call; None only where `norm` is.
+    """
+
+    def __init__(self, weight_t: Tensor, norm: Tensor | None = None, threshold: Tensor | None = None) -> None:
+        if weight_t.dtype not in functions("product") or not weight_t.is_cpu:
+            raise ValueError(f"weight is {weight_t.dtype} on {weight_t.device}; expected bfloat16 on the CPU")
+        # The code holds addresses, as `Row`'s.
+        self.operands = [None if t is None else t.detach() for t in (norm, threshold, weight_t)]
+        self.mask_at = [None if t is None else t.data_ptr() for t in (norm, threshold)]
+        self.weight_at, (self.width, self.out), self.dtype = weight_t.data_ptr(), weight_t.shape, weight_t.dtype
+        self.function = functions("product")[self.dtype]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, open_rows: Tensor | None = None) -> Tensor:
+        """Outputs (rows, out).
+
+        Args:
+            x: (rows, in) of the weight's dtype.
+            bias: (out,) of that dtype, or None.
+            open_rows: (rows,) bool, rows that are kept whole; None where there are none.
+        """
+        rows, width = x.shape
+        if x.dtype is not self.dtype or width != self.width:
+            raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; expected rows of {self.width} {self.dtype}")
+        x = x.contiguous()
+        y = torch.empty(rows, self.out, dtype=self.dtype, device="cpu")
+        opened, added = (None if t is None else t.contiguous() for t in (open_rows, bias))
+        opened_at, added_at = (t if t is None else t.data_ptr() for t in (opened, added))
+        sizes = rows, width, self.out, threads_for(width * self.out)
+        if self.function(x.data_ptr(), *self.mask_at, opened_at, self.weight_at, added_at, y.data_ptr(), *sizes):
+            raise MemoryError(f"no memory for the sums of {rows} rows")
+        return y
 
 
 def product(
@@ -256,32 +298,8 @@ def product(
     threshold: Tensor | None = None,
     open_rows: Tensor | None = None,
 ) -> Tensor:
-    """Masked product (rows, out) of many rows x (rows, in) with weight_t (in, out) contiguous, plus bias (out,).
-
-    Each row is the same to the bit for any number of threads, and whichever rows are beside it: up to 32 in all, or more, which
-    are summed in another order. Inputs that are zero are skipped as dropped ones are.
-
-    Args:
-        x: bfloat16.
-        weight_t: of that dtype.
-        bias: likewise, or None.
-        norm: (in,) float32 of the mask, contiguous; None drops nothing.
-        threshold: () float32; None only where `norm` is.
-        open_rows: (rows,) bool, rows that are kept whole; None where there are none.
-    """
-    if weight_t.dtype is not x.dtype or x.shape[1] != weight_t.shape[0] or not weight_t.is_cpu:
-        raise ValueError(
-            f"weight is {tuple(weight_t.shape)} {weight_t.dtype} on {weight_t.device}; expected {x.shape[1]} rows of {x.dtype}"
-        )
-    x = x.contiguous()
-    (rows, width), out = x.shape, weight_t.shape[1]
-    y = torch.empty(rows, out, dtype=x.dtype, device="cpu")
-    threads = threads_for(width * out)
-    opened, added = (None if t is None else t.contiguous() for t in (open_rows, bias))
-    places = (t if t is None else t.data_ptr() for t in (x, norm, threshold, opened, weight_t, added, y))
-    if functions("product")[x.dtype](*places, rows, width, out, threads):
-        raise MemoryError(f"no memory for the sums of {rows} rows")
-    return y
+    """`Product` made for one call."""
+    return Product(weight_t, norm, threshold)(x, bias, open_rows)
 
 
 def turn(weight: Tensor, columns: Tensor) -> None:
