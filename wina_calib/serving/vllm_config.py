@@ -328,8 +328,8 @@ def report(plan: ServingPlan, hf_config: Any = None) -> tuple[str, str]:
     kernels = "in C" if native.available(torch.bfloat16) else "by torch's operators (no compiler was found)"
     rows = "few rows" if plan.sparse_rows is None else f"up to {plan.sparse_rows} rows"
     served = (
-        f"wina: sparsity {settings.sparsity:g}, first tokens {settings.first_token}, prompts {settings.prefill}; {rows} of a "
-        f"step skip columns {kernels}, more are multiplied densely"
+        f"wina: sparsity {settings.sparsity:g}, first tokens {settings.first_token}, prompts {settings.prefill}; rows of a step "
+        f"are multiplied {kernels}, {rows} by what each keeps, more together"
     )
     outside = settings.unfitted(settings.sparsity)
     return checkpoint, served if outside is None else f"{served}; {outside}"
