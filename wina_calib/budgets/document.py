@@ -18,10 +18,6 @@ MAX_VALUES = MAX_BYTES  # no bound of its own: a value takes a byte
 def parse_document(data: bytes, kind: str) -> dict[str, Node]:
     """Parse a file's bytes.
 
-    Args:
-        data: the whole file, UTF-8.
-        kind: `yaml` or `json`.
-
     Returns:
         The top-level mapping; every scalar is the text that stands in the file.
 

@@ -33,19 +33,12 @@ _ROUNDING = 1e-6  # of the numbers in a budget file, and of what is computed of 
 
 @dataclass(frozen=True)
 class ModelKey:
-    """The model a budget is made for.
+    """The model a budget is made for."""
 
-    Attributes:
-        model_type: the configuration's `model_type`.
-        layers: number of decoder layers.
-        hidden_size: width of the residual stream.
-        fingerprint: `Cells.fingerprint()`, the shapes of the sparse weights.
-    """
-
-    model_type: str
-    layers: int
-    hidden_size: int
-    fingerprint: str
+    model_type: str  # the configuration's `model_type`
+    layers: int  # number of decoder layers
+    hidden_size: int  # width of the residual stream
+    fingerprint: str  # `Cells.fingerprint()`, the shapes of the sparse weights
 
     def __post_init__(self) -> None:
         if not _MODEL_TYPE.fullmatch(self.model_type):
@@ -61,26 +54,15 @@ class ModelKey:
 
 @dataclass(frozen=True)
 class BudgetFile:
-    """A budget file's content.
+    """A budget file's content."""
 
-    Attributes:
-        model: what it was made for.
-        sparsity: the model sparsity asked for; cells that no setting names get it.
-        score: the score whose calibration it was chosen on.
-        settings: its lines, in order.
-    """
-
-    model: ModelKey
-    sparsity: float
-    score: str
-    settings: tuple[Setting, ...]
+    model: ModelKey  # what it was made for
+    sparsity: float  # the model sparsity asked for; cells that no setting names get it
+    score: str  # the score whose calibration it was chosen on
+    settings: tuple[Setting, ...]  # its lines, in order
 
     def budget(self, model: ModelKey, cells: Cells) -> Budget:
         """The budget for a model.
-
-        Args:
-            model: key of the model at hand.
-            cells: its cells.
 
         Raises:
             BudgetError: the file is for another model (the message says what differs), or a line cannot be applied.
@@ -97,15 +79,7 @@ class BudgetFile:
 
 
 def explicit(budget: Budget, cells: Cells, model: ModelKey, sparsity: float, score: str) -> BudgetFile:
-    """A file content with one line for every cell: numbers in as few digits as give the same float32, as checkpoints hold them.
-
-    Args:
-        budget: what to write.
-        cells: the model's cells, for their names.
-        model: the model's key.
-        sparsity: the model sparsity asked for.
-        score: one of `SCORES`.
-    """
+    """One line for every cell: numbers in as few digits as give the same float32, as checkpoints hold them."""
     values = [_short(value) for value in budget.sparsities.reshape(-1).tolist()]
     settings = tuple(Setting(name, value) for name, value in zip(cells.names(), values, strict=True))
     return BudgetFile(model, _short(sparsity), score, settings)
@@ -124,10 +98,7 @@ def _number(value: float, *, sign: bool = False) -> str:
 def format_budget(content: BudgetFile, kind: str, comments: Sequence[str] = ()) -> str:
     """The file's text; `parse_budget` gives `content` back exactly.
 
-    Args:
-        content: what to write.
-        kind: `yaml` or `json`.
-        comments: lines for people, left out of JSON.
+    `kind` is `yaml` or `json`; `comments` are lines for people, left out of JSON.
 
     Raises:
         BudgetError: two settings have the same pattern, which a file cannot hold.
@@ -200,9 +171,7 @@ def _count(node: Node | None, where: str) -> int:
 def parse_budget(data: bytes, kind: str) -> BudgetFile:
     """Read a budget file's bytes.
 
-    Args:
-        data: the whole file.
-        kind: `yaml` or `json`.
+    `kind` is `yaml` or `json`.
 
     Raises:
         BudgetError: anything that is not a budget of this format version.

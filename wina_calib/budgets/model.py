@@ -30,27 +30,20 @@ DENSE_BITS = 16.0
 class Cells:
     """Element counts of everything that decoding one token reads; a cell is one (layer, site).
 
-    Attributes:
-        sites: names of the sites, in column order.
-        weights: (layers, sites) int64, elements of the sparse weights of each cell, all positive.
-        other_decoder: elements of the decoder that are always read (norms, biases).
-        lm_head: elements of the output head, always read.
-        runtime_matrices: elements of matrices that a transform adds at run time; the dense model has none of them.
-        bits: of an element of the sparse weights on average, with its part of scales; the dense model's elements all have 16.
-        site_bits: (layers, sites) the same of each cell, where some are stored otherwise than others.
-        head_bits: of an element of the output head.
-
     Raises:
         BudgetError: shapes do not agree, or a count is not positive.
     """
 
-    sites: tuple[str, ...]
-    weights: NDArray[np.int64]
-    other_decoder: int = 0
-    lm_head: int = 0
+    sites: tuple[str, ...]  # names of the sites, in column order
+    weights: NDArray[np.int64]  # (layers, sites) int64, elements of the sparse weights of each cell, all positive
+    other_decoder: int = 0  # elements of the decoder that are always read (norms, biases)
+    lm_head: int = 0  # elements of the output head, always read
+    # elements of matrices that a transform adds at run time; the dense model has none of them
     runtime_matrices: int = 0
+    # of an element of the sparse weights on average, with its part of scales; the dense model's elements all have 16
     bits: float = DENSE_BITS
-    head_bits: float = DENSE_BITS
+    head_bits: float = DENSE_BITS  # of an element of the output head
+    # (layers, sites) the same of each cell, where some are stored otherwise than others
     site_bits: Floats | None = None
 
     def __post_init__(self) -> None:
@@ -140,18 +133,15 @@ class Cells:
 class Curves:
     """Predicted rise of the loss when one cell alone is made sparse.
 
-    Attributes:
-        levels: (L,) site sparsities, ascending from 0, at most 1.
-        loss: (layers, sites, L) predicted loss rise in nats per token; 0 at level 0, never negative, convex or not.
-        measured: (n, 2) sums of cells' rises and the rises of the whole that go with them, positive, ascending; may be
-            empty. It changes predictions and no order between budgets.
-
     Raises:
         BudgetError: shapes do not agree, a value is not finite, or a curve does not start at 0.
     """
 
-    levels: Floats
+    levels: Floats  # (L,) site sparsities, ascending from 0, at most 1
+    # (layers, sites, L) predicted loss rise in nats per token; 0 at level 0, never negative, convex or not
     loss: Floats
+    # (n, 2) sums of cells' rises and the rises of the whole that go with them, positive, ascending; may be empty. It
+    # changes predictions and no order between budgets.
     measured: Floats = field(default_factory=lambda: np.empty((0, 2)))
 
     def __post_init__(self) -> None:
@@ -177,9 +167,6 @@ class Curves:
 
     def at(self, sparsities: ArrayLike) -> Floats:
         """Loss rise of each cell at its sparsity, linear between levels; past the last level the last slope goes on.
-
-        Args:
-            sparsities: (layers, sites).
 
         Returns:
             (layers, sites) nats per token.
@@ -219,14 +206,11 @@ def perplexity_rise(loss_rise: float) -> float:
 class Budget:
     """One site sparsity for each (layer, site).
 
-    Attributes:
-        sparsities: (layers, sites) float64, each in [0, 1).
-
     Raises:
         BudgetError: a sparsity is outside [0, 1) or not finite; the message names layer and site column.
     """
 
-    sparsities: Floats
+    sparsities: Floats  # (layers, sites) float64, each in [0, 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsities", _frozen(self.sparsities, np.float64))

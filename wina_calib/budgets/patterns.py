@@ -37,17 +37,11 @@ def parse_number(text: str) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """A pattern and what its cells are set to.
+    """A pattern and what its cells are set to."""
 
-    Attributes:
-        pattern: which cells, see `select`.
-        value: the sparsity, or what is added to the present one.
-        relative: whether `value` is added. Written with a sign (`+0.1`, `-5%`).
-    """
-
-    pattern: str
-    value: float
-    relative: bool = False
+    pattern: str  # which cells, see `select`
+    value: float  # the sparsity, or what is added to the present one
+    relative: bool = False  # whether `value` is added. Written with a sign (`+0.1`, `-5%`).
 
     @classmethod
     def parse(cls, pattern: str, value: str) -> "Setting":

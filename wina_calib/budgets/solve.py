@@ -56,19 +56,11 @@ def solve_global(
 ) -> Budget:
     """The budget with the least predicted loss rise, over all layers and sites at once.
 
-    Each cell's curve is replaced by its lower convex hull between its bounds. The multiplier of the budget constraint
-    is then a price per element: every hull segment cheaper than it is taken whole, those at the price are taken in the
-    same share, so that equal cells get equal sparsities and the budget is met exactly. On convex curves this is the
-    optimum. On others it is at most the gap between curve and hull of the cells on the last segments away from it, and
-    never worse than `uniform` with the same limits. A free cell does not go beyond the curves' last level.
-
-    Args:
-        cells: the model.
-        curves: predicted loss rise of each cell.
-        target: what to meet; a number is a model sparsity.
-        lower: scalar or (layers, sites).
-        upper: scalar or (layers, sites).
-        fixed: (layers, sites), NaN where a cell is free.
+    Each cell's curve is replaced by its lower convex hull between its bounds. The multiplier of the budget constraint is
+    then a price per element: every hull segment cheaper than it is taken whole, those at the price are taken in the same
+    share, so that equal cells get equal sparsities and the budget is met exactly. On convex curves this is the optimum. On
+    others it is at most the gap between curve and hull of the cells on the last segments away from it, and never worse than
+    `uniform` with the same limits. A free cell does not go beyond the curves' last level. Arguments are as for `uniform`.
 
     Returns:
         The budget, exact in model sparsity.

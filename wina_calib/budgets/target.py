@@ -24,19 +24,15 @@ TargetKind = Literal["sparsity", "read_fraction", "bits_read", "loss_rise", "per
 class Target:
     """What a budget must meet.
 
-    Attributes:
-        kind: `sparsity` (model sparsity, met exactly), `read_fraction` (lm_head included, met exactly), `bits_read`
-            (bits of decoder weights read over their number, met exactly), or the highest
-            model sparsity whose predicted `loss_rise` (nats per token) or `perplexity_rise` (0.03 is 3 %) stays within
-            `value`.
-        value: the number asked for.
-
     Raises:
         BudgetError: the value is impossible for any model.
     """
 
+    # `sparsity` (model sparsity, met exactly), `read_fraction` (lm_head included, met exactly), `bits_read` (bits of
+    # decoder weights read over their number, met exactly), or the highest model sparsity whose predicted `loss_rise`
+    # (nats per token) or `perplexity_rise` (0.03 is 3 %) stays within `value`
     kind: TargetKind
-    value: float
+    value: float  # the number asked for
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(TargetKind):

@@ -12,12 +12,7 @@ METRICS = ["perplexity"]
 
 
 def figures(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata for an evaluation of the checkpoint.
-
-    Args:
-        name: the checkpoint's name.
-        measured: what `evaluate --save` keeps.
-    """
+    """Metadata for an evaluation of the checkpoint."""
     data = ", ".join(published(str(spec)) for spec in measured["data"])
     ppl_by_title = {
         f"Perplexity at sparsity {measured['model_sparsity']:.3f}": measured["sparse_ppl"],
@@ -37,9 +32,7 @@ def figures(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
 def merged(metadata: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """The two keys of a card that is brought up to date: figures of ours are made anew, those of others stay.
 
-    Args:
-        metadata: what the card has.
-        made: `figures`, or nothing where nothing is measured.
+    `made` is what `figures` gives, or nothing where nothing is measured.
     """
     theirs = [entry for entry in map(_theirs, _dicts(metadata.get("model-index"))) if entry is not None]
     index = [*made.get("model-index", ()), *theirs]

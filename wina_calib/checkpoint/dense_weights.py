@@ -29,19 +29,12 @@ _ROW_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What a folder of transformed weights will hold.
+    """What a folder of transformed weights will hold."""
 
-    Attributes:
-        specs: dtype and shape of every tensor.
-        shards: its names and specs, one mapping a file.
-        untied: whether embedding and lm_head have to be untied.
-        wide_norm: whether the final norm's weight is stored as (1, hidden).
-    """
-
-    specs: Mapping[str, Spec]
-    shards: tuple[Mapping[str, Spec], ...]
-    untied: bool
-    wide_norm: bool
+    specs: Mapping[str, Spec]  # dtype and shape of every tensor
+    shards: tuple[Mapping[str, Spec], ...]  # its names and specs, one mapping a file
+    untied: bool  # whether embedding and lm_head have to be untied
+    wide_norm: bool  # whether the final norm's weight is stored as (1, hidden)
 
     @property
     def files(self) -> dict[str, str]:
@@ -60,12 +53,7 @@ class WeightPlan:
 
 
 class Shelf:
-    """Open shards, by which a tensor finds its file.
-
-    Args:
-        plan: what there will be.
-        writers: a writer a file.
-    """
+    """Open shards, by which a tensor finds its file."""
 
     def __init__(self, plan: WeightPlan, writers: Mapping[str, ShardWriter]) -> None:
         self._specs, self._files, self._writers = plan.specs, plan.files, writers
@@ -88,12 +76,8 @@ def plan_weights(source: Source, plan: Plan, *, untied: bool) -> WeightPlan:
     """Names, dtypes, shapes and files of the transformed weights.
 
     Where run-time matrices are needed the final norm's weight is stored as (1, hidden): the base model's own class, which
-    takes any `model_type` with a warning, then refuses the shape instead of computing without the matrices.
-
-    Args:
-        source: the original model.
-        plan: the transform.
-        untied: whether embedding and lm_head, tied in the model, become different.
+    takes any `model_type` with a warning, then refuses the shape instead of computing without the matrices. `untied` says
+    whether embedding and lm_head, tied in the model, become different.
     """
     arch = source.architecture
     specs: dict[str, Spec] = {
@@ -163,13 +147,7 @@ def write_ends(
 ) -> None:
     """Transform and write what is outside of the layers, some rows at a time.
 
-    Args:
-        source: the original model.
-        rotations: the transform's matrices.
-        plan: what there will be.
-        shelf: where to write.
-        final_norm: the gain that goes into lm_head, if any does, and the weight to store.
-        device: where the weights are transformed.
+    `final_norm` is the gain that goes into lm_head, if any does, and the weight to store.
     """
     arch, turned = source.architecture, rotations.residual is not None
     norm, head, embed = _norm_name(arch), f"{arch.lm_head}.weight", f"{arch.embed}.weight"
@@ -200,14 +178,7 @@ def write_weights(
 ) -> bool:
     """Write the transformed weights, config and side files as a dense model folder; one layer is in memory at a time.
 
-    Args:
-        source: the original model.
-        plan: the transform.
-        rotations: its matrices.
-        folder: an empty folder, or one with as much as `phase` says.
-        device: where the weights are transformed.
-        phase: where it is saved which tensors are written.
-        progress: hears of every layer.
+    The folder is empty, or has as much as `phase` says.
 
     Returns:
         Whether embedding and lm_head had to be untied.

@@ -64,14 +64,7 @@ class _Part:
 
 
 class DequantizedShards(Shards):
-    """A checkpoint's tensors, quantized ones as dense weights: float32 when loaded, of the model's dtype by what is said of them.
-
-    Args:
-        stored: what is on disk.
-        arch: the model.
-        settings: the checkpoint's.
-        form: the format of its mask groups.
-    """
+    """A checkpoint's tensors, quantized ones as dense weights: float32 when loaded, described in the model's dtype."""
 
     def __init__(self, stored: Shards, arch: Architecture, settings: Settings, form: WeightFormat) -> None:
         self._stored, self._form, self._settings = stored, form, settings

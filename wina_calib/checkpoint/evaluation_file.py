@@ -34,10 +34,6 @@ _NUMBERS = (
 def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Path:
     """Keep an evaluation in a checkpoint's folder; the model card shows it.
 
-    Args:
-        folder: the checkpoint.
-        evaluation: its figures, as `Evaluation.to_dict` gives them.
-
     Raises:
         OutputError: the folder cannot be written.
     """

@@ -19,11 +19,6 @@ from wina_calib.storage import ShardWriter
 def export_dense(folder: Path, output: Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint's weights without what calibration added, quantized ones dequantized.
 
-    Args:
-        folder: a calibrated checkpoint whose transform is absorbed in the weights.
-        output: folder to write.
-        overwrite: replace an existing folder.
-
     Raises:
         UnsupportedModel: the checkpoint needs run-time matrices.
     """

@@ -236,25 +236,15 @@ def list_checkpoints(user: str | None = None, *, limit: int = 100, token: str | 
 
 @dataclass(frozen=True)
 class RemoteFacts:
-    """What a remote checkpoint is, learned without its weights.
+    """What a remote checkpoint is, learned without its weights."""
 
-    Attributes:
-        repo: its name.
-        commit: the commit looked at.
-        settings: its calibration.
-        by_reference: whether the weights are the base model's.
-        parameters: elements of the weights, run-time matrices left out, by dtype.
-        runtime_elements: elements of run-time matrices.
-        total_bytes: bytes of all tensors.
-    """
-
-    repo: str
-    commit: str
-    settings: Settings
-    by_reference: bool
-    parameters: dict[str, int]
-    runtime_elements: int
-    total_bytes: int
+    repo: str  # its name
+    commit: str  # the commit looked at
+    settings: Settings  # its calibration
+    by_reference: bool  # whether the weights are the base model's
+    parameters: dict[str, int]  # elements of the weights, run-time matrices left out, by dtype
+    runtime_elements: int  # elements of run-time matrices
+    total_bytes: int  # bytes of all tensors
 
 
 def remote_facts(repo: str, *, revision: str | None = None, token: str | bool | None = None) -> RemoteFacts:

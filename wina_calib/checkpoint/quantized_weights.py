@@ -23,13 +23,8 @@ class QuantizedWeights:
     """Writes a checkpoint's weights, layer after layer as they are quantized; what is not quantized is copied.
 
     The final norm's weight is stored as (1, hidden): the base model's own class, which takes any `model_type` with a
-    warning, then refuses the shape instead of computing with weights that it does not find.
-
-    Args:
-        dense: the dense model that is quantized.
-        settings: those of the checkpoint, as far as `packed_tensors` asks.
-        folder: where the shards go.
-        layers: so many of the first layers an earlier writer has written.
+    warning, then refuses the shape instead of computing with weights that it does not find. An earlier writer has written so
+    many of the first `layers`.
     """
 
     def __init__(self, dense: Source, settings: Settings, folder: Path, layers: int = 0) -> None:

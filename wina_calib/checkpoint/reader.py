@@ -137,9 +137,6 @@ class Checkpoint:
 def open_checkpoint(folder: Path | ModelFolder) -> Checkpoint:
     """Open a calibrated checkpoint; every site's tensors must be there, finite and of the right shape.
 
-    Args:
-        folder: where it is, or the folder as it was opened.
-
     Raises:
         CheckpointError: it is damaged, incomplete, not calibrated, or of a newer format.
     """

@@ -23,54 +23,34 @@ _QUANTIZED = ("bits", "group_size", "zero_point", "head_bits", "modules_to_not_c
 
 @dataclass(frozen=True)
 class Settings:
-    """A calibration's settings, one to one the JSON object in config.json (with `quant_method` added).
+    """A calibration's settings, one to one the JSON object in config.json (with `quant_method` added)."""
 
-    Attributes:
-        sparsity: model sparsity asked for; the stored thresholds are those for it.
-        anchors: ascending model sparsities at which tables and budget are stored; see `fitted_anchors`.
-        score: how inputs are scored.
-        masks: one mask a site or one a projection.
-        exponent: power of the column norms in the score.
-        transform: resolved orthogonal transform.
-        budget: how site sparsities were chosen.
-        prefill: whether inputs that fill an empty cache are masked too.
-        select: whether scores above a threshold are kept, or each token's highest.
-        first_token: whether the first token of a sequence is computed densely.
-        curve_levels: site sparsities at which predicted loss curves are stored; empty where there are none.
-        weights: fingerprint of the weights that this belongs to.
-        samples: elements of each projection's weight that are stored, to know the weights by when they are loaded.
-        whole_layers: whether elements of the layers' other parameters are stored too.
-        vocab: rows that the embedding had, where elements of what lies outside of the layers are stored too; else 0.
-        provenance: base model, data, seed, versions, command, dense perplexity.
-        bits: of the sites' weights: 4, 8, or 16 where they are not quantized.
-        group_size: outputs that share a scale at 4 bits.
-        zero_point: whether such a group has a zero of its own.
-        head_bits: of lm_head's weights, and of the embedding's where it is tied: 8, or 16.
-        modules_to_not_convert: projections that are left as they are where the others are quantized, whole sites of them.
-        format_version: version of the format, `major.minor`.
-    """
-
-    sparsity: float
-    anchors: tuple[float, ...]
-    score: str = "wina"
-    masks: str = "shared"
-    exponent: float = 1.0
-    transform: str = "none"
-    budget: str = "uniform"
-    prefill: str = "sparse"
-    select: str = "threshold"
-    first_token: str = "dense"
+    sparsity: float  # model sparsity asked for; the stored thresholds are those for it
+    anchors: tuple[float, ...]  # ascending model sparsities at which tables and budget are stored; see `fitted_anchors`
+    score: str = "wina"  # how inputs are scored
+    masks: str = "shared"  # one mask a site or one a projection
+    exponent: float = 1.0  # power of the column norms in the score
+    transform: str = "none"  # resolved orthogonal transform
+    budget: str = "uniform"  # how site sparsities were chosen
+    prefill: str = "sparse"  # whether inputs that fill an empty cache are masked too
+    select: str = "threshold"  # whether scores above a threshold are kept, or each token's highest
+    first_token: str = "dense"  # whether the first token of a sequence is computed densely
+    # site sparsities at which predicted loss curves are stored; empty where there are none
     curve_levels: tuple[float, ...] = ()
-    weights: str = ""
+    weights: str = ""  # fingerprint of the weights that this belongs to
+    # elements of each projection's weight that are stored, to know the weights by when they are loaded
     samples: int = 0
-    whole_layers: bool = False
+    whole_layers: bool = False  # whether elements of the layers' other parameters are stored too
+    # rows that the embedding had, where elements of what lies outside of the layers are stored too; else 0
     vocab: int = 0
+    # base model, data, seed, versions, command, dense perplexity
     provenance: dict[str, Any] = field(default_factory=dict)
-    format_version: str = FORMAT_VERSION
-    bits: int = UNQUANTIZED_BITS
-    group_size: int = 64
-    zero_point: bool = True
-    head_bits: int = UNQUANTIZED_BITS
+    format_version: str = FORMAT_VERSION  # version of the format, `major.minor`
+    bits: int = UNQUANTIZED_BITS  # of the sites' weights: 4, 8, or 16 where they are not quantized
+    group_size: int = 64  # outputs that share a scale at 4 bits
+    zero_point: bool = True  # whether such a group has a zero of its own
+    head_bits: int = UNQUANTIZED_BITS  # of lm_head's weights, and of the embedding's where it is tied: 8, or 16
+    # projections that are left as they are where the others are quantized, whole sites of them
     modules_to_not_convert: tuple[str, ...] = ()
 
     @property

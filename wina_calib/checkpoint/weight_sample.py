@@ -28,9 +28,7 @@ def places(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def sample(weight: Tensor, out: int | None = None) -> Tensor:
     """The elements (SAMPLES,) of a weight (out, in) or a vector (out,), float32 on its device.
 
-    Args:
-        weight: the weight as it is now.
-        out: rows that it had when it was calibrated; of those that are gone since there are no elements.
+    `out` is the number of rows that it had when it was calibrated; of those that are gone since there are no elements.
     """
     matrix = weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1)
     rows, columns = places(out or len(matrix), matrix.shape[1])

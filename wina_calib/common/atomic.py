@@ -29,10 +29,6 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def output_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write to that becomes `target` when the block ends, and vanishes when it raises.
 
-    Args:
-        target: the folder to make.
-        overwrite: replace an existing folder.
-
     Raises:
         OutputError: the folder exists, is locked by another process, cannot be written, or the disk is full.
     """
@@ -192,9 +188,6 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
     The files are finished in a hidden folder inside `folder`, and renaming that one is the moment of change: should the
     process die after it, `finish_staged` does the rest.
-
-    Args:
-        folder: an existing folder, whose other files stay as they are.
 
     Raises:
         OutputError: another process is at it, the folder cannot be written, or the disk is full.

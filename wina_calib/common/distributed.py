@@ -31,17 +31,11 @@ _WORKING, _DONE, _FAILED = 1, 0, -1
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share the work.
+    """This process among those that share the work."""
 
-    Attributes:
-        rank: number of this process; the first one writes and reports.
-        size: number of processes.
-        store: where processes leave each other messages, beside the collective operations.
-    """
-
-    rank: int = 0
-    size: int = 1
-    store: Any = None
+    rank: int = 0  # number of this process; the first one writes and reports
+    size: int = 1  # number of processes
+    store: Any = None  # where processes leave each other messages, beside the collective operations
 
     @property
     def is_first(self) -> bool:
@@ -157,9 +151,6 @@ ALONE = Ranks()
 @contextmanager
 def shared_ranks(backend: str = "gloo") -> Iterator[Ranks]:
     """The processes that `torchrun` has started, connected for the length of the context; alone without it.
-
-    Args:
-        backend: of torch; what a `Ranks` does needs gloo for a CPU.
 
     Raises:
         RankError: the others cannot be reached.

@@ -67,10 +67,7 @@ def return_freed_memory() -> None:
 def advise_huge_pages(first: int, size: int, *, filled: bool = False) -> None:
     """Ask for huge pages for memory by its address and bytes. Advice only: failure is ignored.
 
-    Args:
-        first: address.
-        size: bytes.
-        filled: the memory has pages already, which are joined at once where the system does that (Linux from 6.1 on).
+    `filled` memory has pages already, which are joined at once where the system does that (Linux from 6.1 on).
     """
     start = -(-first // _HUGE_PAGE) * _HUGE_PAGE
     whole = (first + size - start) // _HUGE_PAGE * _HUGE_PAGE
@@ -90,12 +87,8 @@ def _advise(start: int, size: int, advice: int) -> None:
 def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, *, tight: bool = False) -> Tensor:
     """A tensor on the CPU whose memory is new, so that the system can give huge pages for it; a small one is any tensor.
 
-    What torch allocates may be memory that was freed before, whose pages are there already and stay small.
-
-    Args:
-        shape: of the tensor.
-        dtype: of its numbers.
-        tight: smaller tensors too, and small pages where the last huge one would stay empty by more than a quarter.
+    What torch allocates may be memory that was freed before, whose pages are there already and stay small. `tight` is for
+    smaller tensors too, with small pages where the last huge one would stay empty by more than a quarter.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
@@ -175,9 +168,7 @@ def ran_out(error: BaseException) -> bool:
 def advice(micro_batch: int, shape: tuple[int, ...]) -> Iterator[None]:
     """Turn running out of memory into a message with the option that helps most and its value.
 
-    Args:
-        micro_batch: blocks computed together.
-        shape: blocks in all, tokens a block.
+    `shape` is the number of blocks, and the tokens a block; `micro_batch` blocks are computed together.
 
     Raises:
         OutOfMemoryError: memory ran out inside the context.

@@ -25,10 +25,7 @@ class PlainYamlError(ValueError):
 def parse_plain_yaml(text: str, *, max_depth: int, max_values: int) -> Node | None:
     """Parse one document.
 
-    Args:
-        text: the document.
-        max_depth: most collections inside each other.
-        max_values: most keys and values in all.
+    Collections may be `max_depth` deep, with `max_values` keys and values in all.
 
     Returns:
         Its root; None where there is no document.

@@ -65,11 +65,7 @@ def lines(values: Floats, sites: Sequence[str], title: str, label: str) -> bytes
 def densities(quantiles: Mapping[str, Floats], levels: Floats, thresholds: Mapping[str, float], title: str) -> bytes:
     """Score densities of a layer's mask groups, one panel each, with the threshold as a line.
 
-    Args:
-        quantiles: group name to score quantiles (levels,).
-        levels: the levels of the quantiles in [0, 1].
-        thresholds: group name to threshold; below zero where nothing is dropped.
-        title: of the figure.
+    Quantiles (levels,) and thresholds are by group; below a threshold of zero nothing is dropped.
     """
     edges = np.linspace(0.0, 1.0, 41)
 

@@ -33,9 +33,7 @@ _MOVES = re.compile("(?:\n|\x1b\\[A)*")
 def printable(text: str, limit: int | None = None) -> str:
     r"""Text with all that steers a terminal spelled out; lines stay lines.
 
-    Args:
-        text: any text.
-        limit: most characters of a line; what is beyond is counted instead.
+    What is beyond `limit` characters of a line is counted instead.
 
     Returns:
         The same text where there is nothing to spell out.
@@ -96,10 +94,6 @@ class PrintableStream:
     """A text stream that passes what is written through `printable`; all else is the stream's own.
 
     Bars may return to the start of the line, as every one of their texts begins, and move between lines.
-
-    Args:
-        stream: where the text goes.
-        limit: most characters of a line.
     """
 
     def __init__(self, stream: IO[str], limit: int | None = None) -> None:

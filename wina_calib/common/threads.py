@@ -20,10 +20,6 @@ _working: WeakSet[threading.Thread] = WeakSet()
 def read_ahead(read: Callable[[int], T], order: Sequence[int]) -> Iterator[tuple[int, T]]:
     """Read items one after another in a thread, one ahead of the caller.
 
-    Args:
-        read: reads the item of a number.
-        order: the numbers.
-
     Yields:
         A number and its item, which is not kept here: with a caller that drops it before asking for the next, there are at
         most two at a time.

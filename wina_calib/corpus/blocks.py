@@ -39,21 +39,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed text.
+    """Packed text."""
 
-    Attributes:
-        ids: (blocks, seq_len) int64.
-        data: the specs.
-        requested: number of blocks asked for.
-        fingerprint: SHA-256 of ids and shape.
-        notes: what to tell the user about the text.
-    """
-
-    ids: Tensor
-    data: tuple[str, ...]
-    requested: int
-    fingerprint: str
-    notes: tuple[str, ...] = ()
+    ids: Tensor  # (blocks, seq_len) int64
+    data: tuple[str, ...]  # the specs
+    requested: int  # number of blocks asked for
+    fingerprint: str  # SHA-256 of ids and shape
+    notes: tuple[str, ...] = ()  # what to tell the user about the text
 
     @property
     def tokens(self) -> int:
@@ -64,10 +56,7 @@ class Blocks:
 def data_for(tokenizer: Any, data: Sequence[str] = (), *, heldout: bool = False) -> tuple[str, ...]:
     """The text as it was given, or the built-in one: for a model with a chat template conversations beside plain text.
 
-    Args:
-        tokenizer: the model's.
-        data: data specs; none for the built-in text.
-        heldout: of the built-in text, the part that nothing is fitted on.
+    `heldout` is the part of the built-in text that nothing is fitted on.
     """
     text = HELDOUT if heldout else BUILTIN
     return tuple(data) or ((f"{text}:{CHAT}", text) if has_template(tokenizer) else (text,))
@@ -78,19 +67,12 @@ def load_blocks(
 ) -> Blocks:
     """Read, tokenize and pack text, and choose blocks evenly.
 
-    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Blocks are chosen
-    at even distances through a whole source in its own order (through the first part of a long one, shuffled), and come
-    in an order whose every beginning is spread over all of it: what is sorted by kind is used in proportion. Every block
-    starts with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding.
-    Fewer blocks than asked are used as they are.
-
-    Args:
-        data: data specs, see the module.
-        tokenizer: the model's tokenizer.
-        samples: number of blocks asked for.
-        seq_len: tokens a block.
-        seed: which blocks, and their order.
-        min_tokens: fewer tokens than this are an error.
+    Sources are mixed evenly: each gives an equal number of blocks, or all it has, and they take turns. Blocks are chosen at
+    even distances through a whole source in its own order (through the first part of a long one, shuffled), and come in an
+    order whose every beginning is spread over all of it: what is sorted by kind is used in proportion. Every block starts
+    with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding. Fewer blocks
+    than asked are used as they are. `samples` blocks of `seq_len` tokens are asked for; fewer tokens than `min_tokens` are
+    an error.
 
     Raises:
         CorpusError: a source is unreadable or shorter than a block, or all sources together are too short.

@@ -13,13 +13,9 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Conversation(str):
-    """A document that is a conversation. As text it is `role: content` lines.
+    """A document that is a conversation. As text it is `role: content` lines."""
 
-    Attributes:
-        turns: messages as chat templates take them, contents as text.
-    """
-
-    turns: tuple[dict[str, Any], ...]
+    turns: tuple[dict[str, Any], ...]  # messages as chat templates take them, contents as text
 
     def __new__(cls, turns: Sequence[Mapping[str, Any]]) -> Conversation:
         """A conversation of messages with `role` and `content`."""

@@ -36,9 +36,7 @@ def conversations(
 ) -> Iterator[Conversation]:
     """Hand-written conversations and those made of documents, by turns.
 
-    Args:
-        documents: `text`, `kind` and `language` each.
-        written: `messages` with `role` and `content` each.
+    Documents have `text`, `kind` and `language`; what is written has `messages` with `role` and `content`.
     """
     made = [turns for number, document in enumerate(documents) if (turns := _made(document, number))]
     every = max(1, len(made) // max(1, len(written)))

@@ -32,11 +32,6 @@ def texts(
 ) -> Iterator[str]:
     """Yield the texts of rows; those without one are counted and left out.
 
-    Args:
-        rows: each with its place, for messages.
-        entry: `template`, or else `column`.
-        tally: counts them.
-
     Raises:
         CorpusError: a field holds what is no text, or no row has a text.
     """

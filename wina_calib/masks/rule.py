@@ -16,23 +16,14 @@ from wina_calib.transforms import uses_norm
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How masks are made.
+    """How masks are made."""
 
-    Attributes:
-        score: one of `choices.SCORES`.
-        masks: `shared` (one a site, joint norm) or `per-projection`.
-        exponent: power of the column norms.
-        transform: resolved transform, as the paper's uses norms on some projections only.
-        select: `threshold` keeps scores above a threshold, `topk` each token's highest.
-        first_token: whether the first token of a sequence is `dense` or masked as all others.
-    """
-
-    score: str = "wina"
-    masks: str = "shared"
-    exponent: float = 1.0
-    transform: str = "none"
-    select: str = "threshold"
-    first_token: str = "dense"
+    score: str = "wina"  # one of `choices.SCORES`
+    masks: str = "shared"  # `shared` (one a site, joint norm) or `per-projection`
+    exponent: float = 1.0  # power of the column norms
+    transform: str = "none"  # resolved transform, as the paper's uses norms on some projections only
+    select: str = "threshold"  # `threshold` keeps scores above a threshold, `topk` each token's highest
+    first_token: str = "dense"  # whether the first token of a sequence is `dense` or masked as all others
 
     def groups(self, site: Site) -> tuple[MaskGroup, ...]:
         """Mask groups of a site."""

@@ -52,11 +52,7 @@ _COUNTS = re.compile(r"n_layers?|num_.*(layers|blocks|experts)")
 
 @contextmanager
 def remote_code(trusted: bool) -> Iterator[None]:
-    """Let model folders run Python code of their own inside the context; without it, and by default, none runs.
-
-    Args:
-        trusted: whether it may; False leaves things as they are.
-    """
+    """Let model folders run Python code of their own inside the context; without it, and by default, none runs."""
     before = _TRUSTED.set(trusted or _TRUSTED.get())
     try:
         yield
@@ -71,15 +67,10 @@ def code_is_trusted() -> bool:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder whose config file has been read, once. transformers parses what was read when it is asked for.
+    """A model folder whose config file has been read, once. transformers parses what was read when it is asked for."""
 
-    Attributes:
-        file: the config file.
-        stored: what it holds.
-    """
-
-    file: Path
-    stored: dict[str, Any]
+    file: Path  # the config file
+    stored: dict[str, Any]  # what it holds
     _files: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -172,8 +163,7 @@ class ModelFolder:
     def handed_on(self, *, as_stored: bool = False) -> Iterator[None]:
         """Inside, transformers reads the folder's config files through this object, each once and within bounds.
 
-        Args:
-            as_stored: as they are, for a load; otherwise as those of a base model that is run here.
+        `as_stored`: as they are, for a load; otherwise as those of a base model that is run here.
         """
         before = _READ.set((self, as_stored))
         try:

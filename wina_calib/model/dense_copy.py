@@ -37,19 +37,12 @@ class KeptFolder:
 
 @dataclass(frozen=True)
 class DenseCopy:
-    """Plain weights that transformers made of a folder.
+    """Plain weights that transformers made of a folder."""
 
-    Attributes:
-        model: the model, on the meta device.
-        shards: its weights.
-        note: what was done, for the user.
-        kept: the temporary folder, kept as long as this.
-    """
-
-    model: PreTrainedModel
-    shards: Shards
-    note: str
-    kept: Any
+    model: PreTrainedModel  # the model, on the meta device
+    shards: Shards  # its weights
+    note: str  # what was done, for the user
+    kept: Any  # the temporary folder, kept as long as this
 
 
 def has_adapter(folder: Path) -> bool:
@@ -93,9 +86,7 @@ def quantization_of(folder: ModelFolder) -> str | None:
 def copy_of(folder: ModelFolder, method: str | None) -> DenseCopy:
     """Load a folder with transformers, and write the plain weights that come of it.
 
-    Args:
-        folder: the model.
-        method: what its weights are quantized with; None for weights that only need merging.
+    `method` is what its weights are quantized with; None for weights that only need merging.
 
     Raises:
         UnsupportedModel: they cannot be dequantized, or the adapter cannot be merged.

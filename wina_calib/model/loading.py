@@ -26,19 +26,12 @@ _ASK = "wina-ask"
 
 @dataclass(frozen=True)
 class Loading:
-    """What `AutoModelForCausalLM.from_pretrained` would make of a folder.
+    """What `AutoModelForCausalLM.from_pretrained` would make of a folder."""
 
-    Attributes:
-        model: the causal language model, with everything on the meta device.
-        files: the files of weights that transformers would read.
-        conversions: how it would change the names and shapes of what they hold.
-        whole: the model of the class that transformers chose, of which `model` may be a part.
-    """
-
-    model: PreTrainedModel
-    files: tuple[Path, ...]
-    conversions: tuple[Any, ...]
-    whole: PreTrainedModel
+    model: PreTrainedModel  # the causal language model, with everything on the meta device
+    files: tuple[Path, ...]  # the files of weights that transformers would read
+    conversions: tuple[Any, ...]  # how it would change the names and shapes of what they hold
+    whole: PreTrainedModel  # the model of the class that transformers chose, of which `model` may be a part
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -19,11 +19,7 @@ _CLOSE = 0.75  # how alike names are that one may be meant for the other
 
 
 def reason(model: str) -> str | None:
-    """What is there instead of a folder, as one sentence or two; None where nothing is known of it.
-
-    Args:
-        model: what the user gave, which is no folder.
-    """
+    """What is there instead of a folder, as one sentence or two; None where nothing is known of it."""
     path = Path(model).expanduser()
     if path.is_file():
         return _file(model, path)

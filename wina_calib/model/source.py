@@ -38,27 +38,16 @@ _READERS = 4  # tensors of a layer that are read side by side
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model.
+    """An opened model."""
 
-    Attributes:
-        name: what the user gave.
-        opened: its folder, with config and side files.
-        commit: the Hub commit where there is one.
-        config: of the model that is calibrated, which may be a part of what the folder holds.
-        architecture: its structure.
-        shards: its tensors, by the model's names for them.
-        notes: what to tell the user about how the folder was read.
-        kept: a temporary folder that the weights lie in, kept as long as this.
-    """
-
-    name: str
-    opened: ModelFolder
-    commit: str | None
-    config: PreTrainedConfig
-    architecture: Architecture
-    shards: Shards
-    notes: tuple[str, ...] = ()
-    kept: Any = None
+    name: str  # what the user gave
+    opened: ModelFolder  # its folder, with config and side files
+    commit: str | None  # the Hub commit where there is one
+    config: PreTrainedConfig  # of the model that is calibrated, which may be a part of what the folder holds
+    architecture: Architecture  # its structure
+    shards: Shards  # its tensors, by the model's names for them
+    notes: tuple[str, ...] = ()  # what to tell the user about how the folder was read
+    kept: Any = None  # a temporary folder that the weights lie in, kept as long as this
 
     @property
     def folder(self) -> Path:
@@ -150,11 +139,7 @@ def open_source(
 ) -> Source:
     """Open a model for calibration and check it against its config.
 
-    Args:
-        model: a folder, a Hub id or `demo`.
-        revision: branch, tag or commit on the Hub.
-        token: as huggingface_hub takes it.
-        calibrated: open the weights of a calibrated checkpoint; what calibration added is left aside.
+    With `calibrated`, the weights of a calibrated checkpoint; what calibration added is left aside.
 
     Raises:
         ModelFolderError: config or weights are missing, do not match each other, or are calibrated already.

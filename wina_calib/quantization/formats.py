@@ -32,17 +32,11 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the weights of mask groups are stored.
+    """How the weights of mask groups are stored."""
 
-    Attributes:
-        bits: 4 or 8; 3 only to be measured.
-        group_size: outputs that share a scale; of no meaning at 8 bits.
-        zero_point: whether groups have a zero of their own; of no meaning at 8 bits.
-    """
-
-    bits: int
-    group_size: int = 64
-    zero_point: bool = True
+    bits: int  # 4 or 8; 3 only to be measured
+    group_size: int = 64  # outputs that share a scale; of no meaning at 8 bits
+    zero_point: bool = True  # whether groups have a zero of their own; of no meaning at 8 bits
 
     def __post_init__(self) -> None:
         if self.bits not in MEASURED_BITS:
@@ -138,12 +132,7 @@ class Quantized:
         return Quantized(self.format, self.codes[:, first // 2 : stop // 2], self.scales[:, groups], zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, inputs: slice = slice(None)) -> Tensor:
-        """Weights (inputs, out): products in float32, rounded to `dtype` once.
-
-        Args:
-            dtype: of the result.
-            inputs: which inputs.
-        """
+        """Weights (inputs, out): products in float32, rounded to `dtype` once."""
         codes, scales = self.codes[inputs], self.scales
         if self.format.bits == 8:
             return (codes.float() * scales).to(dtype)

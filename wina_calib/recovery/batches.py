@@ -13,17 +13,11 @@ _EPOCH = 1 << 20  # sets the generators of epochs apart
 
 @dataclass(frozen=True)
 class Batches:
-    """Text for steps. What a step takes depends on its number alone.
+    """Text for steps. What a step takes depends on its number alone."""
 
-    Attributes:
-        ids: (sequences, seq) the text.
-        batch: sequences a step.
-        seed: of all choices.
-    """
-
-    ids: Tensor
-    batch: int
-    seed: int
+    ids: Tensor  # (sequences, seq) the text
+    batch: int  # sequences a step
+    seed: int  # of all choices
 
     def rows(self, step: int) -> Tensor:
         """The tokens (batch, seq) of a step: all sequences once in a random order, then all again in another."""

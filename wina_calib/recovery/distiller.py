@@ -14,11 +14,8 @@ from wina_calib.recovery.loss import divergence, rows_of
 class Distiller(nn.Module):
     """The sparse model beside the dense one.
 
-    Args:
-        student: the sparse model, which is trained.
-        teacher: the dense one.
-        layers_path: of the decoder layers in both, where their outputs are compared; None where they are not.
-        turn: what takes the dense model's hidden states to the student's axes; see `hidden.distance`.
+    `layers_path` is that of the decoder layers in both, where their outputs are compared, else None; `turn` takes the dense
+    model's hidden states to the student's axes, see `hidden.distance`.
     """
 
     def __init__(

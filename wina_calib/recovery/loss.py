@@ -65,21 +65,13 @@ def divergence(student: Tensor, teacher: Tensor, student_head: Head, teacher_hea
 
 @dataclass(frozen=True)
 class Quality:
-    """A sparse model against the dense one on some text.
+    """A sparse model against the dense one on some text."""
 
-    Attributes:
-        dense_ppl: perplexity of the dense model.
-        ppl: of the sparse one.
-        kl: mean KL divergence from the dense prediction, nats a token.
-        top1_agreement: share of tokens where both predict the same next token.
-        tokens: predicted tokens.
-    """
-
-    dense_ppl: float
-    ppl: float
-    kl: float
-    top1_agreement: float
-    tokens: int
+    dense_ppl: float  # perplexity of the dense model
+    ppl: float  # of the sparse one
+    kl: float  # mean KL divergence from the dense prediction, nats a token
+    top1_agreement: float  # share of tokens where both predict the same next token
+    tokens: int  # predicted tokens
 
     @property
     def rise(self) -> float:
@@ -91,13 +83,7 @@ class Quality:
 def sums(student: Tensor, teacher: Tensor, labels: Tensor, student_head: Head, teacher_head: Head, rows: int) -> Tensor:
     """Sums over tokens, float64 (4,): dense loss, sparse loss, divergence, agreement.
 
-    Args:
-        student: (tokens, hidden) the sparse decoder's output.
-        teacher: the same of the dense model.
-        labels: (tokens,) that come next.
-        student_head: as for `divergence`.
-        teacher_head: as for `divergence`.
-        rows: rows at a time.
+    Outputs are (tokens, hidden), `labels` (tokens,) come next; heads and rows are as for `divergence`.
     """
     out = torch.zeros(4, dtype=torch.float64)
     for s, t, target in zip(student.split(rows), teacher.split(rows), labels.split(rows), strict=True):

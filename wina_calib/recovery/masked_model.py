@@ -61,10 +61,7 @@ class _Group:
 class MaskedModel:
     """Masks on the sites of a plain model.
 
-    Args:
-        model: the dense model; its layers are those of the checkpoint. Adapters may have been put in.
-        checkpoint: the calibration.
-        sparsities: model sparsities that can be set.
+    Adapters may have been put into the dense model; `sparsities` are those that can be set.
 
     Raises:
         UsageError: the checkpoint's masks cannot be trained.

@@ -33,14 +33,7 @@ def measure(
 ) -> tuple[dict[str, dict[float, Quality]], dict[str, dict[float, float]]]:
     """Quality of a checkpoint at some model sparsities, prompts masked too.
 
-    Args:
-        folder: the checkpoint.
-        teacher: the dense model.
-        tokenizer: of both.
-        sparsities: in (0, 1).
-        texts: tokens (sequences, seq) by kind.
-        tasks: items by name.
-        report: hears of each text and task.
+    `teacher` is the dense model; texts are tokens (sequences, seq) by kind, tasks items by name.
 
     Returns:
         Quality by kind and sparsity; accuracy by task and sparsity, the dense model's at 0.

@@ -21,48 +21,28 @@ FULL = 4096  # tokens computed together that keep a device busy
 
 @dataclass(frozen=True)
 class Size:
-    """What memory depends on.
+    """What memory depends on."""
 
-    Attributes:
-        weights: all weights of the model, tied ones once.
-        trained: those of the decoder's projections.
-        projections: sum over projections of inputs and outputs, for adapters.
-        layers: decoder layers.
-        width: of the residual stream.
-        inner: of the MLP.
-        vocabulary: tokens.
-        itemsize: bytes of a weight as stored.
-    """
-
-    weights: int
-    trained: int
-    projections: int
-    layers: int
-    width: int
-    inner: int
-    vocabulary: int
-    itemsize: int
+    weights: int  # all weights of the model, tied ones once
+    trained: int  # those of the decoder's projections
+    projections: int  # sum over projections of inputs and outputs, for adapters
+    layers: int  # decoder layers
+    width: int  # of the residual stream
+    inner: int  # of the MLP
+    vocabulary: int  # tokens
+    itemsize: int  # bytes of a weight as stored
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        adapters: low-rank adapters, else all decoder weights.
-        micro_batch: sequences computed together.
-        again: layers are computed again in the backward pass, as memory cannot hold what they leave behind.
-        steps: optimizer steps.
-        memory_bytes: what all that needs.
-        learning_rate: the highest.
-    """
-
-    adapters: bool
-    micro_batch: int
-    again: bool
-    steps: int
-    memory_bytes: int
-    learning_rate: float
+    adapters: bool  # low-rank adapters, else all decoder weights
+    micro_batch: int  # sequences computed together
+    again: bool  # layers are computed again in the backward pass, as memory cannot hold what they leave behind
+    steps: int  # optimizer steps
+    memory_bytes: int  # what all that needs
+    learning_rate: float  # the highest
 
     def describe(self, options: RecoverOptions, available: int) -> str:
         """The plan in one line."""
@@ -93,11 +73,7 @@ def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_
 def plan_training(size: Size, options: RecoverOptions, available: int, processes: int = 1) -> TrainingPlan:
     """The plan whose needs fit: all weights where they do, else adapters; what the backward pass needs is kept where it fits.
 
-    Args:
-        size: of the model.
-        options: of the recovery.
-        available: bytes for each process; 0 where nobody knows.
-        processes: that share a step's sequences.
+    `available` are bytes for each of the `processes` that share a step's sequences; 0 where nobody knows.
 
     Raises:
         UsageError: nothing fits; the message has the numbers. Or the sequences cannot be shared evenly.

@@ -30,11 +30,7 @@ from wina_calib.storage import Shards
 def write_trained(student: PreTrainedModel, dense: Path, folder: Path, plan: TrainingPlan) -> None:
     """Write the trained weights as a plain model folder, in the dtype that they had; adapters are merged.
 
-    Args:
-        student: the trained model.
-        dense: the checkpoint's weights as a plain model, untrained.
-        folder: to write.
-        plan: of the training.
+    `dense` are the checkpoint's weights as a plain model, untrained.
 
     Raises:
         OutputError: the disk is full.
@@ -78,15 +74,7 @@ def calibrate_trained(
 ) -> None:
     """Fit thresholds for the trained weights, with the site sparsities that they were trained under.
 
-    Args:
-        weights: the trained model.
-        made: folder to write.
-        opened: the checkpoint that was given.
-        chosen: options of the recovery.
-        sparsities: that were trained.
-        trained: what the training came to.
-        base: the dense model's folder.
-        report: hears of it.
+    `opened` is the checkpoint that was given, `base` the dense model's folder, `made` the folder to write.
     """
     settings, provenance = opened.settings, opened.settings.provenance
     calibrate(

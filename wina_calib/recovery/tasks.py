@@ -70,13 +70,7 @@ class _Case:
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, tokenizer: Any, items: Sequence[Item]) -> float:
-    """Share of items that a model solves.
-
-    Args:
-        model: as it is to be measured.
-        tokenizer: its own.
-        items: one or more.
-    """
+    """Share of items that a model solves."""
     cases = [_case(tokenizer, item.context, choice) for item in items for choice in item.choices]
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, case in enumerate(cases):

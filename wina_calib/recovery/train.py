@@ -51,25 +51,15 @@ SHARES = (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to.
+    """What a training came to."""
 
-    Attributes:
-        steps: done.
-        skipped: of these, without effect as they were not a number.
-        seconds: they took, those of earlier runs too.
-        held_out: divergence on held-out text at each sparsity, by step.
-        best: the step whose weights were kept.
-        share: how much of the way from the first weights to those was kept.
-        losses: divergence of every step since the run was last begun.
-    """
-
-    steps: int
-    skipped: int
-    seconds: float
-    held_out: dict[int, list[float]]
-    best: int
-    share: float = 1.0
-    losses: list[float] = field(default_factory=list)
+    steps: int  # done
+    skipped: int  # of these, without effect as they were not a number
+    seconds: float  # they took, those of earlier runs too
+    held_out: dict[int, list[float]]  # divergence on held-out text at each sparsity, by step
+    best: int  # the step whose weights were kept
+    share: float = 1.0  # how much of the way from the first weights to those was kept
+    losses: list[float] = field(default_factory=list)  # divergence of every step since the run was last begun
 
 
 @dataclass
@@ -103,41 +93,23 @@ class _Log:
 
 @dataclass
 class Training:
-    """A training under way.
+    """A training under way."""
 
-    Attributes:
-        student: the model that is trained; its trained weights are float32.
-        teacher: the dense model.
-        masks: on the student.
-        architecture: of the student.
-        ids: (sequences, seq) text to train on.
-        held_out: (sequences, seq) text to choose the best weights by.
-        options: of the recovery.
-        plan: what was planned.
-        sparsities: that are trained.
-        in_turn: the sparsities of a round of steps.
-        turn: takes the dense model's hidden states to the student's axes; None where they are not compared.
-        phase: where the state is saved.
-        ranks: the processes that train together.
-        report: hears of it.
-        device: that computes.
-    """
-
-    student: PreTrainedModel
-    teacher: PreTrainedModel
-    masks: MaskedModel
-    architecture: Architecture
-    ids: Tensor
-    held_out: Tensor
-    options: RecoverOptions
-    plan: TrainingPlan
-    sparsities: tuple[float, ...]
-    in_turn: tuple[float, ...]
-    turn: Tensor | None
-    phase: Phase
-    ranks: Ranks
-    report: Progress
-    device: torch.device
+    student: PreTrainedModel  # the model that is trained; its trained weights are float32
+    teacher: PreTrainedModel  # the dense model
+    masks: MaskedModel  # on the student
+    architecture: Architecture  # of the student
+    ids: Tensor  # (sequences, seq) text to train on
+    held_out: Tensor  # (sequences, seq) text to choose the best weights by
+    options: RecoverOptions  # of the recovery
+    plan: TrainingPlan  # what was planned
+    sparsities: tuple[float, ...]  # that are trained
+    in_turn: tuple[float, ...]  # the sparsities of a round of steps
+    turn: Tensor | None  # takes the dense model's hidden states to the student's axes; None where they are not compared
+    phase: Phase  # where the state is saved
+    ranks: Ranks  # the processes that train together
+    report: Progress  # hears of it
+    device: torch.device  # that computes
 
     def run(self) -> Trained:
         """Train, and leave the best weights in the student."""

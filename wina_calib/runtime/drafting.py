@@ -44,13 +44,6 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the dense model that a calibrated one drafts for.
 
-    Args:
-        base: its folder or Hub id.
-        draft: the calibrated model.
-        tokenizer: of the draft.
-        dtype: of the weights; `auto` is that on disk.
-        device_map: as in `from_pretrained`.
-
     Raises:
         UsageError: it is calibrated itself, or its tokens are others than the draft's.
     """
@@ -80,11 +73,6 @@ def load_base(
 @contextmanager
 def drafting(dense: PreTrainedModel, draft: PreTrainedModel, prompt: int) -> Iterator[tuple[dict[str, Any], Drafted]]:
     """For the length of the context, count what is drafted and kept.
-
-    Args:
-        dense: the model that generates.
-        draft: the calibrated model.
-        prompt: tokens of the prompt.
 
     Yields:
         what `dense.generate` is to be given besides, and the counts.

@@ -28,10 +28,6 @@ def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None
 class Rows:
     """The rows of one pass, by the arguments of its decoder.
 
-    Args:
-        args: positional arguments.
-        kwargs: the others.
-
     Raises:
         UsageError: nothing tells what the pass is.
     """

@@ -23,27 +23,17 @@ from wina_calib.runtime.load import load_opened, set_sparsity
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote.
+    """What a model wrote."""
 
-    Attributes:
-        text: of a chat the answer, else the prompt and what follows it.
-        chat: whether the prompt was put as a user's turn.
-        prompt_tokens: tokens of the prompt, the template's included.
-        tokens: new tokens.
-        ended: whether the model ended by itself, and not at the most tokens that it might write.
-        tokens_per_second: of all new tokens but those of the first pass, which the prompt is read in; None where it is alone.
-        drafted: tokens that a draft wrote ahead; None without one.
-        kept: how many of these the dense model kept.
-    """
-
-    text: str
-    chat: bool
-    prompt_tokens: int
-    tokens: int
-    ended: bool
+    text: str  # of a chat the answer, else the prompt and what follows it
+    chat: bool  # whether the prompt was put as a user's turn
+    prompt_tokens: int  # tokens of the prompt, the template's included
+    tokens: int  # new tokens
+    ended: bool  # whether the model ended by itself, and not at the most tokens that it might write
+    # of all new tokens but those of the first pass, which the prompt is read in; None where it is alone
     tokens_per_second: float | None
-    drafted: int | None = None
-    kept: int | None = None
+    drafted: int | None = None  # tokens that a draft wrote ahead; None without one
+    kept: int | None = None  # how many of these the dense model kept
 
 
 def generate(

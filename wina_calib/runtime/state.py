@@ -36,40 +36,26 @@ class SiteCount:
 
 @dataclass
 class RuntimeState:
-    """State of one sparse model: what is the same for all of its passes until somebody changes it.
+    """State of one sparse model: what is the same for all of its passes until somebody changes it."""
 
-    Attributes:
-        prefill: whether rows that fill an empty cache are masked (`sparse`) or computed densely (`dense`).
-        first_token: whether the first row of each sequence is computed densely (`dense`) or masked (`sparse`).
-        kernels: `auto` lets a fast kernel serve a site, `reference` always uses the masked dense product.
-        dense: compute everything densely.
-        masks: whether the sparsity that is set drops anything.
-        stale: weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again.
-        revision: counts how often thresholds were set.
-        packs: counts how often the weights' storage was looked at.
-        sites: all sites, in order.
-        watch: samples what decode steps drop, until it has seen enough.
-        gate: keeps passes and changes of the model apart.
-        repeats: passes that a backward pass may compute again.
-        local: what a thread asked for by `counting` and `densely`.
-        plan: how a token goes through all layers in one call, see `fast_path.layers`; False where it cannot.
-        number: of this state among all in the process.
-    """
-
-    prefill: str = "sparse"
+    prefill: str = "sparse"  # whether rows that fill an empty cache are masked (`sparse`) or computed densely (`dense`)
+    # whether the first row of each sequence is computed densely (`dense`) or masked (`sparse`)
     first_token: str = "dense"
-    kernels: str = "auto"
-    dense: bool = False
-    masks: bool = False
+    kernels: str = "auto"  # `auto` lets a fast kernel serve a site, `reference` always uses the masked dense product
+    dense: bool = False  # compute everything densely
+    masks: bool = False  # whether the sparsity that is set drops anything
+    # weights were moved, cast or replaced, or the sparsity changed: their storage must be looked at again
     stale: bool = True
-    revision: int = 0
-    packs: int = 0
-    sites: list[Any] = field(default_factory=list, repr=False)
-    watch: Watch | None = field(default=None, repr=False)
-    gate: Gate = field(default_factory=Gate, repr=False)
-    repeats: Repeats = field(default_factory=Repeats, repr=False)
+    revision: int = 0  # counts how often thresholds were set
+    packs: int = 0  # counts how often the weights' storage was looked at
+    sites: list[Any] = field(default_factory=list, repr=False)  # all sites, in order
+    watch: Watch | None = field(default=None, repr=False)  # samples what decode steps drop, until it has seen enough
+    gate: Gate = field(default_factory=Gate, repr=False)  # keeps passes and changes of the model apart
+    repeats: Repeats = field(default_factory=Repeats, repr=False)  # passes that a backward pass may compute again
+    # what a thread asked for by `counting` and `densely`
     local: threading.local = field(default_factory=threading.local, repr=False)
-    number: int = field(default_factory=group_operator.new_owner, repr=False)
+    number: int = field(default_factory=group_operator.new_owner, repr=False)  # of this state among all in the process
+    # how a token goes through all layers in one call, see `fast_path.layers`; False where it cannot
     plan: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

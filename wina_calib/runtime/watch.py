@@ -22,8 +22,7 @@ SHARE, LEAST = 0.25, 0.1
 class Watch:
     """Sums what is dropped in the passes that it is part of.
 
-    Args:
-        steps: passes after which it has seen enough.
+    It has seen enough after so many `steps`.
     """
 
     def __init__(self, steps: float = STEPS) -> None:

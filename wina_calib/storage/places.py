@@ -17,9 +17,7 @@ _MAX_BYTES = 1 << 20
 def remember_places(about: Sequence[str], places: Sequence[str]) -> None:
     """Keep for later commands of this user where something is; without a cache nothing is kept.
 
-    Args:
-        about: by what it is known: what a checkpoint publishes of it.
-        places: paths, or names that lead to it.
+    `about` is by what it is known: what a checkpoint publishes of it.
     """
     file = _file(about)
     if file is not None:

@@ -67,19 +67,12 @@ class Done(Protocol):
 
 @dataclass
 class RunState:
-    """The folder of one calibration; without a folder nothing is kept.
+    """The folder of one calibration; without a folder nothing is kept."""
 
-    Attributes:
-        folder: where to keep finished work.
-        identity: gives what the work is, once it is needed; see `identity.py`.
-        ranks: the processes that share the work; all of them see the folder.
-        report: hears of a save that did not fit on the disk.
-    """
-
-    folder: Path | None = None
-    identity: Callable[[], Mapping[str, Any]] = dict
-    ranks: Ranks = ALONE
-    report: Progress = field(default_factory=Silent)
+    folder: Path | None = None  # where to keep finished work
+    identity: Callable[[], Mapping[str, Any]] = dict  # gives what the work is, once it is needed; see `identity.py`
+    ranks: Ranks = ALONE  # the processes that share the work; all of them see the folder
+    report: Progress = field(default_factory=Silent)  # hears of a save that did not fit on the disk
     saved: float = -1.0  # when the last save ended, and how long it took
     took: float = 0.0
     waited: float = 0.0  # for the identity, once: no part of what a save takes

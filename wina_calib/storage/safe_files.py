@@ -33,10 +33,6 @@ def safe_path(folder: Path, name: str) -> Path:
     A link may point inside the folder, or, in a folder of the Hub cache (`models--*/snapshots/<revision>`), to the
     `blobs` of the same model.
 
-    Args:
-        folder: an existing model folder.
-        name: the file's name within it, without any folder.
-
     Raises:
         CheckpointError: `name` is not a plain name, the file does not exist, or its link leaves the folder.
     """
@@ -106,10 +102,6 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> object:
     """Read one JSON file under limits on its size, depth and number of values.
-
-    Args:
-        path: a regular file, or a link to one.
-        max_bytes: refuse larger files before reading them.
 
     Returns:
         The parsed value. NaN and infinities are accepted as Python writes them; check numbers where they are used.

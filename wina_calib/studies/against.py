@@ -67,14 +67,6 @@ def quantized_rows(
 ) -> tuple[QuantizedRow, ...]:
     """Quantize a checkpoint's dense weights on its calibration text, and measure each on other text.
 
-    Args:
-        opened: the checkpoint, its weights not quantized.
-        names: of `FORMATS`.
-        held: the text to measure on.
-        device: compute device.
-        dtype: compute dtype, as for `evaluate`.
-        progress: hears of every layer.
-
     Raises:
         UsageError: a name is not known, or the weights are quantized already.
     """

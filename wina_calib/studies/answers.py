@@ -19,19 +19,12 @@ _SAME = 0.005  # shares that differ by less are told as one
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, what is said to it, and the figures.
+    """A question, what is said to it, and the figures."""
 
-    Attributes:
-        question: in words.
-        says: the answer in a sentence or two.
-        headers: of the columns of figures.
-        rows: figures as text.
-    """
-
-    question: str
-    says: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    question: str  # in words
+    says: str  # the answer in a sentence or two
+    headers: tuple[str, ...]  # of the columns of figures
+    rows: tuple[tuple[str, ...], ...]  # figures as text
 
     def text(self) -> str:
         """For a terminal."""

@@ -177,17 +177,7 @@ def evaluate_model(
     progress: Progress = SILENT,
     budget: NDArray[np.float64] | None = None,
 ) -> Evaluation:
-    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities.
-
-    Args:
-        model: the model.
-        folder: with its tokenizer.
-        data: text to measure on.
-        sparsity: model sparsity.
-        tokens: tokens to use.
-        progress: hears of every block.
-        budget: site sparsities.
-    """
+    """Measure a loaded sparse model; see `evaluate`. `budget` (layers, sites) replaces the stored site sparsities."""
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; expected at least 2.")
     sites = sparse_sites(model)
@@ -239,11 +229,7 @@ def measure(
 ) -> Measured:
     """Measure a loaded sparse model, as its thresholds are set now, against itself at sparsity 0.
 
-    Args:
-        model: the model.
-        blocks: text.
-        progress: hears of every block.
-        dense: what `dense_states` gave for the same blocks, so that they are not computed again.
+    `dense` is what `dense_states` gave for the same blocks, so that they are not computed again.
     """
     sites, totals = sparse_sites(model), torch.zeros(4, dtype=torch.float64)
     with runtime_state(model).counting() as counts:

@@ -36,56 +36,32 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class FlopsRow:
-    """Costs of one token at one model sparsity.
+    """Costs of one token at one model sparsity."""
 
-    Attributes:
-        sparsity: model sparsity, the weight-averaged share of inputs that are dropped.
-        gflops: 1e9 multiply-adds of linear layers and lm_head, as the papers count.
-        reduction: share of the dense model's `gflops` that is saved.
-        runtime_matrix_gflops: multiply-adds of the matrices that the transform adds at run time.
-        attention_gflops: multiply-adds of query-key and probability-value products at the context length.
-        total_gflops: all three together.
-        total_reduction: share saved of what the dense model needs for linear layers, lm_head and attention.
-        read_fraction: weights read over the dense model's, lm_head and run-time matrices included.
-        read_fraction_decoder: the same without lm_head.
-        gigabytes_read: 1e9 bytes of weights read.
-        cache_gigabytes: 1e9 bytes of keys and values read at the context length.
-    """
-
-    sparsity: float
-    gflops: float
-    reduction: float
-    runtime_matrix_gflops: float
-    attention_gflops: float
-    total_gflops: float
-    total_reduction: float
-    read_fraction: float
-    read_fraction_decoder: float
-    gigabytes_read: float
-    cache_gigabytes: float
+    sparsity: float  # model sparsity, the weight-averaged share of inputs that are dropped
+    gflops: float  # 1e9 multiply-adds of linear layers and lm_head, as the papers count
+    reduction: float  # share of the dense model's `gflops` that is saved
+    runtime_matrix_gflops: float  # multiply-adds of the matrices that the transform adds at run time
+    attention_gflops: float  # multiply-adds of query-key and probability-value products at the context length
+    total_gflops: float  # all three together
+    total_reduction: float  # share saved of what the dense model needs for linear layers, lm_head and attention
+    read_fraction: float  # weights read over the dense model's, lm_head and run-time matrices included
+    read_fraction_decoder: float  # the same without lm_head
+    gigabytes_read: float  # 1e9 bytes of weights read
+    cache_gigabytes: float  # 1e9 bytes of keys and values read at the context length
 
 
 @dataclass(frozen=True)
 class FlopsTable:
-    """Costs of one token at several sparsities.
+    """Costs of one token at several sparsities."""
 
-    Attributes:
-        model: name as given.
-        transform: resolved transform.
-        context: tokens that attention looks at.
-        dtype: dtype that bytes are counted in.
-        dense_gflops: the dense model, as the papers count.
-        rows: one a sparsity, in the order asked.
-        convention: how `gflops` is counted.
-    """
-
-    model: str
-    transform: str
-    context: int
-    dtype: str
-    dense_gflops: float
-    rows: tuple[FlopsRow, ...]
-    convention: str = CONVENTION
+    model: str  # name as given
+    transform: str  # resolved transform
+    context: int  # tokens that attention looks at
+    dtype: str  # dtype that bytes are counted in
+    dense_gflops: float  # the dense model, as the papers count
+    rows: tuple[FlopsRow, ...]  # one a sparsity, in the order asked
+    convention: str = CONVENTION  # how `gflops` is counted
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -49,11 +49,6 @@ class Figure:
 def write_report(checkpoint: Path, output: Path, *, overwrite: bool = False) -> Path:
     """Draw a checkpoint's report.
 
-    Args:
-        checkpoint: a calibrated checkpoint's folder.
-        output: folder for the figures and `index.html`.
-        overwrite: replace an existing folder.
-
     Returns:
         The page.
 

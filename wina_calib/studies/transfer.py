@@ -60,25 +60,15 @@ _SCORES, _MEASURE = "run the dense model", "transfer"
 
 @dataclass(frozen=True)
 class Row:
-    """The target at one sparsity with what one way gives it.
+    """The target at one sparsity with what one way gives it."""
 
-    Attributes:
-        way: one of `WAYS`.
-        sparsity: model sparsity asked for.
-        model_sparsity: achieved.
-        ppl: perplexity.
-        native_ppl: perplexity of the target's own calibration at this sparsity.
-        kl: KL divergence from the dense prediction, nats a token.
-        top1_agreement: share of tokens with the same most likely next token as the dense model.
-    """
-
-    way: str
-    sparsity: float
-    model_sparsity: float
-    ppl: float
-    native_ppl: float
-    kl: float
-    top1_agreement: float
+    way: str  # one of `WAYS`
+    sparsity: float  # model sparsity asked for
+    model_sparsity: float  # achieved
+    ppl: float  # perplexity
+    native_ppl: float  # perplexity of the target's own calibration at this sparsity
+    kl: float  # KL divergence from the dense prediction, nats a token
+    top1_agreement: float  # share of tokens with the same most likely next token as the dense model
 
 
 @dataclass(frozen=True)
@@ -92,29 +82,17 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A finished transfer.
+    """A finished transfer."""
 
-    Attributes:
-        source: checkpoint that gives.
-        target: checkpoint that takes.
-        dense_ppl: the target's perplexity at sparsity 0.
-        tokens: predicted tokens.
-        data: what text they are of.
-        samples: blocks of the dense pass.
-        rows: by sparsity, then way.
-        budgets: likeness of the source's budget and the target's own.
-        skipped: ways that were not possible, and why.
-    """
-
-    source: str
-    target: str
-    dense_ppl: float
-    tokens: int
-    data: tuple[str, ...]
-    samples: int
-    rows: tuple[Row, ...]
-    budgets: tuple[Likeness, ...]
-    skipped: dict[str, str]
+    source: str  # checkpoint that gives
+    target: str  # checkpoint that takes
+    dense_ppl: float  # the target's perplexity at sparsity 0
+    tokens: int  # predicted tokens
+    data: tuple[str, ...]  # what text they are of
+    samples: int  # blocks of the dense pass
+    rows: tuple[Row, ...]  # by sparsity, then way
+    budgets: tuple[Likeness, ...]  # likeness of the source's budget and the target's own
+    skipped: dict[str, str]  # ways that were not possible, and why
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -218,11 +196,6 @@ def by_depth(values: Floats, layers: int) -> Floats:
 def matched_budget(giver: Checkpoint, cells: Cells, sparsity: float) -> Floats:
     """A checkpoint's site sparsities for another model: matched by depth, moved to exactly `sparsity` with its sizes.
 
-    Args:
-        giver: whose budget it is.
-        cells: element counts of the model that takes it.
-        sparsity: model sparsity.
-
     Returns:
         (layers, sites) of the model that takes it.
     """
@@ -233,10 +206,7 @@ def matched_budget(giver: Checkpoint, cells: Cells, sparsity: float) -> Floats:
 def budget_file(source: str | Path, target: str | Path, sparsity: float | None = None) -> BudgetFile:
     """The source's budget as a budget file for the target, which may be a checkpoint or a model that is not calibrated.
 
-    Args:
-        source: calibrated checkpoint.
-        target: model folder, checkpoint, Hub id or `demo`.
-        sparsity: model sparsity; the source's asked one by default.
+    The sparsity is by default the one that the source was calibrated for.
 
     Raises:
         WinaError: one of both cannot be used.

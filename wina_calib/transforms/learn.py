@@ -36,19 +36,12 @@ _HELD_OUT_ROWS = 512
 
 @dataclass(frozen=True)
 class Problem:
-    """What one site adds to the cost, with W^T W replaced by its largest part.
+    """What one site adds to the cost, with W^T W replaced by its largest part."""
 
-    Attributes:
-        inputs: (groups, n, d) sampled inputs, every `HELD_OUT`-th row kept for checks.
-        factor: (groups, k, d) float32, W^T W is about factor^T factor + tail * I.
-        tail: (groups,) float32.
-        weight: (groups,) float32, the factor of its cost in the sum.
-    """
-
-    inputs: Tensor
-    factor: Tensor
-    tail: Tensor
-    weight: Tensor
+    inputs: Tensor  # (groups, n, d) sampled inputs, every `HELD_OUT`-th row kept for checks
+    factor: Tensor  # (groups, k, d) float32, W^T W is about factor^T factor + tail * I
+    tail: Tensor  # (groups,) float32
+    weight: Tensor  # (groups,) float32, the factor of its cost in the sum
 
     @property
     def nbytes(self) -> int:

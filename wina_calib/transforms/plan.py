@@ -21,19 +21,12 @@ _PAPER_PROJECTIONS = ("k_proj", "qkv_proj", "gate_proj", "gate_up_proj")
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved transform: which rotations it fits.
+    """A resolved transform: which rotations it fits."""
 
-    Attributes:
-        name: the resolved name, never "auto" and never an alias.
-        residual: one rotation of the whole residual stream, absorbed in the weights.
-        heads: one rotation a key/value head, absorbed in the weights.
-        sites: sites whose input is rotated at run time, a (width, width) matrix each in every layer.
-    """
-
-    name: str
-    residual: bool = False
-    heads: bool = False
-    sites: tuple[str, ...] = ()
+    name: str  # the resolved name, never "auto" and never an alias
+    residual: bool = False  # one rotation of the whole residual stream, absorbed in the weights
+    heads: bool = False  # one rotation a key/value head, absorbed in the weights
+    sites: tuple[str, ...] = ()  # sites whose input is rotated at run time, a (width, width) matrix each in every layer
 
     @property
     def is_free(self) -> bool:
@@ -55,16 +48,12 @@ _FREE_BEST_FIRST = ("global+head", "global", "head", "none")
 
 @dataclass(frozen=True)
 class Rotations:
-    """Fitted orthogonal matrices, all float64; row vectors are rotated from the right.
+    """Fitted orthogonal matrices, all float64; row vectors are rotated from the right."""
 
-    Attributes:
-        residual: (d, d) with h' = h @ residual for every hidden state h, or None.
-        heads: for each layer (kv_heads, head_dim, head_dim) with v' = v @ heads[layer][kv_head], or None.
-        sites: (layer, site) -> (width, width) matrix Q applied at run time, x' = x @ Q.
-    """
-
-    residual: Tensor | None = None
+    residual: Tensor | None = None  # (d, d) with h' = h @ residual for every hidden state h, or None
+    # for each layer (kv_heads, head_dim, head_dim) with v' = v @ heads[layer][kv_head], or None
     heads: tuple[Tensor, ...] | None = None
+    # (layer, site) -> (width, width) matrix Q applied at run time, x' = x @ Q
     sites: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
 
 

@@ -45,23 +45,14 @@ EPSILON, LARGE = 1e-6, 1000.0
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of a block's children: projections of its input, and the one of its output.
+    """Names of a block's children: projections of its input, and the one of its output."""
 
-    Attributes:
-        inputs: of one mask group, side by side.
-        output: of another.
-        heads: query heads and key heads of attention.
-        others: the other children and their classes.
-        norms: which of these are the norms of a query's and a key's head, or none.
-        gelu: whether an MLP's gate goes through GELU's approximation by tanh, else through SiLU.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    others: tuple[tuple[str, type[nn.Module]], ...]
-    heads: tuple[int, int] = (0, 0)
-    norms: tuple[str, ...] = ()
-    gelu: bool = False
+    inputs: tuple[str, ...]  # of one mask group, side by side
+    output: str  # of another
+    others: tuple[tuple[str, type[nn.Module]], ...]  # the other children and their classes
+    heads: tuple[int, int] = (0, 0)  # query heads and key heads of attention
+    norms: tuple[str, ...] = ()  # which of these are the norms of a query's and a key's head, or none
+    gelu: bool = False  # whether an MLP's gate goes through GELU's approximation by tanh, else through SiLU
 
 
 class Short(Derived):

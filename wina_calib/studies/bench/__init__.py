@@ -104,15 +104,7 @@ def compare(
 ) -> Bench:
     """Time a pair whose thresholds are set.
 
-    Args:
-        pair: the two models.
-        sparsities: model sparsities in [0, 1).
-        ids: (1, prompt + new) tokens on the models' device.
-        prompt: tokens of the prompt.
-        rounds: rounds; every variant runs in each of them.
-        compiled: decode through torch.compile with CUDA graphs.
-        groups: variants made before by `make_variants`, to be used further.
-        progress: hears of every variant warmed up and every round of a group.
+    `ids` (1, prompt + new) are tokens on the models' device; `groups` are variants made before by `make_variants`.
     """
     place, new = ids.device, ids.shape[1] - prompt
     real = [achieved(pair, s, ids, prompt) for s in sparsities]

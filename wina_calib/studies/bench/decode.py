@@ -31,24 +31,15 @@ CHUNK = 4
 
 @dataclass
 class Session:
-    """A model with its cache, ready to decode the tokens `ids` (1, prompt + new).
+    """A model with its cache, ready to decode the tokens `ids` (1, prompt + new)."""
 
-    Attributes:
-        model: dense or sparse.
-        ids: prompt and what is decoded after it.
-        prompt: tokens of the prompt.
-        cache: keys and values of all tokens, of fixed size.
-        forward: the model, compiled or not, for one token.
-        onednn: whether tokens are computed with oneDNN's products, on a CPU.
-    """
-
-    model: PreTrainedModel
-    ids: Tensor
-    prompt: int
-    cache: StaticCache
-    forward: Callable[..., Any]
+    model: PreTrainedModel  # dense or sparse
+    ids: Tensor  # prompt and what is decoded after it
+    prompt: int  # tokens of the prompt
+    cache: StaticCache  # keys and values of all tokens, of fixed size
+    forward: Callable[..., Any]  # the model, compiled or not, for one token
     position: int = 0
-    onednn: bool = True
+    onednn: bool = True  # whether tokens are computed with oneDNN's products, on a CPU
 
     def __post_init__(self) -> None:
         self.given = {cache_name(self.model.forward): self.cache}
@@ -86,24 +77,16 @@ def session(model: PreTrainedModel, ids: Tensor, prompt: int, *, compiled: bool)
 
 @dataclass
 class Variant:
-    """One row of the comparison: a session, and how its model is set before it runs.
+    """One row of the comparison: a session, and how its model is set before it runs."""
 
-    Attributes:
-        session: dense or sparse.
-        sparsity: of a sparse model; None for the dense one.
-        memory: what runs add.
-        merged: a sparse model that computes everything, with one product a site: the dense model with the sparse one's
-            other advantages.
-        step_ms: time of a token, one a chunk.
-        prefill_ms: time of the prompt, one a round.
-    """
-
-    session: Session
-    sparsity: float | None
-    memory: PeakMemory
+    session: Session  # dense or sparse
+    sparsity: float | None  # of a sparse model; None for the dense one
+    memory: PeakMemory  # what runs add
+    # a sparse model that computes everything, with one product a site: the dense model with the sparse one's other
+    # advantages
     merged: bool = False
-    step_ms: list[float] = field(default_factory=list)
-    prefill_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)  # time of a token, one a chunk
+    prefill_ms: list[float] = field(default_factory=list)  # time of the prompt, one a round
 
     def select(self) -> None:
         """Make the model ready, storage included, before time is taken."""

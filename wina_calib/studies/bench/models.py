@@ -40,23 +40,15 @@ QUANTIZED_INPUTS = 1024
 
 @dataclass(frozen=True)
 class Pair:
-    """A dense and a sparse model with the same weights.
+    """A dense and a sparse model with the same weights."""
 
-    Attributes:
-        name: as the user gave it.
-        dense: stock transformers model, row-major weights.
-        sparse: the same with sparse sites; embedding, norms and lm_head are the dense model's own tensors.
-        cells: element counts for read fractions.
-        calibrated: whether thresholds come from a calibration; else `fit` must set them.
-        folder: where a tokenizer may be; None for random weights.
-    """
-
-    name: str
-    dense: PreTrainedModel
+    name: str  # as the user gave it
+    dense: PreTrainedModel  # stock transformers model, row-major weights
+    # the same with sparse sites; embedding, norms and lm_head are the dense model's own tensors
     sparse: PreTrainedModel
-    cells: Cells
-    calibrated: bool
-    folder: Path | None
+    cells: Cells  # element counts for read fractions
+    calibrated: bool  # whether thresholds come from a calibration; else `fit` must set them
+    folder: Path | None  # where a tokenizer may be; None for random weights
 
     @property
     def state(self) -> RuntimeState:
@@ -99,10 +91,7 @@ class Pair:
 def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) -> Pair:
     """Load a calibrated checkpoint or a plain model twice.
 
-    Args:
-        model: folder, Hub id or `demo`.
-        device: where it runs.
-        dtype: of the weights; None is that on disk.
+    `dtype` None is that on disk.
 
     Raises:
         WinaError: it cannot be loaded or has no sites.
@@ -121,14 +110,7 @@ def open_pair(model: str, *, device: torch.device, dtype: torch.dtype | None) ->
 
 
 def random_pair(name: str, *, device: torch.device, dtype: torch.dtype, seed: int) -> Pair:
-    """Random weights of a config, made on the device.
-
-    Args:
-        name: preset, config file, folder or Hub id.
-        device: where it runs.
-        dtype: of the weights.
-        seed: of the weights.
-    """
+    """Random weights of a config, made on the device."""
     config = language_model(find_config(name)).config
     return _with_sites(name, random_model(config, device, dtype, seed), config, None)
 
@@ -156,9 +138,7 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
 def stock_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A stock model of `config` with its own row-major copies of the sites' weights, sharing all else with `model`.
 
-    Args:
-        model: stock or sparse model with its weights; not packed yet.
-        config: of the base model's type, without quantization.
+    The model is not packed yet; the config is of the base model's type, without quantization.
     """
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -41,105 +41,67 @@ _SPEEDUP = (
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model's costs.
+    """The dense model's costs."""
 
-    Attributes:
-        ms_per_token: median over chunks of decode steps.
-        ms_per_token_spread: quartiles.
-        tokens_per_s: decode speed.
-        bytes_per_token: weights read for a token, lm_head included, keys and values not.
-        roof_share: those bytes over the time, as a share of the measured copy bandwidth.
-        prefill_ms: median time of the prompt.
-        peak_memory_bytes: weights, cache and what a run adds to them at its peak.
-        eager_ms_per_token: of the stock model as it is, where `ms_per_token` is of a faster one: compiled, or on a CPU, where
-            it has this package's attention and may do without oneDNN.
-        merged_ms_per_token: of the compiled dense model with one product a site, as the sparse one has: what is left of
-            the speed-up against it is due to skipped weights alone.
-    """
-
-    ms_per_token: float
-    ms_per_token_spread: tuple[float, float]
-    tokens_per_s: float
-    bytes_per_token: int
-    roof_share: float
-    prefill_ms: float
-    peak_memory_bytes: int
+    ms_per_token: float  # median over chunks of decode steps
+    ms_per_token_spread: tuple[float, float]  # quartiles
+    tokens_per_s: float  # decode speed
+    bytes_per_token: int  # weights read for a token, lm_head included, keys and values not
+    roof_share: float  # those bytes over the time, as a share of the measured copy bandwidth
+    prefill_ms: float  # median time of the prompt
+    peak_memory_bytes: int  # weights, cache and what a run adds to them at its peak
+    # of the stock model as it is, where `ms_per_token` is of a faster one: compiled, or on a CPU, where it has this
+    # package's attention and may do without oneDNN
     eager_ms_per_token: float | None = None
+    # of the compiled dense model with one product a site, as the sparse one has: what is left of the speed-up against
+    # it is due to skipped weights alone
     merged_ms_per_token: float | None = None
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """The sparse model's costs at one sparsity; fields of the same name are as in `Dense`.
+    """The sparse model's costs at one sparsity; fields of the same name are as in `Dense`."""
 
-    Attributes:
-        sparsity: model sparsity asked for.
-        achieved_sparsity: that of the decode steps measured.
-        read_fraction: bytes of weights read over the dense model's at the achieved sparsity, lm_head and run-time matrices
-            included.
-        limit: 1 / read_fraction, the speed-up if only bytes counted.
-        bits_read: bits of decoder weight read for a token over the number of decoder weights, scales counted.
-        speedup: median over chunks of dense time over sparse time, each chunk beside its own dense one.
-        speedup_spread: quartiles.
-        prefill_ratio: time of the prompt over the dense model's.
-    """
-
-    sparsity: float
-    achieved_sparsity: float
+    sparsity: float  # model sparsity asked for
+    achieved_sparsity: float  # that of the decode steps measured
+    # bytes of weights read over the dense model's at the achieved sparsity, lm_head and run-time matrices included
     read_fraction: float
-    limit: float
+    limit: float  # 1 / read_fraction, the speed-up if only bytes counted
     ms_per_token: float
     ms_per_token_spread: tuple[float, float]
     tokens_per_s: float
-    speedup: float
-    speedup_spread: tuple[float, float]
+    speedup: float  # median over chunks of dense time over sparse time, each chunk beside its own dense one
+    speedup_spread: tuple[float, float]  # quartiles
     bytes_per_token: int
-    bits_read: float
+    bits_read: float  # bits of decoder weight read for a token over the number of decoder weights, scales counted
     roof_share: float
     prefill_ms: float
-    prefill_ratio: float
+    prefill_ratio: float  # time of the prompt over the dense model's
     peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Dense against sparse decoding of one model in one process.
+    """Dense against sparse decoding of one model in one process."""
 
-    Attributes:
-        model: as given.
-        device: its name.
-        dtype: of the weights.
-        threads: CPU threads; 0 on other devices.
-        compiled: whether decode steps ran through torch.compile.
-        onednn: False where decode steps of all variants ran with torch's own products (`torch.backends.mkldnn` off), since
-            the dense model is faster so.
-        prompt: tokens of the prompt.
-        new: tokens decoded in a round.
-        rounds: number of rounds.
-        roof_gb_s: measured copy bandwidth, 1e9 bytes a second, bytes read and written counted.
-        versions: of torch, transformers, triton and the driver, as far as they matter here.
-        bits: of a weight of the sparse model's sites; 16 where they are not quantized.
-        fixed_ms: milliseconds of a token of the sparse model with all inputs of its sites dropped: lm_head, and what is no
-            product.
-        dense: the dense model.
-        results: the sparse model, one a sparsity.
-    """
-
-    model: str
-    device: str
-    dtype: str
-    threads: int
-    compiled: bool
+    model: str  # as given
+    device: str  # its name
+    dtype: str  # of the weights
+    threads: int  # CPU threads; 0 on other devices
+    compiled: bool  # whether decode steps ran through torch.compile
+    # False where decode steps of all variants ran with torch's own products (`torch.backends.mkldnn` off), since the
+    # dense model is faster so
     onednn: bool
-    prompt: int
-    new: int
-    rounds: int
-    roof_gb_s: float
-    versions: dict[str, str]
-    bits: int
+    prompt: int  # tokens of the prompt
+    new: int  # tokens decoded in a round
+    rounds: int  # number of rounds
+    roof_gb_s: float  # measured copy bandwidth, 1e9 bytes a second, bytes read and written counted
+    versions: dict[str, str]  # of torch, transformers, triton and the driver, as far as they matter here
+    bits: int  # of a weight of the sparse model's sites; 16 where they are not quantized
+    # milliseconds of a token of the sparse model with all inputs of its sites dropped: lm_head, and what is no product
     fixed_ms: float
-    dense: Dense
-    results: tuple[Sparse, ...]
+    dense: Dense  # the dense model
+    results: tuple[Sparse, ...]  # the sparse model, one a sparsity
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -189,30 +151,18 @@ class Bench:
 
 @dataclass(frozen=True)
 class Products:
-    """The site products of one decoder layer alone, dense against sparse.
+    """The site products of one decoder layer alone, dense against sparse."""
 
-    Attributes:
-        model: as given.
-        device: its name.
-        dtype: of the weights.
-        threads: CPU threads; 0 on other devices.
-        onednn: as in `Bench`.
-        layers: layers with weights of their own that a measurement runs through, so that caches do not serve them.
-        roof_gb_s: measured copy bandwidth, 1e9 bytes a second.
-        versions: as in `Bench`.
-        dense: `{"ms_per_layer", "ms_per_layer_spread", "bytes_per_layer", "roof_share"}`.
-        results: the same a sparsity, with `sparsity`, `achieved_sparsity`, `read_fraction`, `speedup`, `speedup_spread`.
-    """
-
-    model: str
-    device: str
-    dtype: str
-    threads: int
-    onednn: bool
-    layers: int
-    roof_gb_s: float
-    versions: dict[str, str]
-    dense: dict[str, Any]
+    model: str  # as given
+    device: str  # its name
+    dtype: str  # of the weights
+    threads: int  # CPU threads; 0 on other devices
+    onednn: bool  # as in `Bench`
+    layers: int  # layers with weights of their own that a measurement runs through, so that caches do not serve them
+    roof_gb_s: float  # measured copy bandwidth, 1e9 bytes a second
+    versions: dict[str, str]  # as in `Bench`
+    dense: dict[str, Any]  # `{"ms_per_layer", "ms_per_layer_spread", "bytes_per_layer", "roof_share"}`
+    # the same a sparsity, with `sparsity`, `achieved_sparsity`, `read_fraction`, `speedup`, `speedup_spread`
     results: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,21 +27,13 @@ REPEATS = {"cpu": 15, "cuda": 60}
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """One site's weights in both forms, an input row and the score's norm.
+    """One site's weights in both forms, an input row and the score's norm."""
 
-    Attributes:
-        dense: a row-major (out, in) weight a projection.
-        sparse: (in, sum of outs), column-contiguous where `dispatch.column_layout_pays`, else a row-major view.
-        norm: (in,) float32.
-        x: (1, in).
-        threshold: () float32.
-    """
-
-    dense: tuple[Tensor, ...]
-    sparse: Tensor
-    norm: Tensor
-    x: Tensor
-    threshold: Tensor
+    dense: tuple[Tensor, ...]  # a row-major (out, in) weight a projection
+    sparse: Tensor  # (in, sum of outs), column-contiguous where `dispatch.column_layout_pays`, else a row-major view
+    norm: Tensor  # (in,) float32
+    x: Tensor  # (1, in)
+    threshold: Tensor  # () float32
 
     def run_dense(self) -> None:
         """The products as a stock model does them, one a projection."""
@@ -65,12 +57,7 @@ def products(
 ) -> Products:
     """Time the site products of one layer with random weights and normal inputs, in a CUDA graph on CUDA.
 
-    Args:
-        model: preset, config file, folder or Hub id, of which the shapes are taken.
-        sparsities: shares of inputs dropped at every site, in [0, 1).
-        device: where it runs.
-        dtype: of the weights.
-        seed: of weights and inputs.
+    Shapes are those of `model`: a preset, config file, folder or Hub id.
     """
     if not sparsities or any(not 0.0 <= s < 1.0 for s in sparsities):
         raise UsageError(f"sparsity is {', '.join(map(str, sparsities)) or 'empty'}; expected numbers in [0, 1).")

@@ -85,20 +85,13 @@ class Setting:
     Weights are square, from a Kaiming normal distribution (variance 2 / width), and get orthogonal columns by `W V`; inputs
     are standard normal. Errors are L2 norms of the output's deviation. They grow with the root of the width, so compare the
     ratio of two methods with the paper's, not the errors.
-
-    Attributes:
-        width: inputs and outputs of every layer.
-        depth: linear layers of the network for Theorem 3.2; Lemma 3.1 has one.
-        inputs: input vectors a network, over which its error is averaged.
-        seeds: networks.
-        sparsities: shares of inputs that every layer drops.
     """
 
-    width: int = SYNTHETIC_WIDTH
-    depth: int = SYNTHETIC_DEPTH
-    inputs: int = 16
-    seeds: int = SYNTHETIC_SEEDS
-    sparsities: tuple[float, ...] = SPARSITIES
+    width: int = SYNTHETIC_WIDTH  # inputs and outputs of every layer
+    depth: int = SYNTHETIC_DEPTH  # linear layers of the network for Theorem 3.2; Lemma 3.1 has one
+    inputs: int = 16  # input vectors a network, over which its error is averaged
+    seeds: int = SYNTHETIC_SEEDS  # networks
+    sparsities: tuple[float, ...] = SPARSITIES  # shares of inputs that every layer drops
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.inputs, self.seeds) < 1:
@@ -127,40 +120,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Optimality:
-    """How often WINA's mask is the best of all masks of its size, on small random matrices.
+    """How often WINA's mask is the best of all masks of its size, on small random matrices."""
 
-    Attributes:
-        columns: inputs of the matrices.
-        cases: matrix, input and number of kept inputs tried.
-        orthogonal: share of cases in which WINA's mask is the best, with orthogonal columns.
-        random: the same, with columns as they come.
-    """
-
-    columns: int
-    cases: int
-    orthogonal: float
-    random: float
+    columns: int  # inputs of the matrices
+    cases: int  # matrix, input and number of kept inputs tried
+    orthogonal: float  # share of cases in which WINA's mask is the best, with orthogonal columns
+    random: float  # the same, with columns as they come
 
 
 @dataclass(frozen=True)
 class Counterexample:
-    """A matrix without orthogonal columns on which WINA's mask is not the best.
+    """A matrix without orthogonal columns on which WINA's mask is not the best."""
 
-    Attributes:
-        weight: rows of W.
-        x: input.
-        kept_by_wina: index of the one input that WINA keeps.
-        best: index of the one input that is best to keep.
-        wina_error: squared output error of WINA's mask.
-        best_error: squared output error of the best mask.
-    """
-
-    weight: tuple[tuple[float, ...], ...]
-    x: tuple[float, ...]
-    kept_by_wina: int
-    best: int
-    wina_error: float
-    best_error: float
+    weight: tuple[tuple[float, ...], ...]  # rows of W
+    x: tuple[float, ...]  # input
+    kept_by_wina: int  # index of the one input that WINA keeps
+    best: int  # index of the one input that is best to keep
+    wina_error: float  # squared output error of WINA's mask
+    best_error: float  # squared output error of the best mask
 
 
 @dataclass(frozen=True)

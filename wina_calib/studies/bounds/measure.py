@@ -46,29 +46,18 @@ Cuts = Callable[[Layer], Mapping[str, Cut]]
 
 @dataclass(frozen=True)
 class SiteBound:
-    """Squared errors of one mask group, summed over tokens, as shares of the dense output's square `||W x||^2`.
+    """Squared errors of one mask group, summed over tokens, as shares of the dense output's square `||W x||^2`."""
 
-    Attributes:
-        layer: index of the decoder layer.
-        site: name of the site.
-        group: `shared`, or the projection that has a mask of its own.
-        sparsity: share of inputs dropped.
-        theory: Lemma 3.1, `sum_j x_j^2 c_j^2` over dropped inputs: what the mask costs if columns are orthogonal.
-        measured: `||W (x - masked x)||^2`, what it costs.
-        inherited: `||W (x - dense x)||^2`, what masks before this site cost here.
-        bound: Theorem 3.2, `(sqrt(inherited) + sqrt(theory))^2`; a bound on `accumulated` if columns are orthogonal.
-        accumulated: `||W (masked x) - W (dense x)||^2`, what all masks so far cost.
-    """
-
-    layer: int
-    site: str
-    group: str
-    sparsity: float
-    theory: float
-    measured: float
-    inherited: float
+    layer: int  # index of the decoder layer
+    site: str  # name of the site
+    group: str  # `shared`, or the projection that has a mask of its own
+    sparsity: float  # share of inputs dropped
+    theory: float  # Lemma 3.1, `sum_j x_j^2 c_j^2` over dropped inputs: what the mask costs if columns are orthogonal
+    measured: float  # `||W (x - masked x)||^2`, what it costs
+    inherited: float  # `||W (x - dense x)||^2`, what masks before this site cost here
+    # Theorem 3.2, `(sqrt(inherited) + sqrt(theory))^2`; a bound on `accumulated` if columns are orthogonal
     bound: float
-    accumulated: float
+    accumulated: float  # `||W (masked x) - W (dense x)||^2`, what all masks so far cost
 
     @property
     def cross(self) -> float:
@@ -92,27 +81,16 @@ class SiteBound:
 
 @dataclass(frozen=True)
 class ModelBounds:
-    """Bounds and errors of every site of a model under one transform.
+    """Bounds and errors of every site of a model under one transform."""
 
-    Attributes:
-        model: name as given.
-        transform: resolved transform.
-        score: how inputs are scored.
-        masks: one mask a site or one a projection.
-        select: `thresholds` of a calibrated checkpoint, or each token's `top-k` as in the paper.
-        sparsity: model sparsity asked for.
-        tokens: tokens measured; first tokens of blocks are never masked and not among them.
-        sites: one entry a mask group, in order of the layers.
-    """
-
-    model: str
-    transform: str
-    score: str
-    masks: str
-    select: str
-    sparsity: float
-    tokens: int
-    sites: tuple[SiteBound, ...]
+    model: str  # name as given
+    transform: str  # resolved transform
+    score: str  # how inputs are scored
+    masks: str  # one mask a site or one a projection
+    select: str  # `thresholds` of a calibrated checkpoint, or each token's `top-k` as in the paper
+    sparsity: float  # model sparsity asked for
+    tokens: int  # tokens measured; first tokens of blocks are never masked and not among them
+    sites: tuple[SiteBound, ...]  # one entry a mask group, in order of the layers
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

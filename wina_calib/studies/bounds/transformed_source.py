@@ -16,15 +16,10 @@ from wina_calib.transforms import Rotations, Statistics, apply_layer, embedding_
 
 @dataclass(frozen=True)
 class TransformedSource(Source):
-    """A source whose embedding and decoder layers are transformed as they are read; what comes after them is not.
+    """A source whose embedding and decoder layers are transformed as they are read; what comes after them is not."""
 
-    Attributes:
-        transform: the resolved transform.
-        turned: its fitted rotations.
-    """
-
-    transform: str = "none"
-    turned: Rotations = Rotations()
+    transform: str = "none"  # the resolved transform
+    turned: Rotations = Rotations()  # its fitted rotations
 
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Read one decoder layer, transformed, without its run-time matrices."""
@@ -47,12 +42,7 @@ def see_through(
 ) -> TransformedSource:
     """Fit a transform and return the model as it looks with it.
 
-    Args:
-        source: the model.
-        transform: name of the transform.
-        ids: (blocks, seq_len) tokens for transforms that look at activations; each block's first is left out.
-        device: compute device.
-        dtype: compute dtype.
+    The first of each block of `ids` (blocks, seq_len) is left out by transforms that look at activations.
 
     Raises:
         TransformError: the transform is not exact on this model, or the tokens are too few.

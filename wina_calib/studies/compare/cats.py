@@ -60,10 +60,6 @@ def activation(layer: Layer, module: nn.Module) -> nn.Module:
 def fit_gates(stream: LayerStream, sparsities: Sequence[float]) -> Tensor:
     """Thresholds on `abs(act(gate(x)))` in closed loop: each layer sees what the sparse layers before it produce.
 
-    Args:
-        stream: the model and the calibration tokens.
-        sparsities: shares of the activations to drop.
-
     Returns:
         (sparsities, layers) float32.
     """

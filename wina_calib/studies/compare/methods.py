@@ -21,23 +21,15 @@ _SPARSITY = 0.4  # whose masks weights are quantized under
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose what is dropped.
+    """One way to choose what is dropped."""
 
-    Attributes:
-        name: in files and tables; letters, digits and dashes.
-        about: one line for people.
-        options: fields of `CalibrateOptions` that differ from the defaults; all else is the protocol's.
-        group: `papers`, `quantized`, or what an ablation changes.
-        share: share of the protocol's calibration blocks that it uses.
-        gated: masks are made from the MLP's gate, as CATS does, instead of at sites.
-    """
-
-    name: str
-    about: str
+    name: str  # in files and tables; letters, digits and dashes
+    about: str  # one line for people
+    # fields of `CalibrateOptions` that differ from the defaults; all else is the protocol's
     options: Mapping[str, Any] = field(default_factory=dict)
-    group: str = PAPERS
-    share: float = 1.0
-    gated: bool = False
+    group: str = PAPERS  # `papers`, `quantized`, or what an ablation changes
+    share: float = 1.0  # share of the protocol's calibration blocks that it uses
+    gated: bool = False  # masks are made from the MLP's gate, as CATS does, instead of at sites
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))

@@ -44,28 +44,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found of one checkpoint; what was not asked for is None.
+    """What was found of one checkpoint; what was not asked for is None."""
 
-    Attributes:
-        model: the checkpoint as given.
-        sparsity: model sparsity of propagation and texts.
-        tokens: tokens of the text measured on.
-        data: what text.
-        importance: whether norms tell which inputs matter.
-        propagation: how errors grow through depth.
-        extremes: quality at high sparsities.
-        texts: thresholds fitted on other text.
-        skipped: what was asked for and does not apply to this checkpoint, and why.
-    """
-
-    model: str
-    sparsity: float
-    tokens: int
-    data: tuple[str, ...]
-    importance: Importance | None = None
-    propagation: Propagation | None = None
-    extremes: tuple[Extreme, ...] | None = None
-    texts: tuple[Fitted, ...] | None = None
+    model: str  # the checkpoint as given
+    sparsity: float  # model sparsity of propagation and texts
+    tokens: int  # tokens of the text measured on
+    data: tuple[str, ...]  # what text
+    importance: Importance | None = None  # whether norms tell which inputs matter
+    propagation: Propagation | None = None  # how errors grow through depth
+    extremes: tuple[Extreme, ...] | None = None  # quality at high sparsities
+    texts: tuple[Fitted, ...] | None = None  # thresholds fitted on other text
+    # what was asked for and does not apply to this checkpoint, and why
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

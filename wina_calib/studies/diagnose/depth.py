@@ -18,38 +18,23 @@ BROKEN = 0.5  # relative error from which a hidden state says little of the dens
 
 @dataclass(frozen=True)
 class LayerGrowth:
-    """One layer in the error's growth; errors are relative, `||h - dense h|| / ||dense h||` of hidden states.
+    """One layer in the error's growth; errors are relative, `||h - dense h|| / ||dense h||` of hidden states."""
 
-    Attributes:
-        layer: its index.
-        alone: error after this layer where only it is sparse.
-        alone_end: the same error after the last layer.
-        alone_kl: KL divergence of the prediction where only this layer is sparse, nats a token.
-        accumulated: error after this layer where all layers are sparse.
-    """
-
-    layer: int
-    alone: float
-    alone_end: float
-    alone_kl: float
-    accumulated: float
+    layer: int  # its index
+    alone: float  # error after this layer where only it is sparse
+    alone_end: float  # the same error after the last layer
+    alone_kl: float  # KL divergence of the prediction where only this layer is sparse, nats a token
+    accumulated: float  # error after this layer where all layers are sparse
 
 
 @dataclass(frozen=True)
 class Propagation:
-    """Growth of the error through depth.
+    """Growth of the error through depth."""
 
-    Attributes:
-        sparsity: model sparsity asked for.
-        tokens: predicted tokens.
-        kl: KL divergence where all layers are sparse.
-        layers: one entry a layer.
-    """
-
-    sparsity: float
-    tokens: int
-    kl: float
-    layers: tuple[LayerGrowth, ...]
+    sparsity: float  # model sparsity asked for
+    tokens: int  # predicted tokens
+    kl: float  # KL divergence where all layers are sparse
+    layers: tuple[LayerGrowth, ...]  # one entry a layer
 
     @property
     def kl_sum(self) -> float:
@@ -78,33 +63,19 @@ class Propagation:
 
 @dataclass(frozen=True)
 class Extreme:
-    """A model at one high sparsity.
+    """A model at one high sparsity."""
 
-    Attributes:
-        sparsity: model sparsity asked for.
-        fitted: whether thresholds were fitted at or above this sparsity; else the tables of the highest one serve.
-        model_sparsity: achieved.
-        ppl: perplexity.
-        dense_ppl: perplexity at sparsity 0.
-        kl: KL divergence from the dense prediction, nats a token.
-        top1_agreement: share of tokens with the same most likely next token.
-        errors: relative error of the hidden states after each layer.
-        breaks_at: first layer after which that error is above `BROKEN`, or None.
-        worst_site: `layer.site` whose achieved sparsity is farthest from the asked one.
-        worst_drift: by how much, achieved less asked.
-    """
-
-    sparsity: float
-    fitted: bool
-    model_sparsity: float
-    ppl: float
-    dense_ppl: float
-    kl: float
-    top1_agreement: float
-    errors: tuple[float, ...]
-    breaks_at: int | None
-    worst_site: str
-    worst_drift: float
+    sparsity: float  # model sparsity asked for
+    fitted: bool  # whether thresholds were fitted at or above this sparsity; else the tables of the highest one serve
+    model_sparsity: float  # achieved
+    ppl: float  # perplexity
+    dense_ppl: float  # perplexity at sparsity 0
+    kl: float  # KL divergence from the dense prediction, nats a token
+    top1_agreement: float  # share of tokens with the same most likely next token
+    errors: tuple[float, ...]  # relative error of the hidden states after each layer
+    breaks_at: int | None  # first layer after which that error is above `BROKEN`, or None
+    worst_site: str  # `layer.site` whose achieved sparsity is farthest from the asked one
+    worst_drift: float  # by how much, achieved less asked
 
 
 def propagation(subject: Subject, sparsity: float, progress: Progress = SILENT) -> Propagation:

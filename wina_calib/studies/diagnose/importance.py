@@ -37,65 +37,38 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GroupImportance:
-    """Rank correlations (Spearman) over the inputs of one mask group.
+    """Rank correlations (Spearman) over the inputs of one mask group."""
 
-    Attributes:
-        layer: index of the decoder layer.
-        site: name of the site.
-        group: `shared`, or the projection that has a mask of its own.
-        norm_output: column norm with the output's error when an input is dropped.
-        norm_loss: column norm with the predicted rise of the loss.
-        magnitude_loss: mean magnitude with it.
-        product_loss: mean magnitude times column norm with it.
-    """
-
-    layer: int
-    site: str
-    group: str
-    norm_output: float
-    norm_loss: float
-    magnitude_loss: float
-    product_loss: float
+    layer: int  # index of the decoder layer
+    site: str  # name of the site
+    group: str  # `shared`, or the projection that has a mask of its own
+    norm_output: float  # column norm with the output's error when an input is dropped
+    norm_loss: float  # column norm with the predicted rise of the loss
+    magnitude_loss: float  # mean magnitude with it
+    product_loss: float  # mean magnitude times column norm with it
 
 
 @dataclass(frozen=True)
 class DroppedInput:
-    """One input dropped for every token.
+    """One input dropped for every token."""
 
-    Attributes:
-        layer: index of the decoder layer.
-        site: name of the site.
-        input: its index.
-        norm: its column norm.
-        magnitude: its mean magnitude.
-        predicted: predicted rise of the loss, nats a token.
-        kl: measured KL divergence, nats a token.
-    """
-
-    layer: int
-    site: str
-    input: int
-    norm: float
-    magnitude: float
-    predicted: float
-    kl: float
+    layer: int  # index of the decoder layer
+    site: str  # name of the site
+    input: int  # its index
+    norm: float  # its column norm
+    magnitude: float  # its mean magnitude
+    predicted: float  # predicted rise of the loss, nats a token
+    kl: float  # measured KL divergence, nats a token
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What norms tell of importance.
+    """What norms tell of importance."""
 
-    Attributes:
-        tokens: tokens of statistics and gradients.
-        groups: correlations of every mask group.
-        dropped: inputs that were really dropped; empty where inputs are rotated at run time.
-        kl_tokens: tokens that each of them was measured on.
-    """
-
-    tokens: int
-    groups: tuple[GroupImportance, ...]
-    dropped: tuple[DroppedInput, ...]
-    kl_tokens: int
+    tokens: int  # tokens of statistics and gradients
+    groups: tuple[GroupImportance, ...]  # correlations of every mask group
+    dropped: tuple[DroppedInput, ...]  # inputs that were really dropped; empty where inputs are rotated at run time
+    kl_tokens: int  # tokens that each of them was measured on
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Rank correlations with the measured KL divergence over the dropped inputs: of each site, and `all`."""
@@ -149,11 +122,7 @@ def importance(
 ) -> Importance:
     """Correlate column norms with the importance of inputs.
 
-    Args:
-        subject: the checkpoint; its dense model is looked at, transformed as it is.
-        inputs: inputs of every site that are dropped one by one, spread evenly over their predicted ranks; 0 for none.
-        seed: of the sampled labels that gradients are taken with.
-        progress: hears of phases, and of every layer in them.
+    So many `inputs` of every site are dropped one by one, spread evenly over their predicted ranks; 0 for none.
     """
     arch, rule = subject.opened.architecture, subject.opened.settings.rule
     source = weights_of(subject.opened, verified=True)
@@ -242,11 +211,7 @@ def _drop_some(
 def dropping_kl(subject: Subject, layer: int, site: Site, inputs: Sequence[int]) -> list[float]:
     """KL divergence from the dense prediction, nats a token, with one input of a site set to zero for every token.
 
-    Args:
-        subject: the model; its first block is used.
-        layer: index of the layer.
-        site: the site.
-        inputs: each is dropped by itself.
+    The first block of the text is used.
     """
     model, ids = subject.model, _kl_ids(subject)
     rows = ids[None].expand(len(inputs) + 1, -1)

@@ -42,15 +42,10 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Watched:
-    """What masks do to a model.
+    """What masks do to a model."""
 
-    Attributes:
-        quality: as `evaluate` measures it.
-        layers: relative error `||h - dense h|| / ||dense h||` of the hidden states after each layer.
-    """
-
-    quality: Measured
-    layers: tuple[float, ...]
+    quality: Measured  # as `evaluate` measures it
+    layers: tuple[float, ...]  # relative error `||h - dense h|| / ||dense h||` of the hidden states after each layer
 
 
 def thresholds_at(model: PreTrainedModel, sparsity: float) -> list[Thresholds]:
@@ -82,10 +77,7 @@ def watch(
 ) -> dict[str, Watched]:
     """Run the text densely and with each variant's thresholds, and compare hidden states after every layer.
 
-    Args:
-        subject: the model, whose thresholds are the last variant's afterwards.
-        variants: thresholds by a name.
-        progress: hears of every block.
+    Afterwards the model has the last variant's thresholds.
     """
     model, blocks = subject.model, subject.blocks
     sites, state = sparse_sites(model), runtime_state(model)

@@ -37,31 +37,18 @@ KIND_BLOCKS = 64  # at most, where kinds of text are compared
 
 @dataclass(frozen=True)
 class Fitted:
-    """Thresholds fitted on some text, measured on another.
+    """Thresholds fitted on some text, measured on another."""
 
-    Attributes:
-        fitted_on: kind of text, or `calibration text`.
-        blocks: blocks of it; fewer than asked where there is no more text.
-        fit_tokens: tokens in these.
-        tested_on: kind of text, or `held-out text`.
-        sparsity: model sparsity asked for.
-        model_sparsity: achieved.
-        ppl: perplexity.
-        dense_ppl: perplexity at sparsity 0.
-        kl: KL divergence from the dense prediction, nats a token.
-        top1_agreement: share of tokens with the same most likely next token.
-    """
-
-    fitted_on: str
-    blocks: int
-    fit_tokens: int
-    tested_on: str
-    sparsity: float
-    model_sparsity: float
-    ppl: float
-    dense_ppl: float
-    kl: float
-    top1_agreement: float
+    fitted_on: str  # kind of text, or `calibration text`
+    blocks: int  # blocks of it; fewer than asked where there is no more text
+    fit_tokens: int  # tokens in these
+    tested_on: str  # kind of text, or `held-out text`
+    sparsity: float  # model sparsity asked for
+    model_sparsity: float  # achieved
+    ppl: float  # perplexity
+    dense_ppl: float  # perplexity at sparsity 0
+    kl: float  # KL divergence from the dense prediction, nats a token
+    top1_agreement: float  # share of tokens with the same most likely next token
 
     @property
     def drifts(self) -> bool:
@@ -86,12 +73,7 @@ def texts(
 ) -> tuple[Fitted, ...]:
     """Fit thresholds on code and on prose and test on both; fit on few and on many blocks of the calibration's text.
 
-    Args:
-        subject: the checkpoint; the amounts are tested on its blocks.
-        sparsity: model sparsity.
-        amounts: numbers of blocks to fit on.
-        seq_len: tokens of a block to fit on; the calibration's by default.
-        progress: hears of every fit.
+    `amounts` are numbers of blocks to fit on, tested on the subject's own; `seq_len` is by default the calibration's.
     """
     facts = subject.opened.settings.provenance
     tokenizer = load_tokenizer(subject.opened.folder)
