@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from wina_calib.recovery.loss import divergence, sums
+from wina_calib.calibration.likelihood import quality_sums
+from wina_calib.recovery.loss import divergence
 
 
 def states(seed: int) -> Tensor:
@@ -37,7 +38,7 @@ def test_value_and_gradient_are_those_of_the_whole_logits() -> None:
 def test_sums_are_over_all_tokens() -> None:
     student, teacher = states(2).flatten(0, 1), states(1).flatten(0, 1)
     labels = torch.arange(14)
-    dense_loss, loss, kl, agreement = sums(student, teacher, labels, head, head, rows=5).tolist()
+    dense_loss, loss, kl, agreement = quality_sums(student, teacher, labels, head, head, rows=5).tolist()
     torch.testing.assert_close(kl, plain(student, teacher).item(), rtol=1e-5, atol=1e-5)
     chances = log_softmax(head(teacher), -1), log_softmax(head(student), -1)
     for value, chance in zip((dense_loss, loss), chances, strict=True):

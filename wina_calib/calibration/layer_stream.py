@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from wina_calib.calibration.compute import Compute
+from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.threads import read_ahead
 from wina_calib.errors import ModelFolderError
 from wina_calib.model.architecture import Architecture
@@ -46,12 +47,7 @@ class LayerStream:
         ModelFolderError: a token is outside of the model's vocabulary.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        ids: Tensor,
-        compute: Compute,
-    ) -> None:
+    def __init__(self, source: Source, ids: Tensor, compute: Compute) -> None:
         if int(ids.max()) >= source.architecture.vocab_size:
             raise ModelFolderError(
                 f"{source.folder}: the tokenizer makes token {int(ids.max())}, the model has {source.architecture.vocab_size}. "
@@ -74,6 +70,12 @@ class LayerStream:
         for buffer_name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = buffer_name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    @classmethod
+    def of(cls, source: Source, ids: Tensor, device: torch.device, dtype: torch.dtype) -> LayerStream:
+        """A stream of as many blocks at a time as suits the device, of one process, states in memory."""
+        together = default_micro_batch(device, ids.shape[1], source.architecture.width)
+        return cls(source, ids, Compute(device, dtype, together))
 
     @property
     def blocks(self) -> dict[int, int]:

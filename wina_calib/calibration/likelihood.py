@@ -8,11 +8,12 @@ tokens' labels besides, which are read for these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
 
 from wina_calib.calibration.layer_stream import Head, LayerStream, logit_rows
 from wina_calib.common.progress import SILENT, Progress
@@ -28,6 +29,28 @@ class Rise:
 
     loss: float
     kl: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A sparse model against the dense one on some text."""
+
+    dense_ppl: float  # perplexity of the dense model
+    ppl: float  # of the sparse one
+    kl: float  # mean KL divergence from the dense prediction, nats a token
+    top1_agreement: float  # share of tokens where both predict the same next token
+    tokens: int  # predicted tokens
+
+    @classmethod
+    def of(cls, sums: Tensor, tokens: int) -> Quality:
+        """From `quality_sums` over so many predicted tokens."""
+        dense, sparse, divergence, agreement = (sums / tokens).tolist()
+        return cls(perplexity(dense), perplexity(sparse), divergence, agreement, tokens)
+
+    @property
+    def rise(self) -> float:
+        """Perplexity over the dense model's, minus one."""
+        return self.ppl / self.dense_ppl - 1
 
 
 class _Softmax:
@@ -60,6 +83,32 @@ class _Softmax:
 def perplexity(loss: float) -> float:
     """Of a mean loss in nats a token; finite."""
     return math.exp(min(loss, 700.0))
+
+
+@torch.no_grad()
+def quality_sums(
+    sparse: Tensor,
+    dense: Tensor,
+    labels: Tensor,
+    sparse_head: Callable[[Tensor], Tensor],
+    dense_head: Callable[[Tensor], Tensor],
+    rows: int,
+) -> Tensor:
+    """Sums over tokens, float64 (4,): dense loss, sparse loss, KL divergence, agreement.
+
+    Both decoders' outputs are (tokens, hidden), `labels` (tokens,) come next; heads take (1, rows, hidden), `rows` at a time.
+    """
+    out = torch.zeros(4, dtype=torch.float64)
+    for s, d, target in zip(sparse.split(rows), dense.split(rows), labels.split(rows), strict=True):
+        q, p = log_softmax(sparse_head(s[None])[0].float(), -1), log_softmax(dense_head(d[None])[0].float(), -1)
+        parts = [
+            -p.gather(1, target[:, None]).double().sum(),
+            -q.gather(1, target[:, None]).double().sum(),
+            kl_div(q, p, reduction="none", log_target=True).double().sum(),
+            (p.argmax(-1) == q.argmax(-1)).double().sum(),
+        ]
+        out += torch.stack(parts).cpu()
+    return out
 
 
 @torch.no_grad()

@@ -19,16 +19,9 @@ from wina_calib.storage import Shards, read_json
 
 FORMAT = "wina-evaluation/1"
 _NUMBERS = (
-    "sparsity",
-    "model_sparsity",
-    "dense_ppl",
-    "sparse_ppl",
-    "kl",
-    "top1_agreement",
-    "read_fraction",
-    "read_fraction_decoder",
-    "tokens",
-)
+    "sparsity", "model_sparsity", "dense_ppl", "sparse_ppl", "kl", "top1_agreement", "read_fraction",
+    "read_fraction_decoder", "tokens",
+)  # fmt: skip
 
 
 def save_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Path:

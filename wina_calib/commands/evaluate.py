@@ -77,7 +77,7 @@ def command(
         raise UsageError("--against compares perplexities; it does not go with --tasks.")
     load_libraries()
     if tasks is not None:
-        from wina_calib.studies.lm_eval_tasks import evaluate_tasks, render_tasks, task_placement
+        from wina_calib.studies.lm_eval_tasks import evaluate_tasks, render_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = evaluate_tasks(
@@ -87,7 +87,8 @@ def command(
             limit=limit,
             include_path=include_path,
             revision=revision,
-            **task_placement(device, dtype),
+            device=device,
+            dtype=dtype,
         )
         emit({"tasks": [asdict(score) for score in scores]}, render_tasks(scores), as_json=as_json)
         return

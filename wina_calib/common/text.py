@@ -26,6 +26,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*top, *map(line, rows)])
 
 
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; cells are taken as they are."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headers, ["---"] * len(headers), *rows))
+
+
 def percent(share: float, digits: int = 1) -> str:
     """`0.1234` -> `12.3 %`."""
     return f"{100 * share:.{digits}f} %"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,10 @@ def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs.append(output if isinstance(output, Tensor) else output[0])
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def distance(student: list[Tensor], teacher: list[Tensor], turn: Tensor | None) -> Tensor:

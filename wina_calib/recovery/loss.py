@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 Head = Callable[[Tensor], Tensor]
 ROWS_TIMES_VOCABULARY = 1 << 27  # logits at a time
@@ -61,38 +60,3 @@ def divergence(student: Tensor, teacher: Tensor, student_head: Head, teacher_hea
     apply: Any = _Divergence.apply  # torch does not type it
     total: Tensor = apply(student.flatten(0, 1), teacher.flatten(0, 1), student_head, teacher_head, rows)
     return total
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A sparse model against the dense one on some text."""
-
-    dense_ppl: float  # perplexity of the dense model
-    ppl: float  # of the sparse one
-    kl: float  # mean KL divergence from the dense prediction, nats a token
-    top1_agreement: float  # share of tokens where both predict the same next token
-    tokens: int  # predicted tokens
-
-    @property
-    def rise(self) -> float:
-        """Perplexity over the dense model's, minus one."""
-        return self.ppl / self.dense_ppl - 1
-
-
-@torch.no_grad()
-def sums(student: Tensor, teacher: Tensor, labels: Tensor, student_head: Head, teacher_head: Head, rows: int) -> Tensor:
-    """Sums over tokens, float64 (4,): dense loss, sparse loss, divergence, agreement.
-
-    Outputs are (tokens, hidden), `labels` (tokens,) come next; heads and rows are as for `divergence`.
-    """
-    out = torch.zeros(4, dtype=torch.float64)
-    for s, t, target in zip(student.split(rows), teacher.split(rows), labels.split(rows), strict=True):
-        q, p = log_softmax(student_head(s[None])[0].float(), -1), log_softmax(teacher_head(t[None])[0].float(), -1)
-        parts = [
-            -p.gather(1, target[:, None]).double().sum(),
-            -q.gather(1, target[:, None]).double().sum(),
-            kl_div(q, p, reduction="none", log_target=True).double().sum(),
-            (p.argmax(-1) == q.argmax(-1)).double().sum(),
-        ]
-        out += torch.stack(parts).cpu()
-    return out

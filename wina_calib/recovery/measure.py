@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina_calib.calibration.layer_stream import Head
-from wina_calib.calibration.likelihood import perplexity
+from wina_calib.calibration.likelihood import Quality, quality_sums
 from wina_calib.common.progress import Progress
-from wina_calib.recovery.loss import Quality, rows_of, sums
+from wina_calib.recovery.loss import rows_of
 from wina_calib.recovery.tasks import Item, accuracy
 from wina_calib.runtime.load import choose_sparsity, load, set_prefill
 
@@ -66,13 +66,9 @@ def _qualities(
         dense = _states(teacher, some)
         for sparsity in sparsities:
             choose_sparsity(student, sparsity)
-            totals[sparsity] += sums(_states(student, some), dense, some[:, 1:].flatten(), *heads, rows)
+            totals[sparsity] += quality_sums(_states(student, some), dense, some[:, 1:].flatten(), *heads, rows)
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    out = {}
-    for sparsity, total in totals.items():
-        dense_loss, loss, kl, agreement = (total / tokens).tolist()
-        out[sparsity] = Quality(perplexity(dense_loss), perplexity(loss), kl, agreement, tokens)
-    return out
+    return {sparsity: Quality.of(total, tokens) for sparsity, total in totals.items()}
 
 
 def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:

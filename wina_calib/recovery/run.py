@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wina_calib.calibration.likelihood import Quality
 from wina_calib.calibration.quantize_sites import check_format
 from wina_calib.calibration.run import digests
 from wina_calib.checkpoint.card import write_card
@@ -39,7 +40,6 @@ from wina_calib.model.architecture import describe
 from wina_calib.model.config import remote_code
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.quantization.formats import WeightFormat
-from wina_calib.recovery.loss import Quality
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.measure import measure
 from wina_calib.recovery.models import load_plain, prepared, rotation_to, size_of

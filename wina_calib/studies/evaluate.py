@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from wina_calib.calibration.layer_stream import Head
-from wina_calib.calibration.likelihood import perplexity
+from wina_calib.calibration.likelihood import Quality, quality_sums
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import open_calibrated
@@ -99,27 +98,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Quality):
     """Quality of a sparse model on some blocks; figures as in `Evaluation`, `sites` achieved ones by (layer, site)."""
 
-    dense_ppl: float
-    ppl: float
-    kl: float
-    top1_agreement: float
     model_sparsity: float
     sites: dict[tuple[int, str], float]
-    tokens: int
 
     @classmethod
     def from_sums(
         cls, sums: Tensor, counts: Mapping[tuple[int, str], SiteCount], sites: Sequence[SiteState], blocks: Blocks
     ) -> Measured:
-        """From `quality_sums` and mask counts over all of `blocks`."""
-        tokens = blocks.tokens - len(blocks.ids)
-        base, sparse, divergence, agreement = (sums / tokens).tolist()
+        """From `block_sums` and mask counts over all of `blocks`."""
         achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
-        real = model_weighted(sites, list(achieved.values()))
-        return cls(perplexity(base), perplexity(sparse), divergence, agreement, real, achieved, tokens)
+        quality = Quality.of(sums, blocks.tokens - len(blocks.ids))
+        return cls(**vars(quality), model_sparsity=model_weighted(sites, list(achieved.values())), sites=achieved)
 
     def figures(self) -> dict[str, float]:
         """What rows of every experiment have, by name."""
@@ -235,7 +227,7 @@ def measure(
     with runtime_state(model).counting() as counts:
         for index, ids in enumerate(blocks.ids.to(model.device)):
             whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
-            totals += quality_sums(model, whole, _states(model, ids), ids)
+            totals += block_sums(model, whole, _states(model, ids), ids)
             progress.step(f"block {index + 1}")
     return Measured.from_sums(totals, counts, sites, blocks)
 
@@ -260,34 +252,17 @@ def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def quality_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Tensor) -> Tensor:
-    """Sums over the predicted tokens of one block: dense loss, sparse loss, KL divergence, agreement, float64.
-
-    Args:
-        model: the model, for its head.
-        dense: the decoder's output (1, seq - 1, hidden) when it computes everything.
-        sparse: the same with masks.
-        ids: the block (seq,).
+def block_sums(model: PreTrainedModel, dense: Tensor, sparse: Tensor, ids: Tensor) -> Tensor:
+    """`quality_sums` of one block `ids` (seq,), by the decoder's outputs (1, seq - 1, hidden) without and with masks.
 
     Raises:
-        NumericError: sparse logits are NaN or infinite.
+        NumericError: logits are NaN or infinite.
     """
     head = Head(model, model.get_decoder())
-    out = torch.zeros(4, dtype=torch.float64)
-    for d, s, target in zip(dense.split(_ROWS, dim=1), sparse.split(_ROWS, dim=1), ids[1:].split(_ROWS), strict=True):
-        p, q = (log_softmax(head(h)[0].float(), dim=-1) for h in (d, s))
-        if not bool(torch.isfinite(q).all()):
-            raise NumericError("the model's logits are NaN or infinite. Try --dtype float32.")
-        out += torch.stack(
-            [
-                -p.gather(1, target[:, None]).double().sum(),
-                -q.gather(1, target[:, None]).double().sum(),
-                kl_div(q, p, reduction="none", log_target=True).double().sum(),
-                (p.argmax(-1) == q.argmax(-1)).double().sum(),
-            ]
-        ).cpu()
-    return out
+    sums = quality_sums(sparse[0], dense[0], ids[1:], head, head, _ROWS)
+    if not bool(torch.isfinite(sums).all()):
+        raise NumericError("the model's logits are NaN or infinite. Try --dtype float32.")
+    return sums
 
 
 def find_warnings(

@@ -95,9 +95,7 @@ def flops(
         wina_calib.studies.flops.flops("llama-2-7b").rows[-1].gflops  # 2.40
         ```
     """
-    wrong = [s for s in sparsities if not 0.0 <= s < 1.0]
-    if wrong or not sparsities:
-        raise UsageError(f"sparsity is {', '.join(map(str, wrong)) or 'empty'}; expected numbers in [0, 1).")
+    check_sparsities(sparsities)
     if context < 1:
         raise UsageError(f"context is {context}; expected at least 1 token.")
     config = find_config(model_or_config, revision=revision)
@@ -109,6 +107,13 @@ def flops(
     rows = tuple(_row(float(s), arch, cells, reach, dtype.itemsize) for s in sparsities)
     dense = (cells.sparse_total + cells.lm_head) / _GIGA
     return FlopsTable(model_or_config, name, context, str(dtype).removeprefix("torch."), dense, rows)
+
+
+def check_sparsities(sparsities: Sequence[float]) -> None:
+    """Raise UsageError unless there are sparsities and all are in [0, 1)."""
+    wrong = [s for s in sparsities if not 0.0 <= s < 1.0]
+    if wrong or not sparsities:
+        raise UsageError(f"sparsity is {', '.join(map(str, wrong)) or 'empty'}; expected numbers in [0, 1).")
 
 
 def _row(sparsity: float, arch: Architecture, cells: Cells, reach: Sequence[int], itemsize: int) -> FlopsRow:
@@ -152,16 +157,8 @@ def render(result: FlopsTable) -> str:
         for row in result.rows
     ]
     headers = [
-        "sparsity",
-        "GFLOPs",
-        "saved",
-        "+ run-time",
-        "+ attention",
-        "saved of all",
-        "read",
-        "read, decoder",
-        "GB read",
-    ]
+        "sparsity", "GFLOPs", "saved", "+ run-time", "+ attention", "saved of all", "read", "read, decoder", "GB read",
+    ]  # fmt: skip
     return (
         f"{result.model}: {_figure(result.dense_gflops)} GFLOPs a token, dense; transform {result.transform}\n\n"
         f"{table(headers, rows)}\n\n"

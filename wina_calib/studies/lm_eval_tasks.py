@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from wina_calib.checkpoint.reader import open_calibrated
 from wina_calib.common.devices import pick_device
 from wina_calib.common.text import table
 from wina_calib.errors import UsageError
 from wina_calib.model.locate import load_tokenizer, resolve
-from wina_calib.runtime.load import load, set_prefill, set_sparsity, sparse_sites
+from wina_calib.runtime.load import set_prefill, set_sparsity, sparse_sites
+from wina_calib.studies.evaluate import load_on
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ def evaluate_tasks(
     limit: int | None = None,
     include_path: Path | None = None,
     batch_size: int = 8,
-    device_map: Any = None,
-    dtype: Any = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
     revision: str | None = None,
 ) -> tuple[TaskScore, ...]:
     """Run tasks on a checkpoint at sparsity 0 and at its sparsity; the whole prompt is masked, as tasks are prompts.
@@ -54,8 +56,8 @@ def evaluate_tasks(
         limit: examples of each task; None is all.
         include_path: folder of further task files.
         batch_size: examples computed together.
-        device_map: as in `load`.
-        dtype: as in `load`.
+        device: compute device.
+        dtype: compute dtype; `auto` is the stored one on a GPU and float32 on a CPU.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -72,7 +74,7 @@ def evaluate_tasks(
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(unknown)}. See `wina-calib lm-eval ls tasks`.")
     folder, _ = resolve(path_or_repo, revision=revision)
-    model = load(folder, dtype=dtype, device_map=device_map)
+    model = load_on(open_calibrated(folder), pick_device(device), dtype)
     set_prefill(model, "sparse")
     asked = sparse_sites(model)[0].settings.sparsity if sparsity is None else sparsity
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=batch_size)
@@ -84,15 +86,6 @@ def evaluate_tasks(
         )
         scores.append(answer["results"])
     return tuple(_scores(*scores))
-
-
-def task_placement(device: str, dtype: str) -> dict[str, Any]:
-    """Arguments of `evaluate_tasks` for a device and dtype as the command line has them; a CPU computes in float32."""
-    place = pick_device(device)
-    on_cpu = place.type == "cpu"
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "auto"
-    return {"device_map": None if on_cpu else place, "dtype": dtype}
 
 
 def render_tasks(scores: Sequence[TaskScore]) -> str:

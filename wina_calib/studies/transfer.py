@@ -22,7 +22,6 @@ from wina_calib.budgets import Budget, BudgetFile, Cells, explicit
 from wina_calib.budgets.anchors import spread
 from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.budgets.model import Floats
-from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_layer import dense_tables
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
@@ -31,7 +30,7 @@ from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.common.bars import Hearing, hearing
-from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
+from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
@@ -222,16 +221,8 @@ def budget_file(source: str | Path, target: str | Path, sparsity: float | None =
 def render(made: Transfer) -> str:
     """A transfer as text."""
     headers = [
-        "sparsity",
-        "way",
-        "achieved",
-        "perplexity",
-        "over dense",
-        "over native",
-        "KL",
-        "top-1",
-        "needs of the target",
-    ]
+        "sparsity", "way", "achieved", "perplexity", "over dense", "over native", "KL", "top-1", "needs of the target",
+    ]  # fmt: skip
     rows = [
         [
             f"{r.sparsity:g}", r.way, f"{r.model_sparsity:.3f}", f"{r.ppl:.3f}", rise(r.ppl, made.dense_ppl),
@@ -292,9 +283,8 @@ def _dense_scores(
     """Score quantiles of every layer's mask groups, by `MaskGroup.key`, on the dense model's inputs."""
     source = weights_of(taker)
     progress.phase(_SCORES, len(source.architecture.layers))
-    micro_batch = default_micro_batch(place, text.ids.shape[1], source.architecture.width)
-    compute = Compute(place, pick_dtype(dtype, source.dtype, place), micro_batch)
-    return dense_scores(LayerStream(source, text.ids, compute), taker.settings.rule, progress)
+    stream = LayerStream.of(source, text.ids, place, pick_dtype(dtype, source.dtype, place))
+    return dense_scores(stream, taker.settings.rule, progress)
 
 
 @torch.no_grad()

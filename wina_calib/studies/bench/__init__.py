@@ -23,7 +23,7 @@ from wina_calib.studies.bench.models import Pair, fit, open_pair, own_bytes, ran
 from wina_calib.studies.bench.results import Bench, Dense, Products, Sparse, Timing
 from wina_calib.studies.bench.site_products import products
 from wina_calib.studies.defaults import BENCH_NEW, BENCH_PROMPT, BENCH_ROUNDS, BENCH_SPARSITIES
-from wina_calib.studies.flops import presets
+from wina_calib.studies.flops import check_sparsities, presets
 
 __all__ = ["Bench", "Dense", "Products", "Sparse", "Timing", "bench", "compare", "products"]
 
@@ -151,9 +151,7 @@ def _check(
         raise UsageError("give a checkpoint or model, or --random CONFIG for random weights; one of the two.")
     if model is not None and model.lower() in presets():
         raise UsageError(f"{model} is the name of a shape and has no weights here. Time it with --random {model}.")
-    wrong = [s for s in sparsities if not 0.0 <= s < 1.0]
-    if wrong or not sparsities:
-        raise UsageError(f"sparsity is {', '.join(map(str, wrong)) or 'empty'}; expected numbers in [0, 1).")
+    check_sparsities(sparsities)
     for name, value in (("prompt", prompt), ("new", new), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1.")

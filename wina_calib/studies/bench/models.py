@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int, form
         settings = replace(
             settings, bits=form.bits, group_size=form.group_size, zero_point=form.zero_point, head_bits=8
         )
-    arch: Architecture = describe(pair.sparse)
+    arch = describe(pair.sparse)
     insert_sites(pair.sparse, arch, settings)
     sites = sparse_sites(pair.sparse)
     if form is not None:
@@ -207,18 +208,11 @@ def fit(pair: Pair, sparsities: tuple[float, ...], ids: Tensor, first: int, form
             weights = [linear.weight for linear in site.linears if linear.group == group.name]
             state.norm.copy_(settings.rule.norm(group, weights))
     for i, sparsity in enumerate(anchors):
-        hooks = [
-            linear.register_forward_pre_hook(_Fit(site, i, sparsity, first))
-            for site in sites
-            for linear in site.linears
-            if linear.leads
-        ]
-        try:
-            with torch.no_grad():
-                pair.sparse(ids, use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for site in sites:
+                for linear in filter(lambda linear: linear.leads, site.linears):
+                    hooks.enter_context(linear.register_forward_pre_hook(_Fit(site, i, sparsity, first)))
+            pair.sparse(ids, use_cache=False, logits_to_keep=1)
     choose_sparsity(pair.sparse, anchors[0])
 
 

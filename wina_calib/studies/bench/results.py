@@ -124,18 +124,9 @@ class Bench:
             for row in self.results
         ]
         headers = [
-            "",
-            "ms/token",
-            "quartiles",
-            "tokens/s",
-            "GB/token",
-            "of roof",
-            "bits read",
-            "speed-up",
-            "limit",
-            "prefill",
+            "", "ms/token", "quartiles", "tokens/s", "GB/token", "of roof", "bits read", "speed-up", "limit", "prefill",
             "memory",
-        ]
+        ]  # fmt: skip
         stock = "without it" if self.compiled else "as transformers runs it"
         others = {stock: dense.eager_ms_per_token, "with one product a site": dense.merged_ms_per_token}
         eager = "".join(f"; dense {name} {ms:.3f} ms/token" for name, ms in others.items() if ms is not None)

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wina_calib.common.devices import device_name
-from wina_calib.errors import UsageError
 from wina_calib.masks.score import column_norms
 from wina_calib.model.architecture import Site
 from wina_calib.model.loading import describe_config
 from wina_calib.runtime.kernels import cpu, dispatch
 from wina_calib.studies.bench.instruments import copy_bandwidth, onednn, onednn_pays, seconds, versions
 from wina_calib.studies.bench.results import Products, Timing
-from wina_calib.studies.flops import find_config
+from wina_calib.studies.flops import check_sparsities, find_config
 
 # Weights that a measurement runs through, so that no cache holds those of the run before.
 SPAN_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -52,6 +51,7 @@ class SiteWeights:
         return int((scores <= self.threshold).sum())
 
 
+@torch.no_grad()
 def products(
     model: str, *, sparsities: Sequence[float], device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> Products:
@@ -59,8 +59,7 @@ def products(
 
     Shapes are those of `model`: a preset, config file, folder or Hub id.
     """
-    if not sparsities or any(not 0.0 <= s < 1.0 for s in sparsities):
-        raise UsageError(f"sparsity is {', '.join(map(str, sparsities)) or 'empty'}; expected numbers in [0, 1).")
+    check_sparsities(sparsities)
     arch = describe_config(find_config(model))
     sites = arch.layers[0].sites
     layer_bytes = sum(site.weights for site in sites) * dtype.itemsize
@@ -69,19 +68,6 @@ def products(
     generator = torch.Generator(device=device).manual_seed(seed)
     highest = max(sparsities)
     made = [_site(site, device, dtype, highest, generator) for _ in range(layers) for site in sites]
-    with torch.no_grad():
-        return _measure(model, sparsities, device, dtype, layers, layer_bytes, made)
-
-
-def _measure(
-    model: str,
-    sparsities: Sequence[float],
-    device: torch.device,
-    dtype: torch.dtype,
-    layers: int,
-    layer_bytes: int,
-    made: list[SiteWeights],
-) -> Products:
     roof = copy_bandwidth(device)
     dense = _runner([s.run_dense for s in made], device)
     sparse = _runner([s.run_sparse for s in made], device)

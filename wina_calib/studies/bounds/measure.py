@@ -150,7 +150,7 @@ def model_bounds(
         run = _Run(
             source=source,
             name=str(model),
-            ids=_ids(source, data_specs(data), tokens),
+            ids=evaluation_blocks(data_specs(data), source.tokenizer(), tokens, fitting_length(source, _SEQ_LEN)).ids,
             device=place,
             dtype=pick_dtype(dtype, source.dtype, place),
             tell=lambda: report.step("layer"),
@@ -182,17 +182,8 @@ def _render_one(result: ModelBounds) -> str:
         for s in result.sites
     ]
     headers = [
-        "layer",
-        "site",
-        "sparsity",
-        "lemma 3.1",
-        "measured",
-        "cross",
-        "inherited",
-        "theorem 3.2",
-        "accumulated",
-        "holds",
-    ]
+        "layer", "site", "sparsity", "lemma 3.1", "measured", "cross", "inherited", "theorem 3.2", "accumulated", "holds",
+    ]  # fmt: skip
     cross: dict[str, list[float]] = {}
     for site in result.sites:
         cross.setdefault(f"{site.site}.{site.group}", []).append(abs(site.cross_share))
@@ -330,7 +321,3 @@ class _Sums:
             bound=accumulated_bound(inherited, theory),
             accumulated=accumulated,
         )
-
-
-def _ids(source: Source, data: tuple[str, ...], tokens: int) -> Tensor:
-    return evaluation_blocks(data, source.tokenizer(), tokens, fitting_length(source, _SEQ_LEN)).ids

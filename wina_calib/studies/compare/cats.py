@@ -8,9 +8,7 @@ products; the runtime has no kernel for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +20,7 @@ from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.mask import first_token_rows
 from wina_calib.masks.thresholds import LEVELS, threshold_at
 from wina_calib.model.architecture import Architecture, Layer
-
-
-@dataclass
-class GateCount:
-    """Activations seen and dropped, first tokens counted as kept."""
-
-    seen: int = 0
-    dropped: int = 0
+from wina_calib.runtime.state import SiteCount
 
 
 def gated_share(arch: Architecture) -> float:
@@ -72,12 +63,12 @@ def fit_gates(stream: LayerStream, sparsities: Sequence[float]) -> Tensor:
         act = activation(arch.layers[index], module)
         for row, (sparsity, hidden) in enumerate(zip(sparsities, states, strict=True)):
             histogram = ScoreHistogram(stream.device)
-            with _hooked(act, lambda out, into=histogram: into.update(out[:, 1:].float().abs())):
+            with act.register_forward_hook(lambda _, args, out, seen=histogram: seen.update(out[:, 1:].float().abs())):
                 for batch in range(len(stream.batches)):
                     module(hidden[batch], **stream.kwargs(index, batch))
             threshold = threshold_at(histogram.quantiles(LEVELS).float(), sparsity)
             thresholds[row, index] = threshold
-            with _hooked(act, lambda out, t=threshold: mask_gate(out, t)):
+            with act.register_forward_hook(lambda _, args, out, t=threshold: mask_gate(out, t)):
                 for batch in range(len(stream.batches)):
                     hidden[batch] = module(hidden[batch], **stream.kwargs(index, batch))
     for state in states:
@@ -85,7 +76,7 @@ def fit_gates(stream: LayerStream, sparsities: Sequence[float]) -> Tensor:
     return thresholds
 
 
-def mask_gate(out: Tensor, threshold: float, count: GateCount | None = None) -> Tensor:
+def mask_gate(out: Tensor, threshold: float, count: SiteCount | None = None) -> Tensor:
     """Activations (batch, seq, width) with those of magnitude up to the threshold at zero; first tokens stay whole."""
     keep = (out.float().abs() > threshold) | first_token_rows(out).unsqueeze(-1)
     if count is not None:
@@ -95,24 +86,12 @@ def mask_gate(out: Tensor, threshold: float, count: GateCount | None = None) -> 
 
 
 @contextmanager
-def masked_gates(model: PreTrainedModel, arch: Architecture, thresholds: Tensor) -> Iterator[GateCount]:
+def masked_gates(model: PreTrainedModel, arch: Architecture, thresholds: Tensor) -> Iterator[SiteCount]:
     """Mask a dense model's gates by thresholds (layers,) for the length of the context; prefill as decode."""
-    layers, count, hooks = model.get_submodule(arch.layers_path), GateCount(), []
-    try:
+    layers, count = model.get_submodule(arch.layers_path), SiteCount()
+    with ExitStack() as hooks:
         for layer, threshold in zip(arch.layers, thresholds.tolist(), strict=True):
             act = activation(layer, layers.get_submodule(str(layer.index)))
-            hooks.append(act.register_forward_hook(lambda _, args, out, t=threshold: mask_gate(out, t, count)))
+            hook = act.register_forward_hook(lambda _, args, out, t=threshold: mask_gate(out, t, count))
+            hooks.enter_context(hook)
         yield count
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _hooked(module: nn.Module, function: Any) -> Iterator[None]:
-    """Let a function see a module's output, and replace it where it returns something."""
-    handle = module.register_forward_hook(lambda _, args, out: function(out))
-    try:
-        yield
-    finally:
-        handle.remove()

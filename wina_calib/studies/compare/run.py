@@ -20,18 +20,17 @@ from transformers import PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
 from wina_calib.calibration.dense_pass import dense_pass
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.likelihood import next_token_nll, perplexity
+from wina_calib.calibration.likelihood import Quality, next_token_nll, perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
 from wina_calib.calibration.run import run_calibration
 from wina_calib.checkpoint.format import model_names, stored_cells
 from wina_calib.common import plots
 from wina_calib.common.atomic import lock, readable_errors, write_file
 from wina_calib.common.bars import Hearing, hearing
-from wina_calib.common.devices import default_micro_batch, pick_device, pick_dtype
+from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.common.text import finite
 from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
@@ -46,7 +45,7 @@ from wina_calib.studies.compare.finished import FORMAT, finished_seconds, json_b
 from wina_calib.studies.compare.methods import Method, find_methods
 from wina_calib.studies.compare.table import Comparison, Row, Skipped, draw_bits, draw_comparison
 from wina_calib.studies.defaults import COMPARE_METHODS, COMPARE_SPARSITIES
-from wina_calib.studies.evaluate import Measured, evaluation_blocks, measure, quality_sums
+from wina_calib.studies.evaluate import Measured, block_sums, evaluation_blocks, measure
 from wina_calib.transforms import needed_sites, plan
 from wina_calib.version import versions
 
@@ -336,8 +335,7 @@ class _Bench:
     @cached_property
     def base_ppl(self) -> float:
         """Perplexity of the original model on the held-out text."""
-        micro_batch = default_micro_batch(self.device, self.blocks.ids.shape[1], self.source.architecture.width)
-        stream = LayerStream(self.source, self.blocks.ids, Compute(self.device, self.dtype, micro_batch))
+        stream = LayerStream.of(self.source, self.blocks.ids, self.device, self.dtype)
         return perplexity(float(next_token_nll(stream, dense_pass(stream)).double().mean()))
 
     @torch.no_grad()
@@ -346,8 +344,7 @@ class _Bench:
         arch, share = self.source.architecture, gated_share(self.source.architecture)
         self.report.phase(f"{task.method.name}: fit gates", 1)
         start = time.monotonic()
-        micro_batch = default_micro_batch(self.device, task.text.ids.shape[1], arch.width)
-        stream = LayerStream(self.source, task.text.ids, Compute(self.device, self.dtype, micro_batch))
+        stream = LayerStream.of(self.source, task.text.ids, self.device, self.dtype)
         fitted = fit_gates(stream, [sparsity / share for sparsity in task.todo])
         took = time.monotonic() - start
         self.report.step("gates")
@@ -369,13 +366,12 @@ class _Bench:
             dense = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
             with masked_gates(model, self.source.architecture, thresholds) as count:
                 sparse = decoder(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
-            totals += quality_sums(model, dense, sparse, ids)
+            totals += block_sums(model, dense, sparse, ids)
             seen, dropped = seen + count.seen, dropped + count.dropped
             self.report.step(f"block {index + 1}")
-        tokens = self.blocks.tokens - len(self.blocks.ids)
-        base, ppl, kl, agreement = (totals / tokens).tolist()
+        quality = Quality.of(totals, self.blocks.tokens - len(self.blocks.ids))
         real = dropped / seen * gated_share(self.source.architecture)
-        return Measured(perplexity(base), perplexity(ppl), kl, agreement, real, {}, tokens)
+        return Measured(**vars(quality), model_sparsity=real, sites={})
 
 
 def _row(

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wina_calib.common import plots
-from wina_calib.common.text import percent, rise, table
+from wina_calib.common.text import markdown_table, percent, rise, table
 
 _HEADERS = (
-    "method",
-    "budget",
-    "asked",
-    "sparsity",
-    "read",
-    "read, decoder",
-    "bits read",
-    "perplexity",
-    "rise",
-    "KL",
-    "top-1",
-    "seconds",
-    "calibration",
-)
+    "method", "budget", "asked", "sparsity", "read", "read, decoder", "bits read", "perplexity", "rise", "KL", "top-1",
+    "seconds", "calibration",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,8 +114,8 @@ class Comparison:
         parts = [
             self._about(),
             "Rise of perplexity over dense [real model sparsity, read fraction of the decoder]:",
-            _markdown(["method", *(f"asked {s:g}" for s in asked)], short),
-            _markdown(_HEADERS, full),
+            markdown_table(["method", *(f"asked {s:g}" for s in asked)], short),
+            markdown_table(_HEADERS, full),
             *self._unequal(),
             *self._reasons(),
             "\n".join(f"- `{name}`: {self.methods[name]}" for name in names),
@@ -179,11 +167,6 @@ def _short(row: Row | None) -> str:
     if row is None:
         return "-"
     return f"{rise(row.ppl, row.base_ppl)} [{row.model_sparsity:.3f}, {percent(row.read_fraction_decoder, 0)}]"
-
-
-def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw_comparison(comparison: Comparison) -> bytes:

@@ -8,7 +8,7 @@ KL divergence is measured as well, with that input really dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,12 +233,10 @@ def _zeroed(module: nn.Module, site: Site, inputs: Sequence[int]) -> Iterator[No
             x[row + 1, :, index] = 0
         return (x, *args[1:])
 
-    handles = [module.get_submodule(p.module).register_forward_pre_hook(hook) for p in site.projections]
-    try:
+    with ExitStack() as hooks:
+        for projection in site.projections:
+            hooks.enter_context(module.get_submodule(projection.module).register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _kl_ids(subject: Subject) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +13,11 @@ from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import Blocks
 from wina_calib.masks.mask import KEEP_ALL
+from wina_calib.recovery.hidden import layer_outputs
 from wina_calib.runtime.load import runtime_state, set_sparsity, sparse_sites
 from wina_calib.runtime.modules import SiteState
 from wina_calib.runtime.state import SiteCount
-from wina_calib.studies.evaluate import Measured, quality_sums
+from wina_calib.studies.evaluate import Measured, block_sums
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,14 @@ def watch(
     model, blocks = subject.model, subject.blocks
     sites, state = sparse_sites(model), runtime_state(model)
     sums = {name: _Sums(len(subject.opened.architecture.layers)) for name in variants}
-    with _recording(subject) as run:
+    layers = model.get_submodule(subject.opened.architecture.layers_path).children()
+    with layer_outputs(layers) as outputs:
+
+        def run(ids: Tensor) -> tuple[list[Tensor], Tensor]:
+            outputs.clear()
+            last = model.get_decoder()(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
+            return list(outputs), last
+
         for index, ids in enumerate(blocks.ids.to(model.device)):
             with state.densely():
                 dense, end = run(ids)
@@ -90,32 +96,9 @@ def watch(
                 put(model, thresholds)
                 with state.counting() as counts:
                     sparse, last = run(ids)
-                sums[name].add(counts, quality_sums(model, end, last, ids), dense, sparse)
+                sums[name].add(counts, block_sums(model, end, last, ids), dense, sparse)
             progress.step(f"block {index + 1}")
     return {name: own.result(sites, blocks) for name, own in sums.items()}
-
-
-@contextmanager
-def _recording(subject: Subject) -> Iterator[Callable[[Tensor], tuple[list[Tensor], Tensor]]]:
-    """A function that runs one block (seq,): hidden states (1, seq - 1, hidden) after every layer, and the decoder's output."""
-    layers = subject.model.get_submodule(subject.opened.architecture.layers_path)
-    seen: list[Tensor] = []
-
-    def keep(_: torch.nn.Module, args: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
-
-    handles = [layer.register_forward_hook(keep) for layer in layers.children()]
-
-    def run(ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        seen.clear()
-        last = subject.model.get_decoder()(input_ids=ids[None, :-1], use_cache=False).last_hidden_state
-        return list(seen), last
-
-    try:
-        yield run
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Sums:

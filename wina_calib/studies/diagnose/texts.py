@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.fit_thresholds import fit_thresholds
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.options import make_options
 from wina_calib.checkpoint.dequantized import weights_of
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import Checkpoint
-from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
@@ -111,8 +109,7 @@ def refitted(subject: Subject, text: Blocks, sparsity: float) -> list[Thresholds
     source = weights_of(opened, verified=True)
     loop = str(opened.settings.provenance.get("loop", "closed"))
     options = make_options({"sparsity": sparsity, "grid": (sparsity,), "loop": loop})
-    micro_batch = default_micro_batch(subject.device, text.ids.shape[1], source.architecture.width)
-    stream = LayerStream(source, text.ids, Compute(subject.device, subject.dtype, micro_batch))
+    stream = LayerStream.of(source, text.ids, subject.device, subject.dtype)
     budget = opened.sparsities(sparsity)
     tensors = fit_thresholds(stream, opened.settings.rule, options, budget[None])
     return [
