@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import wina_calib
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.checkpoint.card import find_base, made_text
+from wina_calib.checkpoint.base_model import find_base
+from wina_calib.checkpoint.card_text import made_text
 from wina_calib.checkpoint.dequantized import open_weights
 from wina_calib.checkpoint.evaluation_file import save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense

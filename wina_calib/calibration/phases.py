@@ -127,10 +127,10 @@ def _quantizer(job: Job, source: Source, folder: Path | None, phase: Phase) -> I
         yield Quantizer(form, into, job.settings.modules_to_not_convert)
     except BaseException:
         if into is not None:
-            into.leave(keep=phase.is_saved)
+            into.shelf.leave(keep=phase.is_saved)
         raise
     if into is not None:
-        into.leave(keep=True)
+        into.shelf.leave(keep=True)
 
 
 def _transformed(job: Job, folder: Path) -> tuple[Source, bool]:

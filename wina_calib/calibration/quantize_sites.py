@@ -37,7 +37,7 @@ class Quantizer:
     def sync(self) -> None:
         """Force what was written to the disk."""
         if self._into is not None:
-            self._into.sync()
+            self._into.shelf.sync()
 
     def write(self, layer: Layer) -> None:
         """Write a layer, all of whose sites were quantized."""

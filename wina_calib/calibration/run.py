@@ -26,7 +26,7 @@ from wina_calib.checkpoint.card import write_card
 from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import open_checkpoint, read_settings
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.checkpoint.side_files import checked_side_files
+from wina_calib.checkpoint.side_files import check_side_files
 from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.atomic import check_output, claimed, publish
 from wina_calib.common.bars import Hearing, hearing
@@ -139,7 +139,7 @@ def prepare(
         check_possible(transform)
         check_plain(source)
     else:
-        checked_side_files(source.opened)
+        check_side_files(source.opened)
     if source.opened.runs_code and (by_reference or not transform.is_free):
         what = "weights by reference" if by_reference else f"the run-time matrices of transform {transform.name}"
         raise UsageError(

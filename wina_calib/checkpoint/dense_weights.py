@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import Source
 from wina_calib.model.tensor_names import rotation_name
-from wina_calib.storage import ShardWriter, plan_shards
+from wina_calib.storage import ShardWriter, Specs, plan_shards
 from wina_calib.storage.resume import NOT_SAVED, Phase
 from wina_calib.storage.safetensors_layout import nbytes
 from wina_calib.transforms import Plan, Rotations, apply_layer, embedding_rows, fold_final_norm, head_rows
@@ -32,35 +32,36 @@ class WeightPlan:
     """What a folder of transformed weights will hold."""
 
     specs: Mapping[str, Spec]  # dtype and shape of every tensor
-    shards: tuple[Mapping[str, Spec], ...]  # its names and specs, one mapping a file
+    shards: Mapping[str, Specs]  # the same by the names of the files
     untied: bool  # whether embedding and lm_head have to be untied
     wide_norm: bool  # whether the final norm's weight is stored as (1, hidden)
 
-    @property
-    def files(self) -> dict[str, str]:
-        """The file of every tensor."""
-        return {name: file for file, shard in self.by_file.items() for name in shard}
-
-    @property
-    def by_file(self) -> dict[str, Mapping[str, Spec]]:
-        """The shards by the names of their files."""
-        return {shard_file(i, len(self.shards)): shard for i, shard in enumerate(self.shards)}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor."""
-        return {name: nbytes(*spec) for name, spec in self.specs.items()}
-
 
 class Shelf:
-    """Open shards, by which a tensor finds its file."""
+    """Shards of a folder that are open to be written, by which a tensor finds its file.
 
-    def __init__(self, plan: WeightPlan, writers: Mapping[str, ShardWriter]) -> None:
-        self._specs, self._files, self._writers = plan.specs, plan.files, writers
+    Tensors that are `written` are those of an earlier writer. What is closed has an index beside it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Mapping[str, Specs],
+        written: Callable[[str], bool],
+        *,
+        quantized: bool = False,
+    ) -> None:
+        self.folder, self.specs = folder, {name: spec for shard in shards.values() for name, spec in shard.items()}
+        self._files = {name: file for file, shard in shards.items() for name in shard}
+        metadata = header_metadata(quantized=quantized)
+        self._writers = {
+            file: ShardWriter(folder / file, shard, metadata, list(filter(written, shard)))
+            for file, shard in shards.items()
+        }
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, in the dtype that is planned for it."""
-        self._writers[self._files[name]].write(name, tensor.to(self._specs[name][0]))
+        self._writers[self._files[name]].write(name, tensor.to(self.specs[name][0]))
 
     def write_rows(self, name: str, first: int, rows: Tensor) -> None:
         """Write some rows of a tensor, from number `first` on."""
@@ -70,6 +71,20 @@ class Shelf:
         """Force what is written to disk."""
         for writer in self._writers.values():
             writer.sync()
+
+    def close(self) -> None:
+        """Close the shards, all of which are whole, and write their index."""
+        for writer in self._writers.values():
+            writer.close()
+        write_index(self.folder, self._files, {name: nbytes(*spec) for name, spec in self.specs.items()})
+
+    def leave(self, *, keep: bool) -> None:
+        """Close after an error; with `keep` a later run can go on."""
+        for writer in self._writers.values():
+            if keep:
+                writer.suspend()
+            else:
+                writer.abort()
 
 
 def plan_weights(source: Source, plan: Plan, *, untied: bool) -> WeightPlan:
@@ -92,8 +107,7 @@ def plan_weights(source: Source, plan: Plan, *, untied: bool) -> WeightPlan:
         specs[norm] = (specs[norm][0], (1, *specs[norm][1]))
     if untied:
         specs[f"{arch.lm_head}.weight"] = specs[f"{arch.embed}.weight"]
-    shards = tuple(plan_shards(by_layer(specs, arch), SHARD_BYTES))
-    return WeightPlan(specs, shards, untied, wide_norm=bool(plan.sites))
+    return WeightPlan(specs, in_files(specs, arch), untied, wide_norm=bool(plan.sites))
 
 
 @contextmanager
@@ -102,23 +116,15 @@ def open_shards(folder: Path, plan: WeightPlan, phase: Phase) -> Iterator[Shelf]
 
     They are closed at the end; after an error they are left to be gone on with, or removed where nothing is saved.
     """
-    if (phase.done_items or phase.finished) and not all((folder / file).exists() for file in plan.by_file):
+    if (phase.done_items or phase.finished) and not all((folder / file).exists() for file in plan.shards):
         phase.forget()
     written = phase.values.get("written", [])
-    writers = {
-        file: ShardWriter(folder / file, shard, header_metadata(), [name for name in written if name in shard])
-        for file, shard in plan.by_file.items()
-    }
+    shelf = Shelf(folder, plan.shards, set(written).__contains__)
     try:
-        yield Shelf(plan, writers)
-        for writer in writers.values():
-            writer.close()
+        yield shelf
+        shelf.close()
     except BaseException:
-        for writer in writers.values():
-            if phase.is_saved:
-                writer.suspend()
-            else:
-                writer.abort()
+        shelf.leave(keep=phase.is_saved)
         raise
 
 
@@ -191,7 +197,6 @@ def write_weights(
             write_layers(source, rotations, shelf, device=device, phase=phase, progress=progress)
             write_ends(source, rotations, weights, shelf, folded, device=device)
             phase.finish(values={"written": list(weights.specs)}, prepare=shelf.sync)
-    write_index(folder, weights.files, weights.sizes)
     write_config(source, folder, untied=weights.untied, settings=None, runtime=False)
     copy_side_files(source.opened, folder)
     return weights.untied
@@ -206,19 +211,15 @@ def _disk_order(source: Source) -> list[str]:
     return names + [n for i in range(len(source.architecture.layers)) for n in source.layer_names(i)]
 
 
-def by_layer(specs: dict[str, Any], arch: Architecture) -> dict[str, Any]:
-    """Order tensors by layer, ends first, so that a shard is finished soon after its first layer."""
+def in_files(specs: dict[str, Spec], arch: Architecture) -> dict[str, Specs]:
+    """Tensors by the names of their files: ends first, then by layer, so that a file is finished soon after its first one."""
     prefixes = [layer.prefix for layer in arch.layers]
 
     def position(name: str) -> tuple[int, str]:
         return next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), -1), name
 
-    return {name: specs[name] for name in sorted(specs, key=position)}
-
-
-def shard_file(index: int, count: int) -> str:
-    """Name of one shard of several."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    shards = plan_shards({name: specs[name] for name in sorted(specs, key=position)}, SHARD_BYTES)
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
 def row_chunks(source: Source, name: str) -> Any:

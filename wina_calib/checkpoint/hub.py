@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from wina_calib.checkpoint.card import TAGS, find_base, write_card
+from wina_calib.checkpoint.base_model import find_base
+from wina_calib.checkpoint.card import TAGS, write_card
 from wina_calib.checkpoint.card_metadata import CARD, split_card
 from wina_calib.checkpoint.format import HEAT_MAP, WINA_FILE
 from wina_calib.checkpoint.local_paths import published_facts
@@ -20,7 +21,7 @@ from wina_calib.checkpoint.writer import json_bytes
 from wina_calib.common import plots
 from wina_calib.common.atomic import write_file
 from wina_calib.common.bars import Hearing, hearing
-from wina_calib.common.progress import SILENT, Estimate, Part, Progress
+from wina_calib.common.progress import Estimate, Part
 from wina_calib.errors import CheckpointError, HubError, UsageError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
@@ -35,11 +36,9 @@ _VERIFY, _UPLOAD = "verify", "upload"
 _ATTEMPTS = 5
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """What a push did: the address, the commit, and whether anything was uploaded."""
+class Pushed(str):
+    """The address of what was pushed, the commit, and whether anything was uploaded."""
 
-    url: str
     commit: str
     changed: bool
 
@@ -55,7 +54,7 @@ def push_to_hub(
     base_model: str | None = None,
     token: str | bool | None = None,
     progress: Hearing = None,
-) -> str:
+) -> Pushed:
     """Verify a checkpoint, complete its model card and upload the folder as it is.
 
     Args:
@@ -70,7 +69,7 @@ def push_to_hub(
         progress: as `wina_calib.common.bars.hearing` takes it: True for a bar.
 
     Returns:
-        The repository's address, or the pull request's.
+        The repository's address, or the pull request's: a text, with `commit` and `changed` beside it.
 
     Raises:
         UsageError: `repo` lacks the user, or `base_model` is no id.
@@ -82,74 +81,50 @@ def push_to_hub(
         wina_calib.push_to_hub("demo-sparse", "USER/demo-sparse", private=True)
         ```
     """
-    with hearing(progress) as report:
-        return push(
-            Path(given_name(folder)),
-            repo,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            base_model=base_model,
-            token=token,
-            progress=report,
-        ).url
-
-
-def push(
-    folder: Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
-    base_model: str | None = None,
-    token: str | bool | None = None,
-    progress: Progress = SILENT,
-) -> Pushed:
-    """As `push_to_hub`; tells too whether anything changed."""
     if not all(repo.partition("/")):
         raise UsageError(
             f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
         )
     if base_model is not None and ("/" not in base_model or not is_repo_name(base_model)):
         raise UsageError(f"--base-model is {base_model!r}; expected the id of a model on the Hub, USER/NAME.")
-    api = HfApi(token=token)
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
-    progress.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(_UPLOAD, 1, size / 2e7))))  # bytes a second
-    progress.phase(_VERIFY, 1)
-    prepare(folder, repo, base_model=base_model, api=api)
-    progress.step("weights and card")
-    progress.phase(_UPLOAD, 1)
-    with readable_errors(repo, revision, kept=", and nothing was sent"):
-        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
-    with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        for attempt in range(_ATTEMPTS):
-            before = api.model_info(name, revision=revision).sha
-            try:
-                done = api.upload_folder(
-                    repo_id=name,
-                    folder_path=folder,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=before,
-                    commit_message=message or "Upload activation sparsity calibrated by wina_calib",
-                    ignore_patterns=_LEFT_OUT,
-                    delete_patterns=_REPLACED,
-                )
-                break
-            except HfHubHTTPError as error:
-                # Two pushes at a time must not leave a mixture of their files: the later one starts over.
-                if status_of(error) != CONFLICT or attempt == _ATTEMPTS - 1:
-                    raise
-    progress.step(name)
+    folder, api = Path(given_name(folder)), HfApi(token=token)
+    with hearing(progress) as report:
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+        report.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(_UPLOAD, 1, size / 2e7))))  # bytes a second
+        report.phase(_VERIFY, 1)
+        prepare(folder, repo, base_model=base_model, api=api)
+        report.step("weights and card")
+        report.phase(_UPLOAD, 1)
+        with readable_errors(repo, revision, kept=", and nothing was sent"):
+            name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            for attempt in range(_ATTEMPTS):
+                before = api.model_info(name, revision=revision).sha
+                try:
+                    done = api.upload_folder(
+                        repo_id=name,
+                        folder_path=folder,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=before,
+                        commit_message=message or "Upload activation sparsity calibrated by wina_calib",
+                        ignore_patterns=_LEFT_OUT,
+                        delete_patterns=_REPLACED,
+                    )
+                    break
+                except HfHubHTTPError as error:
+                    # Two pushes at a time must not leave a mixture of their files: the later one starts over.
+                    if status_of(error) != CONFLICT or attempt == _ATTEMPTS - 1:
+                        raise
+        report.step(name)
     url = done.pr_url if create_pr and done.pr_url else f"{api.endpoint}/{name}"
     if revision is not None and not create_pr:
         url += f"/tree/{revision}"
-    return Pushed(url, done.oid, changed=done.oid != before)
+    pushed = Pushed(url)
+    pushed.commit, pushed.changed = done.oid, done.oid != before
+    return pushed
 
 
 def _publish_facts(opened: Checkpoint) -> None:

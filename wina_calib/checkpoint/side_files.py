@@ -34,7 +34,8 @@ def copy_side_files(source: ModelFolder, folder: Path) -> None:
     Raises:
         CheckpointError: one is a link that leaves the folder: a checkpoint may be published.
     """
-    for path in checked_side_files(source):
+    check_side_files(source)
+    for path in side_files(source):
         place = folder / path.name
         shutil.copyfile(path, place)
         if path.name.endswith("_config.json"):
@@ -51,16 +52,10 @@ def _take_paths_out(path: Path) -> None:
         write_json(path, without_paths(config))
 
 
-def checked_side_files(folder: ModelFolder) -> list[Path]:
-    """The same as `side_files`, but refuses a link that leaves the folder.
-
-    Raises:
-        CheckpointError: a checkpoint may be published, so what is outside is not copied into it.
-    """
-    files = side_files(folder)
-    for path in files:
+def check_side_files(folder: ModelFolder) -> None:
+    """Raise CheckpointError where a link leaves the folder: a checkpoint may be published, so nothing outside goes into it."""
+    for path in side_files(folder):
         safe_path(folder.path, path.name)
-    return files
 
 
 def side_files(folder: ModelFolder) -> list[Path]:

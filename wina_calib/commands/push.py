@@ -42,19 +42,19 @@ def command(folder: Path, repo: str, base_model: str | None, as_json: bool, **op
     """
     load_libraries()
     from wina_calib.checkpoint.evaluation_file import read_evaluation
-    from wina_calib.checkpoint.hub import known_base, push
+    from wina_calib.checkpoint.hub import known_base, push_to_hub
 
     if base_model is None and known_base(folder) is None:
         base_model = _asked()
     # What the library says of unchanged files is said below.
     with log_level("huggingface_hub", logging.ERROR), bars() as progress:
-        done = push(folder, repo, base_model=base_model, progress=progress, **options)
-    text = f"{done.url}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
+        done = push_to_hub(folder, repo, base_model=base_model, progress=progress, **options)
+    text = f"{done}: {'pushed' if done.changed else 'unchanged, nothing was uploaded'}."
     if read_evaluation(folder) is None:
         note(
             f"note: the card has no measured quality. `wina-calib evaluate {folder} --save` measures it; then push again."
         )
-    emit({"url": done.url, "commit": done.commit, "changed": done.changed}, text, as_json=as_json)
+    emit({"url": done, "commit": done.commit, "changed": done.changed}, text, as_json=as_json)
 
 
 def _asked() -> str | None:

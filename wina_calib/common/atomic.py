@@ -234,9 +234,9 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: Path, kind: int = 0) -> None:
     """Force a file's bytes to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | kind)
     try:
         os.fsync(descriptor)
     finally:
@@ -245,11 +245,7 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(folder, os.O_DIRECTORY)
 
 
 def _recover(target: Path, old: Path) -> None:

@@ -55,8 +55,7 @@ def make_own(path: Path) -> None:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        problem = problem_of(path)
-        if problem is not None:
+        if (problem := problem_of(path)) is not None:
             raise _refusal(path, problem) from None
 
 
@@ -64,8 +63,7 @@ def refuse_foreign(path: Path) -> None:
     """Raise OutputError where a folder exists that is not one's own, or holds what is a link or somebody else's."""
     if not os.path.lexists(path):
         return
-    problem = problem_of(path)
-    if problem is not None:
+    if (problem := problem_of(path)) is not None:
         raise _refusal(path, problem)
     for place in (Path(top, name) for top, folders, files in os.walk(path) for name in (*folders, *files)):
         problem = problem_of(place, stat.S_IFDIR if stat.S_ISDIR(place.lstat().st_mode) else stat.S_IFREG)

@@ -23,6 +23,7 @@ _LANGUAGES = (
 CODE = tuple(f".{name}" for name in _LANGUAGES.split())
 PROSE = (".md", ".markdown", ".rst", ".tex", ".adoc", ".org")
 """Further text, which beside rows of data only describes them."""
+_KNOWN = frozenset((*SUFFIXES, *PROSE, *CODE))
 EXPECTED = "text (.txt, .md, .py and other source code), .jsonl or .parquet"
 PIECE = 1 << 18
 """Characters: a .txt file is read as documents of at most this length, cut at a blank line where there is one."""
@@ -47,7 +48,7 @@ def split_path(spec: str) -> tuple[Path, str]:
         raise UsageError(f"data {shown(spec)}: there is no such file or folder.")
     if not path.is_dir() and not path.is_file():
         raise UsageError(f"data {shown(spec)}: neither a file nor a folder.")
-    if path.is_file() and path.suffix.lower() not in _READERS:
+    if path.is_file() and path.suffix.lower() not in _KNOWN:
         raise UsageError(
             f"data {shown(spec)}: the name ends in {path.suffix or 'no suffix'}; expected {EXPECTED}. "
             "Rename or convert the file."
@@ -74,7 +75,8 @@ def path_documents(path: Path, field: str, tally: Tally) -> Iterator[str]:
         if not files:
             raise CorpusError(f"{path}: the folder holds no {EXPECTED}.")
         for file in files:
-            yield from _READERS[file.suffix.lower()](file, field, tally)
+            rows = _ROW_READERS.get(file.suffix.lower())
+            yield from _pieces_of(file) if rows is None else texts(rows(file, field), {"column": field}, tally)
     except OSError as error:
         raise CorpusError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
 
@@ -102,7 +104,7 @@ def _files_below(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in _READERS
+        if path.suffix.lower() in _KNOWN
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
@@ -111,7 +113,7 @@ def _files_below(folder: Path) -> list[Path]:
     return found
 
 
-def _txt_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
+def _pieces_of(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as stream:
         rest = ""
         try:
@@ -126,11 +128,7 @@ def _txt_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
             yield rest
 
 
-def _jsonl_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
-    return texts(_json_rows(file), {"column": field}, tally)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+def _json_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_LINE + 1):
@@ -156,11 +154,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any] | None:
     return row
 
 
-def _parquet_documents(file: Path, field: str, tally: Tally) -> Iterator[str]:
-    return texts(_parquet_rows(file, field), {"column": field}, tally)
-
-
-def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -177,7 +171,4 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
         raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
 
 
-_READERS = dict.fromkeys((".txt", *PROSE, *CODE), _txt_documents) | {
-    ".jsonl": _jsonl_documents,
-    ".parquet": _parquet_documents,
-}
+_ROW_READERS = {".jsonl": _json_rows, ".parquet": _parquet_rows}

@@ -31,25 +31,12 @@ _ROLES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
 # The projection that a block is found by.
 _OUTPUTS = {"attention": "o_proj", "mlp": "down_proj"}
 # Norms a decoder layer may hold, by the set of their names: (before attention, before the MLP, after a block).
+_FIRST, _SECOND, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"
+_AFTER = (_SECOND, "post_feedforward_layernorm")
 _NORM_LAYOUTS: dict[frozenset[str], tuple[str | None, str | None, tuple[str, ...]]] = {
-    frozenset({"input_layernorm", "post_attention_layernorm"}): ("input_layernorm", "post_attention_layernorm", ()),
-    frozenset(
-        {
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        }
-    ): (
-        "input_layernorm",
-        "pre_feedforward_layernorm",
-        ("post_attention_layernorm", "post_feedforward_layernorm"),
-    ),
-    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): (
-        None,
-        None,
-        ("post_attention_layernorm", "post_feedforward_layernorm"),
-    ),
+    frozenset({_FIRST, _SECOND}): (_FIRST, _SECOND, ()),
+    frozenset({_FIRST, _BEFORE_MLP, *_AFTER}): (_FIRST, _BEFORE_MLP, _AFTER),
+    frozenset(_AFTER): (None, None, _AFTER),
 }
 
 

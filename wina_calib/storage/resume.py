@@ -39,14 +39,8 @@ T = TypeVar("T")
 Stores = Mapping[str, HiddenStates] | Callable[[], Mapping[str, HiddenStates]]
 PATIENCE = 20.0
 _EMPTY: Mapping[str, Any] = {
-    "step": 0,
-    "finished": False,
-    "values": {},
-    "serial": 0,
-    "tensors": [],
-    "passing": [],
-    "stores": {},
-}
+    "step": 0, "finished": False, "values": {}, "serial": 0, "tensors": [], "passing": [], "stores": {},
+}  # fmt: skip
 _PASSING = ".passing.safetensors"
 
 
@@ -229,16 +223,9 @@ class Phase:
         self._run_state.took = self._run_state.saved - start - self._run_state.waited
         self._run_state.waited = 0.0
 
-    def finish(
-        self,
-        *,
-        tensors: Mapping[str, Tensor] | None = None,
-        values: Mapping[str, Any] | None = None,
-        stores: Mapping[str, HiddenStates] | None = None,
-        prepare: Callable[[], None] | None = None,
-    ) -> None:
+    def finish(self, **parts: Any) -> None:
         """Save the phase's result; arguments as for `save`."""
-        self.save(self.done_items, tensors=tensors, values=values, stores=stores, prepare=prepare, finished=True)
+        self.save(self.done_items, finished=True, **parts)
 
     def forget(self) -> None:
         """Drop all that was saved of the phase."""

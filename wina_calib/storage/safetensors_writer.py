@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from wina_calib.common.atomic import sync_folder
 from wina_calib.errors import CheckpointError, OutputError, UsageError
 from wina_calib.storage.safe_files import listed, open_regular, read_into, shown
 from wina_calib.storage.safetensors_layout import Specs, TensorInfo, build_header, nbytes
@@ -154,7 +155,7 @@ class ShardWriter:
             raise
         self._release()
         with self._output_errors():
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
     def suspend(self) -> None:
         """Force what was written to the disk and close, keeping the partial file for a writer with `written`."""
@@ -237,15 +238,6 @@ def _allocate(descriptor: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free(folder: Path) -> str:
