@@ -55,14 +55,9 @@ def apply(
 ) -> Settings:
     """Put a budget into a checkpoint: `wina.safetensors`, its index and the settings change, in one step; no weights do.
 
-    Without `refit` the thresholds come from the stored score tables, interpolated between anchors. With it, the closed
-    loop runs again on the checkpoint's own weights and its recorded text.
-
-    Args:
-        choice: the budget.
-        destination: the checkpoint to change; another one than the budget's is possible if it is of the same model.
-        refit: fit anew.
-        progress: hears how a refit goes on.
+    Without `refit` the thresholds come from the stored score tables, interpolated between anchors. With it, the closed loop
+    runs again on the checkpoint's own weights and its recorded text. `destination` may be another checkpoint than the
+    budget's if it is of the same model.
 
     Returns:
         The new settings.

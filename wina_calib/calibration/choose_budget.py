@@ -34,17 +34,11 @@ GREEDY_TOKENS = 8192
 
 @dataclass(frozen=True)
 class ChosenBudget:
-    """What a calibration fits.
+    """What a calibration fits."""
 
-    Attributes:
-        rows: (anchors, layers, sites) site sparsities.
-        curves: what is felt of every site's sparsity; None where no gradients were computed.
-        facts: what the choice cost, for the provenance.
-    """
-
-    rows: Floats
-    curves: LossCurves | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    rows: Floats  # (anchors, layers, sites) site sparsities
+    curves: LossCurves | None = None  # what is felt of every site's sparsity; None where no gradients were computed
+    facts: dict[str, Any] = field(default_factory=dict)  # what the choice cost, for the provenance
 
 
 def settle(options: CalibrateOptions, arch: Architecture, cells: Cells) -> CalibrateOptions:
@@ -112,15 +106,7 @@ def allocate(
 ) -> ChosenBudget:
     """Choose the site sparsities of every anchor.
 
-    Args:
-        options: settled options.
-        arch: the model's structure.
-        cells: its element counts.
-        rule: how masks are made.
-        tokens: calibration tokens that there are.
-        stream: opens the transformed dense model on at most so many of them.
-        phase: where the choice is saved on the way.
-        progress: hears of phases, and of every layer in them.
+    `tokens` are those that there are; `stream` opens the transformed dense model on at most so many of them.
 
     Raises:
         BudgetError: a bound or a budget file cannot be used.

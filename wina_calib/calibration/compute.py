@@ -13,21 +13,13 @@ from wina_calib.common.distributed import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a calibration computes.
+    """Where and how a calibration computes."""
 
-    Attributes:
-        device: compute device.
-        dtype: compute dtype.
-        micro_batch: blocks computed together.
-        ranks: the processes that share the micro-batches.
-        spill: folder for hidden states that do not fit in memory, or None to keep all in memory.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch: int = 1
-    ranks: Ranks = ALONE
-    spill: Path | None = None
+    device: torch.device  # compute device
+    dtype: torch.dtype  # compute dtype
+    micro_batch: int = 1  # blocks computed together
+    ranks: Ranks = ALONE  # the processes that share the micro-batches
+    spill: Path | None = None  # folder for hidden states that do not fit in memory, or None to keep all in memory
 
     def keeps(self, states: int, nbytes: int) -> bool:
         """Whether so many hidden states of `nbytes` bytes each stay in memory."""

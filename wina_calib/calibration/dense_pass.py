@@ -18,19 +18,11 @@ from wina_calib.transforms import Statistics
 
 @torch.no_grad()
 def dense_pass(
-    stream: LayerStream,
-    statistics: Statistics | None = None,
-    *,
-    phase: Phase = NOT_SAVED,
-    progress: Progress = SILENT,
+    stream: LayerStream, statistics: Statistics | None = None, *, phase: Phase = NOT_SAVED, progress: Progress = SILENT
 ) -> HiddenStates:
     """Run the dense model and return its last hidden states.
 
-    Args:
-        stream: the model and the tokens.
-        statistics: sees each site's inputs without first tokens.
-        phase: where every layer's outputs are saved.
-        progress: hears of every layer.
+    `statistics` sees each site's inputs without first tokens.
     """
     arch = stream.source.architecture
     blocks, seq_len = stream.batches[0].shape

@@ -34,17 +34,11 @@ COUNTED_TOKENS = 1 << 13  # so many tokens' scores give a site's quantiles far m
 
 @dataclass(frozen=True)
 class SiteFit:
-    """What one anchor's fit of one site gives.
+    """What one anchor's fit of one site gives."""
 
-    Attributes:
-        tables: score quantiles at `LEVELS` by mask group, (levels,) float32.
-        sparsity: the site sparsity asked for.
-        error: relative output error on the first block.
-    """
-
-    tables: dict[str, Tensor]
-    sparsity: float
-    error: float
+    tables: dict[str, Tensor]  # score quantiles at `LEVELS` by mask group, (levels,) float32
+    sparsity: float  # the site sparsity asked for
+    error: float  # relative output error on the first block
 
 
 @torch.no_grad()
@@ -57,12 +51,8 @@ def fit_layer(
 ) -> dict[str, SiteFit]:
     """Fit all sites of one loaded layer for one anchor and replace `hidden` by the sparse layer's outputs.
 
-    Args:
-        stream: batches and layer arguments.
-        masked: the layer; its cuts are set on return.
-        hidden: the layer's inputs as the sparse layers before it make them.
-        targets: sparsity of every site.
-        quantize: quantizes a site of the layer, in place, given what gives its inputs.
+    `hidden` is what the sparse layers before it make, `targets` the sparsity of every site; `quantize` quantizes a site in
+    place, given what gives its inputs. The layer's cuts are set on return.
 
     Raises:
         NumericError: a site's input is NaN or infinite.

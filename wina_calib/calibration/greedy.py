@@ -108,13 +108,8 @@ def greedy(
 ) -> GreedyBudget:
     """Search every layer's site sparsities on the dense model's inputs.
 
-    Args:
-        stream: the dense model, transformed already, and the tokens to use.
-        rule: how masks are made.
-        anchors: ascending model sparsities, which here are those of every layer.
-        lazy: try a candidate again only when it may be the best; without it every step tries all.
-        phase: where every layer's outputs and sparsities are saved.
-        progress: hears of every layer.
+    `anchors` are here those of every layer. A `lazy` search tries a candidate again only when it may be the best; else every
+    step tries all.
     """
     arch = stream.source.architecture
     hidden, cost = stream.embed(), Cost(**phase.values)

@@ -29,13 +29,7 @@ def held_out_blocks(tokenizer: Any, seq_len: int, tokens: int = HELD_OUT_TOKENS)
 
 
 class HeldOutRun:
-    """Runs every layer densely and with the cuts of each anchor, and counts what these drop.
-
-    Args:
-        stream: the dense model, transformed already, and the held-out tokens.
-        anchors: ascending model sparsities.
-        data: what the text is.
-    """
+    """Runs every layer densely and with the cuts of each anchor, and counts what these drop."""
 
     def __init__(self, stream: LayerStream, anchors: tuple[float, ...], data: tuple[str, ...]) -> None:
         self.stream, self.anchors, self.data = stream, anchors, data

@@ -26,12 +26,7 @@ _LEFT_OUT = OPERATIONAL | {"dtype"}  # what dtype, device and micro-batch come t
 
 
 def identity(job: Job, base: Blocks) -> dict[str, Any]:
-    """Everything that the result of a job depends on, in plain values. All weights are read for it.
-
-    Args:
-        job: the calibration.
-        base: the text of the original model's perplexity.
-    """
+    """Everything that the result of a job depends on, in plain values. All weights are read for it."""
     source, options, device = job.source, asdict(job.options), job.compute.device
     return {
         "format": FORMAT,

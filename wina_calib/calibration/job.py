@@ -30,25 +30,15 @@ TRANSFORM_SHARE = 4  # one block in this many is kept for fitting the transform
 
 @dataclass(frozen=True)
 class Job:
-    """One calibration.
+    """One calibration."""
 
-    Attributes:
-        source: the model.
-        options: what was asked for.
-        transform: the plan of its transform.
-        blocks: the text.
-        compute: where and how.
-        report: hears how it goes on.
-        run_state: what of it is finished already.
-    """
-
-    source: Source
-    options: CalibrateOptions
-    transform: Plan
-    blocks: Blocks
-    compute: Compute
-    report: Progress
-    run_state: RunState = field(default_factory=RunState)
+    source: Source  # the model
+    options: CalibrateOptions  # what was asked for
+    transform: Plan  # the plan of its transform
+    blocks: Blocks  # the text
+    compute: Compute  # where and how
+    report: Progress  # hears how it goes on
+    run_state: RunState = field(default_factory=RunState)  # what of it is finished already
 
     def estimate(self, base: Blocks) -> Estimate:
         """What the work will take; `base` is the text of the original model's perplexity."""
@@ -171,16 +161,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a calibration has before thresholds are fitted.
+    """What a calibration has before thresholds are fitted."""
 
-    Attributes:
-        dense: the dense model with its transformed weights.
-        untied: whether its embeddings were untied.
-        chosen: the site sparsities.
-        base_ppl: perplexity of the original model.
-    """
-
-    dense: Source
-    untied: bool
-    chosen: ChosenBudget
-    base_ppl: float
+    dense: Source  # the dense model with its transformed weights
+    untied: bool  # whether its embeddings were untied
+    chosen: ChosenBudget  # the site sparsities
+    base_ppl: float  # perplexity of the original model

@@ -240,10 +240,7 @@ class _Decoded(BaseModelOutputWithPast):
 class Head:
     """Logits from the decoder's output, through the model's own forward around its decoder.
 
-    Args:
-        model: the causal language model.
-        base: its decoder.
-        norm: applied to the states first; None where they are the decoder's output already.
+    `norm` is applied to the states first; None where they are the decoder's output already.
     """
 
     def __init__(self, model: PreTrainedModel, base: nn.Module, norm: nn.Module | None = None) -> None:

@@ -54,12 +54,7 @@ class Quality:
 
 
 class _Softmax:
-    """Logarithms of the softmax's denominators, (blocks, seq), and the logits of given labels, over all parts so far.
-
-    Args:
-        labels: (blocks, seq) int64.
-        device: where to keep them.
-    """
+    """Logarithms of the softmax's denominators, (blocks, seq), and the logits of given labels, over all parts so far."""
 
     def __init__(self, labels: Tensor, device: torch.device) -> None:
         self.labels = labels.to(device)

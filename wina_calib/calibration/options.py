@@ -217,10 +217,7 @@ def make_options(values: dict[str, Any]) -> CalibrateOptions:
         grid = (float(grid),) if isinstance(grid, str | int | float) else tuple(map(float, grid))
     except (TypeError, ValueError):
         raise UsageError(f"grid is {grid!r:.80}; expected numbers in (0, 1), such as (0.25, 0.5).") from None
-    values = values | {
-        "data": data_specs(values.get("data")),
-        "grid": grid,
-    }
+    values = values | {"data": data_specs(values.get("data")), "grid": grid}
     for name in ("min", "max", "keep_16_bit"):
         given = values.get(name, ())
         values[name] = (str(given),) if isinstance(given, str | int | float) else tuple(map(str, given))

@@ -48,10 +48,7 @@ def run(job: Job, folder: Path, base: Blocks) -> Settings:
 def begin(job: Job, folder: Path, base_ppl: float) -> Begun:
     """Transform the weights and choose the budget: what jobs have in common that differ in how weights are stored.
 
-    Args:
-        job: the calibration.
-        folder: where the transformed weights go. Where they are not quantized it is the checkpoint's.
-        base_ppl: perplexity of the original model.
+    The transformed weights go into `folder`, which is the checkpoint's where they are not quantized.
     """
     dense, untied = _transformed(job, folder)
     return Begun(dense, untied, _budget(job, dense), base_ppl)
@@ -60,11 +57,7 @@ def begin(job: Job, folder: Path, base_ppl: float) -> Begun:
 def finish(job: Job, folder: Path, base: Blocks, begun: Begun) -> Settings:
     """Fit thresholds, quantize, and write the checkpoint into `folder`, as `run` does.
 
-    Args:
-        job: the calibration.
-        folder: the checkpoint's; the one that `begin` wrote where weights are not quantized.
-        base: the text of the original model's perplexity.
-        begun: what `begin` gave.
+    Where weights are not quantized, `folder` is the one that `begin` wrote.
     """
     quantizes = weight_format(job.options) is not None
     tensors, measured = fit(job, begun.dense, begun.chosen, base, folder if quantizes else None)
@@ -76,12 +69,7 @@ def fit(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Fit thresholds at every anchor, and quantize the layers' weights where the options say so.
 
-    Args:
-        job: the calibration.
-        source: the dense model with its transformed weights.
-        chosen: the site sparsities.
-        held: the text that the sparse model is measured on.
-        folder: where quantized layers are written; None leaves weights as they are.
+    Quantized layers are written into `folder`; None leaves weights as they are.
 
     Returns:
         The tensors to store, and for the provenance what was measured.

@@ -24,10 +24,7 @@ from wina_calib.quantization.gptq import HessianSum, quantize
 class Quantizer:
     """Quantizes one site after another by GPTQ on the inputs that it is shown.
 
-    Args:
-        form: the format.
-        into: writes the weights; None in all processes but the first.
-        kept: projections that are left as they are, of whole sites.
+    `into` writes the weights, in the first process alone; `kept` projections, of whole sites, are left as they are.
     """
 
     def __init__(self, form: WeightFormat, into: QuantizedWeights | None, kept: Iterable[str] = ()) -> None:
@@ -48,11 +45,7 @@ class Quantizer:
     def quantize(self, stream: LayerStream, masked: MaskedLayer, site: Site, inputs: Iterable[Tensor]) -> None:
         """Quantize a site in place, unless it is left as it is.
 
-        Args:
-            stream: says where and with whom.
-            masked: the layer, with the site's masks set.
-            site: one of its sites.
-            inputs: the site's inputs (batch, seq, width), not masked, of this process's micro-batches.
+        Inputs are (batch, seq, width), not masked, of this process's micro-batches.
 
         Raises:
             NumericError: weights or inputs are NaN or infinite.

@@ -8,17 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from wina_calib.budgets import (
-    Budget,
-    Cells,
-    Curves,
-    Setting,
-    Target,
-    Totals,
-    fixed_cells,
-    perplexity_rise,
-    totals,
-)
+from wina_calib.budgets import Budget, Cells, Curves, Setting, Target, Totals, fixed_cells, perplexity_rise, totals
 from wina_calib.budgets.anchors import Bounds, solve, solve_rows, spread
 from wina_calib.budgets.count import model_key
 from wina_calib.budgets.file import file_budget
@@ -34,50 +24,29 @@ _OWN = 0.01  # mean difference of site sparsities up to which a budget is the ch
 
 @dataclass(frozen=True)
 class Request:
-    """What a budget is asked to be.
+    """What a budget is asked to be."""
 
-    Attributes:
-        file: a budget file to start from instead of the stored budget.
-        target: what the budget must meet; None keeps the model sparsity.
-        settings: cells to set and pin.
-        frozen: patterns of cells to pin at what they have.
-        lowest: lower bounds of free cells, each `[PATTERN=]SPARSITY`.
-        highest: upper bounds, likewise.
-    """
-
-    file: str | None = None
-    target: Target | None = None
-    settings: tuple[Setting, ...] = ()
-    frozen: tuple[str, ...] = ()
-    lowest: tuple[str, ...] = ()
-    highest: tuple[str, ...] = ()
+    file: str | None = None  # a budget file to start from instead of the stored budget
+    target: Target | None = None  # what the budget must meet; None keeps the model sparsity
+    settings: tuple[Setting, ...] = ()  # cells to set and pin
+    frozen: tuple[str, ...] = ()  # patterns of cells to pin at what they have
+    lowest: tuple[str, ...] = ()  # lower bounds of free cells, each `[PATTERN=]SPARSITY`
+    highest: tuple[str, ...] = ()  # upper bounds, likewise
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A budget chosen for a checkpoint.
+    """A budget chosen for a checkpoint."""
 
-    Attributes:
-        opened: the checkpoint.
-        cells: its element counts.
-        curves: its predicted loss rises; None where calibration computed no gradients.
-        budget: the site sparsities.
-        sparsity: their model sparsity.
-        name: how they were chosen, for the checkpoint's settings.
-        bounds: bounds of free cells.
-        fixed: (layers, sites), NaN where a cell is free; None where all are.
-        kind: `stored` (the checkpoint's own at this sparsity), `file` (as in a file) or `solved`.
-    """
-
-    opened: Checkpoint
-    cells: Cells
-    curves: Curves | None
-    budget: Budget
-    sparsity: float
-    name: str
-    bounds: Bounds
-    fixed: Floats | None
-    kind: str
+    opened: Checkpoint  # the checkpoint
+    cells: Cells  # its element counts
+    curves: Curves | None  # its predicted loss rises; None where calibration computed no gradients
+    budget: Budget  # the site sparsities
+    sparsity: float  # their model sparsity
+    name: str  # how they were chosen, for the checkpoint's settings
+    bounds: Bounds  # bounds of free cells
+    fixed: Floats | None  # (layers, sites), NaN where a cell is free; None where all are
+    kind: str  # `stored` (the checkpoint's own at this sparsity), `file` (as in a file) or `solved`
 
     @property
     def totals(self) -> Totals:
@@ -177,13 +146,7 @@ class Measure(Protocol):
 
 
 def frontier(choice: Choice, step: float, measure: Measure | None = None) -> list[dict[str, float | None]]:
-    """What sparsity costs, from 0 to 0.9: predicted, and measured where a way to measure is given.
-
-    Args:
-        choice: pins and bounds to keep.
-        step: between model sparsities.
-        measure: for instance an evaluation on text.
-    """
+    """What sparsity costs, from 0 to 0.9: predicted, and measured where a way to measure is given."""
     base = choice.opened.settings.provenance.get("base_ppl")
     dense = float(base) if isinstance(base, int | float) else None
     points: list[dict[str, float | None]] = []

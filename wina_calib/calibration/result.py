@@ -34,16 +34,7 @@ from wina_calib.version import versions
 def write_result(
     job: Job, folder: Path, begun: Begun, tensors: dict[str, Tensor], base: Blocks, measured: dict[str, Any]
 ) -> Settings:
-    """Write what was fitted beside the weights; gives the checkpoint's settings.
-
-    Args:
-        job: the calibration.
-        folder: the checkpoint's, with the weights of its layers.
-        begun: what there was before the fit.
-        tensors: the fitted ones.
-        base: the text of the original model's perplexity.
-        measured: what the fit gave for the provenance.
-    """
+    """Write what was fitted beside the weights; gives the checkpoint's settings."""
     dense = begun.dense
     held = HeldOut.from_dict(measured[HELD_OUT])
     assert held is not None

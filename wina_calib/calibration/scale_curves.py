@@ -23,10 +23,6 @@ SCALED_TO = 0.5  # model sparsity up to whose anchor the curves are scaled to th
 def scaled_curves(chosen: ChosenBudget, held: HeldOut) -> tuple[Curves | None, dict[str, Any]]:
     """Scale the curves by one factor, so that they predict the loss rises measured at the anchors up to `SCALED_TO`.
 
-    Args:
-        chosen: what was fitted.
-        held: what was measured at the anchors.
-
     Returns:
         The curves, and for the provenance what was predicted and measured; None and how the budget was chosen where there are
         no curves.
@@ -70,9 +66,6 @@ def measured_pairs(facts: Mapping[str, Any]) -> Floats:
 
     The first-order part of the loss weighs most where little is dropped, so that no one factor fits all anchors. A rise is the
     measured one as far as its noise allows, as in the verdict (`smoothed`).
-
-    Args:
-        facts: `prediction` of a checkpoint's provenance.
 
     Raises:
         BudgetError: they are not such facts.

@@ -177,10 +177,7 @@ def _making(settings: Settings, base: Base) -> str:
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
         *([("trained", trained)] if (trained := _trained(facts)) else []),
-        (
-            "data",
-            f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}",
-        ),
+        ("data", f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}"),
         (
             "tokens",
             "{} blocks of {}, seed {}".format(*(_count(facts.get(name)) for name in ("blocks", "seq_len", "seed"))),

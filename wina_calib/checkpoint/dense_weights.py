@@ -44,12 +44,7 @@ class Shelf:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        shards: Mapping[str, Specs],
-        written: Callable[[str], bool],
-        *,
-        quantized: bool = False,
+        self, folder: Path, shards: Mapping[str, Specs], written: Callable[[str], bool], *, quantized: bool = False
     ) -> None:
         self.folder, self.specs = folder, {name: spec for shard in shards.values() for name, spec in shard.items()}
         self._files = {name: file for file, shard in shards.items() for name in shard}

@@ -158,10 +158,7 @@ class Settings:
                 and list(self.anchors) == sorted(set(self.anchors)),
                 f"anchors are {self.anchors!r:.80}, expected ascending numbers in [0, 1)",
             ),
-            (
-                isinstance(self.exponent, int | float) and abs(self.exponent) < 1e9,
-                f"exponent is {self.exponent!r:.80}",
-            ),
+            (isinstance(self.exponent, int | float) and abs(self.exponent) < 1e9, f"exponent is {self.exponent!r:.80}"),
             (
                 isinstance(self.curve_levels, tuple) and all(map(is_sparsity, self.curve_levels)),
                 f"curve_levels are {self.curve_levels!r:.80}, expected numbers in [0, 1)",

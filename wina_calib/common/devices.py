@@ -99,10 +99,7 @@ def has_16_bit_products(dtype: torch.dtype) -> bool:
 
 @cache
 def _processor_has_16_bit_products(dtype: torch.dtype) -> bool:
-    check = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }.get(dtype)
+    check = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     return check is not None and bool(getattr(torch.ops.mkldnn, check, bool)())
 
 

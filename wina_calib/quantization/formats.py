@@ -70,10 +70,7 @@ class WeightFormat:
                 f"Choose another group size ({' or '.join(map(str, GROUP_SIZES))}), or 8 bits."
             )
         groups = out // self.group_size
-        parts: dict[str, Spec] = {
-            "codes": (torch.uint8, (width, out // 2)),
-            "scales": (torch.float16, (width, groups)),
-        }
+        parts: dict[str, Spec] = {"codes": (torch.uint8, (width, out // 2)), "scales": (torch.float16, (width, groups))}
         if self.zero_point:
             parts["zeros"] = (torch.uint8, (width, -(-groups // 2)))
         return parts

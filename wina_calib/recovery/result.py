@@ -97,10 +97,7 @@ def calibrate_trained(
         device=chosen.device,
         **({"bits": chosen.bits, "group_size": chosen.group_size} if chosen.bits else {}),
     )
-    facts = asdict(trained) | {
-        "sparsities": list(sparsities),
-        "tokens": trained.steps * chosen.batch * chosen.seq_len,
-    }
+    facts = asdict(trained) | {"sparsities": list(sparsities), "tokens": trained.steps * chosen.batch * chosen.seq_len}
     del facts["losses"]
     config = read_config(made)
     section = config["quantization_config"]

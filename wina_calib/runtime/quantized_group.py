@@ -21,16 +21,6 @@ from wina_calib.runtime.packed import is_plain, rows_for
 class QuantizedGroup:
     """The product of all projections of a mask group. It refers to the group's tensors, which are its state's own.
 
-    Args:
-        sizes: outputs of each projection.
-        weight: of all of them.
-        biases: of each projection, or None.
-        norm: (in,) float32.
-        threshold: () float32.
-        rotation: run-time matrix (in, in) or None.
-        dtype: of inputs.
-        owner: number of the model's state.
-
     Attributes:
         row: the product of one row in C, ready to be called; None where there is none.
         mask: the kernel that masks the many rows of a prompt; None where there is none.

@@ -214,10 +214,7 @@ def evaluate_model(
 
 
 def measure(
-    model: PreTrainedModel,
-    blocks: Blocks,
-    progress: Progress = SILENT,
-    dense: Sequence[Tensor] | None = None,
+    model: PreTrainedModel, blocks: Blocks, progress: Progress = SILENT, dense: Sequence[Tensor] | None = None
 ) -> Measured:
     """Measure a loaded sparse model, as its thresholds are set now, against itself at sparsity 0.
 

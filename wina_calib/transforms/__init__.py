@@ -6,15 +6,7 @@
 
 from wina_calib.transforms.apply import apply_layer, embedding_rows, fold_final_norm, head_rows
 from wina_calib.transforms.fit import fit, fit_work
-from wina_calib.transforms.plan import (
-    INPUT_SITES,
-    Plan,
-    Rotations,
-    plan,
-    reason_not_exact,
-    run_time_weights,
-    uses_norm,
-)
+from wina_calib.transforms.plan import INPUT_SITES, Plan, Rotations, plan, reason_not_exact, run_time_weights, uses_norm
 from wina_calib.transforms.statistics import Statistics, needed_sites
 
 __all__ = [

@@ -61,15 +61,7 @@ def traced(block: Any, heads: Tensor, kwargs: Mapping[str, Any], cache_name: str
     gains = [norm.weight for norm in norms] or [None, None]
     epsilon = norms[0].variance_epsilon if norms else 0.0
     out: Tensor = torch.ops.wina_calib.attend_token(
-        heads,
-        *turns,
-        *gains,
-        layer.keys,
-        layer.values,
-        layer.cumulative_length,
-        mask,
-        epsilon,
-        block.scaling,
+        heads, *turns, *gains, layer.keys, layer.values, layer.cumulative_length, mask, epsilon, block.scaling
     )
     layer.cumulative_length.add_(1)
     return out

@@ -75,12 +75,7 @@ _TABLE = (
         {"bits": 4, "sparsity": _SPARSITY},
         QUANTIZED,
     ),
-    Method(
-        "int4-32",
-        "the same in groups of 32",
-        {"bits": 4, "group_size": 32, "sparsity": _SPARSITY},
-        QUANTIZED,
-    ),
+    Method("int4-32", "the same in groups of 32", {"bits": 4, "group_size": 32, "sparsity": _SPARSITY}, QUANTIZED),
     Method("score-weight", "column norms alone", {"score": "weight"}, "score"),
     Method("score-activation", "magnitudes alone", {"score": "teal"}, "score"),
     Method("score-half", "magnitude times root of the norm", {"exponent": 0.5}, "score"),

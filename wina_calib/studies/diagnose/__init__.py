@@ -31,15 +31,7 @@ from wina_calib.studies.diagnose.subject import Subject
 from wina_calib.studies.diagnose.texts import KINDS, Fitted, reason_without, texts, texts_text
 from wina_calib.studies.evaluate import evaluation_blocks, load_on
 
-__all__ = [
-    "Diagnosis",
-    "Extreme",
-    "Fitted",
-    "Importance",
-    "Propagation",
-    "diagnose",
-    "spearman",
-]
+__all__ = ["Diagnosis", "Extreme", "Fitted", "Importance", "Propagation", "diagnose", "spearman"]
 
 
 @dataclass(frozen=True)
