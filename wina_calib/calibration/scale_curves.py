@@ -42,9 +42,8 @@ def scaled_curves(chosen: ChosenBudget, held: HeldOut) -> tuple[Curves | None, d
         "factor_at": [held.anchors[i] for i in low],
         "predicted": [factor * value for value in predicted],
         "predicted_kl": divergence,
-        "loss_rise": [
-            loss - held.base for loss in held.loss_rise
-        ],  # what quantizing the weights costs is no sparsity's
+        # what quantizing the weights costs is no sparsity's
+        "loss_rise": [loss - held.base for loss in held.loss_rise],
         "kl": [max(kl - held.unmasked[1], 0.0) for kl in held.kl],
     }
     if held.unmasked[1]:

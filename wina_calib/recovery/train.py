@@ -42,11 +42,8 @@ NORMS_EVERY = 10
 SAVE_AFTER = 30.0  # seconds of training that are worth a save
 PROBE = 4  # steps whose time says how many fit into a limit of time
 CHECKS = (0.0, 0.5, 1.0)  # of the steps, where held-out text is looked at
-SHARES = (
-    1.0,
-    0.8,
-    0.6,
-)  # of the way from the first weights to the last; less is often better on text that is not known
+# Of the way from the first weights to the last; less is often better on text that is not known.
+SHARES = (1.0, 0.8, 0.6)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ def both(mixin: type[Derived], stock: type[nn.Module]) -> type[nn.Module]:
     return _made[mixin, stock]
 
 
+def is_watched(module: nn.Module | None) -> bool:
+    """Whether hooks see a module's calls, or it computes something of its own."""
+    if module is None:
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def derive(module: nn.Module, mixin: type[Derived]) -> None:
     """Let a module be of both classes."""
     module.__class__ = both(mixin, type(module))

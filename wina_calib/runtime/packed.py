@@ -24,30 +24,71 @@ from wina_calib.runtime.kernels.around import Around
 SEPARATE_ROWS = 1024
 
 
-class PackedGroup:
+class ProductGroup:
+    """The projections of one mask group as one, of plain or quantized weights."""
+
+    sizes: tuple[int, ...]  # outputs of each projection
+    width: int  # inputs
+    dtype: torch.dtype  # of inputs
+    bias: Tensor | None  # (sum of outs,)
+    norm: Tensor  # (in,) float32
+    threshold: Tensor  # () float32
+    rotation: Tensor | None  # run-time matrix (in, in)
+    row: Any  # the product of one row in C, ready to be called; None where there is none
+    number: int  # by which a compiled step finds it, see `group_operator`
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all projections."""
+        return sum(self.sizes)
+
+    def serves(self, x: Tensor, now: Pass) -> bool:
+        """Whether in this pass this computes the product of x."""
+        return now.served and x.dtype == self.dtype
+
+    def masks_row(self, x: Tensor) -> bool:
+        """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
+        plain = self.rotation is None and type(x) is Tensor and x.is_cpu
+        return plain and x.dtype is self.dtype and x.numel() == self.width
+
+    def part(self, position: int, x: Tensor, now: Pass) -> Tensor:
+        """Output (..., out) of one projection for x (..., in).
+
+        The first that is asked for x computes all; the others take theirs, the last one clears up.
+        """
+        if len(self.sizes) == 1:
+            return self.product(x, now)
+        if position == 0 or now.x is not x or now.group is not self:
+            now.x, now.group, now.out = x, self, self.parts(x, now)
+        out: Tensor = now.out[position]
+        if position == len(self.sizes) - 1:
+            now.x = now.group = now.out = None
+        return out
+
+    def parts(self, x: Tensor, now: Pass) -> tuple[Tensor, ...]:
+        """Outputs (..., out) of each projection for x (..., in)."""
+        shares: tuple[Tensor, ...] = self.product(x, now).split_with_sizes(self.sizes, dim=-1)
+        return shares
+
+    def product(self, x: Tensor, now: Pass) -> Tensor:
+        """Outputs (..., sum of outs) of all projections for x (..., in)."""
+        raise NotImplementedError
+
+
+class PackedGroup(ProductGroup):
     """Weights of one mask group in one storage; the modules hold views of it.
 
-    Attributes:
-        sizes: outputs of each projection.
-        columns: whether `weight_t` (in, sum of outs) is contiguous, for the sparse kernels; else `weight` is, its
-            transpose, for dense products of masked inputs.
-        bias: (sum of outs,) or None.
-        norm: (in,) float32, the group's.
-        threshold: () float32, the group's.
-        rotation: run-time matrix (in, in) or None.
-        number: by which a compiled step finds it, see `group_operator`; only of a column-contiguous one.
+    Where `columns`, `weight_t` (in, sum of outs) is contiguous, for the sparse kernels, and it has a number; else `weight` is,
+    its transpose, for dense products of masked inputs.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, columns: bool) -> None:
-        self.sizes = tuple(w.shape[0] for w in weights)
+        self.sizes, self.width = tuple(w.shape[0] for w in weights), weights[0].shape[1]
         self.columns = columns
         self.weight_t = cpu.column_storage([w.detach() for w in weights]) if columns else _rows(weights).t()
         self.weight = self.weight_t.t()
         self.dtype = self.weight.dtype
-        self.bias: Tensor | None = None
-        if any(b is not None for b in biases):
-            both = zip(biases, self.sizes, strict=True)
-            self.bias = torch.cat([weights[0].new_zeros(size) if b is None else b.detach() for b, size in both])
+        self.bias = joined(biases, self.sizes, weights[0])
         self.number = group_operator.UNNUMBERED
         self.row: native.Row | None = None
         self._given: tuple[object, ...] = ()
@@ -59,11 +100,6 @@ class PackedGroup:
     def __setstate__(self, values: dict[str, Any]) -> None:
         """A copy holds other tensors, so the number is not its own."""
         self.__dict__.update(values, number=group_operator.UNNUMBERED, _given=())
-
-    @property
-    def out_features(self) -> int:
-        """Outputs of all projections."""
-        return int(self.weight_t.shape[1])
 
     def attach(self, owner: int, norm: Tensor, threshold: Tensor, rotation: Tensor | None) -> None:
         """Take what else the product needs, and look at the threshold; `owner` is the number of the model's state."""
@@ -83,38 +119,14 @@ class PackedGroup:
         parts: tuple[Tensor, ...] = storage.split(self.sizes)
         return parts
 
-    def serves(self, x: Tensor, now: Pass) -> bool:
-        """Whether in this pass this computes the product of x."""
-        return now.served and x.dtype == self.dtype
-
     def is_short(self, now: Pass) -> bool:
         """Whether in this pass one row of which nothing but the result is wanted may go through C."""
         return now.short
 
-    def masks_row(self, x: Tensor) -> bool:
-        """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
-        plain = self.rotation is None and type(x) is Tensor and x.is_cpu
-        return plain and x.dtype is self.dtype and x.numel() == self.weight_t.shape[0]
-
-    def part(self, position: int, x: Tensor, now: Pass) -> Tensor:
-        """Output (..., out) of one projection for x (..., in).
-
-        The first that is asked for x computes all; the others take theirs, the last one clears up.
-        """
-        if len(self.sizes) == 1:
-            return self.product(x, now)
-        if position == 0 or now.x is not x or now.group is not self:
-            now.x, now.group, now.out = x, self, self.parts(x, now)
-        out: Tensor = now.out[position]
-        if position == len(self.sizes) - 1:
-            now.x = now.group = now.out = None
-        return out
-
     def parts(self, x: Tensor, now: Pass) -> tuple[Tensor, ...]:
         """Outputs (..., out) of each projection for x (..., in)."""
         if self.kernel is None or x.numel() < SEPARATE_ROWS * x.shape[-1] or torch.compiler.is_compiling():
-            shares: tuple[Tensor, ...] = self.product(x, now).split_with_sizes(self.sizes, dim=-1)
-            return shares
+            return super().parts(x, now)
         x = self.product_input(x if self.rotation is None else x @ self.rotation, now)
         biases = (None,) * len(self.sizes) if self.bias is None else self.parts_of(self.bias)
         return tuple(linear(x, w, b) for w, b in zip(self.parts_of(self.weight), biases, strict=True))
@@ -172,7 +184,7 @@ class PackedGroup:
         """`mask.mask_inputs` of x (..., in), bit for bit, in fewer passes over it."""
         dense = rows_for(now.dense_rows, x)
         if not torch.compiler.is_compiling():
-            if self._version != _version(self.threshold):
+            if self._version != version_of(self.threshold):
                 self._limit_now()
             if self.open:
                 return x
@@ -201,10 +213,18 @@ class PackedGroup:
             known.copy_(limit)
         else:
             self.limit = limit
-        self._version = _version(self.threshold)
+        self._version = version_of(self.threshold)
         # Asking a GPU would make the host wait for it.
         self.cut = torch.nan if limit.is_cuda else float(self.threshold)
         self.open = self.cut < 0
+
+
+def joined(biases: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    """Biases (sum of outs,) side by side, zeros as `like` where a projection has none; None where none has one."""
+    if all(b is None for b in biases):
+        return None
+    both = zip(biases, sizes, strict=True)
+    return torch.cat([like.new_zeros(n) if b is None else b.detach() for b, n in both])
 
 
 def _rows(weights: Sequence[Tensor]) -> Tensor:
@@ -221,7 +241,7 @@ def is_plain(x: Tensor, now: Pass) -> bool:
     return now.dense or now.dense_rows is None
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """A number that changes with every write to a tensor, -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 

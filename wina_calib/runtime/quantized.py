@@ -34,9 +34,8 @@ class QuantizedLinear(SparseLinear):
         _fill_nothing(self)
         self._place(site, group, position)
         self.first = sum(p.out_features for p in group.projections[:position])
-        self.register_buffer(
-            "like", torch.empty(0, dtype=dense.weight.dtype), persistent=False
-        )  # follows casts and moves
+        # follows casts and moves
+        self.register_buffer("like", torch.empty(0, dtype=dense.weight.dtype), persistent=False)
 
     @property
     def quantized(self) -> Quantized:
@@ -113,9 +112,8 @@ class QuantizedEmbedding(QuantizedRowsModule, nn.Embedding):  # type: ignore[ove
         stock_class: Any = type(self).__bases__[1]
         if stock_class is nn.Embedding:
             return rows.view(*input.shape, rows.shape[-1])
-        stock = stock_class.__new__(
-            stock_class
-        )  # what else a family's embedding does, it does with the rows that occur
+        # What else a family's embedding does, it does with the rows that occur.
+        stock = stock_class.__new__(stock_class)
         stock.__dict__.update(self.__dict__, _parameters={"weight": rows})
         embedded: Tensor = stock(torch.arange(len(rows), device=rows.device).view(input.shape))
         return embedded
@@ -230,12 +228,8 @@ class ReadOnly(Tensor):
         """Refuse what works in place; with all else, be a plain tensor."""
         name = getattr(func, "__name__", "")
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        if (
-            in_place
-            and args
-            and isinstance(args[0], ReadOnly)
-            and name not in ("requires_grad_", "__index__", "__invert__")
-        ):
+        harmless = name in ("requires_grad_", "__index__", "__invert__")
+        if in_place and args and isinstance(args[0], ReadOnly) and not harmless:
             raise _unchangeable()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -15,17 +15,14 @@ from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import cuda, dispatch
 from wina_calib.runtime.kernels.around import Around
-from wina_calib.runtime.packed import is_plain, rows_for
+from wina_calib.runtime.packed import ProductGroup, is_plain, joined, rows_for
 
 
-class QuantizedGroup:
+class QuantizedGroup(ProductGroup):
     """The product of all projections of a mask group. It refers to the group's tensors, which are its state's own.
 
-    Attributes:
-        row: the product of one row in C, ready to be called; None where there is none.
-        mask: the kernel that masks the many rows of a prompt; None where there is none.
-        many: the dense product of many rows on a card, ready to be called; None where there is none.
-        number: by which a compiled step finds it, see `group_operator`.
+    `mask` is the kernel that masks the many rows of a prompt, `many` the dense product of many rows on a card, ready to be
+    called; None where there is none.
     """
 
     def __init__(
@@ -41,11 +38,8 @@ class QuantizedGroup:
     ) -> None:
         self.sizes, self.weight, self.norm, self.threshold = tuple(sizes), weight, norm, threshold
         self.rotation, self.dtype, self._owner = rotation, dtype, owner
-        self.bias: Tensor | None = None
-        if any(b is not None for b in biases):
-            both = zip(biases, self.sizes, strict=True)
-            parts = [norm.new_zeros(n, dtype=dtype) if b is None else b.detach().to(dtype) for b, n in both]
-            self.bias = torch.cat(parts)
+        cast = [None if b is None else b.to(dtype) for b in biases]
+        self.width, self.bias = weight.width, joined(cast, self.sizes, norm.new_empty(0, dtype=dtype))
         self._nothing = torch.full_like(threshold, -1.0)  # a threshold that drops nothing
         self.mask = cuda.mask_of(norm, threshold, dtype)
         self.many = dispatch.quantized_many_of(weight, self.bias, dtype)
@@ -71,39 +65,11 @@ class QuantizedGroup:
         given = self.weight, biases, self.norm, self.threshold, self.rotation, self.dtype, self._owner
         self._given = _identity(*given)
 
-    @property
-    def out_features(self) -> int:
-        """Outputs of all projections."""
-        return sum(self.sizes)
-
-    def serves(self, x: Tensor, now: Pass) -> bool:
-        """Whether in this pass this computes the product of x."""
-        return now.served and x.dtype == self.dtype
-
     def is_short(self, now: Pass) -> bool:
         """Whether in this pass one row of which nothing but the result is wanted may go through C, also where nothing is
         dropped: there is no stock module whose last bits it would have to give.
         """
         return now.served and not now.dense and now.dense_rows is None
-
-    def masks_row(self, x: Tensor) -> bool:
-        """Whether x (..., in) is one row on a CPU and has no run-time matrix."""
-        plain = self.rotation is None and type(x) is Tensor and x.is_cpu
-        return plain and x.dtype is self.dtype and x.numel() == self.weight.width
-
-    def part(self, position: int, x: Tensor, now: Pass) -> Tensor:
-        """Output (..., out) of one projection for x (..., in).
-
-        The first that is asked for x computes all; the others take theirs, the last one clears up.
-        """
-        if len(self.sizes) == 1:
-            return self.product(x, now)
-        if position == 0 or now.x is not x or now.group is not self:
-            now.x, now.group, now.out = x, self, self.product(x, now).split_with_sizes(self.sizes, dim=-1)
-        out: Tensor = now.out[position]
-        if position == len(self.sizes) - 1:
-            now.x = now.group = now.out = None
-        return out
 
     def product(self, x: Tensor, now: Pass) -> Tensor:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""

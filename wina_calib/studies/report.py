@@ -112,9 +112,8 @@ def _frontier(opened: Checkpoint) -> Figure | None:
     measured = read_evaluation(opened.folder)
     dense = float(measured["dense_ppl"]) if measured else float(settings.provenance.get("base_ppl", float("nan")))
     held = HeldOut.from_dict(settings.provenance.get(HELD_OUT))
-    if (
-        measured is None and held is not None
-    ):  # the curves start at sparsity 0, where quantizing has cost something already
+    # The curves start at sparsity 0, where quantizing has cost something already.
+    if measured is None and held is not None:
         dense *= 1 + held.base_rise
     predicted: list[tuple[float, float]] = []
     curves = stored_curves(opened)

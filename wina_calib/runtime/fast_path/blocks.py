@@ -21,10 +21,10 @@ from torch.nn.modules import module as torch_modules
 
 from wina_calib.model.architecture import Layer, Site
 from wina_calib.runtime.caches import cache_name
-from wina_calib.runtime.derived import Derived, derive
+from wina_calib.runtime.derived import Derived, derive, is_watched
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
-from wina_calib.runtime.fast_path.token_attention import UNUSED, turned
+from wina_calib.runtime.fast_path.token_attention import has_more, turned
 from wina_calib.runtime.kernels import native, native_build
 from wina_calib.runtime.kernels.native import Row
 from wina_calib.runtime.modules import SparseLinear
@@ -80,7 +80,7 @@ class Short(Derived):
             return None
         if any(type(children[name]) is not kind for name, kind in parts.others):
             return None
-        if torch_modules._has_any_global_hook() or any(map(_is_watched, children.values())):
+        if torch_modules._has_any_global_hook() or any(map(is_watched, children.values())):
             return None
         if now.watch is not None:
             inputs[0].site.note_row(inputs[0], x, now)
@@ -117,7 +117,7 @@ class ShortAttention(Short):
             return None
         if self.config._attn_implementation != attention.NAME:
             return None
-        if any(name not in UNUSED and value is not None and value is not False for name, value in others.items()):
+        if has_more(others):
             return None
         size = self.head_dim
         if any(t.numel() != size or t.dtype is not x.dtype or not t.is_contiguous() for t in position_embeddings):
@@ -177,13 +177,6 @@ def _parts(block: nn.Module, inputs: Site, output: Site, **more: Any) -> Parts:
     names, name = tuple(p.name for p in inputs.projections), output.projections[0].name
     others = ((n, type(child)) for n, child in block.named_children() if n not in names and n != name)
     return Parts(names, name, tuple(others), **more)
-
-
-def _is_watched(module: nn.Module | None) -> bool:
-    """Whether hooks see a module's calls."""
-    if module is None:
-        return False
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _derive(block: nn.Module, mixin: type[Short], parts: Parts) -> None:

@@ -28,7 +28,7 @@ from wina_calib.runtime.derived import derive
 from wina_calib.runtime.fast_path import attention, past, step
 from wina_calib.runtime.fast_path.blocks import PROJECTIONS, ShortAttention, ShortMLP, matches
 from wina_calib.runtime.fast_path.norms import Norm
-from wina_calib.runtime.fast_path.token_attention import UNUSED
+from wina_calib.runtime.fast_path.token_attention import has_more
 from wina_calib.runtime.forward_pass import Pass, here
 from wina_calib.runtime.kernels.layers import LayerParts, Layers
 from wina_calib.runtime.quantized_group import QuantizedGroup
@@ -113,7 +113,7 @@ class Ahead:
         """Whether a layer gets what the first one got, or what comes to the same."""
         if tuple(kwargs) == self.names and all(map(is_, kwargs.values(), self.values)):
             return True
-        return _only(kwargs, self.given) and all(kwargs.get(name) is value for name, value in self.given.items())
+        return not has_more(kwargs, self.given) and all(kwargs.get(name) is value for name, value in self.given.items())
 
     def is_over(self) -> bool:
         """Whether all layers have handed out their part."""
@@ -286,7 +286,7 @@ def _begin(layer: ShortLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     }
     turns, mask, held = given.values()
     (x,) = args
-    if not fits(plan, x, turns) or not _only(kwargs, given):
+    if not fits(plan, x, turns) or has_more(kwargs, given):
         return None
     caches = caches_for(plan, held)
     if caches is None:
@@ -381,14 +381,6 @@ def _norms(layers: Sequence[ShortLayer]) -> Iterator[Any]:
         attn: Any = layer._modules[layer.form.attention]
         yield from (layer._modules[name] for name in (layer.form.norm, layer.form.mlp_norm))
         yield from (attn._modules[name] for name in attn.parts.norms)
-
-
-def _only(kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether a layer gets nothing that matters besides what is known."""
-    return not any(
-        name not in given and name not in UNUSED and value is not None and value is not False
-        for name, value in kwargs.items()
-    )
 
 
 def _computes(layer: nn.Module, form: Form, dtype: torch.dtype) -> bool:

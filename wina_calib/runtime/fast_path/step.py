@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from wina_calib.runtime import group_operator
+from wina_calib.runtime.derived import is_watched
 from wina_calib.runtime.fast_path import token_attention
 from wina_calib.runtime.fast_path.blocks import ShortAttention, ShortMLP
 from wina_calib.runtime.fast_path.norms import Norm
@@ -37,7 +38,7 @@ def traced(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
         return None
     first, second = _number(attn, attn.parts.inputs, x), _number(attn, (attn.parts.output,), x)
     third, fourth = _number(mlp, mlp.parts.inputs, x), _number(mlp, (mlp.parts.output,), x)
-    if first is None or second is None or third is None or fourth is None or _is_watched(attn) or _is_watched(mlp):
+    if first is None or second is None or third is None or fourth is None or is_watched(attn) or is_watched(mlp):
         return None
     heads = group_operator.step(first, x, norms[0].weight, norms[0].variance_epsilon)
     attended = token_attention.traced(attn, heads, kwargs, form.cache)
@@ -52,13 +53,13 @@ def traced(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 def _is_known(norm: Any, x: Tensor) -> bool:
     """Whether a norm is ours, of x's dtype, and no hook sees it."""
-    return type(norm) is Norm and norm.weight.dim() == 1 and norm.weight.dtype == x.dtype and not _is_watched(norm)
+    return type(norm) is Norm and norm.weight.dim() == 1 and norm.weight.dtype == x.dtype and not is_watched(norm)
 
 
 def _number(block: Any, names: tuple[str, ...], x: Tensor) -> int | None:
     """The number of the group of a block's projections, which they make up in their order; None where it cannot serve."""
     members = [getattr(block, name) for name in names]
-    if any(type(member) is not QuantizedLinear or _is_watched(member) for member in members):
+    if any(type(member) is not QuantizedLinear or is_watched(member) for member in members):
         return None
     number, start = members[0].number, 0
     for member in members:
@@ -66,8 +67,3 @@ def _number(block: Any, names: tuple[str, ...], x: Tensor) -> int | None:
             return None
         start += member.out_features
     return number if group_operator.serves(number, x) else None
-
-
-def _is_watched(module: Any) -> bool:
-    """Whether hooks see a module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

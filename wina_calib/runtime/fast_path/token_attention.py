@@ -7,7 +7,7 @@ cache of transformers' and blocks that `blocks` knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from wina_calib.runtime.derived import is_watched
 from wina_calib.runtime.fast_path import attention
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.kernels import attention_cuda
 
 # What decoder layers pass to attention that needs none of it.
 UNUSED = frozenset({"position_ids", "use_cache", "cache_position", "output_hidden_states"})
+
+
+def has_more(kwargs: Mapping[str, Any], known: Collection[str] = ()) -> bool:
+    """Whether a layer or its attention gets something that matters besides what is known."""
+    return any(
+        name not in known and name not in UNUSED and value is not None and value is not False
+        for name, value in kwargs.items()
+    )
 
 
 def traced(block: Any, heads: Tensor, kwargs: Mapping[str, Any], cache_name: str) -> Tensor | None:
@@ -35,8 +44,7 @@ def traced(block: Any, heads: Tensor, kwargs: Mapping[str, Any], cache_name: str
     """
     turns, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
     cache: Any = kwargs.get(cache_name)
-    known = UNUSED | {"position_embeddings", "attention_mask", cache_name}
-    if any(name not in known and value is not None and value is not False for name, value in kwargs.items()):
+    if has_more(kwargs, ("position_embeddings", "attention_mask", cache_name)):
         return None
     if turns is None or type(cache) is not StaticCache or block.config._attn_implementation != attention.NAME:
         return None
@@ -54,7 +62,7 @@ def traced(block: Any, heads: Tensor, kwargs: Mapping[str, Any], cache_name: str
     if not _serves(heads, size, count, key_heads):
         return None
     norms: list[Any] = [getattr(block, name) for name in block.parts.norms]
-    if any(type(norm) is not Norm or norm.weight.dtype != heads.dtype or _is_watched(norm) for norm in norms):
+    if any(type(norm) is not Norm or norm.weight.dtype != heads.dtype or is_watched(norm) for norm in norms):
         return None
     if len({norm.variance_epsilon for norm in norms}) > 1:
         return None
@@ -65,11 +73,6 @@ def traced(block: Any, heads: Tensor, kwargs: Mapping[str, Any], cache_name: str
     )
     layer.cumulative_length.add_(1)
     return out
-
-
-def _is_watched(module: Any) -> bool:
-    """Whether hooks see a module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _serves(heads: Tensor, size: int, count: int, key_heads: int) -> bool:
@@ -124,23 +127,9 @@ def _normed(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     return gain * unit.to(x.dtype)
 
 
-def _attend_token(
-    heads: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    query_gain: Tensor | None,
-    key_gain: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    mask: Tensor | None,
-    epsilon: float,
-    scale: float,
-) -> Tensor:
-    given = heads, cosine, sine, query_gain, key_gain, keys, values, position, mask, epsilon, scale
-    if heads.device.type != "cuda" or not attention_cuda.reads(*given[:9]):
-        return by_operators(*given)
-    return attention_cuda.attend(*given)
+def _attend_token(*given: Any) -> Tensor:
+    by_kernel = given[0].device.type == "cuda" and attention_cuda.reads(*given[:9])
+    return attention_cuda.attend(*given) if by_kernel else by_operators(*given)
 
 
 def _shape_of(
