@@ -26,8 +26,9 @@ from wina_calib.model.config import is_reference, open_folder
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:
     """The card's text in Markdown."""
     settings, folder = opened.settings, opened.folder
+    link = f"[{base.repo}](https://huggingface.co/{base.repo})" if base.repo else code(base.shown)
     parts = [
-        f"{_base_link(base)} with calibrated activation sparsity: at every linear layer of the decoder, inputs whose "
+        f"{link} with calibrated activation sparsity: at every linear layer of the decoder, inputs whose "
         f"score is below a fitted threshold are skipped, {share(settings.sparsity)} of them by default, and the "
         "weight columns that they would meet are not read. Made by wina_calib with the method of "
         "[WINA](https://arxiv.org/abs/2505.19427).",
@@ -39,10 +40,6 @@ def made_text(opened: Checkpoint, base: Base, name: str) -> str:
         _limits(opened),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _base_link(base: Base) -> str:
-    return f"[{base.repo}](https://huggingface.co/{base.repo})" if base.repo else code(base.shown)
 
 
 def _loading(folder: Path, settings: Settings, name: str) -> str:

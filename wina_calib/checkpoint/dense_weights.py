@@ -90,9 +90,7 @@ def plan_weights(source: Source, plan: Plan, *, untied: bool) -> WeightPlan:
     whether embedding and lm_head, tied in the model, become different.
     """
     arch = source.architecture
-    specs: dict[str, Spec] = {
-        name: (source.shards[name].dtype, source.shards[name].shape) for name in _disk_order(source)
-    }
+    specs: dict[str, Spec] = {name: (source.shards[name].dtype, source.shards[name].shape) for name in source.names()}
     for layer in arch.layers:
         for site in plan.sites:
             width = layer.site(site).width
@@ -199,11 +197,6 @@ def write_weights(
 
 def _norm_name(arch: Architecture) -> str:
     return f"{arch.final_norm.module}.weight"
-
-
-def _disk_order(source: Source) -> list[str]:
-    names = source.end_names()
-    return names + [n for i in range(len(source.architecture.layers)) for n in source.layer_names(i)]
 
 
 def in_files(specs: dict[str, Spec], arch: Architecture) -> dict[str, Specs]:

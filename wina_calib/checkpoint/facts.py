@@ -29,16 +29,12 @@ def _is_number(value: Any) -> bool:
     return abs(value) < _MAX_COUNT or (isinstance(value, float) and math.isfinite(value))
 
 
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(map(of, value))
+
+
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(map(_is_text, value))
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(map(_is_number, value))
-
-
-def _is_versions(value: Any) -> bool:
-    return isinstance(value, Mapping) and _is_texts([*value.keys(), *value.values()])
+    return _is_list(value, _is_text)
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -62,9 +58,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "held_out": lambda value: isinstance(value, Mapping),
     "verdict": lambda value: isinstance(value, Mapping),
     "recovered": lambda value: isinstance(value, Mapping),
-    "versions": _is_versions,
+    "versions": lambda value: isinstance(value, Mapping) and _is_texts([*value.keys(), *value.values()]),
     "prediction": lambda value: isinstance(value, Mapping),
-    INTERPOLATED: _is_numbers,
+    INTERPOLATED: lambda value: _is_list(value, _is_number),
     REBUDGETED: _is_text,
 }
 

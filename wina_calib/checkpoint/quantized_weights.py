@@ -72,8 +72,7 @@ def _shards(dense: Source, settings: Settings) -> dict[str, Specs]:
     }
     if settings.head_bits == 8:
         replaced.add(_head_weight(dense))
-    names = [*dense.end_names(), *(n for i in range(len(arch.layers)) for n in dense.layer_names(i))]
-    names += filter(is_rotation, dense.shards)
+    names = [*dense.names(), *filter(is_rotation, dense.shards)]
     specs: dict[str, Spec] = {n: (dense.shards[n].dtype, dense.shards[n].shape) for n in names if n not in replaced}
     norm = f"{arch.final_norm.module}.weight"
     specs[norm] = (specs[norm][0], (1, arch.hidden_size))

@@ -80,7 +80,8 @@ def side_files(folder: ModelFolder) -> list[Path]:
 def code_files(folder: ModelFolder) -> set[str]:
     """Names of the Python files that a folder's model, tokenizer and processors are made of, with all that these import."""
     maps = [folder.auto_map, *(_auto_map(folder.path / name) for name in _CODE_CONFIGS)]
-    places = [place for named in maps for value in named.values() for place in _listed(value)]
+    values = [value for named in maps for value in named.values()]
+    places = [place for value in values for place in (value if isinstance(value, list) else [value])]
     # REPOSITORY--MODULE.CLASS is the code of another repository.
     modules = {str(place).partition(".")[0] for place in places if place and "--" not in str(place)}
     names: set[str] = set()
@@ -95,10 +96,6 @@ def _auto_map(path: Path) -> dict[str, Any]:
     raw = read_json(path, max_bytes=CONFIG_BYTES) if path.is_file() else None
     named = raw.get("auto_map") if isinstance(raw, dict) else None
     return named if isinstance(named, dict) else {"AutoTokenizer": named} if isinstance(named, list) else {}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _imported(path: Path) -> list[str]:

@@ -136,8 +136,8 @@ def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
     hashes: set[int] = set()
     for spec in data:
         for number, text in enumerate(documents(spec)):
-            lines = (line.strip() for line in text.splitlines())
-            hashes.update(_hash(line) for line in lines if len(line) >= _OVERLAP_LINE)
+            lines = (line.strip().encode() for line in text.splitlines() if len(line.strip()) >= _OVERLAP_LINE)
+            hashes.update(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest()) for line in lines)
             if len(hashes) >= limit or number >= limit:
                 return hashes
     return hashes
@@ -240,7 +240,3 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
     bare = list(tokenizer("a", add_special_tokens=False, verbose=False).input_ids)
     places = range(len(whole) - len(bare) + 1)
     return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
-
-
-def _hash(line: str) -> int:
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())

@@ -53,8 +53,8 @@ def conversations(
 def _made(document: Mapping[str, str], number: int) -> list[dict[str, str]]:
     """A document as a conversation; empty for one that has no place in any."""
     text, kind = document["text"], document["kind"]
-    if kind == "dialogue" and text.startswith("User: "):
-        return _spoken(text)
+    if kind == "dialogue" and text.startswith("User: "):  # as it stands
+        return _turns([part.strip() for part in _SPEAKER.split(text)[2::2]])
     if kind == "code":
         return _code(document)
     title, _, body = text.partition("\n\n")
@@ -67,12 +67,6 @@ def _made(document: Mapping[str, str], number: int) -> list[dict[str, str]]:
     requests = _REQUESTS.get(kind) if document["language"] == "en" else None
     ask = requests[number % len(requests)].format(title=title) if requests else title
     return _in_parts(ask, body, number)
-
-
-def _spoken(text: str) -> list[dict[str, str]]:
-    """A dialogue of `User:` and `Assistant:` as it stands."""
-    said = [part.strip() for part in _SPEAKER.split(text)[2::2]]
-    return _turns(said)
 
 
 def _asked(question: str, answer: str) -> list[dict[str, str]]:

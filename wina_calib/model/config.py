@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from wina_calib.common.text import first_line
 from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
@@ -97,7 +97,7 @@ class ModelFolder:
     @property
     def needs_code(self) -> bool:
         """Whether only Python code in the folder knows the model type."""
-        known = str(self._own.get("model_type", "")).removeprefix(RUNTIME_TYPE) in _known_types()
+        known = str(self._own.get("model_type", "")).removeprefix(RUNTIME_TYPE) in CONFIG_MAPPING
         return bool(self._own.get("auto_map")) and not known
 
     @property
@@ -262,12 +262,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path} holds no JSON object.")
     return raw
-
-
-def _known_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
 
 
 def _as_anywhere(raw: dict[str, Any]) -> dict[str, Any]:

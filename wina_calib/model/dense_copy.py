@@ -145,7 +145,8 @@ def write_copy(model: PreTrainedModel, note: str) -> DenseCopy:
         with ShardWriter(target / name, specs, {"format": "pt"}) as writer:
             for tensor in specs:
                 writer.write(tensor, state[tensor].detach().cpu().contiguous())
-    return DenseCopy(meta, Shards.open(target, names), f"{note}; {size / 1e9:.2f} GB as {_dtypes(state)}", kept)
+    dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()}))
+    return DenseCopy(meta, Shards.open(target, names), f"{note}; {size / 1e9:.2f} GB as {dtypes}", kept)
 
 
 def load_gguf(file: Path, folder: Path) -> PreTrainedModel:
@@ -256,7 +257,3 @@ def _merge_adapters(model: PreTrainedModel) -> int:
             "with peft (merge_and_unload) and save the model again."
         )
     return len(layers)
-
-
-def _dtypes(state: dict[str, Tensor]) -> str:
-    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()}))

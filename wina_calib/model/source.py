@@ -98,6 +98,10 @@ class Source:
         tied = f"{self.architecture.lm_head}.weight" if self.architecture.tied else None
         return [n for n in self.shards if not n.startswith(layers) and not is_derived(n) and n != tied]
 
+    def names(self) -> list[str]:
+        """Names of all tensors of the model on disk: what is outside the decoder layers, then layer by layer."""
+        return self.end_names() + [n for i in range(len(self.architecture.layers)) for n in self.layer_names(i)]
+
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Read one decoder layer, keyed by path inside the layer, in the dtype on disk.
 

@@ -85,7 +85,7 @@ def plan_training(size: Size, options: RecoverOptions, available: int, processes
         )
     steps = max(1, options.tokens // (options.batch * options.seq_len))
     choices = {"all": (False,), "adapters": (True,), "auto": (False, True)}[options.train]
-    batches = [min(own, options.micro_batch)] if options.micro_batch else _divisors(own)
+    batches = [min(own, options.micro_batch)] if options.micro_batch else [n for n in range(own, 0, -1) if own % n == 0]
     busy = [n for n in batches if n * options.seq_len >= min(FULL, own * options.seq_len)] or batches
     needs = 0
     for adapters in choices:
@@ -98,10 +98,6 @@ def plan_training(size: Size, options: RecoverOptions, available: int, processes
         f"training needs about {human_bytes(needs)} of memory with the smallest choices, and {human_bytes(available)} is "
         f"available. Take a smaller --seq-len than {options.seq_len}, --train adapters, or a device with more memory."
     )
-
-
-def _divisors(batch: int) -> list[int]:
-    return [n for n in range(batch, 0, -1) if batch % n == 0]
 
 
 def available_memory(device: torch.device) -> int:

@@ -214,7 +214,8 @@ class _Recovering:
             )
         tasks = {Path(name).stem: read_tasks(Path(name), chosen.task_items) for name in chosen.tasks}
         dense = state / "dense"
-        ranks.first(lambda _: _export(opened.folder, dense))
+        if not ranks.first(lambda _: (dense / "config.json").exists()):
+            ranks.first(lambda _: export_dense(opened.folder, dense, overwrite=True))
         teacher = load_plain(self.base, device, "auto").eval().requires_grad_(False)
         tokenizer = load_tokenizer(self.base)
         _check_tokenizer(tokenizer, load_tokenizer(opened.folder), self.base)
@@ -268,11 +269,6 @@ class _Recovering:
             return Recovery(self.target, plan, trained, before[0], after[0], before[1], after[1])
 
         return ranks.first(lambda tick: finish(Ticking(report, tick)))
-
-
-def _export(folder: Path, dense: Path) -> None:
-    if not (dense / "config.json").exists():
-        export_dense(folder, dense, overwrite=True)
 
 
 def _other_texts(tokenizer: Any, seq_len: int, seed: int) -> dict[str, Tensor]:

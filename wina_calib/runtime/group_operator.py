@@ -110,7 +110,7 @@ def _product(x: Tensor, number: int, dense: bool) -> Tensor:
 _library.impl("group_product", _product, "CompositeExplicitAutograd")
 
 
-def _shape_of(x: Tensor, number: int, dense: bool) -> Tensor:
+def _shape_of(x: Tensor, number: int, *_: object) -> Tensor:
     group = _groups[number]
     return x.new_empty(*x.shape[:-1], group.out_features, dtype=group.dtype)
 
@@ -129,9 +129,5 @@ def _step(
     return _groups[number].step(x, Around(gain, epsilon, gated, added), dense=dense)
 
 
-def _step_shape_of(x: Tensor, number: int, *_: object) -> Tensor:
-    return _shape_of(x, number, False)
-
-
 _library.impl("group_step", _step, "CompositeExplicitAutograd")
-torch.library.register_fake("wina_calib::group_step", _step_shape_of, lib=_library)
+torch.library.register_fake("wina_calib::group_step", _shape_of, lib=_library)

@@ -58,8 +58,9 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
         says += f" That is much; {share(whole(held.sparsity_for(0.05)))} costs about 5 %."
     if verdict.quick:
         says += f" It is {A_FIRST_LOOK}."
+    most = held.rise_at(held.anchors[-1])  # beyond that rise more may be dropped than was fitted
     rows = tuple(
-        (f"+{percent(r, 0)}", *_at(opened, cells, whole(held.sparsity_for(r)), more=_more(held, r)))
+        (f"+{percent(r, 0)}", *_at(opened, cells, whole(held.sparsity_for(r)), more=most < r))
         if held.sparsity_for(r) > 0 or not verdict.quantizing
         else (f"+{percent(r, 0)}", "none", "-", "-")
         for r in ASKED_RISES
@@ -116,11 +117,6 @@ def what_it_costs(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Ans
     return Answer(
         "What does it cost?", says, ("dropped", "bytes read", "times as fast, at most", "perplexity expected"), rows
     )
-
-
-def _more(held: HeldOut, rise: float) -> bool:
-    """Whether a rise lies beyond the last anchor, so that more may be dropped than was fitted."""
-    return held.rise_at(held.anchors[-1]) < rise
 
 
 def _at(opened: Checkpoint, cells: Cells, sparsity: float, *, more: bool = False) -> tuple[str, str, str]:

@@ -101,7 +101,7 @@ def flops(
     config = find_config(model_or_config, revision=revision)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16  # describing changes config.dtype
     arch = describe_config(config)
-    name = plan(transform or _own_transform(config), arch).name
+    name = plan(transform or str((calibration_of(config) or {}).get("transform", "none")), arch).name
     reach = _reach(config, len(arch.layers), context)
     cells = count_cells(arch, name)
     rows = tuple(_row(float(s), arch, cells, reach, dtype.itemsize) for s in sparsities)
@@ -226,11 +226,6 @@ def _parse(path: Path) -> PreTrainedConfig:
     if "model_type" not in opened.stored and not opened.is_reference:
         raise ModelFolderError(f"{path} is no model config: it has no model_type.")
     return opened.config
-
-
-def _own_transform(config: PreTrainedConfig) -> str:
-    """The transform of a calibrated checkpoint's config; "none" for any other."""
-    return str((calibration_of(config) or {}).get("transform", "none"))
 
 
 def _reach(config: PreTrainedConfig, layers: int, context: int) -> list[int]:

@@ -77,7 +77,7 @@ def draw(opened: Checkpoint) -> Iterator[Figure]:
     frontier = _frontier(opened)
     if frontier is not None:
         yield frontier
-    anchor = _anchor(opened)
+    anchor = int(np.argmin([abs(anchor - settings.sparsity) for anchor in settings.anchors]))  # the nearest one
     errors = np.array([[float(opened.site(a, b).error[anchor]) for b in a.sites] for a in arch.layers])
     at = settings.anchors[anchor]
     caption = (
@@ -129,11 +129,6 @@ def _frontier(opened: Checkpoint) -> Figure | None:
         "to four times the dense model's."
     )
     return Figure("frontier.png", caption, plots.frontier(predicted, points, dense, "quality over read fraction"))
-
-
-def _anchor(opened: Checkpoint) -> int:
-    """Index of the stored sparsity nearest to the one asked for."""
-    return int(np.argmin([abs(anchor - opened.settings.sparsity) for anchor in opened.settings.anchors]))
 
 
 def page(opened: Checkpoint, figures: tuple[Figure, ...]) -> str:

@@ -19,19 +19,10 @@ REASON = "torch checks thousands of facts about the model before every compiled 
 VERSIONS = "torch with torch.compiler.skip_guard_on_all_nn_modules_unsafe, transformers whose models have _default_compile_config"
 ELSEWHERE = "all checks are made"
 # That something is absent or still the same function: attributes set on an instance, hooks, closures, classes.
-UNCHECKED = frozenset(
-    {
-        "BUILTIN_MATCH",
-        "CLASS_MATCH",
-        "CLOSURE_MATCH",
-        "DICT_NOT_CONTAINS",
-        "EMPTY_NN_MODULE_HOOKS_DICT",
-        "FUNCTION_MATCH",
-        "HASATTR",
-        "MODULE_MATCH",
-        "NOT_PRESENT_IN_GENERIC_DICT",
-    }
-)
+UNCHECKED = frozenset({
+    "BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "DICT_NOT_CONTAINS", "EMPTY_NN_MODULE_HOOKS_DICT", "FUNCTION_MATCH",
+    "HASATTR", "MODULE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT",
+})  # fmt: skip
 # What of a submodule is checked: its group's number stands for its weights and state.
 CHECKED_ATTRIBUTES = (".number", ".start", ".training")
 COMBINED = {"combo_kernels": True, "combo_kernel_allow_mixed_sizes": 2}

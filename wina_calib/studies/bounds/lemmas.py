@@ -169,7 +169,11 @@ def synthetic(setting: Setting | None = None) -> SyntheticResult:
     for seed in range(chosen.seeds):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(chosen.inputs, chosen.width, generator=generator, dtype=torch.float64)
-        network = [_kaiming(chosen.width, generator) for _ in range(chosen.depth)]
+        shape, deviation = (chosen.width, chosen.width), math.sqrt(2.0 / chosen.width)
+        network = [
+            orthogonal_columns(torch.randn(shape, generator=generator, dtype=torch.float64) * deviation)
+            for _ in range(chosen.depth)
+        ]
         for theory, layers in ((LEMMA, network[:1]), (THEOREM, network)):
             for method, (i, s) in itertools.product(METHODS, enumerate(chosen.sparsities)):
                 errors[theory, method][seed, i] = network_error(layers, x, method, chosen.width - chosen.drops(s))
@@ -272,11 +276,6 @@ def render_synthetic(result: SyntheticResult) -> str:
             f"{example.best_error:g}",
         ]
     )
-
-
-def _kaiming(width: int, generator: torch.Generator) -> Tensor:
-    weight = torch.randn(width, width, generator=generator, dtype=torch.float64) * math.sqrt(2.0 / width)
-    return orthogonal_columns(weight)
 
 
 def _whole(values: Sequence[Any]) -> str:
