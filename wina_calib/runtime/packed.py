@@ -34,7 +34,7 @@ class ProductGroup:
     norm: Tensor  # (in,) float32
     threshold: Tensor  # () float32
     rotation: Tensor | None  # run-time matrix (in, in)
-    row: Any  # the product of one row in C, ready to be called; None where there is none
+    row: native.Row | None  # the product of one row in C, ready to be called
     number: int  # by which a compiled step finds it, see `group_operator`
 
     @property
@@ -72,6 +72,23 @@ class ProductGroup:
 
     def product(self, x: Tensor, now: Pass) -> Tensor:
         """Outputs (..., sum of outs) of all projections for x (..., in)."""
+        if self.rotation is not None:
+            x = x @ self.rotation.to(x.dtype)
+        if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
+            return self.row(x, everything=now.dense)
+        dense = None if now.dense else rows_for(now.dense_rows, x)
+        out = self.products(x, dense, everything=now.dense)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def whole(self, x: Tensor, *, dense: bool) -> Tensor:
+        """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
+        if self.rotation is not None:
+            x = x @ self.rotation.to(x.dtype)
+        out = self.products(x, None, everything=dense) if self.row is None else self.row(x, everything=dense)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def products(self, x: Tensor, dense: Tensor | None, *, everything: bool) -> Tensor:
+        """Outputs (rows, sum of outs) for x (..., in): of `everything`, or masked but for the `dense` rows (...) bool."""
         raise NotImplementedError
 
 
@@ -127,62 +144,40 @@ class PackedGroup(ProductGroup):
         """Outputs (..., out) of each projection for x (..., in)."""
         if self.kernel is None or x.numel() < SEPARATE_ROWS * x.shape[-1] or torch.compiler.is_compiling():
             return super().parts(x, now)
-        x = self.product_input(x if self.rotation is None else x @ self.rotation, now)
+        dense = None if now.dense else rows_for(now.dense_rows, x)
+        x = self.product_input(x if self.rotation is None else x @ self.rotation, dense, everything=now.dense)
         biases = (None,) * len(self.sizes) if self.bias is None else self.parts_of(self.bias)
         return tuple(linear(x, w, b) for w, b in zip(self.parts_of(self.weight), biases, strict=True))
 
-    def product(self, x: Tensor, now: Pass) -> Tensor:
-        """Outputs (..., sum of outs) of all projections for x (..., in)."""
-        if self.rotation is not None:
-            x = x @ self.rotation
-        if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
-            return self.row(x, everything=now.dense)
+    def products(self, x: Tensor, dense: Tensor | None, *, everything: bool) -> Tensor:
+        """Outputs (rows, sum of outs) for x (..., in): of `everything`, or masked but for the `dense` rows (...) bool."""
         if not self.columns or (self.kernel is not None and x.numel() != x.shape[-1]):
-            return linear(self.product_input(x, now), self.weight, self.bias)
+            return linear(self.product_input(x, dense, everything=everything), self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        if now.dense:
-            out = dispatch.dense_site(rows, self.weight_t, self.bias)
-        elif rows.shape[0] > dispatch.MAX_GATHERED_ROWS:
-            out = dispatch.dense_site(self.mask_inputs(x, now).view(rows.shape), self.weight_t, self.bias)
-        else:
-            dense = rows_for(now.dense_rows, x)
-            flat = None if dense is None else dense.reshape(-1)
-            out = dispatch.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    def whole(self, x: Tensor, *, dense: bool) -> Tensor:
-        """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
-        if self.row is not None and self.rotation is None:
-            return self.row(x, everything=dense)
-        row = x.reshape(1, -1)
-        if self.rotation is not None:
-            row = row @ self.rotation
-        if self.row is not None:
-            out = self.row(row, everything=dense)
-        elif dense:
-            out = dispatch.dense_site(row, self.weight_t, self.bias)
-        else:
-            out = dispatch.sparse_site(row, self.weight_t, self.norm, self.threshold, None, self.bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        if everything:
+            return dispatch.dense_site(rows, self.weight_t, self.bias)
+        if len(rows) > dispatch.MAX_GATHERED_ROWS:
+            return dispatch.dense_site(self.mask_inputs(x, dense).view(rows.shape), self.weight_t, self.bias)
+        flat = None if dense is None else dense.reshape(-1)
+        return dispatch.sparse_site(rows, self.weight_t, self.norm, self.threshold, flat, self.bias)
 
     def step(self, x: Tensor, around: Around, *, dense: bool) -> Tensor:
         """Outputs (..., sum of outs) of one row with what is around them; x (..., in) or what `around` makes it of."""
         return around.result(x, partial(self.whole, dense=dense))
 
-    def product_input(self, x: Tensor, now: Pass) -> Tensor:
+    def product_input(self, x: Tensor, dense: Tensor | None, *, everything: bool) -> Tensor:
         """The input x (..., in) of a dense product: as it is, or with its dropped values at zero."""
-        if now.dense:
+        if everything:
             return x
         kernel = self.kernel
         if kernel is None or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            return self.mask_inputs(x, now)
+            return self.mask_inputs(x, dense)
         if x.numel() == 0 or x.device.index != torch.cuda.current_device():
-            return self.mask_inputs(x, now)
-        return kernel(x, rows_for(now.dense_rows, x))
+            return self.mask_inputs(x, dense)
+        return kernel(x, dense)
 
-    def mask_inputs(self, x: Tensor, now: Pass) -> Tensor:
+    def mask_inputs(self, x: Tensor, dense: Tensor | None) -> Tensor:
         """`mask.mask_inputs` of x (..., in), bit for bit, in fewer passes over it."""
-        dense = rows_for(now.dense_rows, x)
         if not torch.compiler.is_compiling():
             if self._version != version_of(self.threshold):
                 self._limit_now()

@@ -15,7 +15,7 @@ from wina_calib.runtime import group_operator
 from wina_calib.runtime.forward_pass import Pass
 from wina_calib.runtime.kernels import cuda, dispatch
 from wina_calib.runtime.kernels.around import Around
-from wina_calib.runtime.packed import ProductGroup, is_plain, joined, rows_for
+from wina_calib.runtime.packed import ProductGroup, joined
 
 
 class QuantizedGroup(ProductGroup):
@@ -71,41 +71,17 @@ class QuantizedGroup(ProductGroup):
         """
         return now.served and not now.dense and now.dense_rows is None
 
-    def product(self, x: Tensor, now: Pass) -> Tensor:
-        """Outputs (..., sum of outs) of all projections for x (..., in)."""
-        if self.rotation is not None:
-            x = x @ self.rotation.to(x.dtype)
-        if self.row is not None and x.numel() == self.row.width and is_plain(x, now):
-            return self.row(x, everything=now.dense)
-        rows = x.reshape(-1, x.shape[-1])
-        if now.dense and self.many is not None and _has_many_rows(rows):
-            out = self.many(rows)
-        elif now.dense:
-            out = dispatch.dense_quantized_site(rows, self.weight, self.bias)
-        else:
-            dense = rows_for(now.dense_rows, x)
-            flat = None if dense is None else dense.reshape(-1)
-            out = self._masked_product(rows, flat)
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    def _masked_product(self, rows: Tensor, dense: Tensor | None) -> Tensor:
-        """Outputs (rows, sum of outs) for rows (rows, in), of which those that `dense` (rows,) says are not masked."""
-        if self.mask is not None and self.many is not None and _has_many_rows(rows):
-            return self.many(self.mask(rows, dense))
-        return dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, dense, self.bias)
-
-    def whole(self, x: Tensor, *, dense: bool) -> Tensor:
-        """Outputs (..., sum of outs) for one row x (..., in), masked or dense."""
-        row = x.reshape(1, -1)
-        if self.rotation is not None:
-            row = row @ self.rotation.to(x.dtype)
-        if self.row is not None:
-            out = self.row(row, everything=dense)
-        elif dense:
-            out = dispatch.dense_quantized_site(row, self.weight, self.bias)
-        else:
-            out = dispatch.quantized_site(row, self.weight, self.norm, self.threshold, None, self.bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+    def products(self, x: Tensor, dense: Tensor | None, *, everything: bool) -> Tensor:
+        """Outputs (rows, sum of outs) for x (..., in): of `everything`, or masked but for the `dense` rows (...) bool."""
+        rows, flat = x.reshape(-1, x.shape[-1]), None if dense is None else dense.reshape(-1)
+        if self.many is not None and _has_many_rows(rows):
+            if everything:
+                return self.many(rows)
+            if self.mask is not None:
+                return self.many(self.mask(rows, flat))
+        if everything:
+            return dispatch.dense_quantized_site(rows, self.weight, self.bias)
+        return dispatch.quantized_site(rows, self.weight, self.norm, self.threshold, flat, self.bias)
 
     def step(self, x: Tensor, around: Around, *, dense: bool) -> Tensor:
         """Outputs (..., sum of outs) of one row with what is around them; x (..., in) or what `around` makes it of."""
