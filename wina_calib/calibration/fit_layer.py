@@ -147,10 +147,8 @@ def dense_tables(stream: LayerStream, masked: MaskedLayer, hidden: HiddenStates)
         for group in masked.groups[site]:
             masked.count(group, counted, histograms[site][group.key])
 
-    masked.cuts, masked.observe = {}, observe
-    for index in stream.mine:
-        hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
-    masked.observe = None
+    masked.cuts = {}
+    stream.run(masked, hidden, observe)
     return {site.name: _tables(stream, layer, site, histograms[site.name]) for site in layer.sites}
 
 
@@ -171,10 +169,7 @@ def run_layer(
         if site not in samples:
             samples[site] = x[:1].clone()
 
-    masked.observe = observe
-    for index in stream.mine:
-        hidden[index] = masked.run(hidden[index], stream.kwargs(layer.index, index))
-    masked.observe = None
+    stream.run(masked, hidden, observe)
     errors = {site.name: _error(stream, masked, site, samples.get(site.name)) for site in layer.sites}
     return {name: SiteFit(tables[name], targets[name], error) for name, error in errors.items()}
 

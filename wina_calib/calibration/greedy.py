@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wina_calib.budgets.model import Floats
 from wina_calib.calibration.layer_stream import LayerStream
-from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer
+from wina_calib.calibration.masked_layer import DenseRows, MaskedLayer, replayed
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.masks.histogram import ScoreHistogram
 from wina_calib.masks.rule import MaskRule
@@ -84,16 +84,6 @@ class _TailLayer(MaskedLayer):
             yield
         finally:
             self.tail = False
-
-    @contextmanager
-    def replay_mlp(self, output: Tensor) -> Iterator[None]:
-        """Let the MLP return `output` instead of computing it."""
-        mlp = self.module.get_submodule(self.layer.mlp)
-        mlp.forward = lambda *args, **kwargs: output
-        try:
-            yield
-        finally:
-            del mlp.forward
 
 
 @torch.no_grad()
@@ -237,7 +227,8 @@ class _Search:
                     out = self.masked.run(self._tail(hidden), kwargs)
                     self.masked.observe = None
                 else:
-                    with self.masked.replay_mlp(self._product(_MLP_OUT, self.state[_MLP_OUT][batch])):
+                    mlp = self.masked.module.get_submodule(self.layer.mlp)
+                    with replayed(mlp, self._product(_MLP_OUT, self.state[_MLP_OUT][batch])):
                         out = self.masked.run(self._tail(hidden), kwargs)
             errors = (out - self.state["target"][batch]).float().norm(dim=1)
             tried.append((float(errors.double().sum()), errors.numel()))

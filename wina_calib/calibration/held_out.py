@@ -67,14 +67,14 @@ class HeldOutRun:
     def run_dense(self, masked: MaskedLayer) -> None:
         """Run a layer without masks; its cuts are gone afterwards."""
         masked.cuts = {}
-        self._run(masked, self.dense)
+        self.stream.run(masked, self.dense)
 
     @torch.no_grad()
     def run_unmasked(self, masked: MaskedLayer) -> None:
         """Run a layer whose weights are quantized without masks, if that was asked for; its cuts are gone afterwards."""
         if self.unmasked is not None:
             masked.cuts = {}
-            self._run(masked, self.unmasked)
+            self.stream.run(masked, self.unmasked)
 
     @torch.no_grad()
     def run_sparse(self, masked: MaskedLayer, anchor: int) -> None:
@@ -88,9 +88,7 @@ class HeldOutRun:
                 outputs = sum(len(weight) for weight in masked.weights(group))
                 counts.add_(torch.tensor([keep.numel(), keep.numel() - int(keep.sum())]) * outputs)
 
-        masked.observe = observe
-        self._run(masked, self.sparse[anchor])
-        masked.observe = None
+        self.stream.run(masked, self.sparse[anchor], observe)
         self.stream.ranks.add(counts)
         self.counts[anchor] += counts
 
@@ -112,7 +110,3 @@ class HeldOutRun:
             data=self.data,
             unmasked=unmasked,
         )
-
-    def _run(self, masked: MaskedLayer, states: HiddenStates) -> None:
-        for batch in self.stream.mine:
-            states[batch] = masked.run(states[batch], self.stream.kwargs(masked.layer.index, batch))

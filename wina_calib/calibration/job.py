@@ -110,10 +110,7 @@ class Job:
     @property
     def rule(self) -> MaskRule:
         """How masks are made."""
-        chosen = self.options
-        return MaskRule(
-            chosen.score, chosen.masks, chosen.exponent, self.transform.name, chosen.select, chosen.first_token
-        )
+        return self.settings.rule
 
     @property
     def settings(self) -> Settings:

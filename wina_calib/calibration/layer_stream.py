@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from wina_calib.calibration.compute import Compute
+from wina_calib.calibration.masked_layer import MaskedLayer, Observe
 from wina_calib.common.devices import default_micro_batch
 from wina_calib.common.threads import read_ahead
 from wina_calib.errors import ModelFolderError
@@ -97,6 +98,13 @@ class LayerStream:
     def kwargs(self, layer: int, batch: int) -> Kwargs:
         """Keyword arguments that the model's own forward gives to a layer."""
         return self._kwargs[len(self.batches[batch])][layer]
+
+    def run(self, masked: MaskedLayer, hidden: HiddenStates, observe: Observe | None = None) -> None:
+        """Replace a layer's inputs by its outputs with the masks of its cuts; `observe` sees each site's input."""
+        masked.observe = observe
+        for batch in self.mine:
+            hidden[batch] = masked.run(hidden[batch], self.kwargs(masked.layer.index, batch))
+        masked.observe = None
 
     def rotations(self, layer: int) -> dict[str, Tensor]:
         """A layer's run-time matrices by site name, where and as the stream computes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,8 @@ from wina_calib.runtime.kernels import dispatch
 
 # Rows that are never masked: (...) bool, none, or the first token of each sequence as the rule says.
 DenseRows = Tensor | Literal["first"] | None
+# Sees a site's name and its input (batch, seq, width), rotated, not masked.
+Observe = Callable[[str, Tensor], None]
 
 
 class _Stop(Exception):
@@ -49,7 +51,7 @@ class MaskedLayer:
         }
         self.cuts: dict[str, Cut] = {}
         self.stop_at: str | None = None
-        self.observe: Callable[[str, Tensor], None] | None = None
+        self.observe: Observe | None = None
         self._handles: list[Any] = []
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
         self._growth = Growth()
@@ -107,15 +109,9 @@ class MaskedLayer:
             self.stop_at = None
         raise AssertionError(f"layer {self.layer.index} never reached {site}")
 
-    @contextmanager
-    def replay_attention(self, output: Tensor) -> Iterator[None]:
+    def replay_attention(self, output: Tensor) -> AbstractContextManager[None]:
         """Let the attention block return `output` instead of computing it."""
-        attention = self.module.get_submodule(self.layer.attention)
-        attention.forward = lambda *args, **kwargs: (output, None)
-        try:
-            yield
-        finally:
-            del attention.forward
+        return replayed(self.module.get_submodule(self.layer.attention), (output, None))
 
     def mask_inputs(self, group: MaskGroup, x: Tensor, dense_rows: DenseRows = "first") -> Tensor:
         """Return x (..., width) with the group's mask, if it has a cut.
@@ -166,3 +162,13 @@ class MaskedLayer:
             return (masked[1],)
 
         return hook
+
+
+@contextmanager
+def replayed(module: nn.Module, outputs: Any) -> Iterator[None]:
+    """Let a module return `outputs` instead of computing them."""
+    module.forward = lambda *args, **kwargs: outputs
+    try:
+        yield
+    finally:
+        del module.forward

@@ -115,8 +115,7 @@ def _perplexity(
         with MaskedLayer(layer, module, opened.settings.rule, stream.rotations(index)) as masked:
             fit_layer(stream, masked, hidden, dict.fromkeys(SITES, 0.0), quantizer.quantize)
             quantizer.write(layer)
-            for batch in beside.mine:
-                measured[batch] = masked.run(measured[batch], beside.kwargs(index, batch))
+            beside.run(masked, measured)
         progress.step(f"layer {index + 1}")
     hidden.clear()
     ppl = perplexity(float(next_token_nll(beside, measured).double().mean()))
