@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from wina_calib import transforms
+from wina_calib.choices import TRANSFORMS
 from wina_calib.errors import TransformError, UnsupportedModel, UsageError
 from wina_calib.model.architecture import describe, mask_groups
 from wina_calib.transforms import Rotations, apply_layer, plan, reason_not_exact, uses_norm
@@ -38,7 +39,7 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [
 ]
 
 
-@pytest.mark.parametrize("name", ["none", "paper", "stacked", "global", "head", "global+head"])
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "auto"])
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 @torch.no_grad()
 def test_exact_in_float64_or_refused(family, overrides, name):
