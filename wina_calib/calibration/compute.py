@@ -25,10 +25,6 @@ class Compute:
         """Whether so many hidden states of `nbytes` bytes each stay in memory."""
         return keep_in_memory(self.device, states, nbytes)
 
-    def spill_for(self, states: int, nbytes: int) -> Path | None:
-        """Folder for so many hidden states of `nbytes` bytes each; None where they stay in memory."""
-        return None if self.keeps(states, nbytes) else self.spill
-
     def holding(self, states: int, nbytes: int) -> Compute:
         """The same, for work that holds so many hidden states of `nbytes` bytes each at a time."""
-        return replace(self, spill=self.spill_for(states, nbytes))
+        return replace(self, spill=None if self.keeps(states, nbytes) else self.spill)

@@ -118,7 +118,7 @@ def greedy(
             search.clear()
         hidden.clear()
         stores["hidden"] = hidden = following
-        rows[:, index] = _along(path, anchors)
+        rows[:, index] = np.stack([np.interp(anchors, path[:, 0], column) for column in path[:, 1:].T], axis=1)
         new = {str(index): torch.from_numpy(rows[:, index].copy())}
         done(f"greedy search of layer {index + 1}", tensors=new, values=asdict(cost))
     hidden.clear()
@@ -273,8 +273,3 @@ def _keep(store: HiddenStates, batch: int, site: str, x: Tensor) -> None:
     """An observer that stores the input of the MLP's last projection."""
     if site == _MLP_OUT:
         store[batch] = x
-
-
-def _along(path: Floats, anchors: Sequence[float]) -> Floats:
-    """Site sparsities (anchors, sites) where the path, (steps, 1 + sites), passes the anchors."""
-    return np.stack([np.interp(anchors, path[:, 0], column) for column in path[:, 1:].T], axis=1)

@@ -51,7 +51,7 @@ class Job:
             heldout=base.tokens,
             transform=self.transform_ids.numel() if self.looks_at_text else 0,
             thresholds=tokens,
-            curves=usable_tokens(tokens) if self.goes_backward else 0,
+            curves=0 if self.options.budget in ("uniform", "greedy") else usable_tokens(tokens),
             greedy=min(GREEDY_TOKENS, tokens) if options.budget == "greedy" else 0,
             anchors=len(options.anchors),
             closed=options.loop == "closed",
@@ -96,11 +96,6 @@ class Job:
         """Hidden states during the fit: one an anchor, the attention block's outputs, and the dense model's where they count."""
         quantizes_dense = self.options.bits > 0 and self.options.sparsity not in self.options.anchors
         return len(self.options.anchors) + 1 + (self.options.loop == "open" or quantizes_dense)
-
-    @property
-    def goes_backward(self) -> bool:
-        """Whether the budget is chosen by curves."""
-        return self.options.budget not in ("uniform", "greedy")
 
     @property
     def backward_batch(self) -> int:

@@ -112,7 +112,7 @@ def next_token_nll(stream: LayerStream, hidden: HiddenStates, progress: Progress
     ids = _own_ids(stream)
     softmax = _Softmax(ids[:, 1:], stream.device)
     for first, head in stream.heads():
-        for row, states in enumerate(_own_blocks(stream, hidden)):
+        for row, states in enumerate(states for batch in stream.mine for states in hidden[batch]):
             for rows in _chunks(stream, states[:-1]):
                 softmax.add((row, rows), _logits(head, states[rows]), first)
         progress.step("lm_head")
@@ -269,11 +269,6 @@ def _own_ids(stream: LayerStream) -> Tensor:
     """This process's tokens (blocks, seq)."""
     mine = [stream.batches[batch] for batch in stream.mine]
     return torch.cat(mine) if mine else stream.batches[0][:0]
-
-
-def _own_blocks(stream: LayerStream, hidden: HiddenStates) -> Iterator[Tensor]:
-    """Hidden states (seq, hidden) of this process's blocks."""
-    return (states for batch in stream.mine for states in hidden[batch])
 
 
 class _Blocks:

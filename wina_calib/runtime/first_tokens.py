@@ -73,7 +73,8 @@ class Rows:
         rows = self._at(past)
         begun = self._all_begun(past)
         setattr(self.cache, BEGUN, past + (self.count if begun else self.count + 1))
-        return rows if past == 0 or self.count > 1 else self._if_any(rows)
+        # A decode step is faster without them.
+        return rows if past == 0 or self.count > 1 or (rows is not None and bool(rows.any())) else None
 
     def _past(self) -> int | Tensor:
         """Tokens in the cache. A static cache keeps its length on the device; a compiled step does not wait for it."""
@@ -129,10 +130,6 @@ class Rows:
         if mask.dim() == 2:
             return bool(mask[:, : past + self.count].ne(0).any(dim=1).all())
         return False
-
-    def _if_any(self, rows: Tensor | None) -> Tensor | None:
-        """The rows of a decode step, which is faster without them."""
-        return rows if rows is not None and bool(rows.any()) else None
 
     def _contradiction(self) -> bool:
         """Raise where a pass without a cache says that it comes after other tokens. False otherwise."""

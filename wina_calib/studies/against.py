@@ -20,7 +20,7 @@ from wina_calib.common.devices import default_micro_batch, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.errors import UsageError
-from wina_calib.model.architecture import SITES, Architecture
+from wina_calib.model.architecture import SITES
 from wina_calib.model.source import Source
 from wina_calib.quantization.bits import bits_read
 from wina_calib.quantization.formats import WeightFormat
@@ -90,9 +90,12 @@ def quantized_rows(
     rows, layers = [], len(source.architecture.layers)
     progress.planned(Estimate(tuple(Part(f"quantize to {name}", layers) for name in names)))
     for name in names:
+        form = FORMATS[name]
         progress.phase(f"quantize to {name}", layers)
-        ppl = _perplexity(source, opened, FORMATS[name], text, held, compute, progress)
-        rows.append(QuantizedRow(name, _bits(source.architecture, FORMATS[name]), ppl))
+        ppl = _perplexity(source, opened, form, text, held, compute, progress)
+        sites = [site for _, site in source.architecture.sites]
+        bits = bits_read((s.weights, form.bits_a_weight([p.out_features for p in s.projections]), 0.0) for s in sites)
+        rows.append(QuantizedRow(name, bits, ppl))
     return tuple(rows)
 
 
@@ -121,9 +124,3 @@ def _perplexity(
     ppl = perplexity(float(next_token_nll(beside, measured).double().mean()))
     measured.clear()
     return ppl
-
-
-def _bits(arch: Architecture, form: WeightFormat) -> float:
-    """Bits read a decoder weight."""
-    sites = [(s.weights, form.bits_a_weight([p.out_features for p in s.projections]), 0.0) for _, s in arch.sites]
-    return bits_read(sites)

@@ -196,7 +196,10 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     if path.is_dir():
         return load_config(path)
     if path.is_file() and path.suffix != ".gguf":
-        return _parse(path)
+        opened = open_config(path)
+        if "model_type" not in opened.stored and not opened.is_reference:
+            raise ModelFolderError(f"{path} is no model config: it has no model_type.")
+        return opened.config
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return load_config(_fetch(name, revision).parent)
     known = [DEMO, *presets()]
@@ -218,14 +221,6 @@ def _fetch(repo: str, revision: str | None) -> Path:
             f"config.json of {repo} could not be fetched from the Hub ({first_line(error)}). Check the name, the network and, "
             "for private or gated models, `hf auth login`; or give a config file."
         ) from error
-
-
-def _parse(path: Path) -> PreTrainedConfig:
-    """Read a config file of any name."""
-    opened = open_config(path)
-    if "model_type" not in opened.stored and not opened.is_reference:
-        raise ModelFolderError(f"{path} is no model config: it has no model_type.")
-    return opened.config
 
 
 def _reach(config: PreTrainedConfig, layers: int, context: int) -> list[int]:
