@@ -47,10 +47,6 @@ def test_the_limit_of_odd_norms(threshold: float, dropped: list[bool]) -> None:
 NOW = Pass(RuntimeState(), kernels="auto", dense=False, masks=True)
 
 
-def with_rows(rows: torch.Tensor | None) -> Pass:
-    return Pass(RuntimeState(), kernels="auto", dense=False, masks=True, dense_rows=rows)
-
-
 def packed(*, columns: bool) -> tuple[PackedGroup, list[nn.Parameter], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = [nn.Parameter(torch.randn(out, 48, generator=generator)) for out in (32, 16, 16)]
@@ -101,13 +97,13 @@ def test_an_input_at_the_threshold_is_dropped() -> None:
 
 @torch.no_grad()
 def test_dense_rows_are_kept() -> None:
-    now = with_rows(torch.tensor([[True, False], [False, True]]))
+    rows = torch.tensor([[True, False], [False, True]])
     made, _, threshold = packed(columns=False)
     x = torch.randn(2, 2, 48, generator=torch.Generator().manual_seed(2))
-    found = made.mask_inputs(x, now.dense_rows)
-    assert torch.equal(found, mask_inputs(x, made.norm, threshold, "wina", now.dense_rows))
+    found = made.mask_inputs(x, rows)
+    assert torch.equal(found, mask_inputs(x, made.norm, threshold, "wina", rows))
     assert torch.equal(found[0, 0], x[0, 0])
-    assert torch.equal(made.mask_inputs(x.view(4, 48), now.dense_rows.view(4)), found.view(4, 48))
+    assert torch.equal(made.mask_inputs(x.view(4, 48), rows.view(4)), found.view(4, 48))
 
 
 def test_masking_is_differentiable() -> None:
@@ -146,7 +142,7 @@ def test_many_rows_on_a_cpu_are_masked_as_the_score_says(dtype: torch.dtype, den
     rows = (torch.arange(70) == 65).expand(2, 70) if dense else None
     flat = None if rows is None else rows.reshape(-1)
     found, expected = (
-        made.mask_inputs(x, with_rows(rows)),
+        made.mask_inputs(x, rows),
         dispatch.mask_inputs(x.view(-1, 48), made.norm, threshold, flat).view(x.shape),
     )
     assert found.dtype == dtype
