@@ -35,7 +35,7 @@ Where is it decided, written, fitted, chosen, read?
 | a file is written, whole or not at all | `common/atomic.py` |
 | a threshold is fitted | `calibration/fit_thresholds.py`, a layer at a time in `fit_layer.py` |
 | a kernel is chosen | `runtime/kernels/dispatch.py` |
-| a model folder is read | `model/source.py`; what a name leads to: `model/locate.py` |
+| a model folder is read | `model/folder.py`, its tensors `model/source.py`; what a name leads to: `model/locate.py` |
 | an option of `calibrate` | `calibration/options.py` |
 | the checkpoint's tensors and files | `checkpoint/format.py`, specified in [format.md](format.md) |
 """

@@ -146,7 +146,7 @@ def achieved(model: Any, text: Path, options: dict[str, Any]) -> float:
 
 def model_sites(model: Any) -> Any:
     """Layers and sites of the model that a checkpoint was made from."""
-    from wina_calib.model.config import load_config
+    from wina_calib.model.folder import load_config
     from wina_calib.model.loading import describe_config
 
     return describe_config(load_config(Path(model.name_or_path))).sites

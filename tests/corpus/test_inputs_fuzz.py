@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.corpus.sources import check_spec, documents, is_local
 from wina_calib.errors import WinaError
-from wina_calib.model.config import load_config
+from wina_calib.model.folder import load_config
 from wina_calib.model.loading import describe_config
 
 FUNCTION_SCOPED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

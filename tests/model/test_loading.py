@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import wina_calib
 from wina_calib.checkpoint.side_files import code_files
 from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, WinaError
-from wina_calib.model.config import ELSEWHERE, open_folder, remote_code
+from wina_calib.model.folder import ELSEWHERE, open_folder, remote_code
 from wina_calib.model.loading import ask, open_weights
 from wina_calib.model.source import open_source
 from wina_calib.studies.bench.models import open_pair

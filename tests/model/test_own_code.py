@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 import wina_calib
 from wina_calib.cli import main
 from wina_calib.errors import ModelFolderError, UnsupportedModel, UsageError
-from wina_calib.model.config import code_is_trusted, open_folder, remote_code
+from wina_calib.model.folder import code_is_trusted, open_folder, remote_code
 from wina_calib.model.locate import load_tokenizer
 from wina_calib.model.source import open_source
 

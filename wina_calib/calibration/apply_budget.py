@@ -37,7 +37,7 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import is_local
 from wina_calib.errors import BudgetError, CorpusError, UsageError
 from wina_calib.masks.thresholds import threshold_between
-from wina_calib.model.config import config_file
+from wina_calib.model.folder import config_file
 from wina_calib.transforms import plan
 
 

@@ -25,7 +25,7 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
-from wina_calib.model.config import config_file
+from wina_calib.model.folder import config_file
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
 METHODS = ("global", "greedy", "uniform")

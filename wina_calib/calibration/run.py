@@ -38,7 +38,7 @@ from wina_calib.common.progress import SILENT, Progress
 from wina_calib.common.threads import Background
 from wina_calib.corpus.blocks import MIN_TOKENS, QUICK_MIN_TOKENS, Blocks, data_for, load_blocks
 from wina_calib.errors import HubError, OutputError, RankError, StateError, UsageError, WinaError
-from wina_calib.model.config import config_file, remote_code
+from wina_calib.model.folder import config_file, remote_code
 from wina_calib.model.source import fitting_length, open_source
 from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import check_same, drop, has_finished, mark_finished, state_folder

@@ -21,7 +21,7 @@ from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.side_files import side_files
 from wina_calib.checkpoint.writer import write_index, write_json, write_wina_file
 from wina_calib.errors import UsageError
-from wina_calib.model.config import REFERENCE_FILE, ModelFolder, open_folder
+from wina_calib.model.folder import REFERENCE_FILE, ModelFolder, open_folder
 from wina_calib.model.loading import ask, open_weights, stored_weights
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import Source

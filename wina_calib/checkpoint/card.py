@@ -19,7 +19,7 @@ from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.common.atomic import write_file
 from wina_calib.corpus.sources import catalogue
-from wina_calib.model.config import is_reference
+from wina_calib.model.folder import is_reference
 from wina_calib.storage.hub_client import is_repo_name
 
 TAGS = ("wina", "activation-sparsity", "arxiv:2505.19427")

@@ -20,7 +20,7 @@ from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.printable import MAX_LINE, one_line
 from wina_calib.common.text import human_bytes, markdown_table, percent, rise, share
 from wina_calib.model.architecture import SITES
-from wina_calib.model.config import is_reference, open_folder
+from wina_calib.model.folder import is_reference, open_folder
 
 
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:

@@ -12,7 +12,7 @@ from wina_calib.checkpoint.format import head_names, packed_name
 from wina_calib.checkpoint.reader import Checkpoint, check_packed, settings_of
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup
-from wina_calib.model.config import ModelFolder, open_folder
+from wina_calib.model.folder import ModelFolder, open_folder
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.source import Source, source_of
 from wina_calib.model.tensor_names import is_packed, is_rotation

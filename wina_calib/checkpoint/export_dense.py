@@ -10,7 +10,7 @@ from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import header_metadata, write_index, write_json
 from wina_calib.common.atomic import check_output, output_folder
 from wina_calib.errors import UnsupportedModel
-from wina_calib.model.config import base_config, is_reference
+from wina_calib.model.folder import base_config, is_reference
 from wina_calib.model.locate import weights_folder
 from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage import ShardWriter

@@ -24,7 +24,7 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.progress import Estimate, Part
 from wina_calib.errors import CheckpointError, HubError, UsageError
 from wina_calib.model.architecture import SITES
-from wina_calib.model.config import REFERENCE_FILE, is_reference, read_config
+from wina_calib.model.folder import REFERENCE_FILE, is_reference, read_config
 from wina_calib.model.locate import given_name
 from wina_calib.model.tensor_names import is_added, is_rotation
 from wina_calib.storage.hub_client import CONFLICT, check_reachable, is_repo_name, readable_errors, status_of

@@ -23,7 +23,7 @@ from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model import no_folder
 from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site, describe
-from wina_calib.model.config import ADAPTER_FILE, METHOD, ModelFolder, config_file, open_folder
+from wina_calib.model.folder import ADAPTER_FILE, METHOD, ModelFolder, config_file, open_folder
 from wina_calib.model.loading import ask, describe_config, open_weights
 from wina_calib.model.locate import DEMO, demo_folder, weights_folder
 from wina_calib.quantization.formats import Spec

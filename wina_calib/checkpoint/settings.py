@@ -11,7 +11,7 @@ from wina_calib.choices import BITS, FIRST_TOKEN, GROUP_SIZES, MASKS, PREFILL, S
 from wina_calib.errors import CheckpointError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Layer, Site
-from wina_calib.model.config import METHOD
+from wina_calib.model.folder import METHOD
 from wina_calib.quantization.bits import UNQUANTIZED_BITS
 from wina_calib.quantization.formats import WeightFormat
 

@@ -12,7 +12,7 @@ from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP, INDEX_FILE
 from wina_calib.checkpoint.local_paths import without_paths
 from wina_calib.checkpoint.writer import write_json
 from wina_calib.errors import CheckpointError
-from wina_calib.model.config import ADAPTER_FILE, CONFIG_BYTES, ModelFolder
+from wina_calib.model.folder import ADAPTER_FILE, CONFIG_BYTES, ModelFolder
 from wina_calib.storage import read_json, safe_path
 
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".lock")

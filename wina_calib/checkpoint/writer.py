@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from wina_calib.checkpoint.format import INDEX_FILE, WINA_FILE
 from wina_calib.checkpoint.local_paths import without_paths
 from wina_calib.checkpoint.settings import FORMAT_VERSION, QUANTIZED_VERSION, Settings
-from wina_calib.model.config import RUNTIME_TYPE
+from wina_calib.model.folder import RUNTIME_TYPE
 from wina_calib.model.source import Source
 from wina_calib.storage import Shards, ShardWriter
 from wina_calib.version import __version__

@@ -25,7 +25,7 @@ dtype_option = click.option(
 def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
     """Trust code for as long as the command runs."""
     if value:
-        from wina_calib.model.config import remote_code
+        from wina_calib.model.folder import remote_code
 
         context.with_resource(remote_code(True))
 

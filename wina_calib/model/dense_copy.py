@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from wina_calib.common.text import first_line
 from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
-from wina_calib.model.config import ADAPTER_FILE, ModelFolder, code_is_trusted
+from wina_calib.model.folder import ADAPTER_FILE, ModelFolder, code_is_trusted
 from wina_calib.model.loading import ask, skeleton, stored_weights, without_quantization
 from wina_calib.storage import Shards, ShardWriter, plan_shards
 

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wina_calib.common.text import first_line
 from wina_calib.errors import ModelFolderError, UnsupportedModel, WinaError
 from wina_calib.model.architecture import SUPPORTED, Architecture, describe, refuse_encoder_decoder
-from wina_calib.model.config import ModelFolder, code_is_trusted
+from wina_calib.model.folder import ModelFolder, code_is_trusted
 from wina_calib.storage import Shards
 
 _ASK = "wina-ask"

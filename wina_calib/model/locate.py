@@ -12,7 +12,7 @@ from wina_calib.common.printable import checked_name
 from wina_calib.common.text import first_line
 from wina_calib.errors import HubError, ModelFolderError, UsageError
 from wina_calib.model import no_folder
-from wina_calib.model.config import ModelFolder, code_is_trusted, config_file, is_reference, open_folder
+from wina_calib.model.folder import ModelFolder, code_is_trusted, config_file, is_reference, open_folder
 from wina_calib.storage.hub_client import fetch
 from wina_calib.storage.places import places_of
 

@@ -16,7 +16,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from wina_calib.common.memory import return_freed_memory
 from wina_calib.errors import ModelFolderError, NumericError
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import ModelFolder, open_folder
 from wina_calib.model.dense_copy import (
     DenseCopy,
     KeptFolder,
@@ -26,6 +25,7 @@ from wina_calib.model.dense_copy import (
     quantization_of,
     write_copy,
 )
+from wina_calib.model.folder import ModelFolder, open_folder
 from wina_calib.model.loading import Converted, ask, meta_model, open_weights
 from wina_calib.model.locate import gguf_file, load_tokenizer, resolve
 from wina_calib.model.tensor_names import is_added, is_derived, is_rotation, rotation_name

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.common.progress import Progress
 from wina_calib.model.architecture import Architecture
-from wina_calib.model.config import code_is_trusted
+from wina_calib.model.folder import code_is_trusted
 from wina_calib.recovery.hidden import rotation_between
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import Size, TrainingPlan

@@ -17,7 +17,7 @@ from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
 from wina_calib.common.progress import Progress
 from wina_calib.errors import OutputError
-from wina_calib.model.config import code_is_trusted, open_folder, read_config
+from wina_calib.model.folder import code_is_trusted, open_folder, read_config
 from wina_calib.model.locate import DEMO
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan

@@ -37,7 +37,7 @@ from wina_calib.corpus.blocks import load_blocks
 from wina_calib.corpus.sources import HELDOUT
 from wina_calib.errors import OutputError, UsageError, WinaError
 from wina_calib.model.architecture import describe
-from wina_calib.model.config import remote_code
+from wina_calib.model.folder import remote_code
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.recovery.masked_model import MaskedModel

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.errors import UsageError
-from wina_calib.model.config import calibration_of, code_is_trusted, load_config
+from wina_calib.model.folder import calibration_of, code_is_trusted, load_config
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.fast_path import lm_head
 

@@ -14,7 +14,7 @@ from wina_calib.checkpoint.by_reference import complete_folder, keep_with
 from wina_calib.checkpoint.reader import open_calibrated, open_checkpoint, settings_of
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import UsageError
-from wina_calib.model.config import ModelFolder, code_is_trusted, remote_code
+from wina_calib.model.folder import ModelFolder, code_is_trusted, remote_code
 from wina_calib.model.locate import resolve
 from wina_calib.runtime.modules import SiteState, model_weighted, site_states
 from wina_calib.runtime.quantization_config import WinaConfig

@@ -8,7 +8,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wina_calib.checkpoint.settings import Settings
-from wina_calib.model.config import METHOD
+from wina_calib.model.folder import METHOD
 
 
 @register_quantization_config(METHOD)

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.model.architecture import Architecture, describe
-from wina_calib.model.config import METHOD
+from wina_calib.model.folder import METHOD
 from wina_calib.runtime.derived import derive
 from wina_calib.runtime.insert_sites import check_loaded, insert_sites
 from wina_calib.runtime.quantization_config import WinaConfig

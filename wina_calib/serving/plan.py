@@ -19,7 +19,7 @@ from wina_calib.checkpoint.weight_sample import matches
 from wina_calib.choices import PREFILL, is_sparsity
 from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
-from wina_calib.model.config import open_folder
+from wina_calib.model.folder import open_folder
 from wina_calib.model.loading import ask, open_weights
 from wina_calib.model.locate import resolve
 from wina_calib.model.tensor_names import is_rotation

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from wina_calib.errors import RuntimeLoadError
-from wina_calib.model.config import METHOD
+from wina_calib.model.folder import METHOD
 
 TESTED = ("0.31", "0.32")  # major and minor numbers of vLLM
 

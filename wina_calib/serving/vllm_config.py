@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from wina_calib.errors import RuntimeLoadError, UnsupportedModel
-from wina_calib.model.config import METHOD
+from wina_calib.model.folder import METHOD
 from wina_calib.model.locate import resolve
 from wina_calib.quantization.formats import Quantized, QuantizedRows
 from wina_calib.runtime.kernels import cpu, dispatch, native

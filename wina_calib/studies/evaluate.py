@@ -27,7 +27,7 @@ from wina_calib.corpus.blocks import Blocks, data_for, load_blocks, text_hashes
 from wina_calib.corpus.sources import Data, data_specs, is_local
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.model.architecture import SITES, describe
-from wina_calib.model.config import ModelFolder
+from wina_calib.model.folder import ModelFolder
 from wina_calib.model.locate import load_tokenizer, resolve
 from wina_calib.runtime.load import choose_sparsity, load_opened, runtime_state, sparse_sites
 from wina_calib.runtime.modules import SiteState, model_weighted

@@ -22,7 +22,7 @@ from wina_calib.common.text import first_line, percent, table
 from wina_calib.errors import ModelFolderError, UsageError
 from wina_calib.model import no_folder
 from wina_calib.model.architecture import Architecture
-from wina_calib.model.config import CONFIG_BYTES, calibration_of, load_config, open_config
+from wina_calib.model.folder import CONFIG_BYTES, calibration_of, load_config, open_config
 from wina_calib.model.loading import describe_config
 from wina_calib.model.locate import DEMO, demo_folder
 from wina_calib.storage import read_json

@@ -37,7 +37,7 @@ from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
 from wina_calib.corpus.sources import Data, data_specs
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
-from wina_calib.model.config import remote_code
+from wina_calib.model.folder import remote_code
 from wina_calib.model.source import Source, fitting_length, load_whole, open_source
 from wina_calib.runtime.load import load, set_sparsity, sparse_sites
 from wina_calib.studies.compare.cats import fit_gates, gated_share, masked_gates

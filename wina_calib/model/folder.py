@@ -1,4 +1,4 @@
-"""What a model folder's config.json says: read once, within bounds, given to transformers to parse, and handed on.
+"""A model folder: what its config.json says, read once, within bounds, given to transformers to parse, and handed on.
 
 Own Python code of a folder runs only where it is trusted.
 """
