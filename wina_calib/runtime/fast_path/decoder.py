@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from wina_calib.errors import UsageError
 from wina_calib.runtime.caches import cache_name
-from wina_calib.runtime.derived import Derived, derive
+from wina_calib.runtime.derived import Derived, derive, is_watched
 from wina_calib.runtime.fast_path import layers
 from wina_calib.runtime.fast_path.norms import Norm
 from wina_calib.runtime.forward_pass import Pass, here
@@ -137,7 +137,7 @@ class _Token:
             return
         children: dict[str, Any] = decoder._modules
         norm, embed, rotary = (children[n] for n in (decoder.names.norm, decoder.names.embed, decoder.names.rotary))
-        if not _is_plain(norm, plan) or _is_watched(embed) or _is_watched(rotary) or not isinstance(out, ModelOutput):
+        if not _is_plain(norm, plan) or is_watched(embed) or is_watched(rotary) or not isinstance(out, ModelOutput):
             return
         kept = {name: value for name, value in out.items() if value is not None}
         field = next((name for name, value in kept.items() if value is self.cache), "")
@@ -199,14 +199,9 @@ def _stock_forward(decoder: ShortDecoder) -> Any:
     return bound.__func__
 
 
-def _is_watched(module: Any) -> bool:
-    """Whether hooks see a module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 def _is_plain(norm: Any, plan: Any) -> bool:
     """Whether a norm is what C computes, and nobody looks on."""
-    if type(norm) is not Norm or _is_watched(norm) or torch_modules._has_any_global_hook():
+    if type(norm) is not Norm or is_watched(norm) or torch_modules._has_any_global_hook():
         return False
     weight, call = norm.weight, plan.call
     return weight.dtype is call.dtype and weight.numel() == call.width and weight.is_contiguous() and weight.is_cpu
