@@ -100,7 +100,7 @@ def test_tokens_go_through_c(form: WeightFormat, family: str, calls: dict[str, i
     assert distance(found, reference(model)) < LIMIT
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_begin", lambda *args: None)
+        patch.setattr(layers, "plan_for", lambda now: None)
         assert distance(logits(model), found) < LIMIT
         assert calls == {"turned": 9, "gated": 9, "few": 12, "rows_product": 4}
         calls.clear()
