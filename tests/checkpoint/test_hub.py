@@ -381,7 +381,7 @@ def test_pushes_at_the_same_time_leave_one_whole_checkpoint(
 def test_list_and_info_without_a_download(
     hub: Hub, folder: Path, client: script.Worker, push: Callable[..., Any]
 ) -> None:
-    done = push(folder, "me/listed")
+    done = push(folder, "me/listed", "--base-model", "me/base")
     listed = client.run(CLI, "list", "me", "--json")
     found = {row["repo"]: row for row in json.loads(listed.stdout)["checkpoints"]}
     assert found["me/listed"]["downloads"] == 7
@@ -398,6 +398,7 @@ def test_list_and_info_without_a_download(
     assert facts["commit"] == done["commit"]
     assert facts["parameters"] == {"F32": sum(p.numel() for p in wina_calib.load(folder).parameters())}
     assert facts["settings"]["sparsity"] == 0.5
+    assert facts["base_model"] == "me/base"  # which the user named; the calibration knew a folder's name only
     moved = sum(
         int(name.rpartition(" ")[2])
         for method, name in hub.requests[start:]

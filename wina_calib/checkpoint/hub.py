@@ -215,6 +215,7 @@ class RemoteFacts:
 
     repo: str  # its name
     commit: str  # the commit looked at
+    base_model: str  # as its card names it, or as its calibration does
     settings: Settings  # its calibration
     by_reference: bool  # whether the weights are the base model's
     parameters: dict[str, int]  # elements of the weights, run-time matrices left out, by dtype
@@ -252,7 +253,9 @@ def remote_facts(repo: str, *, revision: str | None = None, token: str | bool | 
                 runtime += tensor.parameter_count
             elif not is_added(name):
                 parameters[tensor.dtype] += tensor.parameter_count
-    return RemoteFacts(repo, commit, read_settings(folder), config == REFERENCE_FILE, dict(parameters), runtime, total)
+    settings = read_settings(folder)
+    base = _base_of(about.card_data) or settings.base_model
+    return RemoteFacts(repo, commit, base, settings, config == REFERENCE_FILE, dict(parameters), runtime, total)
 
 
 def _base_of(card: object) -> str | None:

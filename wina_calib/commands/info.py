@@ -42,6 +42,7 @@ def to_dict(facts: RemoteFacts) -> dict[str, Any]:
     return {
         "repo": facts.repo,
         "commit": facts.commit,
+        "base_model": facts.base_model,
         "weights_by_reference": facts.by_reference,
         "parameters": facts.parameters,
         "runtime_matrices": facts.runtime_elements,
@@ -56,7 +57,7 @@ def render(facts: RemoteFacts) -> str:
     weights = ", ".join(f"{count:,} {dtype}" for dtype, count in facts.parameters.items())
     rows = [
         ["checkpoint", f"{facts.repo} at {facts.commit[:12]}"],
-        ["base model", settings.base_model],
+        ["base model", facts.base_model],
         ["weights", "the base model's, by reference" if facts.by_reference else weights],
         ["size", human_bytes(facts.total_bytes)],
         ["sparsity", f"{percent(settings.sparsity)} (fitted at {', '.join(map(percent, settings.fitted_anchors))})"],
