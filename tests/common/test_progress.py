@@ -192,8 +192,9 @@ def test_on_a_terminal_one_bar_ends_when_the_work_ends(fails: bool) -> None:
     [
         ({"memory_bytes": 3_000_000}, "plan: 2,048 tokens, about 3.0 MB of memory\n"),
         (
-            {"memory_bytes": 3_000_000, "passes": 4.0, "flops": 2e12, "disk_bytes": 5_000},
-            "plan: 2,048 tokens, work worth 4 forward passes over them (2.0 TFLOP), about 3.0 MB of memory, 5.0 kB on disk\n",
+            {"memory_bytes": 3_000_000, "passes": 4.0, "flops": 2e12, "disk_bytes": 5_000, "kept_bytes": 3_000},
+            "plan: 2,048 tokens, work worth 4 forward passes over them (2.0 TFLOP), about 3.0 MB of memory, 5.0 kB on disk, of "
+            "which 3.0 kB stay\n",
         ),
     ],
 )

@@ -58,6 +58,8 @@ class Workload:
         by_reference: whether no weights are written.
         steps: of the transform's descents; None for its own number.
         bits: of the weights where they are quantized, else 0.
+        written: bytes of the checkpoint's weights; 0 where they stay in the base model.
+        dense: bytes of the transformed weights that they are quantized from, which are gone in the end.
         asked: whether a sparsity is asked for, which weights are then quantized at.
         resident: bytes that the process takes before the work.
     """
@@ -78,6 +80,8 @@ class Workload:
     by_reference: bool
     steps: int | None
     bits: int
+    written: int
+    dense: int
     asked: bool
     resident: int
 
@@ -101,15 +105,14 @@ def estimate(source: Source, transform: Plan, work: Workload) -> Estimate:
     notes = (
         (f"{work.requested} blocks asked, the text gives {blocks}; all are used",) if blocks < work.requested else ()
     )
-    stored = sum(info.nbytes for info in source.shards.values())
-    quantized = stored * work.bits // (8 * source.dtype.itemsize)
     return Estimate(
         parts=parts,
         memory_bytes=work.resident
         + LOADED_LATER
         + _peak(source, transform, work, hidden, held, curve_state, curve_states),
         hidden_bytes=hidden,
-        disk_bytes=stored + quantized + 2 * max(hidden + held, curve_states),
+        disk_bytes=work.written + work.dense + 2 * max(hidden + held, curve_states),
+        kept_bytes=work.written,
         tokens=work.tokens,
         passes=passes / work.tokens,
         flops=2.0 * weights * passes,

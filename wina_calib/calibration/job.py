@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from wina_calib.budgets.count import count_cells
 from wina_calib.calibration.choose_budget import GREEDY_TOKENS, ChosenBudget, stored_name
 from wina_calib.calibration.compute import Compute
 from wina_calib.calibration.cost import Workload, estimate, hidden_bytes
@@ -13,6 +14,7 @@ from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.calibration.quantize_sites import kept_modules, weight_format
+from wina_calib.checkpoint.quantized_weights import planned
 from wina_calib.checkpoint.settings import QUANTIZED_VERSION, Settings
 from wina_calib.common.devices import backward_batch
 from wina_calib.common.memory import resident_bytes
@@ -22,6 +24,7 @@ from wina_calib.masks.rule import MaskRule
 from wina_calib.model.source import Source
 from wina_calib.quantization.bits import UNQUANTIZED_BITS
 from wina_calib.storage.resume import Phase, RunState
+from wina_calib.storage.safetensors_layout import nbytes
 from wina_calib.transforms import Plan, needed_sites
 
 QUICK_STEPS = 30
@@ -60,10 +63,31 @@ class Job:
             by_reference=options.weights == "reference",
             steps=self.steps,
             bits=options.bits,
+            written=self.written_bytes if options.bits else self.dense_bytes,
+            dense=self.dense_bytes if options.bits else 0,
             asked=options.sparsity is not None,
             resident=resident_bytes(),
         )
         return estimate(self.source, self.transform, work)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the transformed weights; 0 where none are written."""
+        if self.options.weights == "reference":
+            return 0
+        return sum(info.nbytes for info in self.source.shards.values()) + self._added_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Of the quantized weights."""
+        return sum(nbytes(*spec) for spec in planned(self.source, self.settings).values()) + self._added_bytes
+
+    @property
+    def _added_bytes(self) -> int:
+        """Of run-time matrices, and of the embeddings once more where the transform makes another matrix of a tied lm_head."""
+        arch, name = self.source.architecture, self.transform.name
+        untied = self.source.shards[f"{arch.embed}.weight"].nbytes if arch.tied and self.transform.residual else 0
+        return untied + count_cells(arch, name).runtime_matrices * self.source.dtype.itemsize
 
     @property
     def steps(self) -> int | None:

@@ -55,6 +55,7 @@ class Bars:
                 f"plan: {estimate.tokens:,} tokens{work if estimate.passes else ''}"
                 + (f", about {human_bytes(estimate.memory_bytes)} of memory" if estimate.memory_bytes else "")
                 + (f", {human_bytes(estimate.disk_bytes)} on disk" if estimate.disk_bytes else "")
+                + (f", of which {human_bytes(estimate.kept_bytes)} stay" if estimate.kept_bytes else "")
             )
         for line in estimate.notes:
             self.note(line)

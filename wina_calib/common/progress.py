@@ -33,7 +33,8 @@ class Estimate:
         parts: its phases in order.
         memory_bytes: peak resident memory.
         hidden_bytes: hidden states, in memory or on disk.
-        disk_bytes: size of the checkpoint, and at most of the state and the hidden states beside it while the work lasts.
+        disk_bytes: of all files at most while the work lasts: the checkpoint, the state and the hidden states beside it.
+        kept_bytes: of the checkpoint's weights, which stay.
         tokens: calibration tokens.
         passes: forward passes over these tokens.
         flops: floating-point operations of all passes.
@@ -44,6 +45,7 @@ class Estimate:
     memory_bytes: int = 0
     hidden_bytes: int = 0
     disk_bytes: int = 0
+    kept_bytes: int = 0
     tokens: int = 0
     passes: float = 0.0
     flops: float = 0.0
