@@ -14,7 +14,7 @@ from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.loss_curves import usable_tokens
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.calibration.quantize_sites import kept_modules, weight_format
-from wina_calib.checkpoint.quantized_weights import planned
+from wina_calib.checkpoint.quantized_weights import planned_shards
 from wina_calib.checkpoint.settings import QUANTIZED_VERSION, Settings
 from wina_calib.common.devices import backward_batch
 from wina_calib.common.memory import resident_bytes
@@ -80,7 +80,8 @@ class Job:
     @property
     def written_bytes(self) -> int:
         """Of the quantized weights."""
-        return sum(nbytes(*spec) for spec in planned(self.source, self.settings).values()) + self._added_bytes
+        files = planned_shards(self.source, self.settings).values()
+        return sum(nbytes(*spec) for specs in files for spec in specs.values()) + self._added_bytes
 
     @property
     def _added_bytes(self) -> int:

@@ -27,7 +27,9 @@ class QuantizedWeights:
         self._dense, self._settings = dense, settings
         self._norm = f"{dense.architecture.final_norm.module}.weight"
         written = tuple(layer.prefix for layer in dense.architecture.layers[:layers])
-        self.shelf = Shelf(folder, _shards(dense, settings), lambda name: name.startswith(written), quantized=True)
+        self.shelf = Shelf(
+            folder, planned_shards(dense, settings), lambda name: name.startswith(written), quantized=True
+        )
 
     def write_layer(self, layer: Layer, groups: Iterable[tuple[MaskGroup, Quantized]]) -> None:
         """Write one layer: its quantized mask groups, and all other tensors as they are."""
@@ -58,10 +60,10 @@ class QuantizedWeights:
 
 def has_shards(dense: Source, settings: Settings, folder: Path) -> bool:
     """Whether all shards of the quantized weights are in a folder, finished or not."""
-    return all((folder / file).exists() for file in _shards(dense, settings))
+    return all((folder / file).exists() for file in planned_shards(dense, settings))
 
 
-def _shards(dense: Source, settings: Settings) -> dict[str, Specs]:
+def planned_shards(dense: Source, settings: Settings) -> dict[str, Specs]:
     """Dtypes and shapes of all tensors of the quantized weights of a dense model, by file."""
     arch = dense.architecture
     replaced = {
