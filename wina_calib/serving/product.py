@@ -61,7 +61,7 @@ class Prepared:
         if self.several is not None and count > max(1, self.sparse_rows):
             return self.several(x, bias, opened)
         if isinstance(self.weight, Quantized):
-            if not native.available(x.dtype) or not 0 < count <= quantized_cpu.max_few_rows(x.dtype):
+            if not native.available(x.dtype) or not 0 < count <= quantized_cpu.MAX_FEW_ROWS:
                 return dispatch.quantized_site(x, self.weight, *self.mask, opened, bias)
             if count > 1:
                 return quantized_cpu.few(self._row(x.dtype, bias), x, opened)

@@ -25,18 +25,11 @@ from wina_calib.runtime.kernels.native_build import DTYPES, functions
 # Rows that C takes at a time, and up to which it does; more are multiplied by dequantized weights.
 ROWS_AT_ONCE = 16
 MAX_FEW_ROWS = 64
-# The same where many rows of 16 bits are multiplied by their own kept inputs (docs/performance-notes.md).
-MAX_FEW_ROWS_OF_PAIRS = 40
 # Dequantized weights at a time, in bytes; and outputs, of which a tile begins at a multiple.
 TILE_BYTES = 8 << 20
 TILE_OUTPUTS = 128
 # Columns that are gathered at a time without C.
 GATHERED = 512
-
-
-def max_few_rows(dtype: torch.dtype) -> int:
-    """Rows up to which weights are multiplied as codes."""
-    return min(MAX_FEW_ROWS, MAX_FEW_ROWS_OF_PAIRS) if native.has_product(dtype) else MAX_FEW_ROWS
 
 
 def available() -> bool:
@@ -53,7 +46,7 @@ def sparse_site(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The masked product (rows, out) of x (rows, in) with a quantized weight; the rest as for `dispatch.sparse_site`."""
-    if x.shape[0] > max_few_rows(x.dtype):
+    if x.shape[0] > MAX_FEW_ROWS:
         return dense_site(_masked(x, norm, threshold, dense_rows), weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
@@ -100,7 +93,7 @@ def dense_site(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tens
 
     Few rows are multiplied as sparse ones are; for more the weight is dequantized to x's dtype, some outputs at a time.
     """
-    if x.shape[0] <= max_few_rows(x.dtype):
+    if x.shape[0] <= MAX_FEW_ROWS:
         return sparse_site(x, weight, torch.ones(x.shape[1]), torch.full((), -1.0), None, bias)
     y = x.new_empty(x.shape[0], weight.out_features)
     step = max(TILE_OUTPUTS, TILE_BYTES // (x.shape[1] * x.dtype.itemsize) // TILE_OUTPUTS * TILE_OUTPUTS)
