@@ -39,3 +39,12 @@ def test_other_copies_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = torch.empty(6)
     turning(norm.copy_)(given[:, 0])
     assert torch.equal(norm, given[:, 0])
+
+
+def test_what_has_another_shape_is_torchs() -> None:
+    weight = cpu.empty_columns(24, 5, torch.float32).t()
+    row = torch.randn(1, 5)
+    turning(weight.copy_)(row)
+    assert torch.equal(weight, row.expand(24, 5))
+    with pytest.raises(RuntimeError, match="must match"):
+        turning(weight.copy_)(torch.randn(25, 5))

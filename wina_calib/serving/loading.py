@@ -20,15 +20,15 @@ class Turning(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """As torch, but for `copy_` to a matrix of which the first dimension is contiguous."""
-        if func is Tensor.copy_ and len(args) == 2 and not kwargs and _is_by_input(args[0]) and args[1].ndim == 2:
+        """As torch, but for `copy_` of a matrix to one of its shape whose first dimension is contiguous."""
+        if func is Tensor.copy_ and len(args) == 2 and not kwargs and _is_by_input(*args):
             cpu.fill_columns(args[0].t(), args[1].to(args[0].dtype))
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-def _is_by_input(weight: Tensor) -> bool:
-    return weight.ndim == 2 and weight.stride(0) == 1
+def _is_by_input(weight: Tensor, given: Any) -> bool:
+    return weight.ndim == 2 and weight.stride(0) == 1 and isinstance(given, Tensor) and given.shape == weight.shape
 
 
 def turning(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -202,6 +202,37 @@ def test_a_decoder_that_does_more_is_left_alone(
         runtime_state(model).plan = None
 
 
+def test_layers_that_are_changed_in_their_list_count(model: PreTrainedModel) -> None:
+    before = step(model, count=3)
+    layers = model.model.layers
+    layers[1], layers[2] = layers[2], layers[1]
+    found = step(model, count=3)
+    assert not close(found, before)
+    assert close(found, by_itself(lambda: step(model, count=3)))
+
+
+def test_a_tuple_that_is_asked_for_is_given(model: PreTrainedModel) -> None:
+    step(model, count=3)
+    with torch.no_grad():
+        out = model.model(input_ids=IDS[:, PROMPT : PROMPT + 1], **tiny.given(filled(model)), return_dict=False)
+    assert type(out) is tuple
+
+
+def test_a_decoder_whose_class_is_changed_later_computes_every_token(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(model, count=3)
+    plain, seen = LlamaModel.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    step(model, count=3)
+    assert len(seen) == 4  # of the prompt, too
+
+
 def test_copies_are_independent(model: PreTrainedModel, stock: list[int]) -> None:
     expected = step(model)
     other = copy.deepcopy(model)

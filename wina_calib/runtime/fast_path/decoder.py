@@ -102,16 +102,20 @@ class _Token:
         use = kwargs.get("use_cache")
         if not (getattr(decoder.config, "use_cache", False) if use is None else use) or decoder.training:
             return None
-        if any(n not in _KNOWN and n != name and v is not None and v is not False for n, v in kwargs.items()):
+        further = {n: v for n, v in kwargs.items() if n not in _KNOWN and n != name}
+        if further.pop("return_dict", None) is not None or any(
+            v is not None and v is not False for v in further.values()
+        ):
             return None
         return _Token(decoder, kwargs)
 
     def compute(self, now: Pass) -> ModelOutput | None:
         """The decoder's output; None where it has to compute itself."""
         decoder, plan = self.decoder, layers.plan_for(now)
-        if plan is None or plan.decoder is None:
+        seen: Seen | None = None if plan is None else plan.decoder
+        if plan is None or seen is None:
             return None
-        if not plan.decoder.holds(decoder):
+        if not seen.holds(decoder) or plan.layers != list(now.layers):
             plan.decoder = None
             return None
         norm: Any = decoder._modules[decoder.names.norm]
@@ -128,12 +132,14 @@ class _Token:
         with torch.inference_mode(False):
             *_, out = plan.call(x, *turns, None, caches.past, filled + 1, weight, norm.variance_epsilon)
         caches.added()
-        return plan.decoder.kind(**{"last_hidden_state": out, plan.decoder.field: self.cache})
+        return seen.kind(**{"last_hidden_state": out, seen.field: self.cache})
 
     def observe(self, now: Pass, out: Any) -> None:
         """Look at what the decoder did, where it went through its layers in one call."""
         decoder, ahead, plan = self.decoder, now.ahead, now.state.plan
         if ahead is None or not ahead.is_over() or any(getattr(decoder.config, name, None) for name in _NARROWING):
+            return
+        if not plan or plan.layers is not ahead.layers or _stock_forward(decoder) is not _known_forward(decoder):
             return
         children: dict[str, Any] = decoder._modules
         norm, embed, rotary = (children[n] for n in (decoder.names.norm, decoder.names.embed, decoder.names.rotary))
@@ -197,6 +203,11 @@ def _stock_forward(decoder: ShortDecoder) -> Any:
     """The forward pass behind ours."""
     bound: Any = super(ShortDecoder, decoder).forward
     return bound.__func__
+
+
+def _known_forward(decoder: ShortDecoder) -> Any:
+    """The same as it was when the model was loaded."""
+    return next(kind.known[0] for kind in type(decoder).__mro__ if ShortDecoder in kind.__bases__)
 
 
 def _is_plain(norm: Any, plan: Any) -> bool:
