@@ -8,7 +8,7 @@ import tiny
 import torch
 from step_cases import IDS, PROMPT, close, filled, passes_of_another_kind, sparse, step
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GraniteConfig, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from wina_calib.quantization.formats import WeightFormat
@@ -231,6 +231,16 @@ def test_a_decoder_whose_class_is_changed_later_computes_every_token(
     monkeypatch.setattr(LlamaModel, "forward", forward)
     step(model, count=3)
     assert len(seen) == 4  # of the prompt, too
+
+
+def test_an_embedding_that_is_scaled_is_not_taken_for_plain_by_a_token_of_zeros(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(tiny._CONFIGS, "granite", (GraniteConfig, {"embedding_multiplier": 12.0}))
+    model = sparse("granite")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[IDS[0, PROMPT]] = 0
+    assert close(step(model, count=3), by_itself(lambda: step(model, count=3)))
 
 
 def test_copies_are_independent(model: PreTrainedModel, stock: list[int]) -> None:

@@ -154,8 +154,8 @@ class _Token:
         if mask is not None and not torch.equal(mask.flatten(), torch.arange(mask.numel()) <= filled):
             return
         x, own = self._enter(filled)
-        if not torch.equal(x, ahead.inputs[0]) or not all(map(torch.equal, own, turns)):
-            return
+        if not x.any() or not torch.equal(x, ahead.inputs[0]) or not all(map(torch.equal, own, turns)):
+            return  # zeros are the same whatever they are scaled by
         if torch.equal(out.last_hidden_state, norm(ahead.inputs[-1])):
             settings = dict(decoder.config.__dict__)
             plan.decoder = Seen(_stock_forward(decoder), dict(children), settings, type(out), field)
@@ -207,7 +207,7 @@ def _stock_forward(decoder: ShortDecoder) -> Any:
 
 def _known_forward(decoder: ShortDecoder) -> Any:
     """The same as it was when the model was loaded."""
-    return next(kind.known[0] for kind in type(decoder).__mro__ if ShortDecoder in kind.__bases__)
+    return next(vars(kind)["known"][0] for kind in type(decoder).__mro__ if ShortDecoder in kind.__bases__)
 
 
 def _is_plain(norm: Any, plan: Any) -> bool:
