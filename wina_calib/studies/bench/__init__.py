@@ -123,7 +123,8 @@ def compare(
     merged = [Timing.of(variant.step_ms).median for group in groups for variant in group if variant.merged]
     pair.state.dense = False
     total = (pair.cells.sparse_total + pair.cells.other_decoder + pair.cells.lm_head) * _dtype(pair).itemsize
-    fixed = fixed_cost(sparse[0], prompt, new)
+    # Of 16 bits sparsity 0 keeps weights as the dense model does, whose products read what is dropped.
+    fixed = fixed_cost(max(sparse, key=lambda v: v.sparsity or 0.0), prompt, new)
     rows = tuple(_row(v, dense, pair, total, roof, r) for v, r in zip(sparse, real, strict=True))
     return Bench(
         model=pair.name,
