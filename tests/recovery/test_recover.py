@@ -137,6 +137,14 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     assert str(_base(RecoverOptions(), open_checkpoint(tmp_path / "out"))) == base  # found where it was
 
 
+def test_a_first_look_is_recovered_with_enough_text(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    given = shutil.copytree(calibrated, tmp_path / "sparse")
+    config = json.loads((given / "config.json").read_text())
+    config["quantization_config"]["provenance"]["samples"] = 2  # fewer than any calibration but `--quick` takes
+    (given / "config.json").write_text(json.dumps(config))
+    assert recover(given, tmp_path / "out", **options).folder == tmp_path / "out"
+
+
 def test_another_tokenizer_is_refused(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     shutil.copytree(calibrated.parent / "model", tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"

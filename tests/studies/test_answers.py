@@ -13,7 +13,7 @@ from wina_calib.budgets.count import count_cells
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
 from wina_calib.checkpoint.verdict import HELD_OUT, VERDICT, HeldOut
 from wina_calib.cli import main
-from wina_calib.common.text import percent
+from wina_calib.common.text import percent, whole
 from wina_calib.studies.answers import answers
 
 
@@ -30,7 +30,7 @@ def test_how_much_is_what_was_measured_on_held_out_text(demo_sparse: Path) -> No
     answer = answers(opened)[0]
     for row, rise in zip(answer.rows, (0.01, 0.05, 0.1), strict=True):
         beyond = " or more" if held.rise_at(held.anchors[-1]) < rise else ""  # than was fitted
-        assert row[:2] == (f"+{percent(rise, 0)}", percent(held.sparsity_for(rise), 0) + beyond)
+        assert row[:2] == (f"+{percent(rise, 0)}", percent(whole(held.sparsity_for(rise)), 0) + beyond)
     assert "or more" not in answer.rows[0][1]
     lowest = HeldOut(held.anchors[:1], held.loss_rise[:1], held.kl[:1], held.achieved[:1], held.tokens, held.data)
     facts = opened.settings.provenance | {HELD_OUT: lowest.to_dict()}

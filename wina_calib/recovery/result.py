@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
 from wina_calib.common.progress import Progress
+from wina_calib.corpus.blocks import MIN_TOKENS
 from wina_calib.errors import OutputError
 from wina_calib.model.folder import code_is_trusted, open_folder, read_config
 from wina_calib.model.locate import DEMO
@@ -62,6 +65,11 @@ def stored_dtype(dense: Path) -> torch.dtype:
     return shards[next(name for name in shards if name.endswith("_proj.weight"))].dtype
 
 
+def blocks_of(provenance: Mapping[str, Any], seq_len: int) -> int:
+    """Blocks of `seq_len` tokens to calibrate on: the checkpoint's, but no fewer than any calibration needs (`--quick` takes fewer)."""
+    return max(int(provenance.get("samples", 128)), -(-MIN_TOKENS // seq_len))
+
+
 def calibrate_trained(
     weights: Path,
     made: Path,
@@ -85,7 +93,7 @@ def calibrate_trained(
         transform="none",
         grid=tuple(sorted({*(a for a in settings.anchors if a > 0), *sparsities})),
         data=data_of(chosen, opened),
-        samples=int(provenance.get("samples", 128)),
+        samples=blocks_of(provenance, settings.seq_len),
         seq_len=settings.seq_len,
         score=settings.score,
         masks=settings.masks,
