@@ -26,8 +26,8 @@ A_FIRST_LOOK = (
     "a first look (--quick) on a third of the text: a full calibration usually bears more (SmolLM2 29 %, not 27 %)"
 )
 CHEAPER = (
-    "groups of 32 (--group-size 32) if these are of 64, a lower sparsity, --keep-16-bit for the projections that suffer most, or --bits 8 "
-    "cost less, and `wina-calib recover` with --bits trains some of it back"
+    "groups of 32 (--group-size 32) if these are of 64, a lower sparsity, --keep-16-bit for the projections that suffer "
+    "most, or --bits 8 cost less, and `wina-calib recover` with --bits trains some of it back"
 )
 _DERIVED = ("quantizing", "quick")  # of a verdict, from what stands beside it in the provenance
 _ROWS = ("anchors", "loss_rise", "kl", "achieved")

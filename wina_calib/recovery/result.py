@@ -66,7 +66,7 @@ def stored_dtype(dense: Path) -> torch.dtype:
 
 
 def blocks_of(provenance: Mapping[str, Any], seq_len: int) -> int:
-    """Blocks of `seq_len` tokens to calibrate on: the checkpoint's, but no fewer than any calibration needs (`--quick` takes fewer)."""
+    """Blocks of `seq_len` tokens to calibrate on: the checkpoint's, but enough for more than `--quick`."""
     return max(int(provenance.get("samples", 128)), -(-MIN_TOKENS // seq_len))
 
 
