@@ -117,11 +117,10 @@ def test_every_launch_shape(form, shape):
     check(form, 1100, 320, 4, torch.float16, ("plain",), shape)
 
 
+@pytest.mark.parametrize("way", ["clusters"], indirect=True)  # no other way streams
 @pytest.mark.parametrize("form", FORMATS[:4], ids=str)
 @pytest.mark.parametrize("shape", streamed.SHAPES, ids=str)
-def test_every_launch_shape_of_streamed_columns(form, shape, way):
-    if way != "clusters":
-        pytest.skip("needs a card with clusters")
+def test_every_launch_shape_of_streamed_columns(form, shape):
     for width, out in ((40, 512), (1100, 1536), (4096, 2048 + 512)):
         assert streamed.serves(torch.bfloat16, on_card(random_weight(form, width, out)), 0)
         check(form, width, out, 1, torch.bfloat16, shape=shape)
