@@ -6,6 +6,7 @@ compiled step checks every attribute that it met before it runs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from wina_calib.runtime.kernels.around import Around
 SEPARATE_ROWS = 1024
 
 
-class ProductGroup:
+class ProductGroup(ABC):
     """The projections of one mask group as one, of plain or quantized weights."""
 
     sizes: tuple[int, ...]  # outputs of each projection
@@ -87,9 +88,9 @@ class ProductGroup:
         out = self.products(x, None, everything=dense) if self.row is None else self.row(x, everything=dense)
         return out.view(*x.shape[:-1], out.shape[-1])
 
+    @abstractmethod
     def products(self, x: Tensor, dense: Tensor | None, *, everything: bool) -> Tensor:
         """Outputs (rows, sum of outs) for x (..., in): of `everything`, or masked but for the `dense` rows (...) bool."""
-        raise NotImplementedError
 
 
 class PackedGroup(ProductGroup):
