@@ -17,19 +17,18 @@ from pathlib import Path
 import click
 import torch
 from products import captured, medians
+from random_sites import config_of, random_site, shapes_of
 from torch import nn
 from torch.nn import functional as F
-from transformers import Qwen3Config
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.model.architecture import describe
-from wina_calib.model.loading import describe_config, language_model, meta_model
-from wina_calib.quantization.formats import Quantized, QuantizedRows, WeightFormat
+from wina_calib.model.loading import language_model, meta_model
+from wina_calib.quantization.formats import QuantizedRows, WeightFormat
 from wina_calib.runtime.kernels import dispatch, quantized_cuda
 from wina_calib.runtime.load import choose_sparsity, sparse_sites
 from wina_calib.studies.bench import decode, models
 from wina_calib.studies.bench.instruments import seconds
-from wina_calib.studies.flops import find_config
 
 DEVICE = torch.device("cuda")
 FORMATS = {"int4": WeightFormat(4, 64), "int8": WeightFormat(8)}
@@ -38,32 +37,6 @@ LAYERS, PROMPT, NEW, CHUNK, CHUNKS = 6, 64, 256, 32, 5
 ROWS = (2, 4, 8, 16, 24, 32)
 LIMIT = 4.3e12  # bytes a second of a large copy on an H200
 STD = 0.02  # of random weights
-QWEN3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
-
-
-def config_of(name):
-    """The config of a model's shape."""
-    return Qwen3Config(**QWEN3_8B) if name == "qwen3-8b" else find_config(name)
-
-
-def random_site(form, width, out):
-    """A weight of random codes."""
-    made = {}
-    for name, (dtype, shape) in form.specs(width, (out,)).items():
-        if name == "scales":
-            made[name] = torch.full(shape, 0.003, dtype=dtype, device=DEVICE)
-        else:
-            made[name] = torch.randint(-127, 128, shape, device=DEVICE).to(dtype)
-    return Quantized.of(form, made)
 
 
 def cut(x, sparsity):
@@ -75,11 +48,10 @@ def cut(x, sparsity):
 
 def products(name):
     """Microseconds of a layer's products, and the share of what the bytes allow."""
-    sites = describe_config(config_of(name)).layers[0].sites
-    shapes = [(site.width, site.out_features) for site in sites]
+    shapes = shapes_of(name)
     found = {}
     for kind, form in FORMATS.items():
-        layers = [[random_site(form, *shape) for shape in shapes] for _ in range(LAYERS)]
+        layers = [[random_site(form, *shape, DEVICE) for shape in shapes] for _ in range(LAYERS)]
         size = sum(t.nbytes for weight in layers[0] for t in weight.named().values())
 
         def time_of(rows, sparsity, layers=layers):

@@ -12,31 +12,10 @@ import time
 
 import click
 import torch
+from random_sites import random_site, shapes_of
 
-from wina_calib.quantization.formats import Quantized, WeightFormat
+from wina_calib.quantization.formats import WeightFormat
 from wina_calib.runtime.kernels import quantized_cpu
-from wina_calib.studies.flops import find_config
-
-
-def shapes_of(name):
-    """Inputs and outputs of a decoder layer's products."""
-    config = find_config(name)
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    size = getattr(config, "head_dim", None) or hidden // heads
-    both = (heads + 2 * (config.num_key_value_heads or heads)) * size
-    return (hidden, both), (heads * size, hidden), (hidden, 2 * inner), (inner, hidden)
-
-
-def random_weight(form, width, out):
-    """Random codes, small scales."""
-    if form.bits == 8:
-        codes = torch.randint(-127, 128, (width, out), dtype=torch.int8)
-        return Quantized.of(form, {"codes": codes, "scales": torch.rand(out) * 0.01 + 0.005})
-    groups = out // form.group_size
-    named = {"codes": torch.randint(0, 256, (width, out // 2), dtype=torch.uint8)}
-    named["scales"] = (torch.rand(width, groups) * 0.01 + 0.005).half()
-    named["zeros"] = torch.randint(0, 256, (width, (groups + 1) // 2), dtype=torch.uint8)
-    return Quantized.of(form, named)
 
 
 def measure(weights, rows, sparsities, turns):
@@ -74,7 +53,7 @@ def main(shape, rows, sparsity, bits, group_size, threads, turns, as_json):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     sparsities = [float(s) for s in sparsity.split(",")]
-    weights = [random_weight(WeightFormat(bits, group_size), *s) for s in shapes_of(shape)]
+    weights = [random_site(WeightFormat(bits, group_size), *s, "cpu") for s in shapes_of(shape)]
     found = {}
     for count in map(int, rows.split(",")):
         dense, *others = measure(weights, count, sparsities, turns)
