@@ -86,7 +86,7 @@ def split_card(path: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{path}: the metadata between the --- lines have more than {_MAX_BLOCK} characters.")
     try:
         tree = parse_plain_yaml(block[1], max_depth=_MAX_DEPTH, max_values=_MAX_VALUES)
-        metadata = yaml.load(block[1], Loader=_LOADER)  # noqa: S506 - a safe loader
+        metadata = yaml.load(block[1], Loader=_LOADER)  # noqa: S506 - libyaml's safe loader, or yaml's own
     except (PlainYamlError, yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         problem = error if isinstance(error, PlainYamlError) else str(error).split("\n")[0][:200]
         raise CheckpointError(

@@ -136,8 +136,8 @@ def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
     hashes: set[int] = set()
     for spec in data:
         for number, text in enumerate(documents(spec)):
-            lines = (line.strip().encode() for line in text.splitlines() if len(line.strip()) >= _OVERLAP_LINE)
-            hashes.update(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest()) for line in lines)
+            lines = (line for line in map(str.strip, text.splitlines()) if len(line) >= _OVERLAP_LINE)
+            hashes.update(int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest()) for line in lines)
             if len(hashes) >= limit or number >= limit:
                 return hashes
     return hashes
