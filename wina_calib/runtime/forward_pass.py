@@ -56,7 +56,7 @@ class Pass:
         out: what all projections of the group give.
         gated: whether changes of the model wait for it.
         layers: of its decoder, while a token may still be computed for all of them by the first.
-        ahead: what was computed so, see `fast_path.layers`.
+        ahead: what was computed so, see `fast_path.ahead`.
         ready: number of a group and its outputs, which its projections shall hand out whatever they are given.
         waiting: number of a group and what its outputs shall be added to.
     """
