@@ -5,16 +5,13 @@ whose scores are collected; later phases mask the sites that are fitted already,
 instead of computing it again. All phases together cost q, k, v, o and down once, gate and up twice: for a Llama layer about
 1.6 plain forward passes.
 
-Where weights are quantized, each site is, as soon as its thresholds are set: on the masked inputs that the quantized sites
-before it make. Gate and up are then computed a third time.
-
 In open loop, which the papers use, tables come from the dense model's inputs, one pass for all sparsities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +25,6 @@ from wina_calib.masks.thresholds import LEVELS
 from wina_calib.model.architecture import Layer, Site
 from wina_calib.storage.hidden_states import HiddenStates
 
-Quantize = Callable[[LayerStream, MaskedLayer, Site, Iterable[Tensor]], None]
 COUNTED_TOKENS = 1 << 13  # so many tokens' scores give a site's quantiles far more exactly than new text meets them
 
 
@@ -47,12 +43,10 @@ def fit_layer(
     masked: MaskedLayer,
     hidden: HiddenStates,
     targets: Mapping[str, float],
-    quantize: Quantize | None = None,
 ) -> dict[str, SiteFit]:
     """Fit all sites of one loaded layer for one anchor and replace `hidden` by the sparse layer's outputs.
 
-    `hidden` is what the sparse layers before it make, `targets` the sparsity of every site; `quantize` quantizes a site in
-    place, given what gives its inputs. The layer's cuts are set on return.
+    `hidden` is what the sparse layers before it make, `targets` the sparsity of every site. The layer's cuts are set on return.
 
     Raises:
         NumericError: a site's input is NaN or infinite.
@@ -66,7 +60,7 @@ def fit_layer(
         histograms = {group.key: ScoreHistogram(stream.device) for group in masked.groups[site.name]}
         sample: Tensor | None = None
         for index in batches:
-            x = _input(stream, masked, site, hidden, attention, index)
+            x = site_input(stream, masked, site, hidden, attention, index)
             counted = counted_rows(stream, masked, x)
             for group in masked.groups[site.name]:
                 masked.count(group, counted, histograms[group.key])
@@ -75,17 +69,6 @@ def fit_layer(
             sample = x[:1].clone() if sample is None else sample
         tables = _tables(stream, layer, site, histograms)
         _set_cuts(stream, masked, site, tables, targets[site.name])
-        if quantize is not None:
-            before = {group.key: masked.norms[group.key] for group in masked.groups[site.name]}
-            known = site.name == "attn_out"
-            quantize(
-                stream,
-                masked,
-                site,
-                (attention[i] if known else _input(stream, masked, site, hidden, attention, i) for i in batches),
-            )
-            tables = _carried(stream, masked, site, tables, before, sample)
-            _set_cuts(stream, masked, site, tables, targets[site.name])
         fits[site.name] = SiteFit(tables, targets[site.name], _error(stream, masked, site, sample))
         if site.name == "attn_out":
             group = masked.groups["attn_out"][0]
@@ -98,7 +81,7 @@ def fit_layer(
     return fits
 
 
-def _input(
+def site_input(
     stream: LayerStream, masked: MaskedLayer, site: Site, hidden: HiddenStates, attention: HiddenStates, index: int
 ) -> Tensor:
     """A site's input (batch, seq, width) in a micro-batch; `attention` are the attention block's outputs once it is fitted."""
@@ -107,30 +90,6 @@ def _input(
         return masked.input_of(site.name, hidden[index], kwargs)
     with masked.replay_attention(attention[index]):
         return masked.input_of(site.name, hidden[index], kwargs)
-
-
-def _carried(
-    stream: LayerStream,
-    masked: MaskedLayer,
-    site: Site,
-    tables: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
-    sample: Tensor | None,
-) -> dict[str, Tensor]:
-    """Tables for the norms of quantized weights from those for the norms `before`: by the ratio of quantiles on a sample."""
-    carried: dict[str, Tensor] = {}
-    for group in masked.groups[site.name]:
-        table = tables[group.key]
-        if sample is not None and stream.ranks.is_first:
-            new, old = ScoreHistogram(stream.device), ScoreHistogram(stream.device)
-            masked.count(group, masked.rule.masked_rows(sample), new)
-            norm, masked.norms[group.key] = masked.norms[group.key], before[group.key]
-            masked.count(group, masked.rule.masked_rows(sample), old)
-            masked.norms[group.key] = norm
-            ratio = new.quantiles(LEVELS) / old.quantiles(LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-            table = (table * ratio.clamp(0.5, 2.0)).cummax(0).values.float()
-        carried[group.key] = stream.ranks.from_first(table)
-    return carried
 
 
 @torch.no_grad()

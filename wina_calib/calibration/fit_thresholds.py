@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,14 @@ def fit_thresholds(
     phase: Phase = NOT_SAVED,
     progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
-    """Fit thresholds at every anchor, and quantize the weights on what the model makes at the asked sparsity.
+    """Fit thresholds at every anchor, of a layer as soon as its weights are quantized, where they are.
 
     Args:
         stream: the dense model, transformed already, and the tokens to use.
         rule: how masks are made.
         options: anchors, the asked sparsity and the kind of loop; thresholds are those for the last anchor where none is asked.
         rows: (anchors, layers, sites) site sparsities.
-        quantizer: quantizes and writes the weights, or None; where no sparsity is asked for, on what the dense model makes.
+        quantizer: quantizes and writes the weights, or None.
         held_out: run beside the fit.
         phase: where every layer's outputs and tensors are saved.
         progress: hears of every layer.
@@ -54,57 +55,51 @@ def fit_thresholds(
         held_out.with_unmasked()
     start = stream.embed()
     states = [start, *(stream.store() for _ in anchors[1:])]
-    # The dense model's states, in open loop and where weights are quantized for sparsity 0.
-    unmasked = options.loop == "open" or (quantizer is not None and options.sparsity not in anchors)
-    dense = stream.store() if unmasked else None
+    dense = stream.store() if options.loop == "open" else None
     for state in [*states[1:], *([] if dense is None else [dense])]:
         state.copy_from(start)
     stores = {f"sparse{a}": state for a, state in enumerate(states)} | ({} if dense is None else {"dense": dense})
-    # First the states that weights are quantized on: the others meet the quantized layer.
-    order = sorted(range(len(anchors)), key=lambda a: anchors[a] != options.sparsity)
+    if quantizer is not None:
+        stores |= quantizer.begin(stream, start)
     tensors: dict[str, Tensor] = phase.tensors()
     if phase.done_items and held_out is not None:
         held_out.restore(phase)
     more = {} if held_out is None else held_out.stores
     for (index, module), done in phase.each(stream.layers, stores, stream.blocks, progress, more=more):
         layer = arch.layers[index]
-        fits: dict[int, dict[str, SiteFit]] = {}
+        fits: list[dict[str, SiteFit]] = []
+        original = None if quantizer is None else deepcopy(module)  # before hooks are on it
         with MaskedLayer(layer, module, rule, stream.rotations(index)) as masked:
-            tables = dense_tables(stream, masked, dense) if dense is not None and options.loop == "open" else None
+            tables = dense_tables(stream, masked, dense) if dense is not None else None
             if held_out is not None:
                 held_out.run_dense(masked)  # before its weights change
-            quantize = None if quantizer is None else quantizer.quantize
-            if quantize is not None and dense is not None:
-                fit_layer(stream, masked, dense, dict.fromkeys(SITES, 0.0), quantize)
-                quantize = None
-            for a in order:
+            if quantizer is not None and original is not None:
+                quantizer.quantize_layer(masked, original)
+            for a in range(len(anchors)):
                 targets = dict(zip(SITES, rows[a, index].tolist(), strict=True))
                 if tables is not None:
-                    fits[a] = run_layer(stream, masked, states[a], targets, tables)
+                    fits.append(run_layer(stream, masked, states[a], targets, tables))
                 else:
-                    fits[a] = fit_layer(stream, masked, states[a], targets, quantize)
-                quantize = None
+                    fits.append(fit_layer(stream, masked, states[a], targets))
                 if held_out is not None:
                     held_out.run_sparse(masked, a)
             if held_out is not None:
                 held_out.run_unmasked(masked)
             new: dict[str, Tensor] = {}
             for s, site in enumerate(layer.sites):
-                of_site = [fits[a][site.name] for a in range(len(anchors))]
+                of_site = [fit[site.name] for fit in fits]
                 new |= site_tensors(masked, site.name, of_site, rows[:, index, s], options).named(
                     layer.prefix, site.name
                 )
         tensors |= new
-        worst = max(fits[len(anchors) - 1].items(), key=lambda item: item[1].error)
-        if quantizer is not None:
-            quantizer.write(layer)
+        worst = max(fits[-1].items(), key=lambda item: item[1].error)
         done(
             f"layer {index + 1}: own output off by {worst[1].error:.0%} at most ({worst[0]}, at {anchors[-1]:.0%} sparsity)",
             tensors=new,
             values=None if held_out is None else held_out.values,
             prepare=None if quantizer is None else quantizer.sync,
         )
-    for state in (*states, *(() if dense is None else (dense,))):
+    for state in stores.values():
         state.clear()
     return tensors
 

@@ -7,79 +7,127 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wina_calib.budgets.count import count_cells
 from wina_calib.budgets.patterns import select
+from wina_calib.calibration.fit_layer import site_input
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.checkpoint.quantized_weights import QuantizedWeights
 from wina_calib.errors import BudgetError, NumericError, UsageError
-from wina_calib.model.architecture import Architecture, Layer, MaskGroup, Site
+from wina_calib.model.architecture import Architecture, MaskGroup, Site
 from wina_calib.quantization.formats import Quantized, WeightFormat
-from wina_calib.quantization.gptq import HessianSum, quantize
+from wina_calib.quantization.gptq import InputSums, aimed, quantize
+from wina_calib.storage.hidden_states import HiddenStates
+
+# How much of what the quantized layers before have lost a site's weights make up for.
+MADE_UP = 0.5
+
+
+class _Run:
+    """Every token run without masks through the layers, whose sites' inputs are shown."""
+
+    def __init__(self, stream: LayerStream, start: HiddenStates) -> None:
+        self._stream, self.hidden, self._attention = stream, stream.store(), stream.store()
+        self.hidden.copy_from(start)
+
+    def inputs(self, masked: MaskedLayer, site: Site) -> Iterator[Tensor]:
+        """The inputs (batch, seq, width) of a site of a layer without cuts, of this process's micro-batches."""
+        if site.name.startswith("mlp"):
+            self._attend(masked)
+        for index in self._stream.mine:
+            yield site_input(self._stream, masked, site, self.hidden, self._attention, index)
+
+    def advance(self, masked: MaskedLayer) -> None:
+        """Go on with the layer's outputs."""
+        self._attend(masked)
+        for index in self._stream.mine:
+            with masked.replay_attention(self._attention[index]):
+                self.hidden[index] = masked.run(self.hidden[index], self._stream.kwargs(masked.layer.index, index))
+        self._attention.clear()
+        self._attention = self._stream.store()
+
+    def _attend(self, masked: MaskedLayer) -> None:
+        """Have the attention block's outputs, of the weights as they are now."""
+        if self._attention.indices:
+            return
+        site = masked.layer.site("attn_out")
+        o_proj = masked.module.get_submodule(site.projections[0].module)
+        for index, x in zip(self._stream.mine, self.inputs(masked, site), strict=True):
+            self._attention[index] = o_proj.forward(x)  # past the hooks
 
 
 class Quantizer:
-    """Quantizes one site after another by GPTQ on the inputs that it is shown.
+    """Quantizes layer after layer by GPTQ, a site at a time, on the inputs that the quantized sites before it make.
 
-    `into` writes the weights, in the first process alone; `kept` projections, of whole sites, are left as they are.
+    Inputs are not masked: weights that are quantized on masked ones serve masks no better, and such as make up for what masks
+    drop are far worse on some models (docs/quantized.md). `into` writes the weights, in the first process alone; `kept`
+    projections, of whole sites, are left as they are.
     """
 
     def __init__(self, form: WeightFormat, into: QuantizedWeights | None, kept: Iterable[str] = ()) -> None:
         self._form, self._into, self._kept = form, into, frozenset(kept)
-        self._done: list[tuple[MaskGroup, Quantized]] = []
 
     def sync(self) -> None:
         """Force what was written to the disk."""
         if self._into is not None:
             self._into.shelf.sync()
 
-    def write(self, layer: Layer) -> None:
-        """Write a layer, all of whose sites were quantized."""
-        if self._into is not None:
-            self._into.write_layer(layer, self._done)
-        self._done = []
+    def begin(self, stream: LayerStream, start: HiddenStates) -> dict[str, HiddenStates]:
+        """Begin with the states before the first layer; what is returned is kept up to date, and needed to go on later."""
+        self._stream, self._quantized_run, self._dense_run = stream, _Run(stream, start), _Run(stream, start)
+        return {"quantized": self._quantized_run.hidden, "original": self._dense_run.hidden}
 
-    def quantize(self, stream: LayerStream, masked: MaskedLayer, site: Site, inputs: Iterable[Tensor]) -> None:
-        """Quantize a site in place, unless it is left as it is.
+    @torch.no_grad()
+    def quantize_layer(self, masked: MaskedLayer, original: nn.Module) -> None:
+        """Quantize the sites of the next layer in place, and write them; the layer's cuts are gone afterwards.
 
-        Inputs are (batch, seq, width), not masked, of this process's micro-batches.
+        Args:
+            masked: the layer.
+            original: a copy of it.
 
         Raises:
             NumericError: weights or inputs are NaN or infinite.
         """
-        if f"{masked.layer.prefix}{site.projections[0].module}" in self._kept:
-            return
-        groups = masked.groups[site.name]
-        sums = [HessianSum(site.width, stream.device) for _ in groups]
-        ranks = stream.ranks
-        for x in inputs:
-            for group, total in zip(groups, sums, strict=True):
-                with _named(masked, site.name):
-                    total.add(masked.mask_inputs(group, x), ranks.from_first)
-        for total in sums:
-            if total.unit is None:  # none of the text is this process's
-                total.unit = ranks.from_first(1.0)
-        for group, total in zip(groups, sums, strict=True):
-            ranks.add(total.parts)
-            made = self._quantized(stream, masked, group, total.total)
-            masked.replace(group, made)
-            self._done.append((group, made.to(torch.device("cpu"))))
+        masked.cuts, layer, done = {}, masked.layer, list[tuple[MaskGroup, Quantized]]()
+        with MaskedLayer(layer, original, masked.rule, masked.rotations) as dense:
+            for site in layer.sites:
+                if f"{layer.prefix}{site.projections[0].module}" not in self._kept:
+                    with _named(masked, site.name):
+                        done += self._site(masked, dense, site)
+            self._quantized_run.advance(masked)
+            self._dense_run.advance(dense)
+        if self._into is not None:
+            self._into.write_layer(layer, done)
 
-    def _quantized(self, stream: LayerStream, masked: MaskedLayer, group: MaskGroup, hessian: Tensor) -> Quantized:
+    def _site(self, masked: MaskedLayer, dense: MaskedLayer, site: Site) -> list[tuple[MaskGroup, Quantized]]:
+        ranks, sums = self._stream.ranks, InputSums(site.width, self._stream.device)
+        found, wanted = self._quantized_run.inputs(masked, site), self._dense_run.inputs(dense, site)
+        for x, aim in zip(found, wanted, strict=True):
+            sums.add(x, (aim.float() - x.float()) * MADE_UP, ranks.from_first)
+        if sums.unit is None:  # none of the text is this process's
+            sums.unit = ranks.from_first(1.0)
+        ranks.add(sums.parts)
+        done = []
+        for group in masked.groups[site.name]:
+            made = self._quantized(masked, group, sums)
+            masked.replace(group, made)
+            done.append((group, made.to(torch.device("cpu"))))
+        return done
+
+    def _quantized(self, masked: MaskedLayer, group: MaskGroup, sums: InputSums) -> Quantized:
         """A group's weights, quantized by the first process for all."""
-        width, outs = hessian.shape[0], [p.out_features for p in group.projections]
+        stream, outs = self._stream, [p.out_features for p in group.projections]
         if stream.ranks.is_first:
-            weight_t = torch.cat(masked.weights(group)).t()
-            with _named(masked, group.site):
-                made = quantize(weight_t, hessian, self._form)
+            weight_t, hessian = torch.cat(masked.weights(group)).t(), sums.hessian
+            made = quantize(aimed(weight_t, hessian, sums.lacking), hessian, self._form)
             if stream.ranks.size == 1:
                 return made
             tensors: Mapping[str, Tensor] = made.named()
         else:
-            specs = self._form.specs(width, outs)
+            specs = self._form.specs(sums.width, outs)
             tensors = {n: torch.empty(shape, dtype=dtype, device=stream.device) for n, (dtype, shape) in specs.items()}
         return Quantized.of(self._form, {n: stream.ranks.from_owner(t, 0) for n, t in tensors.items()})
 

@@ -1,6 +1,6 @@
 """Quantization of a mask group by the error of its outputs, in the manner of GPTQ (arXiv 2210.17323).
 
-With the Hessian H = X^T X of a site's masked inputs, quantized weights Q are wanted that make tr((W - Q) H (W - Q)^T) small.
+With the Hessian H = X^T X of a site's inputs, quantized weights Q are wanted that make tr((W - Q) H (W - Q)^T) small.
 Inputs are quantized in falling order of H's diagonal: each one's weights are first moved by what the errors of those before it
 call for, w_j + sum_k A_kj (w_k - q_k). With the damped H = R R^T, R upper triangular in this order, A_kj = R_kj / R_jj gives
 GPTQ's own updates. Sweeps follow that quantize every input again, the errors of all others given: A_kj = H_kj / H_jj. Each
@@ -10,9 +10,12 @@ lowers the same error. Scales and zeros of int4 are chosen for the moved weights
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,53 +26,103 @@ from wina_calib.quantization.formats import LIMIT_8, Quantized, WeightFormat
 from wina_calib.quantization.scales import best_row_scales, best_scales, nearest, packed
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
+RIDGE = 0.1  # the same, of `aimed`
 SWEEPS = 1
 _BLOCK = 128  # inputs whose weights are moved by all errors outside of them at once
 _TOGETHER = 16  # inputs whose scales are chosen together
 _UNIT_BITS = 42  # the largest sum of the first rows in units; 2 million times as much can be added
 _ROWS = 1024  # of a sum that are converted together
+# Of some inputs: weights, weights moved by the errors of all others, errors, and codes, each (n, out); the last two are written.
+Few = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class HessianSum:
-    """Sum of x x^T over rows of inputs, in whole numbers of a unit: the same in whatever order parts are added.
+class InputSums:
+    """Sums over rows of a site's inputs x, and of what they lack, e: H = sum of x x^T and C = sum of e x^T.
+
+    Weights W are wanted that make of x what they made of x + e: see `aimed`. Sums are whole numbers of a unit: the same in
+    whatever order parts are added.
 
     Attributes:
-        parts: (width, width) int64.
+        width: of the inputs.
+        parts: (2, width, width) int64, of H and of C.
         unit: what 1 stands for; None before the first part.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.parts = torch.zeros(width, width, dtype=torch.int64, device=device)
+        self.width = width
+        self.parts = torch.zeros(2, width, width, dtype=torch.int64, device=device)
         self.unit: float | None = None
 
-    def add(self, x: Tensor, agreed: Callable[[float], float] = float) -> None:
-        """Add rows x (..., width), masked as the product will see them.
+    def add(self, x: Tensor, lacking: Tensor | None = None, agreed: Callable[[float], float] = float) -> None:
+        """Add rows.
 
         Args:
-            x: the rows.
+            x: (..., width), as the product will see them.
+            lacking: e, of the same shape; None where nothing lacks.
             agreed: called once, with the unit that the first rows suggest; gives that of all who add.
         """
         rows = x.reshape(-1, x.shape[-1])
-        if rows.is_cuda and rows.dtype != torch.float32:
-            # Products of 16-bit numbers are exact in float32.
-            products = torch.mm(rows.t(), rows, out_dtype=torch.float32)
-        else:
-            products = rows.float().t() @ rows.float()
+        squares = _products(rows, rows)
         if self.unit is None:
-            largest = float(products.diagonal().max())
+            largest = float(squares.diagonal().max())
             self.unit = agreed(2.0 ** (math.frexp(largest)[1] - _UNIT_BITS) if 0 < largest < math.inf else 1.0)
-        if not bool(products.isfinite().all()):
-            raise NumericError("sums of squared inputs are NaN or infinite. Try --dtype float32.")
-        for own, part in zip(self.parts.split(_ROWS), products.split(_ROWS), strict=True):
-            own += (part.double() / self.unit).round_().long()
+        _add(self.parts[0], squares, self.unit)
+        if lacking is not None:
+            _add(self.parts[1], _products(lacking.reshape(rows.shape).to(rows.dtype), rows), self.unit)
 
     @property
-    def total(self) -> Tensor:
-        """The sum (width, width), float32."""
-        found = torch.empty(self.parts.shape, dtype=torch.float32, device=self.parts.device)
-        for into, own in zip(found.split(_ROWS), self.parts.split(_ROWS), strict=True):
+    def hessian(self) -> Tensor:
+        """H (width, width), float32."""
+        return self._sum(0)
+
+    @property
+    def lacking(self) -> Tensor:
+        """C (width, width), float32."""
+        return self._sum(1)
+
+    def _sum(self, which: int) -> Tensor:
+        found = torch.empty(self.parts.shape[1:], dtype=torch.float32, device=self.parts.device)
+        for into, own in zip(found.split(_ROWS), self.parts[which].split(_ROWS), strict=True):
             into.copy_(own.double() * (self.unit or 0.0))
         return found
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right of rows (n, width), float32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        # Products of 16-bit numbers are exact in float32.
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()
+
+
+def _add(sums: Tensor, products: Tensor, unit: float) -> None:
+    if not bool(products.isfinite().all()):
+        raise NumericError("sums of squared inputs are NaN or infinite. Try --dtype float32.")
+    for own, part in zip(sums.split(_ROWS), products.split(_ROWS), strict=True):
+        own += (part.double() / unit).round_().long()
+
+
+def aimed(weight_t: Tensor, hessian: Tensor, lacking: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """Weights that make of a site's inputs, as nearly as can be, what `weight_t` made of the inputs they should be.
+
+    The least of the squared error plus `ridge` times the mean of H's diagonal times the squared change of the weights, in the
+    manner of GPTAQ (arXiv 2504.02692).
+
+    Args:
+        weight_t: (in, out).
+        hessian: H (in, in) of `InputSums`.
+        lacking: C (in, in) of the same.
+        ridge: above 0.
+
+    Returns:
+        (in, out) float32.
+    """
+    weights = weight_t.float()
+    if not bool(lacking.any()):
+        return weights
+    damped = hessian.clone()
+    damped.diagonal().add_(ridge * float(hessian.diagonal().double().mean()))
+    return weights + torch.cholesky_solve(lacking.t() @ weights, torch.linalg.cholesky(damped))
 
 
 @dataclass(frozen=True)
@@ -89,7 +142,7 @@ def quantize(
 
     Args:
         weight_t: (in, out), the projections side by side.
-        hessian: (in, in), `HessianSum.total`.
+        hessian: H (in, in) of `InputSums`.
         form: the format.
         damping: share of the diagonal's mean that is added to the diagonal, above 0.
         sweeps: passes after the first.
@@ -164,20 +217,16 @@ class _State:
                 others = moved[low - start : few.stop - start] + feedback[start:low, few].t() @ errors[start:low]
                 if not first:
                     others += feedback[few.stop : block.stop, few].t() @ errors[few.stop : block.stop]
-                self._quantize(few, others, feedback[few, few].clone().fill_diagonal_(0))
+                self._quantize(few, others, feedback[few, few])
 
     def _quantize(self, few: slice, moved: Tensor, feedback: Tensor) -> None:
         """Quantize some inputs: `moved` (n, out) by the errors of all others, `feedback` (n, n) among themselves."""
-        form = self.problem.form
+        form, rows = self.problem.form, (self.problem.weights[few], moved, self.errors[few], self.codes[few])
+        code = _code(moved.device.type)
         if form.bits == 8:
-            assert self.problem.row_scales is not None
-            run = _recorded(_quantize_int8, None, moved)
-            made = run(self.problem.weights[few], moved, self.errors[few], feedback, self.problem.row_scales)
+            code.quantize_int8(rows, self.problem.row_scales, feedback)
         else:
-            run = _recorded(_quantize_int4, form, moved)
-            made = run(self.problem.weights[few], moved, self.errors[few], feedback)
-            self.scales[few], self.zeros[few] = made[2], made[3]
-        self.codes[few], self.errors[few] = made[0], made[1]
+            code.quantize_int4(form, rows, self.scales[few], self.zeros[few], feedback)
 
     def quantized(self, order: Tensor) -> Quantized:
         """The stored form, inputs in their own order again."""
@@ -189,84 +238,39 @@ class _State:
         return packed(codes, self.scales[back], self.zeros[back], form)
 
 
-def _quantize_int4(
-    form: WeightFormat, weights: Tensor, moved: Tensor, errors: Tensor, feedback: Tensor
-) -> tuple[Tensor, ...]:
-    """Quantize some inputs one after another.
+@cache
+def _code(device: str) -> Any:
+    """The module whose `quantize_int4` and `quantize_int8` compute on a kind of device."""
+    on_card = device == "cuda" and find_spec("triton") is not None
+    return import_module("wina_calib.quantization.gptq_card") if on_card else sys.modules[__name__]
+
+
+def quantize_int4(form: WeightFormat, few: Few, scales: Tensor, zeros: Tensor, feedback: Tensor) -> None:
+    """Quantize some inputs at 3 or 4 bits one after another.
 
     Args:
         form: the format.
-        weights: (n, out).
-        moved: (n, out), weights moved by the errors of all other inputs.
-        errors: (n, out) as they were before.
-        feedback: (n, n) among these inputs, its diagonal zero.
-
-    Returns:
-        codes and errors (n, out), scales and zeros (n, groups, 1).
+        few: of these inputs; errors are those before, and become their new ones.
+        scales: (n, groups, 1), written.
+        zeros: (n, groups, 1), written.
+        feedback: (n, n) among these inputs, whose diagonal is left out.
     """
+    weights, moved, errors, codes = few
+    feedback = feedback.clone().fill_diagonal_(0)
     expected = torch.addmm(moved, feedback.t(), errors).unflatten(-1, (-1, form.group_size))
-    scales, zeros = best_scales(expected, form)
-    codes, errors = torch.empty_like(expected), errors.clone()
+    scales[:], zeros[:] = best_scales(expected, form)
     for j in range(len(moved)):
         target = torch.addmv(moved[j], errors.t(), feedback[:, j]).view(expected.shape[1:])
-        codes[j] = nearest(target, scales[j], zeros[j], form.highest_code)
-        value = (codes[j] - zeros[j]) * scales[j]
-        torch.sub(weights[j], value.view(-1), out=errors[j])
-    return codes.flatten(1), errors, scales, zeros
+        code = nearest(target, scales[j], zeros[j], form.highest_code)
+        codes[j] = code.view(-1)
+        torch.sub(weights[j], ((code - zeros[j]) * scales[j]).view(-1), out=errors[j])
 
 
-def _quantize_int8(
-    _: None, weights: Tensor, moved: Tensor, errors: Tensor, feedback: Tensor, row_scales: Tensor
-) -> tuple[Tensor, ...]:
-    """The same at 8 bits, with the scales `row_scales` (out,): codes and errors (n, out)."""
-    codes, errors = torch.empty_like(moved), errors.clone()
+def quantize_int8(few: Few, row_scales: Tensor, feedback: Tensor) -> None:
+    """The same at 8 bits, with the scales `row_scales` (out,)."""
+    weights, moved, errors, codes = few
+    feedback = feedback.clone().fill_diagonal_(0)
     for j in range(len(moved)):
         target = torch.addmv(moved[j], errors.t(), feedback[:, j])
         codes[j] = (target / row_scales).round_().clamp_(-LIMIT_8, LIMIT_8)
         torch.addcmul(weights[j], codes[j], row_scales, value=-1, out=errors[j])
-    return codes, errors
-
-
-def _recorded(
-    function: Callable[..., tuple[Tensor, ...]], form: Any, moved: Tensor
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The function of a format, on CUDA as a graph: its hundreds of small kernels take longer to start than to run."""
-    if not moved.is_cuda:
-        return partial(function, form)
-    return _graph(function, form, tuple(moved.shape), moved.device)
-
-
-@lru_cache(maxsize=32)
-def _graph(
-    function: Callable[..., tuple[Tensor, ...]], form: Any, shape: tuple[int, ...], device: torch.device
-) -> _Graph:
-    return _Graph(partial(function, form))
-
-
-class _Graph:
-    """A function of tensors of fixed shapes, recorded when it is first called. Results are overwritten by the next call."""
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._function = function
-        self._arguments: tuple[Tensor, ...] = ()
-
-    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        with torch.cuda.device(arguments[0].device):
-            if not self._arguments:
-                self._record(tuple(a.clone() for a in arguments))
-            for own, given in zip(self._arguments, arguments, strict=True):
-                own.copy_(given)
-            self._graph.replay()
-        return self._results
-
-    def _record(self, arguments: tuple[Tensor, ...]) -> None:
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # what is made at first use must not be recorded
-            self._function(*arguments)
-        here.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        # The next layer comes to the card in another thread meanwhile, for which memory may have to be had.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._results = self._function(*arguments)
-        self._arguments = arguments

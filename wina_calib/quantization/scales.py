@@ -8,7 +8,8 @@ from torch import Tensor
 from wina_calib.quantization.formats import LIMIT_8, Quantized, WeightFormat, pack_codes, pack_zeros
 
 # Shares of the groups' whole range that a scale may cover: large weights are cut off where the others gain more by it.
-_SHARES = tuple(0.75 + 0.3 * i / 7 for i in range(8))
+FIRST_SHARE, LAST_SHARE, SHARES = 0.75, 1.05, 8
+_SHARES = tuple(FIRST_SHARE + (LAST_SHARE - FIRST_SHARE) * i / (SHARES - 1) for i in range(SHARES))
 _ROW_SHARES = tuple(0.8 + 0.2 * i / 7 for i in range(8))
 
 

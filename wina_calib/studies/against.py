@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 
 from wina_calib.calibration.compute import Compute
-from wina_calib.calibration.fit_layer import fit_layer
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import next_token_nll, perplexity
 from wina_calib.calibration.masked_layer import MaskedLayer
@@ -20,7 +20,6 @@ from wina_calib.common.devices import default_micro_batch, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.corpus.blocks import Blocks, load_blocks
 from wina_calib.errors import UsageError
-from wina_calib.model.architecture import SITES
 from wina_calib.model.source import Source
 from wina_calib.quantization.bits import bits_read
 from wina_calib.quantization.formats import WeightFormat
@@ -111,16 +110,17 @@ def _perplexity(
 ) -> float:
     """Perplexity on `held` of weights that are quantized, layer by layer, on what those before make of `text`."""
     stream, beside = LayerStream(source, text.ids, compute), LayerStream(source, held.ids, compute)
-    hidden, measured = stream.embed(), beside.embed()
+    start, measured = stream.embed(), beside.embed()
     quantizer = Quantizer(form, None)
+    states = [start, *quantizer.begin(stream, start).values()]
     for index, module in stream.layers():
-        layer = source.architecture.layers[index]
+        layer, original = source.architecture.layers[index], deepcopy(module)
         with MaskedLayer(layer, module, opened.settings.rule, stream.rotations(index)) as masked:
-            fit_layer(stream, masked, hidden, dict.fromkeys(SITES, 0.0), quantizer.quantize)
-            quantizer.write(layer)
+            quantizer.quantize_layer(masked, original)
             beside.run(masked, measured)
         progress.step(f"layer {index + 1}")
-    hidden.clear()
+    for state in states:
+        state.clear()
     ppl = perplexity(float(next_token_nll(beside, measured).double().mean()))
     measured.clear()
     return ppl
