@@ -248,7 +248,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.exit_code == 0, done.stderr
     found = done.stdout
     assert re.search(r"^perplexity +\d+\.\d{3} +\d+\.\d{3} +\+\d", found, flags=re.M)
-    written, _, after = found.partition("The sparse model writes:")[2].partition("\nNext:\n")
+    written, _, after = found.partition("The sparse model writes:")[2].partition(" Next:\n")
     assert all(f"  {prompt}" in written for prompt in PROMPTS)
     *commands, own = [line.partition("#")[0].strip() for line in after.splitlines()]
     assert own == "wina-calib calibrate MODEL -o DIR --sparsity 0.5"

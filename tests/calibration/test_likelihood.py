@@ -79,3 +79,7 @@ def test_measured_rise_is_that_of_the_logits(llama: Path) -> None:
     assert rises[0] == rises[1]
     assert rises[0].loss == pytest.approx(float(loss), rel=1e-4)
     assert rises[0].kl == pytest.approx(float(kl), rel=1e-4)
+    each = (p - q).gather(2, ids[:, 1:, None]).mean((1, 2))  # of the two blocks
+    assert rises[0].error == pytest.approx(float((each[0] - each[1]).abs()) / 2, rel=1e-3)
+    one = open_stream(llama, some_ids(4)[:1], micro_batch=1)
+    assert measured_rises(one, states(one, 1), one, [states(one, 2)])[0].error is None

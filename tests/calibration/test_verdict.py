@@ -13,9 +13,11 @@ from click.testing import CliRunner
 from shared import SHARED, needs_shared
 
 import wina_calib
+from wina_calib.calibration.run import Result
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.checkpoint.verdict import HELD_OUT, HeldOut, Verdict
 from wina_calib.cli import main
+from wina_calib.commands import calibrate as calibrate_command
 from wina_calib.errors import UsageError
 
 OPTIONS = {"quick": True, "seq_len": 512, "transform": "none", "budget": "uniform", "grid": (0.2, 0.5)}
@@ -69,6 +71,7 @@ def test_achieved_sparsity_and_losses_are_those_of_the_loaded_model(decided: tup
     assert held.achieved[1] == pytest.approx(found.model_sparsity, abs=1e-4)
     assert held.loss_rise[1] == pytest.approx(math.log(found.sparse_ppl / found.dense_ppl), abs=1e-4)
     assert held.kl[1] == pytest.approx(found.kl, abs=1e-4)
+    assert found.rise_error == pytest.approx(held.errors[1] * found.sparse_ppl / found.dense_ppl, rel=0.02)
 
 
 def test_an_asked_sparsity_is_taken_and_told_of(tmp_path: Path) -> None:
@@ -76,7 +79,7 @@ def test_an_asked_sparsity_is_taken_and_told_of(tmp_path: Path) -> None:
     options = "--quick --seq-len 512 --transform none --budget uniform --grid 0.3 --sparsity 0.7"
     told, noted = run("calibrate", "demo", "-o", out, *options.split())
     assert f"{out}: calibrated for 70 % sparsity." in told
-    assert re.search(r"expected rise of perplexity +\+\d+ % at 70 % sparsity", told)
+    assert re.search(r"expected rise of perplexity +\+\d+ %( ± \d+)? at 70 % sparsity", told)
     assert f"wina-calib evaluate {out}" in told and f"wina-calib generate {out}" in told
     warning = next(line for line in noted.splitlines() if line.startswith("warning: perplexity is expected to rise by"))
     told, noted = run("inspect", out, "--json")
@@ -89,7 +92,7 @@ def test_an_asked_sparsity_is_taken_and_told_of(tmp_path: Path) -> None:
     assert mended.rise == pytest.approx(0.05, abs=0.01)
     shown, _ = run("inspect", out)
     facts = json.loads(run("inspect", out, "--json")[0])
-    assert mended.text() in shown and facts["verdict"] == json.loads(json.dumps(mended.to_dict()))
+    assert mended.text() in shown and facts["verdict"] == json.loads(json.dumps(mended.to_json()))
 
 
 def test_the_card_and_json_say_the_same(tmp_path: Path, llama: Path, text: Path) -> None:
@@ -97,10 +100,14 @@ def test_the_card_and_json_say_the_same(tmp_path: Path, llama: Path, text: Path)
     options = ["--samples", 64, "--seq-len", 128, "--transform", "none", "--budget", "uniform", "--data", text]
     facts = json.loads(run("calibrate", llama, "-o", out, *options, "--json")[0])
     verdict = Verdict.from_facts(open_checkpoint(out).settings.provenance)
-    assert verdict is not None and facts["verdict"] == json.loads(json.dumps(verdict.to_dict()))
+    assert verdict is not None and verdict.errors and facts["verdict"] == json.loads(json.dumps(verdict.to_json()))
     card = (out / "README.md").read_text()
     assert all(f"| {what} | {much} |" in card for what, much in verdict.rows())
     assert facts["sparsity"] == verdict.sparsity == 0.65  # a random model loses nothing: the last anchor
+    done = Result(out, open_checkpoint(out).settings)
+    assert calibrate_command.told(done).endswith('"Once upon a time"')
+    (out / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert calibrate_command.told(done).endswith('"What is a lighthouse?"')
 
 
 def test_a_budget_put_in_later_is_judged_by_the_curves(tmp_path: Path, calibrated: Path) -> None:
@@ -130,5 +137,5 @@ def test_quick_takes_less_unless_told_otherwise() -> None:
 def test_the_newcomers_case(tmp_path: Path) -> None:
     flags = ["--sparsity", "0.6", "--samples", "16", "--seq-len", "512", "--transform", "none"]
     told, noted = run("calibrate", SHARED / "models" / "stories260K", "-o", tmp_path / "out", *flags)
-    assert re.search(r"rise of perplexity +\+\d+(\.\d)? % at 60 % sparsity", told)
+    assert re.search(r"rise of perplexity +\+\d+(\.\d)? %( ± \d+(\.\d)?)? at 60 % sparsity", told)
     assert "% sparsity costs about 5 %" in noted

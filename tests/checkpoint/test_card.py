@@ -9,8 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from wina_calib.calibration import run
+from wina_calib.calibration import held_out
 from wina_calib.checkpoint.card import hub_datasets, write_card
+from wina_calib.checkpoint.card_text import _loading
 from wina_calib.checkpoint.evaluation_file import read_evaluation, save_evaluation
 from wina_calib.checkpoint.export_dense import export_dense
 from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP
@@ -88,6 +89,14 @@ def test_the_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     scope: dict[str, object] = {}
     exec(example, scope)
     assert type(scope["model"]).__name__ == "LlamaForCausalLM"
+
+
+def test_where_only_wina_calib_knows_the_model_type_the_card_says_so(folder: Path) -> None:
+    settings = read_settings(folder)
+    assert "knows the model type" not in _loading(folder, settings, "me/x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": f"wina_calib-{config['model_type']}"}))
+    assert "no transformers knows the model type `wina_calib-llama`." in _loading(folder, settings, "me/x")
 
 
 def test_metadata_of_a_base_model_on_the_hub(folder: Path) -> None:
@@ -201,7 +210,7 @@ def test_measured_figures_are_shown_until_the_thresholds_change(folder: Path, te
 
 
 def test_the_base_models_perplexity_stands_beside_figures_of_the_same_tokens_only(folder: Path) -> None:
-    for tokens, same in ((1024, False), (run.HELD_OUT_TOKENS, True)):
+    for tokens, same in ((1024, False), (held_out.HELD_OUT_TOKENS, True)):
         result = evaluate(folder, tokens=tokens)
         save_evaluation(folder, result.to_dict())
         write_card(folder)

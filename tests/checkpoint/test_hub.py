@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -170,6 +171,21 @@ def test_the_base_model_is_named_by_who_knows_it(
 def card(hub: Hub, repo: str) -> Any:
     """The metadata of a repository's card."""
     return yaml.safe_load(hub.files(repo)["README.md"].decode().split("---\n")[1])
+
+
+def test_how_much_goes_up_is_told(folder: Path, client: script.Worker) -> None:
+    code = """
+    import sys, wina_calib
+    from wina_calib.common.progress import Silent
+    class Hears(Silent):
+        def phase(self, name, steps):
+            print(name)
+    wina_calib.push_to_hub(sys.argv[1], "me/told", progress=Hears())
+    """
+    size = sum(map(len, local_files(folder).values()))
+    verify, upload = client.run(code, folder).stdout.splitlines()
+    assert verify == "verify" and re.fullmatch(r"upload [\d.]+ [kMG]B", upload)
+    assert float(upload.split()[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[upload[-2]] == pytest.approx(size, rel=0.5)
 
 
 def test_revisions_are_pinned_and_stale_files_go(

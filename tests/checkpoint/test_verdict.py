@@ -106,7 +106,12 @@ def test_a_quantized_models_verdict_says_what_quantizing_costs(cells: Cells) -> 
     worse = HeldOut((0.4,), (0.3,), (0.3,), (0.4,), 1 << 20, ("x",), (0.2, 0.2))
     warning = Verdict.of(worse, cells, 0.4).warning
     assert warning is not None and "Quantizing alone costs 22 %" in warning and "0 % sparsity costs" not in warning
-    assert all(way in warning for way in ("--group-size 32", "--keep-16-bit", "--bits 8", "wina-calib recover"))
+    chosen = Verdict.of(worse, cells, 0.2, 0.05).warning  # which is within the limit, and not what costs
+    assert chosen is not None and "quantizing alone costs 22 %, and the 20 % sparsity chosen 0.9 % on top" in chosen
+    assert all(
+        way in warning and way in chosen
+        for way in ("--group-size 32", "--keep-16-bit", "--bits 8", "wina-calib recover")
+    )
 
 
 def test_the_sparsity_told_for_a_rise_is_the_one_that_is_chosen(cells: Cells) -> None:
@@ -162,3 +167,42 @@ def test_odd_facts_are_no_verdict(damage: dict[str, object], cells: Cells) -> No
 def test_odd_measurements_are_none(damage: dict[str, object]) -> None:
     assert HeldOut.from_dict(held().to_dict() | damage) is None
     assert HeldOut.from_dict([1]) is None
+
+
+def test_the_standard_error_is_how_far_predictions_lie_from_the_truth() -> None:
+    """Models drawn as the prediction supposes them to be, measured with the noise of so many tokens."""
+    random, kl, anchors = np.random.default_rng(0), np.array([0.006, 0.03, 0.09, 0.5]), (0.25, 0.4, 0.5, 0.65)
+    for tokens in (8192, 32768):
+        off = []
+        for _ in range(400):
+            truth = kl * random.normal(1, 0.15, 4)
+            loss = truth + random.normal(size=4) * np.sqrt(4 * kl / tokens)
+            found = HeldOut(anchors, tuple(loss), tuple(kl), anchors, tokens, ("x",))
+            off.append(
+                [(found.rise_at(s) - math.expm1(t)) / found.error_at(s) for s, t in zip(anchors, truth, strict=True)]
+            )
+        assert np.sqrt(np.square(off).mean(0)) == pytest.approx(np.ones(4), abs=0.25)
+    assert found.error_at(0.45) > found.error_at(0.4)
+    assert found.error_at(0) == replace(found, tokens=0).error_at(0.4) == 0
+
+
+def test_what_sequences_differ_by_is_counted() -> None:
+    few = held(tokens=8192)
+    by_tokens = [2 * math.sqrt(k / 8192) for k in few.kl]
+    seen = replace(few, errors=tuple(by_tokens))
+    assert [seen.error_at(a) for a in few.anchors] == pytest.approx([few.error_at(a) for a in few.anchors])
+    twice = replace(few, errors=tuple(2 * e for e in by_tokens))
+    assert all(few.error_at(a) < twice.error_at(a) < 2 * few.error_at(a) for a in few.anchors)
+    assert [twice.rise_at(a) for a in few.anchors] == [few.rise_at(a) for a in few.anchors]
+    assert HeldOut.from_dict(twice.to_dict()) == twice
+    assert HeldOut.from_dict(twice.to_dict() | {"errors": [0.1]}) is None
+
+
+def test_standard_errors_are_told_and_not_stored(cells: Cells) -> None:
+    verdict = Verdict.of(held(tokens=8192), cells, 0.4)
+    assert verdict.rows()[0][1].startswith(f"+10 % ± {100 * verdict.error:.1f} at 40 %")
+    assert f"25 %: +1.7 % ± {100 * verdict.errors['0.25']:.1f}, 40 %:" in verdict.rows()[1][1]
+    assert verdict.to_json()["errors"] == verdict.errors
+    again = Verdict.from_facts({VERDICT: verdict.to_dict(), HELD_OUT: held(tokens=8192).to_dict()})
+    assert again == verdict
+    assert "error" not in verdict.to_dict()

@@ -472,7 +472,7 @@ def test_predictions_of_quantized_weights_say_what_they_are_over(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Fewer are too few for differences so small.
-    monkeypatch.setattr("wina_calib.calibration.run.HELD_OUT_TOKENS", 8192)
+    monkeypatch.setattr("wina_calib.calibration.held_out.HELD_OUT_TOKENS", 8192)
     options = {"transform": "none", "samples": 64, "seq_len": 128, "grid": (0.5,), "sparsity": 0.5, "group_size": 32}
     wina_calib.calibrate(llama, tmp_path / "q", data=str(text), bits=4, **options)
     provenance = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["provenance"]

@@ -104,6 +104,19 @@ def test_saved_work_counts_as_done_and_says_nothing_of_the_time() -> None:
     assert forecast.share == pytest.approx((5.5 + 1.8) / 20)
 
 
+def test_a_phase_that_time_ends_is_no_longer_than_that() -> None:
+    forecast = Forecast((Part("a", 4, 1.0), Part("b", 100, 100.0, at_most=50.0), Part("c", 4, 1.0)))
+    end = run(forecast, "a", 4, 2.0, 0.0)
+    forecast.phase("b", 100, end)
+    assert forecast.seconds_left(end) == pytest.approx(50 + 8)
+    for _ in range(4):
+        end += 5.0
+        forecast.step(end)
+    assert forecast.seconds_left(end) == pytest.approx(30 + 5, abs=4)
+    forecast.phase("c", 4, 58.0)
+    assert forecast.seconds_left(58.0) < 40
+
+
 def test_without_a_plan_each_phase_is_all_that_is_known() -> None:
     forecast = Forecast(())
     run(forecast, "x", 2, 1.0, 0.0)

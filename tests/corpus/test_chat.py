@@ -175,7 +175,7 @@ def test_a_chat_model_is_calibrated_on_conversations(tmp_path: Path) -> None:
     model, notes = chat_model(tmp_path / "m"), Notes()
     result = wina_calib.calibrate(model, tmp_path / "out", progress=notes, **OPTIONS)
     assert result.settings.provenance["data"] == ["builtin:chat", "builtin"]
-    assert not any("chat template" in note for note in notes.told)
+    assert not any("chat template" in note or "perplexity" in note for note in notes.told)
     held_out = ("builtin:heldout:chat", "builtin:heldout")
     assert result.settings.provenance["base_ppl_data"] == list(held_out)
     assert result.verdict.data == held_out
@@ -196,3 +196,12 @@ def test_a_chat_model_on_plain_text_alone_is_told_so(tmp_path: Path, text: Path)
     wina_calib.calibrate(model, tmp_path / "out", data=str(text), progress=notes, **OPTIONS)
     (told,) = (note for note in notes.told if "chat template" in note)
     assert "builtin:chat" in told
+
+
+def test_a_model_that_predicts_none_of_the_text_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights beside the wrong tokenizer calibrate without an error, and every figure is of nothing."""
+    monkeypatch.setattr("wina_calib.calibration.phases.PUZZLED", 2.0)
+    notes = Notes()
+    result = wina_calib.calibrate(chat_model(tmp_path / "m"), tmp_path / "out", progress=notes, **OPTIONS)
+    (told,) = (note for note in notes.told if "tokenizer belong together" in note)
+    assert f"{result.settings.provenance['base_ppl']:,.0f}: it predicts none of that text" in told

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
         patch.syspath_prepend(folder / "modules")
         yield folder
+    for name in [m for m in sys.modules if m.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # a worker that comes back to this file has another folder
 
 
 @pytest.fixture

@@ -60,7 +60,6 @@ class Workload:
         bits: of the weights where they are quantized, else 0.
         written: bytes of the checkpoint's weights; 0 where they stay in the base model.
         dense: bytes of the transformed weights that they are quantized from, which are gone in the end.
-        asked: whether a sparsity is asked for, which weights are then quantized at.
         resident: bytes that the process takes before the work.
     """
 
@@ -82,7 +81,6 @@ class Workload:
     bits: int
     written: int
     dense: int
-    asked: bool
     resident: int
 
 
@@ -143,11 +141,11 @@ def work_parts(arch: Architecture, transform: Plan, work: Workload) -> tuple[Par
     each = CLOSED_LOOP_PASSES if work.closed else OPEN_LOOP_PASSES
     fit = work.thresholds * (each * work.anchors + (not work.closed))
     if work.bits:
-        fit += work.heldout * HELD_OUT_PASSES + (0 if work.asked else each * work.thresholds)
-    if work.bits == 4:  # a Hessian of every site's inputs, and the columns one after another
+        # The quantized and the original model without masks, two sums of squares, the columns one after another.
         squares = sum(site.width**2 for _, site in arch.sites)
         columns = sum(site.weights * site.width for _, site in arch.sites)
-        fit += (work.thresholds * squares + _COLUMNS * columns) / weights
+        fit += work.heldout * HELD_OUT_PASSES + 2 * CLOSED_LOOP_PASSES * work.thresholds
+        fit += (2 * work.thresholds * squares + _COLUMNS * columns) / weights
     parts.append(Part(FIT, layers, fit + work.heldout * (1 + HELD_OUT_PASSES * work.anchors)))
     parts.append(Part(MEASURE, heads, _COMPARED * work.heldout * head * (1 + work.anchors)))
     return tuple(parts)
@@ -183,8 +181,9 @@ def _peak(
     backward_states = curve_states if compute.keeps(len(arch.layers) + 1, curve_state) else 0
     backward_tokens = min(work.curves, work.backward * work.seq_len)
 
-    # The Hessian, damped, decomposed and as feedback; a group's weights, their errors, codes and what they were moved to.
-    quantizing = max(4 * (6 * s.width**2 + 6 * s.weights) for _, s in arch.sites) if work.bits else 0
+    # Two sums in 64 bits; the Hessian, damped, decomposed and as feedback; a group's weights, their errors, codes and what they
+    # were moved to; the original layer.
+    quantizing = max(4 * (9 * s.width**2 + 6 * s.weights) for _, s in arch.sites) + computed if work.bits else 0
 
     def working(rows: int, floats: tuple[int, int]) -> int:
         return 4 * rows * (floats[0] * arch.hidden_size + floats[1] * arch.width)

@@ -65,7 +65,6 @@ class Job:
             bits=options.bits,
             written=self.written_bytes if options.bits else self.dense_bytes,
             dense=self.dense_bytes if options.bits else 0,
-            asked=options.sparsity is not None,
             resident=resident_bytes(),
         )
         return estimate(self.source, self.transform, work)
@@ -118,9 +117,11 @@ class Job:
 
     @property
     def fit_states(self) -> int:
-        """Hidden states during the fit: one an anchor, the attention block's outputs, and the dense model's where they count."""
-        quantizes_dense = self.options.bits > 0 and self.options.sparsity not in self.options.anchors
-        return len(self.options.anchors) + 1 + (self.options.loop == "open" or quantizes_dense)
+        """Hidden states during the fit: one an anchor, the attention block's outputs, in open loop the dense model's.
+
+        Where weights are quantized, those of the original and of the quantized model too, and one more of attention.
+        """
+        return len(self.options.anchors) + 1 + (self.options.loop == "open") + 3 * (self.options.bits > 0)
 
     @property
     def backward_batch(self) -> int:

@@ -25,10 +25,14 @@ _PART_SEED = 1_000_000_007  # sets the generators of a block's labels apart from
 
 @dataclass(frozen=True)
 class Rise:
-    """Measured quality of a sparse model against the dense one: rise of the loss and KL divergence, nats a token."""
+    """Measured quality of a sparse model against the dense one: rise of the loss and KL divergence, nats a token.
+
+    `error` is the standard error of `loss`, by how blocks differ; None of one block.
+    """
 
     loss: float
     kl: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ class _Softmax:
 def perplexity(loss: float) -> float:
     """Of a mean loss in nats a token; finite."""
     return math.exp(min(loss, 700.0))
+
+
+def standard_error(rises: Tensor) -> float | None:
+    """Of the mean of rises of the loss (blocks,), each of one block's tokens under both models; None of one block."""
+    return float(rises.double().std() / math.sqrt(len(rises))) if len(rises) > 1 else None
 
 
 @torch.no_grad()
@@ -182,10 +191,9 @@ def measured_rises(
                     sums[(number, *here)] += ((logits - other).mul_(weight)).sum(-1).double()
         progress.step("lm_head")
     mine = [block for block in range(count) if masked[0].has(block)]
-    totals = torch.zeros(len(sparse), 2, dtype=torch.float64)
-    for part in dense_stream.ranks.gather([_rise(models, sums, block).cpu() for block in mine]):
-        totals += part
-    return [Rise(loss, kl) for loss, kl in (totals / (count * predicted)).tolist()]
+    parts = torch.stack(dense_stream.ranks.gather([_rise(models, sums, block).cpu() for block in mine])) / predicted
+    means = parts.mean(0).tolist()
+    return [Rise(loss, kl, standard_error(parts[:, number, 0])) for number, (loss, kl) in enumerate(means)]
 
 
 def label_generator(seed: int, block: int, device: torch.device, part: int = 0) -> torch.Generator:

@@ -89,7 +89,7 @@ class CalibrateOptions:
         multiple=True,
         metavar="SPEC",
     )
-    samples: int = option(36, "Blocks of text; at least 8,000 tokens in all.", metavar="N")
+    samples: int = option(36, "Blocks of text; at least 8,000 tokens in all, 6,000 with --quick.", metavar="N")
     seq_len: int = option(512, "Tokens a block; cut to what the model takes.", metavar="N")
     seed: int = option(0, "Seed of every random choice.", metavar="N")
     score: str = option("wina", "What is compared with the threshold.", choices=SCORES)

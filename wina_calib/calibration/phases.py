@@ -34,6 +34,8 @@ from wina_calib.storage.resume import Phase, RunState
 from wina_calib.transforms import Rotations, Statistics
 from wina_calib.transforms import fit as fit_transform
 
+PUZZLED = 1000.0  # perplexity of built-in text above which a model cannot have been made for it
+
 
 def run(job: Job, folder: Path, base: Blocks) -> Settings:
     """Write the whole checkpoint into `folder`, the card left out; returns its settings.
@@ -156,6 +158,11 @@ def _perplexity(job: Job, blocks: Blocks) -> float:
     hidden = dense_pass(stream, phase=phase, progress=job.report)
     job.report.phase(HEAD, head_parts(arch, job.compute.dtype))
     dense_ppl = perplexity(float(next_token_nll(stream, hidden, job.report).double().mean()))
+    if dense_ppl > PUZZLED:
+        job.report.note(
+            f"the original model's perplexity on {', '.join(blocks.data)} is {dense_ppl:,.0f}: it predicts none of that text, so "
+            "no figure below means much. Check that its weights and its tokenizer belong together and are whole"
+        )
     phase.finish(values={"perplexity": dense_ppl})
     return dense_ppl
 

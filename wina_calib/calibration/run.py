@@ -16,7 +16,7 @@ from wina_calib.budgets.count import count_cells
 from wina_calib.calibration import phases
 from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.compute import Compute
-from wina_calib.calibration.held_out import HELD_OUT_TOKENS, QUICK_TOKENS, held_out_blocks
+from wina_calib.calibration.held_out import held_out_blocks, held_out_tokens
 from wina_calib.calibration.identity import identity
 from wina_calib.calibration.job import Job
 from wina_calib.calibration.options import CalibrateOptions, make_options
@@ -174,8 +174,7 @@ def prepare(
         ),
         report=progress if ranks.is_first else SILENT,
     )
-    most = held_tokens or (QUICK_TOKENS if chosen.quick else HELD_OUT_TOKENS)
-    return job, held_out_blocks(tokenizer, seq_len, most)
+    return job, held_out_blocks(tokenizer, seq_len, held_tokens or held_out_tokens(device, chosen.quick))
 
 
 def _run(job: Job, base: Blocks, output: Path) -> Settings:

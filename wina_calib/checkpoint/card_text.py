@@ -20,7 +20,7 @@ from wina_calib.checkpoint.verdict import Verdict
 from wina_calib.common.printable import MAX_LINE, one_line
 from wina_calib.common.text import human_bytes, markdown_table, percent, rise, share
 from wina_calib.model.architecture import SITES
-from wina_calib.model.folder import is_reference, open_folder
+from wina_calib.model.folder import RUNTIME_TYPE, is_reference, open_folder
 
 
 def made_text(opened: Checkpoint, base: Base, name: str) -> str:
@@ -57,6 +57,9 @@ def _loading(folder: Path, settings: Settings, name: str) -> str:
             "This repository holds the calibration only, a few megabytes; loading takes the weights from the base model "
             "and checks that they are the ones it was made for."
         )
+    kind = str(open_folder(folder).stored.get("model_type"))
+    if kind.startswith(RUNTIME_TYPE):
+        text += f"Without `import wina_calib` no transformers knows the model type {code(kind)}.\n\n"
     return text + (
         "After `import wina_calib`, `AutoModelForCausalLM.from_pretrained` and `pipeline` load it as well. Any sparsity "
         "between 0 and 1 can be set while it runs."
@@ -173,7 +176,7 @@ def _making(settings: Settings, base: Base) -> str:
         *([("budget chosen later", f"`wina-calib budget`: {chosen}")] if later is not None else []),
         ("base model", code(base.shown) + (f" at commit {code(base.commit)}" if base.commit else "")),
         ("weights", f"sha256 {code(settings.weights)}"),
-        *([("trained", trained)] if (trained := _trained(facts)) else []),
+        *([("trained", how)] if (how := trained(facts)) else []),
         ("data", f"{_data(facts.get('data', ()))}, sha256 {code(str(facts.get('data_fingerprint')))}"),
         (
             "tokens",
@@ -185,15 +188,17 @@ def _making(settings: Settings, base: Base) -> str:
     return "## How it was made\n\n" + markdown_table(("", ""), rows)
 
 
-def _trained(facts: Mapping[str, Any]) -> str:
-    """How the weights were trained after calibration; empty where they were not."""
+def trained(facts: Mapping[str, Any]) -> str:
+    """How the weights were trained after calibration: on what, how long; empty where they were not."""
     found = facts.get("recovered")
     if not isinstance(found, dict):
         return ""
-    given = found.get("sparsities")
+    given, data, seconds = found.get("sparsities"), found.get("data"), found.get("seconds")
     shares = ", ".join(f"{s:.0%}" for s in given if isinstance(s, float)) if isinstance(given, list) else "?"
     steps, tokens = _count(found.get("steps"), ","), _count(found.get("tokens"), ",")
-    return f"`wina-calib recover`: {steps} steps on {tokens} tokens, under masks at {shares}"
+    text = f" of {_data(data)}" if isinstance(data, list) else ""
+    time = f", {seconds:,.0f} s" if isinstance(seconds, int | float) else ""
+    return f"`wina-calib recover`: {steps} steps on {tokens} tokens{text}{time}, under masks at {shares}"
 
 
 def _sizes(opened: Checkpoint) -> str:
@@ -239,7 +244,7 @@ def _limits(opened: Checkpoint) -> str:
         )
     elif settings.transform in ("paper", "stacked"):
         points.append("It needs run-time matrices: without wina_calib it does not load.")
-    elif _trained(settings.provenance):
+    elif trained(settings.provenance):
         points.append(
             "Its weights were trained under masks: at sparsity 0, and in transformers without wina_calib, it is another model "
             "than the base model."

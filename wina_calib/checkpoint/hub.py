@@ -22,6 +22,7 @@ from wina_calib.common import plots
 from wina_calib.common.atomic import write_file
 from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.progress import Estimate, Part
+from wina_calib.common.text import human_bytes
 from wina_calib.errors import CheckpointError, HubError, UsageError
 from wina_calib.model.architecture import SITES
 from wina_calib.model.folder import REFERENCE_FILE, is_reference, read_config
@@ -90,11 +91,12 @@ def push_to_hub(
     folder, api = Path(given_name(folder)), HfApi(token=token)
     with hearing(progress) as report:
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
-        report.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(_UPLOAD, 1, size / 2e7))))  # bytes a second
+        upload = f"{_UPLOAD} {human_bytes(size)}"
+        report.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(upload, 1, size / 2e7))))  # bytes a second
         report.phase(_VERIFY, 1)
         prepare(folder, repo, base_model=base_model, api=api)
         report.step("weights and card")
-        report.phase(_UPLOAD, 1)
+        report.phase(upload, 1)
         with readable_errors(repo, revision, kept=", and nothing was sent"):
             name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         with readable_errors(repo, revision, kept="; what was sent of large files is not sent again"):

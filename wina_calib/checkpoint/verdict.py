@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from wina_calib.budgets import Cells
-from wina_calib.common.text import percent, share, table, whole
+from wina_calib.common.text import give_or_take, percent, share, table, whole
+
+Values = NDArray[np.float64]
 
 SHOWN = (0.25, 0.4, 0.5, 0.65)  # sparsities whose rise is told
 ASKED_RISES = (0.01, 0.05, 0.1)  # rises of perplexity whose sparsity is told
 TOO_MUCH = 0.1
 OFF = 0.01  # difference of achieved and asked sparsity from which it is told
 HELD_OUT, VERDICT, QUICK = "held_out", "verdict", "quick"  # keys of the provenance
-A_FIRST_LOOK = (
-    "a first look (--quick) on a third of the text: a full calibration usually bears more (SmolLM2 29 %, not 27 %)"
-)
+A_FIRST_LOOK = "a first look (--quick) on a third of the text: a full calibration usually bears a little more"
 CHEAPER = (
     "groups of 32 (--group-size 32) if these are of 64, a lower sparsity, --keep-16-bit for the projections that suffer "
     "most, or --bits 8 cost less, and `wina-calib recover` with --bits trains some of it back"
 )
-_DERIVED = ("quantizing", "quick")  # of a verdict, from what stands beside it in the provenance
+_DERIVED = ("quantizing", "quick", "error", "errors")  # of a verdict, from what stands beside it in the provenance
 _ROWS = ("anchors", "loss_rise", "kl", "achieved")
 _SPREAD = 0.15  # what the ratio of loss rise and divergence differs by from anchor to anchor
 _CORRELATED = 2.0  # tokens of a text are worth so many times fewer independent ones
@@ -48,6 +48,7 @@ class HeldOut:
         tokens: predicted tokens.
         data: the text.
         unmasked: loss rise and divergence at sparsity 0, where the weights are quantized; else 0.
+        errors: standard errors of `loss_rise`, by how sequences differ; () where that is not known.
     """
 
     anchors: tuple[float, ...]
@@ -57,6 +58,7 @@ class HeldOut:
     tokens: int
     data: tuple[str, ...]
     unmasked: tuple[float, float] = (0.0, 0.0)
+    errors: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,9 +72,11 @@ class HeldOut:
         try:
             anchors, loss, kl, achieved = rows = [tuple(map(float, raw[name])) for name in _ROWS]
             first, second = map(float, raw["unmasked"])
-            held = cls(anchors, loss, kl, achieved, int(raw["tokens"]), tuple(map(str, raw["data"])), (first, second))
-            same = len(set(map(len, rows))) == 1 and len(anchors) > 0
-            fine = all(math.isfinite(value) for row in (*rows, held.unmasked) for value in row) and all(
+            errors = tuple(map(float, raw.get("errors", ())))
+            told = int(raw["tokens"]), tuple(map(str, raw["data"]))
+            held = cls(anchors, loss, kl, achieved, *told, (first, second), errors)
+            same = len(set(map(len, rows))) == 1 and len(anchors) > 0 and len(errors) in (0, len(anchors))
+            fine = all(math.isfinite(value) for row in (*rows, held.unmasked, errors) for value in row) and all(
                 0 < a < 1 for a in anchors
             )
             return held if same and fine and list(anchors) == sorted(set(anchors)) else None
@@ -104,6 +108,22 @@ class HeldOut:
         """Predicted relative rise of perplexity at a model sparsity."""
         masked = math.exp(_line(math.log(sparsity), *self._points)) if sparsity > 0 else 0.0
         return math.expm1(min(self.base + masked, 700.0))
+
+    def error_at(self, sparsity: float) -> float:
+        """Standard error of `rise_at`: 0.004 is 0.4 points; 0 where nothing was measured.
+
+        A rise is drawn to what the divergence says as its noise demands (`smoothed`): what sequences differ by counts as far as
+        the rise itself is trusted, and what the ratio of the two differs by as far as it is not.
+        """
+        if sparsity <= 0 or not self.tokens:
+            return 0.0
+        kl = np.maximum(self.kl, 1e-9)
+        noise = _noise(kl, self.tokens)
+        trusted = _SPREAD**2 / (_SPREAD**2 + noise)
+        seen = np.square(self.errors / kl) if self.errors else noise
+        off = kl * np.sqrt(trusted**2 * seen + ((1 - trusted) * _SPREAD) ** 2)
+        at = np.interp(math.log(sparsity), np.log(self.anchors), np.log(off))
+        return float((1 + self.rise_at(sparsity)) * math.exp(at))
 
     def sparsity_for(self, rise: float) -> float:
         """The largest model sparsity whose predicted rise of perplexity is at most `rise`; not above the last anchor."""
@@ -155,6 +175,8 @@ class Verdict:
         data: the held-out text.
         quantizing: what quantizing the weights alone costs of `rise`, which is over the original model; not stored here.
         quick: whether it comes from a first look; not stored here.
+        error: standard error of `rise`, by how held-out sequences differ; not stored here, and neither are
+        errors: those of `rises`.
     """
 
     sparsity: float
@@ -169,6 +191,8 @@ class Verdict:
     data: tuple[str, ...]
     quantizing: float = 0.0
     quick: bool = False
+    error: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -201,11 +225,15 @@ class Verdict:
             speedup=1 / read,
             tokens=held.tokens,
             data=held.data,
-            quantizing=held.base_rise,
+            **_beside(held, sparsity),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """For people's programs: what is stored and the standard errors."""
+        return self.to_dict() | {"error": self.error, "errors": self.errors}
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As it is stored."""
         return {name: value for name, value in asdict(self).items() if name not in _DERIVED} | {"data": list(self.data)}
 
     @classmethod
@@ -223,14 +251,20 @@ class Verdict:
         if not all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers) or not isinstance(raw["data"], list):
             return None
         held = HeldOut.from_dict(provenance.get(HELD_OUT))
-        beside = {"quantizing": 0.0 if held is None else held.base_rise, "quick": provenance.get(QUICK) is True}
-        return cls(**raw | beside | {"data": tuple(map(str, raw["data"]))})
+        beside = {} if held is None else _beside(held, raw["sparsity"])
+        return cls(**raw | beside | {"quick": provenance.get(QUICK) is True} | {"data": tuple(map(str, raw["data"]))})
 
     @property
     def warning(self) -> str | None:
         """What to say where the model loses much; None elsewhere."""
         if self.rise <= TOO_MUCH:
             return None
+        if self.limit is not None and not self.reaches("0.05"):  # --max-ppl-rise counts on top of it
+            masks = (1 + self.rise) / (1 + self.quantizing) - 1
+            return (
+                f"perplexity is expected to rise by {_rise(self.rise)}: {self.alone.lower()}, and the "
+                f"{share(self.sparsity)} sparsity chosen {_rise(masks)} on top. {CHEAPER[0].upper()}{CHEAPER[1:]}"
+            )
         better = self.sparsity_for["0.05"]
         return (
             f"perplexity is expected to rise by {_rise(self.rise)} at {share(self.sparsity)} sparsity: much of the "
@@ -257,7 +291,9 @@ class Verdict:
 
     def rows(self) -> list[list[str]]:
         """For people, what and how much."""
-        costs = ", ".join(f"{percent(float(s), 0)}: +{_rise(r)}" for s, r in self.rises.items())
+        costs = ", ".join(
+            f"{percent(float(s), 0)}: +{_rise(r)}{give_or_take(self.errors.get(s, 0.0))}" for s, r in self.rises.items()
+        )
         shares = ", ".join(
             f"+{percent(float(r), 0)}: {share(whole(s)) if self.reaches(r) else 'none'}"
             for r, s in self.sparsity_for.items()
@@ -266,12 +302,15 @@ class Verdict:
             f"{self.tokens:,} tokens of {', '.join(self.data)}" if self.tokens else "predicted from the loss curves"
         )
         rows = [
-            ["expected rise of perplexity", f"+{_rise(self.rise)} at {share(self.sparsity)} sparsity"],
+            [
+                "expected rise of perplexity",
+                f"+{_rise(self.rise)}{give_or_take(self.error)} at {share(self.sparsity)} sparsity",
+            ],
             ["at other sparsities", costs],
             ["sparsity for a rise of", shares],
             [
                 "decoding, one sequence",
-                f"up to {self.speedup:.2f} times as fast (reads {percent(self.read_fraction, 0)} of the weights' bytes)",
+                f"{self.speedup:.2f} times as fast by what is read alone, {percent(self.read_fraction, 0)} of the weights' bytes",
             ],
             ["held-out text", source],
         ]
@@ -286,6 +325,12 @@ class Verdict:
         return rows
 
 
+def _beside(held: HeldOut, sparsity: float) -> dict[str, Any]:
+    """What of a verdict is not stored with it."""
+    errors = {f"{s:g}": held.error_at(s) for s in SHOWN}
+    return {"quantizing": held.base_rise, "error": held.error_at(sparsity), "errors": errors}
+
+
 def smoothed(loss: Sequence[float], kl: Sequence[float], tokens: int) -> tuple[float, ...]:
     """Rises of the loss (nats a token) as far as their noise allows, positive and ascending.
 
@@ -294,13 +339,19 @@ def smoothed(loss: Sequence[float], kl: Sequence[float], tokens: int) -> tuple[f
     """
     divergence = np.maximum(np.asarray(kl, dtype=np.float64), 1e-9)
     ratio = np.asarray(loss, dtype=np.float64) / divergence
-    noise = 2 * _CORRELATED / (max(tokens, 1) * divergence)
+    noise = _noise(divergence, tokens)
     weight = 1 / (noise + _SPREAD**2)
     common = float(np.clip((weight * ratio).sum() / weight.sum(), 0.3, 3.0))
     trusted = _SPREAD**2 / (_SPREAD**2 + noise)
     rises = np.maximum(divergence * (trusted * ratio + (1 - trusted) * common), divergence * 0.2)
     steps = np.maximum.accumulate(rises) * (1 + 1e-6 * np.arange(len(rises)))  # equal ones would have no order
     return tuple(steps.tolist())
+
+
+def _noise(divergence: Values, tokens: int) -> Values:
+    """Variance of the ratio of a measured loss rise and the divergence."""
+    found: Values = 2 * _CORRELATED / (max(tokens, 1) * divergence)
+    return found
 
 
 def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

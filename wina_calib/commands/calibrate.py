@@ -61,12 +61,13 @@ def summary(result: Result) -> dict[str, Any]:
     """A finished calibration for JSON."""
     facts = result.settings.to_dict()
     verdict = result.verdict
-    return {"folder": str(result.folder), **facts, "verdict": verdict.to_dict(), "warning": verdict.warning}
+    return {"folder": str(result.folder), **facts, "verdict": verdict.to_json(), "warning": verdict.warning}
 
 
 def told(result: Result) -> str:
     """A finished calibration for people: what it is, what to expect, and what to do next."""
     verdict, folder = result.verdict, result.folder
+    prompt = "What is a lighthouse?" if _chats(folder) else "Once upon a time"
     whose = "the quantized model's at sparsity 0" if verdict.quantizing else "the dense model's"
     why = (
         ""
@@ -81,8 +82,19 @@ def told(result: Result) -> str:
             "",
             "next:",
             f"  wina-calib evaluate {quote(str(folder))} --data YOUR_TEXT --save",
-            f'  wina-calib generate {quote(str(folder))} "Once upon a time"',
+            f'  wina-calib generate {quote(str(folder))} "{prompt}"',
         ]
+    )
+
+
+def _chats(folder: Path) -> bool:
+    """Whether a checkpoint's files hold a chat template; its tokenizer is not loaded, which may run code."""
+    from wina_calib.storage import read_json
+
+    config = folder / "tokenizer_config.json"
+    stored = read_json(config) if config.is_file() else None
+    return (folder / "chat_template.jinja").is_file() or (
+        isinstance(stored, dict) and bool(stored.get("chat_template"))
     )
 
 

@@ -20,7 +20,7 @@ from wina_calib.commands.options import (
     trust_option,
 )
 from wina_calib.commands.output import bars, emit, note
-from wina_calib.common.text import fixed, percent, rise, table
+from wina_calib.common.text import fixed, give_or_take, percent, rise, table
 from wina_calib.errors import UsageError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def render(result: Evaluation) -> str:
             "perplexity",
             fixed(result.dense_ppl),
             fixed(result.sparse_ppl),
-            rise(result.sparse_ppl, result.dense_ppl),
+            rise(result.sparse_ppl, result.dense_ppl) + give_or_take(result.rise_error or 0.0),
         ],
         [f"KL from {own} (nats/token)", "0.000", f"{result.kl:.3f}", ""],
         ["top-1 agreement", "100.0 %", percent(result.top1_agreement), ""],

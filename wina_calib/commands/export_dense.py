@@ -26,9 +26,17 @@ def command(checkpoint: str, output: Path, overwrite: bool, revision: str | None
       wina-calib export-dense demo-sparse -o demo-dense
     """
     load_libraries()
+    from wina_calib.checkpoint.card_text import trained
     from wina_calib.checkpoint.export_dense import export_dense
+    from wina_calib.checkpoint.reader import read_settings
     from wina_calib.model.locate import resolve
 
     folder, _ = resolve(checkpoint, revision=revision)
     export_dense(folder, output, overwrite=overwrite)
-    emit({"folder": str(output)}, f"{output}: dense model written.", as_json=as_json)
+    facts = read_settings(folder).provenance
+    how = trained(facts)
+    told = (
+        f" Its weights were trained ({how.replace('`', '')}): it is another model than the base model." if how else ""
+    )
+    out = {"folder": str(output)} | ({"recovered": facts["recovered"]} if how else {})
+    emit(out, f"{output}: dense model written.{told}", as_json=as_json)

@@ -81,7 +81,7 @@ def describe(opened: Checkpoint, *, verified: bool) -> dict[str, Any]:
         "bits_read": cells.bits_read_at(at),
         "runtime_matrices": cells.runtime_matrices,
         "fitted_anchors": list(settings.fitted_anchors),
-        "verdict": None if verdict is None else verdict.to_dict(),
+        "verdict": None if verdict is None else verdict.to_json(),
         "warning": None if verdict is None else verdict.warning,
         "settings": settings.to_dict(),
         "sites": sites,

@@ -53,6 +53,15 @@ def table(made: Any) -> str:
                 f"{kind:<20}{sparsity:>9.0%}{before.rise:>13.1%}{after.rise:>9.1%}{before.top1_agreement:>12.3f}"
                 f"{after.top1_agreement:>8.3f}{before.kl:>8.3f}{after.kl:>8.3f}"
             )
+    if any(
+        after.rise > before.rise and after.kl < before.kl
+        for kind, by in made.before.items()
+        for before, after in ((by[s], made.after[kind][s]) for s in by)
+    ):
+        lines.append(
+            "Where the rise is higher after and the divergence (KL) lower, the model answers more like the dense one, which is "
+            "what it is trained for, though a little less like this text."
+        )
     if made.tasks_before:
         lines += ["", f"{'task, share solved':<20}{'sparsity':>9}{'before':>13}{'after':>9}"]
     for task, solved in made.tasks_before.items():

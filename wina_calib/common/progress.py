@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,11 +19,13 @@ class Part:
         name: what `Progress.phase` will call it.
         steps: its steps.
         cost: what it takes beside the other parts, in any unit that all of them share.
+        at_most: seconds after which it ends, whatever is done.
     """
 
     name: str
     steps: int
     cost: float = 1.0
+    at_most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -246,15 +249,15 @@ class Forecast:
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds to the end; None while nothing is known: until two steps are done, as the first one has its own beginnings."""
-        unit, later = self._pace.each(now), sum(part.cost for part in self._parts)
+        unit = self._pace.each(now)
         if self._steps_seen:
             step = self._seconds / self._steps_seen
         elif unit is not None:
             step = self._cost(1) * unit
         else:
             return None
-        later *= unit or 0.0
-        return max(step * (self._steps - self._done) - (now - self._last), 0.0) + later
+        here = min(step * (self._steps - self._done) - (now - self._last), self._now.at_most - (now - self._begun))
+        return max(here, 0.0) + sum(min(part.cost * (unit or 0.0), part.at_most) for part in self._parts)
 
     def _see(self, now: float, seconds: float, steps: int) -> None:
         """So many steps of the phase under way took so long; one that is not in the plan says nothing of those that are."""

@@ -52,6 +52,11 @@ def rise(value: float, base: float) -> str:
     return f"{change:+.1f} %" if abs(change) < _LONG else f"{change:+.3g} %"
 
 
+def give_or_take(error: float) -> str:
+    """The standard error of a relative change: ` ± 0.4`, in percent; nothing where it is too small or large to say anything."""
+    return f" ± {100 * error:.{1 if error < 0.0995 else 0}f}" if 0.0005 <= error < 1 else ""
+
+
 def fixed(value: float) -> str:
     """Three decimals, or three digits of a number too long to read: `32.958`, `4.72e+10`."""
     return f"{value:.3f}" if abs(value) < _LONG else f"{value:.3g}"

@@ -65,7 +65,7 @@ def how_much(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Answer:
         else (f"+{percent(r, 0)}", "none", "-", "-")
         for r in ASKED_RISES
     )
-    return Answer(question, says, ("perplexity", "dropped", "bytes read", "times as fast, at most"), rows)
+    return Answer(question, says, ("perplexity", "dropped", "bytes read", "times as fast by that"), rows)
 
 
 def where(opened: Checkpoint, cells: Cells) -> Answer:
@@ -115,7 +115,7 @@ def what_it_costs(opened: Checkpoint, cells: Cells, held: HeldOut | None) -> Ans
         for s in sorted({*SHOWN, own} - {0.0})
     )
     return Answer(
-        "What does it cost?", says, ("dropped", "bytes read", "times as fast, at most", "perplexity expected"), rows
+        "What does it cost?", says, ("dropped", "bytes read", "times as fast by that", "perplexity expected"), rows
     )
 
 

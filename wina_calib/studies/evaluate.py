@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina_calib.calibration.layer_stream import Head
-from wina_calib.calibration.likelihood import Quality, quality_sums
+from wina_calib.calibration.likelihood import Quality, quality_sums, standard_error
 from wina_calib.checkpoint.format import stored_cells
 from wina_calib.checkpoint.local_paths import data_here
 from wina_calib.checkpoint.reader import open_calibrated
@@ -69,6 +69,7 @@ class Evaluation:
         sites: asked and achieved sparsity of every site.
         warnings: what makes these figures doubtful, with the remedy.
         weights: `int4` or `int8` where weights are quantized, so that `dense_ppl` is theirs and not the original model's.
+        rise_error: standard error of `sparse_ppl` over `dense_ppl`, by how blocks differ; None of one block.
         quantizing_rise: what quantizing them cost in perplexity on calibration's held-out text, over the original model.
     """
 
@@ -90,6 +91,7 @@ class Evaluation:
     sites: tuple[SiteSparsity, ...]
     warnings: tuple[str, ...]
     weights: str | None = None
+    rise_error: float | None = None
     quantizing_rise: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,15 +105,27 @@ class Measured(Quality):
 
     model_sparsity: float
     sites: dict[tuple[int, str], float]
+    rise_error: float | None = None  # standard error of `rise`; None where it is not known
 
     @classmethod
     def from_sums(
-        cls, sums: Tensor, counts: Mapping[tuple[int, str], SiteCount], sites: Sequence[SiteState], blocks: Blocks
+        cls,
+        sums: Tensor,
+        counts: Mapping[tuple[int, str], SiteCount],
+        sites: Sequence[SiteState],
+        blocks: Blocks,
+        rises: Sequence[Tensor] = (),
     ) -> Measured:
-        """From `block_sums` and mask counts over all of `blocks`."""
+        """From `block_sums` and mask counts over all of `blocks`, and the rise of the loss in each."""
         achieved = {(s.layer, s.site.name): counts[s.layer, s.site.name].sparsity for s in sites}
         quality = Quality.of(sums, blocks.tokens - len(blocks.ids))
-        return cls(**vars(quality), model_sparsity=model_weighted(sites, list(achieved.values())), sites=achieved)
+        error = standard_error(torch.stack(list(rises))) if rises else None
+        return cls(
+            **vars(quality),
+            model_sparsity=model_weighted(sites, list(achieved.values())),
+            sites=achieved,
+            rise_error=None if error is None else error * (1 + quality.rise),
+        )
 
     def figures(self) -> dict[str, float]:
         """What rows of every experiment have, by name."""
@@ -209,6 +223,7 @@ def evaluate_model(
             settings, blocks.data, asked, measured.model_sparsity, measured.tokens, calibration=data_here(provenance)
         ),
         weights=settings.weights_name,
+        rise_error=measured.rise_error,
         quantizing_rise=None if held is None or settings.weights_name is None else held.base_rise,
     )
 
@@ -221,12 +236,15 @@ def measure(
     `dense` is what `dense_states` gave for the same blocks, so that they are not computed again.
     """
     sites, totals = sparse_sites(model), torch.zeros(4, dtype=torch.float64)
+    rises = []
     with runtime_state(model).counting() as counts:
         for index, ids in enumerate(blocks.ids.to(model.device)):
             whole = dense_states(model, ids[None])[0] if dense is None else dense[index]
-            totals += block_sums(model, whole, _states(model, ids), ids)
+            sums = block_sums(model, whole, _states(model, ids), ids)
+            totals += sums
+            rises.append((sums[1] - sums[0]) / (len(ids) - 1))
             progress.step(f"block {index + 1}")
-    return Measured.from_sums(totals, counts, sites, blocks)
+    return Measured.from_sums(totals, counts, sites, blocks, rises)
 
 
 def dense_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
