@@ -131,7 +131,7 @@ def main() -> None:
     out = {"model": Path(given.model).name, "options": options, "seconds": whole, **known, "after": after}
     (given.folder / "result.json").write_text(json.dumps(out | {"recovery": found.to_dict()}))
     each = [f"{s} {known['before'][s]['rise']:.1%} -> {a['rise']:.1%} ({a['achieved']:.3f})" for s, a in after.items()]
-    kept = [", ".join(f"{kl:.3f}" for kl in found.trained.held_out[n]) for n in (0, max(found.trained.held_out))]
+    kept = [", ".join(f"{kl:.3f}" for kl in losses) for losses in (found.trained.held_out[0], found.trained.kept)]
     step = found.trained.seconds / max(1, found.trained.steps)
     click.echo(
         f"RESULT {given.folder.name}: {', '.join(each)}; divergence {kept[0]} -> {kept[1]}, step {found.trained.best} kept; "

@@ -40,3 +40,17 @@ def test_processes_share_a_batch_evenly() -> None:
     assert plan_training(SIZE, RecoverOptions(), 120 << 30, processes=4).micro_batch == 2
     with pytest.raises(UsageError, match="batch of 8 cannot be shared by 3 processes"):
         plan_training(SIZE, RecoverOptions(), 120 << 30, processes=3)
+
+
+def test_weights_are_spread_over_processes_where_one_cannot_hold_them() -> None:
+    options = RecoverOptions()
+    assert not plan_training(SIZE, options, 120 << 30, processes=4).sharded
+    spread = plan_training(SIZE, options, 16 << 30, processes=4)
+    assert (spread.sharded, spread.adapters) == (True, False)
+    assert "spread over the processes" in spread.describe(options, 16 << 30)
+    assert plan_training(SIZE, options, 16 << 30).adapters
+    assert plan_training(SIZE, RecoverOptions(bits=4), 16 << 30, processes=4).adapters
+    assert plan_training(SIZE, RecoverOptions(train="sharded"), 120 << 30, processes=2).sharded
+    for train in (RecoverOptions(train="sharded"), RecoverOptions(train="sharded", bits=4)):
+        with pytest.raises(UsageError, match="for several processes"):
+            plan_training(SIZE, train, 120 << 30, processes=2 if train.bits else 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,14 +21,16 @@ from wina_calib.budgets import Target
 from wina_calib.calibration.apply_budget import apply
 from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.checkpoint.reader import open_checkpoint
+from wina_calib.cli import main
 from wina_calib.commands.recover import table
 from wina_calib.common.progress import Silent
 from wina_calib.errors import CorpusError, NumericError, OutputError, StateError, UsageError
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import plan_training
+from wina_calib.recovery.record import merit
 from wina_calib.recovery.run import _base, recover
-from wina_calib.recovery.train import Training, merit
+from wina_calib.recovery.train import Training
 from wina_calib.runtime.load import runtime_state
 
 IDS = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -113,7 +117,7 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     found = recover(calibrated, tmp_path / "out", sparsities=(0.5, 0.65), **options)
     for sparsity in (0.5, 0.65):
         assert found.after["trained on"][sparsity].kl < 0.95 * found.before["trained on"][sparsity].kl
-    assert merit(found.trained.held_out[found.trained.best], found.trained.held_out[0]) < 1
+    assert merit(found.trained.kept, found.trained.held_out[0]) < 1
     facts = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["provenance"]
     assert facts["recovered"]["sparsities"] == [0.5, 0.65]
     assert facts["recovered"]["steps"] == 12
@@ -127,12 +131,20 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
         "held_out",
         "best",
         "share",
+        "kept",
         "sparsities",
         "tokens",
+        "data",
     }
     assert len(found.trained.losses) == 12
     assert not list(tmp_path.glob(".*"))
-    assert "trained under masks" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "trained under masks" in card
+    assert re.search(r"12 steps on 3,072 tokens of `text.txt`, \d+ s, under masks at 50%, 65%", card)
+    told = CliRunner().invoke(main, ["export-dense", str(tmp_path / "out"), "-o", str(tmp_path / "plain")]).output
+    assert re.search(
+        r"Its weights were trained \(wina-calib recover: 12 steps on .*another model than the base model", told
+    )
     base = str(calibrated.parent / "model")
     assert str(_base(RecoverOptions(), open_checkpoint(tmp_path / "out"))) == base  # found where it was
 
@@ -252,7 +264,7 @@ def test_adapters_are_merged(calibrated: Path, tmp_path: Path, options: dict[str
 
 def test_text_of_the_model_itself_will_do(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     found = recover(calibrated, tmp_path / "out", **options | {"data": "self", "tokens": 6 * 4 * 64})
-    assert merit(found.trained.held_out[found.trained.best], found.trained.held_out[0]) <= 1
+    assert merit(found.trained.kept, found.trained.held_out[0]) <= 1
 
 
 @pytest.mark.parametrize(
@@ -397,6 +409,31 @@ def test_less_of_the_way_is_taken_where_it_is_better(
     assert seen[3] == pytest.approx(0.8 * seen[2], rel=1e-3)
     assert seen[4] == pytest.approx(0.6 * seen[2], rel=1e-3)
     assert "80% of the way" in table(found)
+    assert "more like the dense one" not in table(replace(found, after=found.before))
+    kind, ((sparsity, before), *_) = next((kind, list(by.items())) for kind, by in found.before.items())
+    odd = replace(before, ppl=before.ppl * 1.1, kl=before.kl / 2)
+    told = table(replace(found, after=found.before | {kind: found.before[kind] | {sparsity: odd}}))
+    assert "the model answers more like the dense one" in told
+
+
+def test_held_out_text_is_looked_at_with_thresholds_that_fit_the_weights(
+    calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = Training._held_out_losses, []
+
+    def twice(self: Training) -> list[float]:
+        """As it is, and from thresholds of other weights, which drop next to nothing."""
+        losses = whole(self)
+        for name, cut in self.masks.state().items():
+            if "@" in name:
+                cut.fill_(1e-9)
+        seen.append((losses[0], whole(self)[0]))
+        return losses
+
+    monkeypatch.setattr(Training, "_held_out_losses", torch.no_grad()(twice))
+    recover(calibrated, tmp_path / "out", **options | {"tokens": 2 * 4 * 64})
+    for losses, again in seen:
+        assert again == pytest.approx(losses, rel=0.03)
 
 
 def test_a_run_that_died_when_all_was_done_is_found_finished(

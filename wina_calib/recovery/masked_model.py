@@ -20,9 +20,10 @@ from wina_calib.errors import UsageError
 from wina_calib.masks.mask import keep_mask
 from wina_calib.masks.score import scores, stored_norm
 from wina_calib.masks.thresholds import site_sparsity, threshold_between
+from wina_calib.recovery.sharded import whole
 
 SAMPLE = 1 << 14  # scores of a site that a threshold is moved by
-MOVE = 0.2  # share of the way to the threshold that a step's scores call for
+MOVE = 0.2  # share of the way to the threshold that a step's scores call for, in training
 
 
 class Masked(torch.autograd.Function):
@@ -126,19 +127,20 @@ class MaskedModel:
         return self._rows
 
     @torch.no_grad()
-    def follow(self, agree: Callable[[Tensor], Tensor] = lambda cuts: cuts) -> None:
-        """After a step: move the thresholds of its sparsity to where they drop what is asked, by the scores that were seen.
+    def follow(self, agree: Callable[[Tensor], Tensor] = lambda cuts: cuts, move: float | None = None) -> None:
+        """After a pass: move the thresholds of its sparsity to where they drop what is asked, by the scores that were seen.
 
         Args:
             agree: the mean of thresholds (groups,) over the processes that train together.
+            move: share of the way to there; None is that of training.
         """
-        sparsity = self.sparsity
+        sparsity, share = self.sparsity, MOVE if move is None else move
         assert sparsity is not None
         groups = [g for g in self._groups.values() if g.seen and g.shares[sparsity] > 0]
         if groups:
             wanted = agree(_cuts([g.seen[0] for g in groups], [g.shares[sparsity] for g in groups]))
             now = torch.stack([g.thresholds[sparsity] for g in groups])
-            moved = now + (wanted - now) * torch.where(now >= 0, MOVE, 1.0)  # a negative one keeps everything
+            moved = now + (wanted - now) * torch.where(now >= 0, share, 1.0)  # a negative one keeps everything
             moved = torch.where(moved.isfinite(), moved, now)
             torch._foreach_copy_([g.thresholds[sparsity] for g in groups], list(moved.unbind()))
         for group in self._groups.values():
@@ -186,8 +188,7 @@ def _cuts(seen: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 def _merged(module: Any) -> Tensor:
     """The weight (out, in) of a projection, with what an adapter adds."""
     if not hasattr(module, "get_delta_weight"):
-        weight: Tensor = module.weight
-        return weight.detach()
+        return whole(module.weight)
     total: Tensor = module.get_base_layer().weight.detach() + sum(
         module.get_delta_weight(n) for n in module.active_adapters
     )

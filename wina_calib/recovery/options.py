@@ -11,7 +11,7 @@ from wina_calib.corpus.sources import check_spec, data_specs
 from wina_calib.errors import UsageError
 
 SELF = "self"  # data that the dense model writes itself
-TRAINED = ("auto", "all", "adapters")
+TRAINED = ("auto", "all", "sharded", "adapters")
 # Weights, and the highest learning rate that hurt no model of that size at any sparsity tried.
 LEARNING_RATES = ((3e8, 1e-4), (1e9, 3e-5), (4e9, 1e-5), (float("inf"), 5e-6))
 ADAPTER_FACTOR = 10  # low-rank adapters start at zero and bear more
@@ -49,7 +49,10 @@ class RecoverOptions:
     )
     lr: float = option(0.0, "Highest learning rate; 0 chooses by the model's size.", metavar="RATE")
     train: str = option(
-        "auto", "What is trained: all decoder weights, or low-rank adapters where memory is short.", choices=TRAINED
+        "auto",
+        "What is trained: all decoder weights; where memory is short, these spread over the processes of torchrun, or low-rank "
+        "adapters.",
+        choices=TRAINED,
     )
     rank: int = option(64, "Rank of adapters.", metavar="N")
     bits: int = option(

@@ -43,10 +43,12 @@ class TrainingPlan:
     steps: int  # optimizer steps
     memory_bytes: int  # what all that needs
     learning_rate: float  # the highest
+    sharded: bool = False  # decoder weights are spread over the processes
 
     def describe(self, options: RecoverOptions, available: int) -> str:
         """The plan in one line."""
         what = f"adapters of rank {options.rank}" if self.adapters else "all decoder weights"
+        what += ", spread over the processes" if self.sharded else ""
         again = ", layers computed again in the backward pass" if self.again else ""
         return (
             f"{self.steps} steps of {options.batch} x {options.seq_len} tokens, {what}, learning rate "
@@ -55,13 +57,21 @@ class TrainingPlan:
         )
 
 
-def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_batch: int, again: bool) -> int:
-    """Bytes that training takes, the dense model's weights counted in."""
+def memory_needed(
+    size: Size, options: RecoverOptions, *, adapters: bool, micro_batch: int, again: bool, spread: int = 1
+) -> int:
+    """Bytes that training takes in each process, the dense model's weights counted in.
+
+    `spread` is the number of processes that hold a part of the trained weights each; they come whole from the disk.
+    """
     trained = size.projections * options.rank if adapters else size.trained
     kept = size.weights - (0 if adapters else size.trained)
-    weights = trained * TRAINED_BYTES + kept * (size.itemsize if adapters else 4) + size.weights * size.itemsize
+    each = TRAINED_BYTES
     if not adapters:
-        weights += size.trained * 4 * (2 if options.bits else 1)  # the best weights so far, and the rounded ones
+        each += 4 * (2 if options.bits else 1)  # the best weights so far, and the rounded ones
+    weights = (
+        trained * max(4, each // spread) + kept * (size.itemsize if adapters else 4) + size.weights * size.itemsize
+    )
     tokens = micro_batch * options.seq_len
     layer = LAYER_FLOATS[0] * size.width + LAYER_FLOATS[1] * size.inner
     states = size.layers * size.width * (4 if options.hidden else 1)  # in the loss: both models' and their difference
@@ -71,9 +81,10 @@ def memory_needed(size: Size, options: RecoverOptions, *, adapters: bool, micro_
 
 
 def plan_training(size: Size, options: RecoverOptions, available: int, processes: int = 1) -> TrainingPlan:
-    """The plan whose needs fit: all weights where they do, else adapters; what the backward pass needs is kept where it fits.
+    """The plan whose needs fit: all weights where they do, else these spread over processes, else adapters.
 
-    `available` are bytes for each of the `processes` that share a step's sequences; 0 where nobody knows.
+    What the backward pass needs is kept where it fits. `available` are bytes for each of the `processes` that share a step's
+    sequences; 0 where nobody knows.
 
     Raises:
         UsageError: nothing fits; the message has the numbers. Or the sequences cannot be shared evenly.
@@ -84,16 +95,24 @@ def plan_training(size: Size, options: RecoverOptions, available: int, processes
             f"a batch of {options.batch} cannot be shared by {processes} processes. Give a multiple with --batch."
         )
     steps = max(1, options.tokens // (options.batch * options.seq_len))
-    choices = {"all": (False,), "adapters": (True,), "auto": (False, True)}[options.train]
+    spread = processes > 1 and not options.bits
+    if options.train == "sharded" and not spread:
+        raise UsageError(
+            "train sharded is for several processes, started with torchrun, and without --bits. Give --train auto."
+        )
+    ways = {"all": (False, 1), "sharded": (False, processes), "adapters": (True, 1)}
+    choices = (
+        [ways[options.train]] if options.train in ways else [way for way in ways.values() if way[1] == 1 or spread]
+    )
     batches = [min(own, options.micro_batch)] if options.micro_batch else [n for n in range(own, 0, -1) if own % n == 0]
     busy = [n for n in batches if n * options.seq_len >= min(FULL, own * options.seq_len)] or batches
     needs = 0
-    for adapters in choices:
+    for adapters, parts in choices:
         for again, micro_batch in [*((False, n) for n in busy), *((True, n) for n in batches)]:
-            needs = memory_needed(size, options, adapters=adapters, micro_batch=micro_batch, again=again)
+            needs = memory_needed(size, options, adapters=adapters, micro_batch=micro_batch, again=again, spread=parts)
             if not available or needs <= SPARE * available:
                 rate = options.learning_rate(size.weights, adapters=adapters)
-                return TrainingPlan(adapters, micro_batch, again, steps, needs, rate)
+                return TrainingPlan(adapters, micro_batch, again, steps, needs, rate, sharded=parts > 1)
     raise UsageError(
         f"training needs about {human_bytes(needs)} of memory with the smallest choices, and {human_bytes(available)} is "
         f"available. Take a smaller --seq-len than {options.seq_len}, --train adapters, or a device with more memory."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina_calib.calibration.run import calibrate
@@ -17,41 +18,52 @@ from wina_calib.checkpoint.local_paths import remember
 from wina_calib.checkpoint.reader import Checkpoint
 from wina_calib.checkpoint.side_files import copy_side_files
 from wina_calib.checkpoint.writer import write_json
+from wina_calib.common.distributed import Ranks
 from wina_calib.common.progress import Progress
 from wina_calib.corpus.blocks import MIN_TOKENS
 from wina_calib.errors import OutputError
 from wina_calib.model.folder import code_is_trusted, open_folder, read_config
 from wina_calib.model.locate import DEMO
-from wina_calib.recovery.options import RecoverOptions
+from wina_calib.recovery.options import SELF, RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan
+from wina_calib.recovery.record import Trained
+from wina_calib.recovery.sharded import whole
 from wina_calib.recovery.text import data_of
-from wina_calib.recovery.train import Trained
 from wina_calib.storage import Shards
 
 
 @torch.no_grad()
-def write_trained(student: PreTrainedModel, dense: Path, folder: Path, plan: TrainingPlan) -> None:
-    """Write the trained weights as a plain model folder, in the dtype that they had; adapters are merged.
+def trained_weights(student: PreTrainedModel, plan: TrainingPlan, ranks: Ranks) -> dict[str, Tensor]:
+    """The trained weights by their names in a plain model, on the CPU; adapters are merged.
+
+    Every process calls this; only the first one gets them.
+    """
+    if plan.adapters:
+        for module in list(student.modules()):
+            if hasattr(module, "get_delta_weight"):
+                module.merge()
+    found = {}
+    for name, p in student.named_parameters():
+        if (p.requires_grad or plan.adapters) and ".lora_" not in name:
+            value = whole(p)
+            if ranks.is_first:
+                found[name.replace(".base_layer.", ".")] = value.cpu()
+    return found
+
+
+def write_trained(weights: Mapping[str, Tensor], dense: Path, folder: Path) -> None:
+    """Write trained weights as a plain model folder, in the dtype that they had.
 
     `dense` are the checkpoint's weights as a plain model, untrained.
 
     Raises:
         OutputError: the disk is full.
     """
-    if plan.adapters:
-        for module in list(student.modules()):
-            if hasattr(module, "get_delta_weight"):
-                module.merge()
-        names = {n: n.replace(".base_layer.", ".") for n, _ in student.named_parameters() if ".lora_" not in n}
-        values = dict(student.named_parameters())
-        state = {new: values[old].detach() for old, new in names.items()}
-        plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, trust_remote_code=code_is_trusted())
-        plain.load_state_dict(state, strict=False)
-        student = plain
-    student.to(stored_dtype(dense))
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=stored_dtype(dense), trust_remote_code=code_is_trusted())
+    plain.load_state_dict(weights, strict=False)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        student.save_pretrained(folder)
+        plain.save_pretrained(folder)
     except SafetensorError as error:  # the library's own, with the system's in its text
         if "No space left" not in str(error):
             raise
@@ -109,6 +121,7 @@ def calibrate_trained(
     del facts["losses"]
     config = read_config(made)
     section = config["quantization_config"]
+    facts["data"] = [SELF] if chosen.data == (SELF,) else section["provenance"]["data"]
     section["provenance"] |= {
         "recovered": facts,
         "base_model": provenance.get("base_model", base.name),

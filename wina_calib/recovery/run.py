@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -45,10 +46,11 @@ from wina_calib.recovery.measure import measure
 from wina_calib.recovery.models import load_plain, prepared, rotation_to, size_of
 from wina_calib.recovery.options import RecoverOptions, make_options
 from wina_calib.recovery.plan import TrainingPlan, available_memory, plan_training
-from wina_calib.recovery.result import calibrate_trained, stored_dtype, write_trained
+from wina_calib.recovery.record import Trained
+from wina_calib.recovery.result import calibrate_trained, stored_dtype, trained_weights, write_trained
 from wina_calib.recovery.tasks import read_tasks
 from wina_calib.recovery.text import training_text
-from wina_calib.recovery.train import Trained, Training
+from wina_calib.recovery.train import Training
 from wina_calib.storage.resume import RunState, open_run_state
 from wina_calib.storage.resume_files import drop, has_finished, mark_finished, state_folder
 
@@ -142,8 +144,8 @@ def _refuse_sharding() -> None:
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise UsageError(
-                f"{what} is set ({name}), and weights that are spread over processes cannot be trained under masks: "
-                "start plain processes with torchrun, and give --train adapters where one device cannot hold the model."
+                f"{what} is set ({name}), and weights that it spreads cannot be trained under masks: start plain processes "
+                "with torchrun; `recover` spreads weights over them itself where one device cannot hold them (--train sharded)."
             )
 
 
@@ -254,12 +256,14 @@ class _Recovering:
         )
         trained = training.run()
         del training
+        values = trained_weights(student, plan, ranks)
+        if not plan.sharded:
+            student.to("meta")
+        gc.collect()
 
         def finish(heard: Progress) -> Recovery:
             weights, made = state / "trained", state / "calibrated"
-            write_trained(student, dense, weights, plan)
-            student.to("meta")
-            gc.collect()
+            write_trained(values, dense, weights)
             inner = Within(heard, "calibrate")
             calibrate_trained(weights, made, opened, chosen, sparsities, trained, self.base, inner)
             write_card(made, name=self.target.name)
@@ -314,7 +318,7 @@ def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[floa
     tokens = plan.steps * chosen.batch * chosen.seq_len
     parts = (
         Part("measure before", texts + tasks, measured),
-        Part("train", plan.steps, 5 * tokens / 1000),
+        Part("train", plan.steps, 5 * tokens / 1000, 60 * chosen.max_time or math.inf),
         Part("calibrate", Within.STEPS, 262.0 * 5),
         Part("measure after", texts + tasks, measured),
     )

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from wina_calib.common.distributed import Ranks
 from wina_calib.common.progress import Progress
 from wina_calib.corpus.blocks import fingerprint
-from wina_calib.errors import NumericError, StateError
+from wina_calib.errors import StateError
 from wina_calib.model.architecture import Architecture
 from wina_calib.quantization.formats import WeightFormat
 from wina_calib.recovery.batches import Batches
@@ -29,10 +29,11 @@ from wina_calib.recovery.distiller import Distiller
 from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import SELF, RecoverOptions
 from wina_calib.recovery.plan import TrainingPlan
+from wina_calib.recovery.record import MAX_SKIPPED, Log, Trained, merit
+from wina_calib.recovery.sharded import part, part_of, spread, whole_of
 from wina_calib.recovery.straight_through import straight_through
 from wina_calib.storage.resume import Phase
 
-MAX_SKIPPED = 8
 LOOK_EVERY = {"cpu": 1}  # steps after which their losses are looked at; on a device that means waiting for it
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 LOWEST = 0.02  # of the highest learning rate, at the end
@@ -40,52 +41,11 @@ CLIP = 1.0
 QUANTIZED = 0.3  # share of the steps, the last ones, that compute with quantized weights
 NORMS_EVERY = 10
 SAVE_AFTER = 30.0  # seconds of training that are worth a save
+SETTLING = 8  # passes over a little text that thresholds are fitted by, before held-out text is looked at
 PROBE = 4  # steps whose time says how many fit into a limit of time
 CHECKS = (0.0, 0.5, 1.0)  # of the steps, where held-out text is looked at
 # Of the way from the first weights to the last; less is often better on text that is not known.
 SHARES = (1.0, 0.8, 0.6)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training came to."""
-
-    steps: int  # done
-    skipped: int  # of these, without effect as they were not a number
-    seconds: float  # they took, those of earlier runs too
-    held_out: dict[int, list[float]]  # divergence on held-out text at each sparsity, by step
-    best: int  # the step whose weights were kept
-    share: float = 1.0  # how much of the way from the first weights to those was kept
-    losses: list[float] = field(default_factory=list)  # divergence of every step since the run was last begun
-
-
-@dataclass
-class _Log:
-    """What came of the steps: looked at some at a time."""
-
-    losses: list[float]
-    skipped: int
-    in_a_row: int = 0
-    waiting: list[Tensor] = field(default_factory=list)
-
-    def look(self, engine: Accelerator, rate: float) -> None:
-        """Take what is waiting, (divergence, whether it was a number) of a step each.
-
-        Raises:
-            NumericError: too many steps in a row were not a number.
-        """
-        if not self.waiting:
-            return
-        averages = engine.reduce(torch.stack(self.waiting), "mean").tolist()
-        self.waiting.clear()
-        for loss, fine in averages:
-            self.losses.append(loss if fine else math.nan)
-            self.skipped += not fine
-            self.in_a_row = 0 if fine else self.in_a_row + 1
-            if self.in_a_row >= MAX_SKIPPED:
-                raise NumericError(
-                    f"{self.in_a_row} steps in a row were not a number. Give a lower --lr than {rate:g}."
-                )
 
 
 @dataclass
@@ -112,7 +72,10 @@ class Training:
         """Train, and leave the best weights in the student."""
         bf16 = self.device.type == "cuda"
         self._engine = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=self.device.type == "cpu")
-        self._weights = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        if self.plan.sharded:
+            spread(self.student.get_submodule(self.architecture.layers_path).children(), self.device)
+        self._trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        self._weights = {name: part(p) for name, p in self._trained.items()}
         self._optimizer: Any = torch.optim.AdamW(
             self._weights.values(), lr=self.plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -123,21 +86,23 @@ class Training:
         self._given = {"text": text, "adapters": self.plan.adapters}
         self._text = Batches(self.ids, self.options.batch, self.options.seed)
         values = self._restore()
-        self._merit, self._share = float(values.get("merit", 1.0)), float(values.get("share", 1.0))
+        self._kept, self._share = list(map(float, values.get("kept", []))), float(values.get("share", 1.0))
         self._planned = int(values.get("planned", self.plan.steps))
         layers = None if self.turn is None else self.architecture.layers_path
         distiller = Distiller(self.student, self.teacher, layers, self.turn)
-        return self._steps(self._engine.prepare_model(distiller, device_placement=False), values)
+        if not self.plan.sharded:
+            distiller = self._engine.prepare_model(distiller, device_placement=False)
+        return self._steps(distiller, values)
 
     def _steps(self, distiller: nn.Module, values: dict[str, Any]) -> Trained:
         held = {int(k): list(map(float, v)) for k, v in values.get("held_out", {}).items()}
-        log, before = _Log([], int(values.get("skipped", 0))), float(values.get("seconds", 0.0))
+        log, before = Log([], int(values.get("skipped", 0))), float(values.get("seconds", 0.0))
         start, first, done = time.monotonic(), self.phase.done_items, self.phase.done_items
         best = int(values.get("best", 0))
         every = LOOK_EVERY.get(self.device.type, MAX_SKIPPED)
         self.report.phase("train", self.plan.steps - first)
         if not held:
-            held[0] = self._held_out_losses()
+            held[0] = self._kept = self._held_out_losses()
             self.report.note(f"divergence on held-out text before: {self._shown(held[0])}")
         opened = time.monotonic()
         while done < self._planned and not self._is_over(before + time.monotonic() - start):
@@ -162,7 +127,7 @@ class Training:
                 log.look(self._engine, self.plan.learning_rate)
                 best = self._check(done, held, best, last=done == self._planned)
             state: dict[str, Any] = {"held_out": held, "skipped": log.skipped, "seconds": seconds, "best": best}
-            state |= {"planned": self._planned, "merit": self._merit, "share": self._share} | self._given
+            state |= {"planned": self._planned, "kept": self._kept, "share": self._share} | self._given
             if self.ranks.from_first(seconds - before >= SAVE_AFTER):
                 self.phase.save(done, passing=self._saved, values=state)
         log.look(self._engine, self.plan.learning_rate)
@@ -170,7 +135,7 @@ class Training:
             best = self._check(done, held, best, last=True)
         self._take(self._best)
         seconds = before + time.monotonic() - start
-        return Trained(done, log.skipped, seconds, held, best, self._share, log.losses)
+        return Trained(done, log.skipped, seconds, held, best, self._share, self._kept, log.losses)
 
     def _step(self, distiller: nn.Module, step: int) -> Tensor:
         """One optimizer step; (2,): its divergence, and 1, or 0 where it was not a number and left out."""
@@ -178,16 +143,16 @@ class Training:
         self.masks.sparsity, self.masks.follows = self._turn(step), True
         for group in self._optimizer.param_groups:
             group["lr"] = self.plan.learning_rate * _schedule(step, self._planned)
-        rows = self._text.rows(step)[self.ranks.rank :: self.ranks.size]
-        parts = rows.split(self.plan.micro_batch)
+        parts = self._parts(step)
+        sequences = sum(map(len, parts))
         total = torch.zeros((), device=self.device)
-        with self._rounded(step):
+        with self._rounded(step), self._engine.autocast():
             for number, some in enumerate(parts, 1):
                 with nullcontext() if number == len(parts) else self._engine.no_sync(distiller):
-                    kl, apart = distiller(some.to(self.device)) * (len(some) / len(rows))
+                    kl, apart = distiller(some) * (len(some) / sequences)
                     self._engine.backward(kl + self.options.hidden * apart)
                 total += kl.detach()
-        fine = nn.utils.clip_grad_norm_(list(self._weights.values()), CLIP).isfinite()
+        fine = self._clip().isfinite()
         self._optimizer.found_inf = fine.logical_not().float()  # read by fused steps, which then change nothing
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -195,6 +160,24 @@ class Training:
         if step % NORMS_EVERY == 0:
             self.masks.refresh_norms()
         return torch.stack([total, fine.float()])
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients; their norm."""
+        if self.plan.sharded:
+            for name, p in self._trained.items():
+                self._weights[name].grad = None if p.grad is None else part(p.grad)
+                p.grad = None
+        weights = list(self._weights.values())
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if self.plan.sharded:
+            norm = self._engine.reduce(norm.square(), "sum").sqrt()
+        nn.utils.clip_grads_with_norm_(weights, CLIP, norm)
+        return norm
+
+    def _parts(self, step: int) -> Sequence[Tensor]:
+        """This process's sequences of a step, (batch, seq) computed together."""
+        own: Sequence[Tensor] = self._text.rows(step)[self.ranks.rank :: self.ranks.size].split(self.plan.micro_batch)
+        return [some.to(self.device) for some in own]
 
     def _turn(self, step: int) -> float:
         """The sparsity of a step."""
@@ -210,9 +193,9 @@ class Training:
                 held[step] = losses
             what = f"after {step} steps" + ("" if share == 1 else f", {share:.0%} of the way")
             self.report.note(f"divergence on held-out text {what}: {self._shown(losses)}")
-            if (reached := merit(losses, held[0])) < self._merit:
+            if merit(losses, held[0]) < merit(self._kept, held[0]):
                 self._best = {name: p.detach().clone() for name, p in self._weights.items()}
-                self._merit, self._share, best = reached, share, step
+                self._kept, self._share, best = losses, share, step
         self._take(now)
         return best
 
@@ -221,20 +204,31 @@ class Training:
 
     @torch.no_grad()
     def _held_out_losses(self) -> list[float]:
-        """Mean divergence on held-out text at each sparsity, with weights as they will be stored."""
+        """Mean divergence on held-out text at each sparsity, with weights as they will be stored and thresholds for these."""
         self.masks.refresh_norms()
         self.student.eval()
-        self.masks.follows = False
         distiller = Distiller(self.student, self.teacher)
         total = torch.zeros(len(self.sparsities), device=self.device)
-        parts = self.held_out.split(self.plan.micro_batch)[self.ranks.rank :: self.ranks.size]
+        parts = self.held_out.split(self.plan.micro_batch)
         with self._rounded(), self._engine.autocast():
             for number, sparsity in enumerate(self.sparsities):
-                self.masks.sparsity = sparsity
-                for some in parts:
-                    total[number] += distiller(some.to(self.device))[0] * (len(some) / len(self.held_out))
+                self._settle(sparsity)
+                for place in range(self.ranks.rank, len(parts) + self.ranks.rank, self.ranks.size):
+                    some = parts[place % len(parts)]  # past the last one for nothing: every process passes as often
+                    share = len(some) / len(self.held_out) if place < len(parts) else 0.0
+                    total[number] += distiller(some.to(self.device))[0] * share
         sums: list[float] = self._engine.reduce(total, "sum").tolist()
         return sums
+
+    def _settle(self, sparsity: float) -> None:
+        """Fit the thresholds of a sparsity to the weights as they are: to the average of what the later passes call for."""
+        self.masks.sparsity, self.masks.follows = sparsity, True
+        for number in range(SETTLING):
+            self.student.get_decoder()(input_ids=self._parts(number)[0], use_cache=False)
+            self.masks.follow(
+                lambda cuts: self._engine.reduce(cuts, "mean"), move=1 / max(1, number + 1 - SETTLING // 2)
+            )
+        self.masks.follows = False
 
     def _rounded(self, step: int | None = None) -> AbstractContextManager[None]:
         """Where bits were asked for, weights as they will be stored: in the last steps, and where no step is given."""
@@ -259,8 +253,8 @@ class Training:
     def _saved(self) -> dict[str, Tensor]:
         out = {f"masks/{name}": value for name, value in self.masks.state().items()}
         for name, p in self._weights.items():
-            out |= {f"weight/{name}": p.detach(), f"best/{name}": self._best[name]}
-            out |= {f"{key}/{name}": v for key, v in self._optimizer.state[p].items()}
+            mine = {"weight": p.detach(), "best": self._best[name]} | self._optimizer.state[p]
+            out |= {f"{key}/{name}": whole_of(value, self._trained[name]) for key, value in mine.items()}
         return out
 
     def _restore(self) -> dict[str, Any]:
@@ -274,7 +268,10 @@ class Training:
                 f"the training that was stopped cannot be gone on with: {' and '.join(other)} is another now. Make it as it "
                 "was, or add --restart to start over."
             )
-        saved = self.phase.tensors()
+        saved = {
+            name: part_of(value, self._trained.get(name.partition("/")[2], value))
+            for name, value in self.phase.tensors().items()
+        }
         self._take(_part(saved, "weight/"))
         self._best = {name: t.to(self.device) for name, t in _part(saved, "best/").items()}
         self.masks.load_state(_part(saved, "masks/"))
@@ -291,12 +288,6 @@ class Training:
 
 def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
-
-
-def merit(losses: Sequence[float], before: Sequence[float]) -> float:
-    """Mean share of its divergence that each sparsity is left with; infinite where one has more than before."""
-    shares = [loss / start if start > 0 else 1.0 for loss, start in zip(losses, before, strict=True)]
-    return sum(shares) / len(shares) if max(shares) <= 1 else math.inf
 
 
 def _schedule(step: int, steps: int) -> float:
