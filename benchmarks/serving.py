@@ -1,9 +1,9 @@
 """Steps of vLLM: our sparse checkpoints beside its own bfloat16 and int4, one request to many. Needs vLLM (docs/serving.md).
 
-    python -m benchmarks.serving make FOLDER [--layers 22]
+    python -m benchmarks.serving make FOLDER [--shape tinyllama] [--layers 22]
     python -m benchmarks.serving run FOLDER [--requests 1,8,64] [--rounds 3] [--threads 2] [--eager] [--json FILE]
 
-`make` writes four checkpoints of TinyLlama's shape. As only speed is asked, weights are random and two layers are repeated, their
+`make` writes four checkpoints of a model's shape. As only speed is asked, weights are random and two layers are repeated, their
 thresholds are quantiles of the scores of a few tokens, and int4 is rounded to nearest: ours as calibration stores it, vLLM's
 own (GPTQ's format) symmetric in groups of 128 inputs. `run` starts one engine in a
 process for each, one after another, then lets them compute in turn, one at a time: some steps of one, as many of the next.
@@ -23,24 +23,36 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
+SHAPES = {
+    "tinyllama": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "head_dim": 64,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "head_dim": 128,
+    },
 }
+WEIGHTS = "model-00001-of-00001.safetensors"
 FEW, TOKENS, GROUP = 2, 64, 128
 PROMPT, STEPS = 8, {1: 16, 8: 8, 64: 4}
 PAIRS = (("sparse", "dense"), ("sparse-int4", "int4"), ("sparse-int4", "dense"))
 
 
-def make_dense(folder, layers):
+def make_dense(folder, shape, layers):
     """A random model, whose layers repeat the first ones, in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16", bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**shape, num_hidden_layers=layers, dtype="bfloat16", bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="50GB")
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     import tiny
@@ -58,12 +70,12 @@ def inputs_of(folder):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, given, name=name: found.__setitem__(name, given[0][0].float()))
     with torch.inference_mode():
-        model(torch.randint(3, SHAPE["vocab_size"], (1, TOKENS)))
+        model(torch.randint(3, model.config.vocab_size, (1, TOKENS)))
     return found, model
 
 
-def write_sparse(few, like, out, layers, sparsity):
-    """A checkpoint of the layers of `few`, repeated, in the form of another one."""
+def write_sparse(few, like, out, shape, layers, sparsity):
+    """A checkpoint of the layers of `few`, repeated, in the form of another one; in 16 bits it has the dense model's weights."""
     from wina_calib.checkpoint.reader import open_checkpoint
     from wina_calib.masks.score import column_norms
     from wina_calib.model.architecture import describe
@@ -95,9 +107,9 @@ def write_sparse(few, like, out, layers, sparsity):
         made |= {"lm_head.codes": head.codes, "lm_head.scales": head.scales}
         stored["model.norm.weight"] = stored["model.norm.weight"].view(1, -1)  # as stored, see docs/format.md
     section = json.loads((like / "config.json").read_text())["quantization_config"]
-    section |= {"budget": "uniform", "curve_levels": [], "samples": 0}
-    changes = SHAPE | {"num_hidden_layers": layers, "head_dim": 64, "quantization_config": section}
-    write(like, out, repeated(stored | made, layers), changes)
+    section |= {"budget": "uniform", "curve_levels": [], "samples": 0, "whole_layers": False, "vocab": 0}
+    changes = shape | {"num_hidden_layers": layers, "quantization_config": section}
+    write(like, out, repeated(stored | made, layers), changes, None if form else out.with_name("dense") / WEIGHTS)
 
 
 def repeated(tensors, layers):
@@ -113,15 +125,18 @@ def repeated(tensors, layers):
     return made
 
 
-def write(folder, out, tensors, changes):
+def write(folder, out, tensors, changes, weights=None):
+    """A checkpoint with the config of another, changed; `weights` is a file that holds its weights already."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = {"model-00001-of-00001.safetensors": {}, "wina.safetensors": {}}
+    parts = {WEIGHTS: {}, "wina.safetensors": {}}
     for name, tensor in tensors.items():
-        parts["wina.safetensors" if ".wina." in name and "codes" not in name else "model-00001-of-00001.safetensors"][
-            name
-        ] = tensor.contiguous()
+        added = ".wina." in name and "codes" not in name
+        parts["wina.safetensors" if added else WEIGHTS][name] = tensor.contiguous()
     for file, held in parts.items():
-        if held:
+        if file == WEIGHTS and weights is not None:
+            (out / file).unlink(missing_ok=True)
+            os.link(weights, out / file)
+        elif held:
             save_file(held, out / file, {"format": "pt"})
     weight_map = {name: file for file, held in parts.items() for name in held}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -132,9 +147,9 @@ def write(folder, out, tensors, changes):
         (out / name).write_bytes((folder / name).read_bytes())
 
 
-def write_int4(folder, out):
+def write_int4(few, out, layers):
     """GPTQ's format, rounded to nearest."""
-    tensors = load_file(next(folder.glob("model*.safetensors")))
+    tensors = load_file(few / "model.safetensors")
     made = {}
     for name, weight in tensors.items():
         if ".layers." not in name or weight.ndim != 2:
@@ -151,7 +166,7 @@ def write_int4(folder, out):
         made[f"{stem}.scales"] = scales
         made[f"{stem}.g_idx"] = (torch.arange(width) // GROUP).to(torch.int32)
     method = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
-    write(folder, out, made, {"quantization_config": method})
+    write(few, out, repeated(made, layers), {"num_hidden_layers": layers, "quantization_config": method})
 
 
 @click.group()
@@ -161,23 +176,24 @@ def main():
 
 @main.command()
 @click.argument("folder", type=Path)
+@click.option("--shape", default="tinyllama", type=click.Choice(SHAPES))
 @click.option("--layers", default=22)
-def make(folder, layers):
+def make(folder, shape, layers):
     """Write the checkpoints."""
     import wina_calib
 
     folder.mkdir(parents=True, exist_ok=True)
     few = folder / "few"
-    make_dense(few, FEW)
+    make_dense(few, SHAPES[shape], FEW)
+    write(few, folder / "dense", repeated(load_file(few / "model.safetensors"), layers), {"num_hidden_layers": layers})
+    write_int4(few, folder / "int4", layers)
     for name, sparsity, bits in (("sparse", 0.5, 0), ("sparse-int4", 0.4, 4)):
         like = folder / f"demo-{bits}"
         if not like.exists():
             text = {"budget": "uniform", "samples": 32, "seq_len": 256, "grid": (sparsity,)}
             wina_calib.calibrate("demo", like, sparsity=sparsity, bits=bits, **text)
-        write_sparse(few, like, folder / name, layers, sparsity)
+        write_sparse(few, like, folder / name, SHAPES[shape], layers, sparsity)
         click.echo(f"{name} stands")
-    write(few, folder / "dense", repeated(load_file(few / "model.safetensors"), layers), {"num_hidden_layers": layers})
-    write_int4(folder / "dense", folder / "int4")
 
 
 def engine(connection, model, options, log):

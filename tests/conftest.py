@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import wina_calib
-from wina_calib.calibration import held_out, run
+from wina_calib.calibration import held_out
 from wina_calib.common.own_cache import cache_folder
 
 transformers_logging.set_verbosity_error()
@@ -48,7 +48,7 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def held_out_text_is_short() -> Iterator[None]:
     """Random models are measured on a quarter of the text: what comes out says nothing of them anyway."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "HELD_OUT_TOKENS", held_out.HELD_OUT_TOKENS // 4)
+        patch.setattr(held_out, "HELD_OUT_TOKENS", held_out.HELD_OUT_TOKENS // 4)
         yield
 
 

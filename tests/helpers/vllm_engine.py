@@ -54,8 +54,6 @@ class Recorder:
         """The masks of one call: what the kernels keep, by the rule."""
         from vllm.forward_context import get_forward_context
 
-        from wina_calib.serving.rows import open_rows_now
-
         metadata = get_forward_context().attn_metadata
         if not metadata:
             return
@@ -63,7 +61,7 @@ class Recorder:
         starts, lengths = known.query_start_loc.tolist(), known.seq_lens.tolist()
         norm, threshold = part.mask
         keep = x.float().abs() * norm > threshold
-        opened = open_rows_now(len(x), first=part.first, prompts=part.prompts)
+        opened = part.open_rows(len(x))
         if opened is not None:
             keep |= opened[:, None]
         for r, request in enumerate(self.runner.input_batch.req_ids):

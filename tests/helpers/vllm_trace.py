@@ -5,7 +5,7 @@ reference takes the engine's masks: then log-probabilities must be equal, and wh
 score must lie at the threshold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +27,29 @@ PACKED |= {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 @dataclass
 class Compared:
     """`apart`: largest difference of log-probabilities of each request; `parted`: masks that differ, of `masks`; `distance`:
-    the largest of such a score from its threshold, as a share of it.
+    the largest of such a score from its threshold, as a share of it; `behind`: how far the log-probability of a greedy token is
+    from the largest, at most.
     """
 
     apart: Tensor
     parted: int = 0
     masks: int = 0
     distance: float = 0.0
+    behind: float = 0.0
 
 
-def compare(folder: Path, sparsity: float, prompts: list[list[int]], answer: dict[str, Any]) -> Compared:
-    """Compare a recorded answer; requests of which a mask was made again, another way, are left out of `apart`."""
+def compare(
+    folder: Path,
+    sparsity: float,
+    prompts: list[list[int]],
+    answer: dict[str, Any],
+    greedy: Sequence[bool] = (),
+    prefill: str | None = None,
+) -> Compared:
+    """Compare a recorded answer; requests of which a mask was made again, another way, are left out of `apart`.
+
+    `greedy` says of which requests no token was drawn. With a dense `prefill` rows that keep all are taken as prompts'.
+    """
     model = wina_calib.load(folder, 0.0, dtype=torch.float32)  # masks nothing by itself
     runtime_state(model).kernels = "reference"
     masks = make_plan(folder, Options(sparsity=sparsity)).by_projection()
@@ -51,6 +63,8 @@ def compare(folder: Path, sparsity: float, prompts: list[list[int]], answer: dic
         scores = x[0].float().abs() * masks[name].norm
         own = scores > masks[name].threshold
         own[0] |= first_is_dense
+        if prefill == "dense":
+            own |= keep.all(dim=1, keepdim=True)
         differ = own != keep
         found.masks += differ.numel()
         found.parted += int(differ.sum())
@@ -71,6 +85,8 @@ def compare(folder: Path, sparsity: float, prompts: list[list[int]], answer: dic
             logs = model(torch.tensor([seen])).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
             tokens = torch.tensor([token for token, _ in output])
             wanted = logs.gather(1, tokens[:, None])[:, 0]
+            if i < len(greedy) and greedy[i]:
+                found.behind = max(found.behind, float((logs.amax(-1) - wanted).max()))
             apart.append((wanted - torch.tensor([value for _, value in output])).abs().max())
     found.apart = torch.stack(apart)
     return found

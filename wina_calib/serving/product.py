@@ -57,7 +57,7 @@ class Prepared:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product (rows, out) of the step's inputs x (rows, in), plus bias (out,)."""
         count = x.shape[0]
-        opened = open_rows_now(count, first=self.first, prompts=self.prompts)
+        opened = self.open_rows(count)
         if self.several is not None and count > max(1, self.sparse_rows):
             return self.several(x, bias, opened)
         if isinstance(self.weight, Quantized):
@@ -68,6 +68,10 @@ class Prepared:
         elif count != 1 or self.sparse_rows < 1 or not native.available(x.dtype):
             return product(x, self.weight, *self.mask, opened, bias, self.sparse_rows)
         return self._row(x.dtype, bias)(x, everything=opened is not None and bool(opened[0]))
+
+    def open_rows(self, count: int) -> Tensor | None:
+        """Rows (count,) of this step that are not masked."""
+        return open_rows_now(count, first=self.first, prompts=self.prompts)
 
     def _row(self, dtype: torch.dtype, bias: Tensor | None) -> native.Row:
         known = self.rows.get(dtype)

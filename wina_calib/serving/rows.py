@@ -43,19 +43,29 @@ def open_rows_now(count: int, *, first: bool, prompts: bool) -> Tensor | None:
     Raises:
         RuntimeError: the attention says nothing of the requests.
     """
-    if not (first or prompts) or not _contexts().is_forward_context_available():
+    requests = requests_now() if first or prompts else None
+    if requests is None:
         return None
-    context = _contexts().get_forward_context()
-    if not context.attn_metadata:
-        return None
-    known, key = context.additional_kwargs, "wina_prompt_rows" if prompts else "wina_first_rows"
+    known = _contexts().get_forward_context().additional_kwargs
+    key = "wina_prompt_rows" if prompts else "wina_first_rows"
     if key not in known:
-        starts, lengths = _requests(context.attn_metadata)
-        known[key] = open_rows(starts, lengths, count, first=first, prompts=prompts)
+        known[key] = open_rows(*requests, count, first=first, prompts=prompts)
     rows: Tensor | None = known[key]
     if rows is not None and rows.shape[0] != count:
         raise RuntimeError(f"a linear layer is given {count} rows of a step of {rows.shape[0]}")
     return rows
+
+
+def requests_now() -> tuple[Tensor, Tensor] | None:
+    """First rows (requests + 1,) and lengths of the requests of the step that vLLM computes now; None while it warms up.
+
+    Raises:
+        RuntimeError: the attention says nothing of them.
+    """
+    if not _contexts().is_forward_context_available():
+        return None
+    metadata = _contexts().get_forward_context().attn_metadata
+    return _requests(metadata) if metadata else None
 
 
 @cache
