@@ -20,35 +20,34 @@ Masks = dict[int, torch.Tensor]  # by position
 
 
 class Recorder:
-    """Masks by request, part of a layer and position as they are made, by eager steps and by operators of compiled ones; requests
-    of which one was made again, another way.
+    """Masks by request, part of a layer and position as a process makes them, by eager steps and by operators of compiled ones;
+    requests of which one was made again, another way; parts of which the process has some of the inputs alone.
     """
 
-    def __init__(self, llm: Any) -> None:
-        from wina_calib.serving.product import Prepared
-
-        self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
         self.masks: dict[str, dict[str, Masks]] = {}
         self.anew: set[str] = set()
-        self.kind, self.plain = Prepared, Prepared.__call__
-        self.names = {
-            part.mask[1].data_ptr(): f"{layer.prefix}.{i}"  # where its threshold is
-            for layer in self.runner.get_model().modules()
-            for i, part in enumerate(getattr(layer, "wina_parts", ()))
-        }
+        self.names: dict[int, str] = {}
+        self.shared: set[str] = set()
+        for layer in runner.get_model().modules():
+            for i, part in enumerate(getattr(layer, "wina_parts", ())):
+                self.names[part.mask[1].data_ptr()] = f"{layer.prefix}.{i}"  # where its threshold is
+                if layer.quant_method.width < layer.quant_method.inputs:
+                    self.shared.add(f"{layer.prefix}.{i}")
 
-    def __enter__(self) -> "Recorder":
-        recorder = self
+    def start(self) -> None:
+        """Note every mask from now on."""
+        from wina_calib.serving.product import Prepared
 
-        def call(self: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
-            recorder.note(self, x)
-            return recorder.plain(self, x, bias)
+        plain = Prepared.__call__
 
-        self.kind.__call__ = call
-        return self
+        def call(part: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+            self.note(part, x)
+            return plain(part, x, bias)
 
-    def __exit__(self, *_: object) -> None:
-        self.kind.__call__ = self.plain
+        Prepared.__call__ = call  # type: ignore[method-assign]
+        self.stop = lambda: setattr(Prepared, "__call__", plain)
 
     def note(self, part: Any, x: torch.Tensor) -> None:
         """The masks of one call: what the kernels keep, by the rule."""
@@ -72,9 +71,35 @@ class Recorder:
                     self.anew.add(request)
                 masks[position] = keep[row].clone()
 
-    def of(self, request: str) -> str:
-        """The name that the engine gave a request."""
-        return next((r for r in self.masks if r == request or r.startswith(f"{request}-")), request)
+
+def start_recording(worker: Any) -> None:
+    """In each process of an engine."""
+    worker.wina_recorder = Recorder(worker.model_runner)
+    worker.wina_recorder.start()
+
+
+def stop_recording(worker: Any) -> tuple[dict[str, dict[str, Masks]], set[str], set[str]]:
+    """Masks, requests with masks made again, and parts whose inputs are shared between the processes."""
+    made = worker.wina_recorder
+    made.stop()
+    return made.masks, made.anew, made.shared
+
+
+def whole_masks(made: list[tuple[dict[str, dict[str, Masks]], set[str], set[str]]], request: str) -> dict[str, Masks]:
+    """The masks of a request over all inputs.
+
+    Raises:
+        ValueError: processes that have the same inputs made other masks of them.
+    """
+    first, _, shared = made[0]
+    out: dict[str, Masks] = {}
+    for name, masks in first.get(request, {}).items():
+        for position in masks:
+            each = [by_process[request][name][position] for by_process, _, _ in made]
+            if name not in shared and not all(torch.equal(each[0], other) for other in each[1:]):
+                raise ValueError(f"processes masked {name} at position {position} in other ways")
+            out.setdefault(name, {})[position] = torch.cat(each) if name in shared else each[0]
+    return out
 
 
 def ask(llm: Any, asked: dict[str, Any]) -> list[Any]:
@@ -101,15 +126,16 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     llm = None
     try:
         llm = LLM(asked["model"], **options)
-        masks: list[Any] = []
         if asked.get("record"):
-            with Recorder(llm) as recorder:
-                outs = ask(llm, asked)
-            names = [recorder.of(out.request_id) for out in outs]
-            masks = [recorder.masks.get(name, {}) for name in names]
-            anew = [name in recorder.anew for name in names]
-        else:
-            outs, anew = ask(llm, asked), []
+            llm.collective_rpc(start_recording)
+        outs, masks, anew = ask(llm, asked), [], []
+        if asked.get("record"):
+            made = llm.collective_rpc(stop_recording)
+            for out in outs:  # the engine adds to the name of a request
+                own = out.request_id
+                name = next((r for r in made[0][0] if r == own or r.startswith(f"{own}-")), own)
+                masks.append(whole_masks(made, name))
+                anew.append(any(name in again for _, again, _ in made))
         said = [o.outputs[0] for o in outs]
         pairs = [[(t, ls[t].logprob) for t, ls in zip(o.token_ids, o.logprobs, strict=True)] for o in said]
         counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
