@@ -106,7 +106,7 @@ def test_a_cell_of_each_comparison_comes_out_the_same(
 
 @pytest.mark.slow
 def test_a_diagnosis_comes_out_the_same(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "HELD_OUT_TOKENS", 8192)  # the text that users are given
+    monkeypatch.setattr(held_out, "HELD_OUT_TOKENS", 12288)  # the text that users are given
     for name in ("demo-calibrate", "demo-diagnose"):
         command = script.STEPS[name].replace(f"{script.WORK}/demo-sparse", str(tmp_path / "sparse"))
         close(script.rounded(script.prune(name, script.invoke(command))), STORED[name]["result"], name)

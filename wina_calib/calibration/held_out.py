@@ -13,27 +13,30 @@ from wina_calib.calibration.masked_layer import MaskedLayer
 from wina_calib.checkpoint.verdict import HeldOut
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
+from wina_calib.corpus.sources import EVALUATED_TOKENS
 from wina_calib.masks.mask import keep_mask
 from wina_calib.storage.hidden_states import HiddenStates
 from wina_calib.storage.resume import Phase
 
-HELD_OUT_TOKENS, QUICK_TOKENS = 8192, 2560
-ON_CARD_TOKENS = 32768  # where they take seconds: those that `evaluate` measures
+HELD_OUT_TOKENS, QUICK_TOKENS = 12288, 2560  # on a CPU: as much as four tenths of a default calibration's work
 HELD_OUT_SEQ_LEN = 2048
 
 
 def held_out_tokens(device: torch.device, quick: bool) -> int:
-    """How many tokens the models are measured on: 8,192 are three tenths of a default calibration's work."""
+    """How many tokens the models are measured on: all that `evaluate` reads where they take seconds."""
     if quick:
         return QUICK_TOKENS
-    return HELD_OUT_TOKENS if device.type == "cpu" else ON_CARD_TOKENS
+    return HELD_OUT_TOKENS if device.type == "cpu" else EVALUATED_TOKENS
 
 
 def held_out_blocks(tokenizer: Any, seq_len: int, tokens: int = HELD_OUT_TOKENS) -> Blocks:
-    """The text that the original and the sparse model are measured on: about so many tokens of the built-in one for it."""
+    """The text that the original and the sparse model are measured on: about so many tokens of what `evaluate` reads.
+
+    These are its first blocks, which are spread over all of it.
+    """
     length, data = min(seq_len, HELD_OUT_SEQ_LEN, tokens), data_for(tokenizer, heldout=True)
-    samples = max(len(data), tokens // length)
-    return load_blocks(data, tokenizer, samples=samples, seq_len=length, seed=0, min_tokens=1)
+    counts = [max(len(data), some // length) for some in (tokens, max(tokens, EVALUATED_TOKENS))]
+    return load_blocks(data, tokenizer, samples=counts[1], seq_len=length, seed=0, min_tokens=1).first(counts[0])
 
 
 class HeldOutRun:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wina_calib.budgets import Cells
+from wina_calib.common.monotone import curve, slopes
 from wina_calib.common.text import give_or_take, percent, share, table, whole
 
 Values = NDArray[np.float64]
@@ -33,7 +35,8 @@ _DERIVED = ("quantizing", "quick", "error", "errors")  # of a verdict, from what
 _ROWS = ("anchors", "loss_rise", "kl", "achieved")
 _SPREAD = 0.15  # what the ratio of loss rise and divergence differs by from anchor to anchor
 _CORRELATED = 2.0  # tokens of a text are worth so many times fewer independent ones
-_POWER, _POWERS = 3.5, (1.5, 8.0)
+_POWER, _POWERS = 3.5, (1.5, 8.0)  # of sparsity, that rises of the loss go by
+_FAR, _HALVINGS = 20.0, 60  # logarithms of sparsity
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class HeldOut:
 
     def rise_at(self, sparsity: float) -> float:
         """Predicted relative rise of perplexity at a model sparsity."""
-        masked = math.exp(_line(math.log(sparsity), *self._points)) if sparsity > 0 else 0.0
+        masked = math.exp(min(self._log_loss(math.log(sparsity)), 700.0)) if sparsity > 0 else 0.0
         return math.expm1(min(self.base + masked, 700.0))
 
     def error_at(self, sparsity: float) -> float:
@@ -130,8 +133,11 @@ class HeldOut:
         left = math.log1p(rise) - self.base
         if left <= 0:
             return 0.0
-        xs, ys = self._points
-        return min(math.exp(_line(math.log(left), ys, xs)), self.anchors[-1])
+        low, high = -_FAR, math.log(self.anchors[-1])
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._log_loss(middle) < math.log(left) else (low, middle)
+        return math.exp(high)
 
     def choose(self, rise: float) -> float:
         """`sparsity_for`, in whole percent; the rise counts on top of what quantizing the weights costs."""
@@ -142,20 +148,19 @@ class HeldOut:
         off = np.interp(sparsity, self.anchors, np.subtract(self.achieved, self.anchors))
         return float(sparsity + off) if sparsity > 0 else 0.0
 
-    @property
-    def _points(self) -> tuple[list[float], list[float]]:
-        """Logarithms of sparsities and loss rises, with a point on either side where the power goes on."""
+    def _log_loss(self, log_sparsity: float) -> float:
+        """Logarithm of the rise of the loss that masks alone make: a smooth curve through the anchors, powers beside them."""
+        xs, ys, found = self._curve
+        low, high = np.clip(found[[0, -1]], *_POWERS)
+        beside = low * min(log_sparsity - xs[0], 0.0) + high * max(log_sparsity - xs[-1], 0.0)
+        return curve(log_sparsity, xs, ys, found) + float(beside)
+
+    @cached_property
+    def _curve(self) -> tuple[list[float], list[float], Values]:
+        """Logarithms of sparsities and loss rises, and the curve's slopes there."""
         xs = [math.log(a) for a in self.anchors]
         ys = [math.log(max(value - self.base, 1e-9 * (i + 1))) for i, value in enumerate(self.loss)]
-        low, high = (
-            (_POWER, _POWER)
-            if len(xs) == 1
-            else tuple(
-                min(max((ys[j] - ys[i]) / (xs[j] - xs[i]), _POWERS[0]), _POWERS[1]) for i, j in ((0, 1), (-2, -1))
-            )
-        )
-        far = 20.0
-        return [xs[0] - far, *xs, xs[-1] + far], [ys[0] - far * low, *ys, ys[-1] + far * high]
+        return xs, ys, slopes(xs, ys) if len(xs) > 1 else np.array([_POWER])
 
 
 @dataclass(frozen=True)
@@ -352,10 +357,6 @@ def _noise(divergence: Values, tokens: int) -> Values:
     """Variance of the ratio of a measured loss rise and the divergence."""
     found: Values = 2 * _CORRELATED / (max(tokens, 1) * divergence)
     return found
-
-
-def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    return float(np.interp(x, xs, ys))
 
 
 def _rise(value: float) -> str:

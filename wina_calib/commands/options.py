@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from wina_calib.choices import DTYPES
-from wina_calib.corpus.sources import CHAT, HELDOUT
+from wina_calib.corpus.sources import CHAT, EVALUATED_TOKENS, HELDOUT
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...")
@@ -48,7 +48,7 @@ def heldout_option(name: str) -> Callable[..., Any]:
     return click.option(name, multiple=True, metavar="SPEC", help=about)
 
 
-def tokens_option(default: int = 32_768) -> Callable[..., Any]:
+def tokens_option(default: int = EVALUATED_TOKENS) -> Callable[..., Any]:
     """An option for how much of that text."""
     return click.option("--tokens", default=default, show_default=True, metavar="N", help="Tokens to measure on.")
 

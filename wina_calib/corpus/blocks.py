@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise, zip_longest
 from typing import Any, Protocol
 
@@ -51,6 +51,11 @@ class Blocks:
     def tokens(self) -> int:
         """Number of tokens."""
         return self.ids.numel()
+
+    def first(self, count: int) -> Blocks:
+        """So many of the first blocks."""
+        ids = self.ids[:count]
+        return replace(self, ids=ids, requested=count, fingerprint=fingerprint(ids))
 
 
 def data_for(tokenizer: Any, data: Sequence[str] = (), *, heldout: bool = False) -> tuple[str, ...]:

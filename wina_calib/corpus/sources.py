@@ -26,6 +26,7 @@ from wina_calib.corpus.text_files import path_documents, path_exists, split_path
 from wina_calib.errors import CorpusError, UsageError
 
 BUILTIN, HELDOUT = "builtin", "builtin:heldout"
+EVALUATED_TOKENS = 32_768  # that models are measured on by default
 CHAT = "chat"
 _JOINED = 1 << 18
 Data = str | Path | Sequence[str | Path] | None  # None, or nothing, is the built-in text

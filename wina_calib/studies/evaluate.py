@@ -24,7 +24,7 @@ from wina_calib.common.bars import Hearing, hearing
 from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.corpus.blocks import Blocks, data_for, load_blocks, text_hashes
-from wina_calib.corpus.sources import Data, data_specs, is_local
+from wina_calib.corpus.sources import EVALUATED_TOKENS, Data, data_specs, is_local
 from wina_calib.errors import NumericError, UsageError
 from wina_calib.model.architecture import SITES, describe
 from wina_calib.model.folder import ModelFolder
@@ -143,7 +143,7 @@ def evaluate(
     *,
     data: Data = None,
     sparsity: float | None = None,
-    tokens: int = 32_768,
+    tokens: int = EVALUATED_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -179,7 +179,7 @@ def evaluate_model(
     data: tuple[str, ...] = (),
     *,
     sparsity: float | None = None,
-    tokens: int = 32_768,
+    tokens: int = EVALUATED_TOKENS,
     progress: Progress = SILENT,
     budget: NDArray[np.float64] | None = None,
 ) -> Evaluation:

@@ -34,7 +34,7 @@ from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import SILENT, Estimate, Part, Progress
 from wina_calib.common.text import percent, rise, table
 from wina_calib.corpus.blocks import Blocks, load_blocks
-from wina_calib.corpus.sources import Data, data_specs
+from wina_calib.corpus.sources import EVALUATED_TOKENS, Data, data_specs
 from wina_calib.errors import UsageError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.masks.thresholds import threshold_at, threshold_between
@@ -104,7 +104,7 @@ def transfer(
     *,
     sparsities: Sequence[float] = (),
     heldout: Data = None,
-    tokens: int = 32_768,
+    tokens: int = EVALUATED_TOKENS,
     data: Data = (),
     samples: int = TRANSFER_SAMPLES,
     device: str = "auto",

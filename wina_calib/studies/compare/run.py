@@ -34,7 +34,7 @@ from wina_calib.common.devices import pick_device, pick_dtype
 from wina_calib.common.progress import Estimate, Part, Progress, Within
 from wina_calib.common.text import finite
 from wina_calib.corpus.blocks import Blocks, data_for, load_blocks
-from wina_calib.corpus.sources import Data, data_specs
+from wina_calib.corpus.sources import EVALUATED_TOKENS, Data, data_specs
 from wina_calib.errors import UsageError, WinaError
 from wina_calib.model.architecture import describe
 from wina_calib.model.folder import remote_code
@@ -63,7 +63,7 @@ def compare(
     heldout: Data = None,
     samples: int = 128,
     seq_len: int = 2048,
-    tokens: int = 32_768,
+    tokens: int = EVALUATED_TOKENS,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
