@@ -88,6 +88,7 @@ def test_the_verdict_in_words_and_in_numbers(cells: Cells) -> None:
     assert "at 50 % sparsity" in text and "25 %: +1.7 %, 40 %: +10 %" in text
     assert "+5 %: 33 %" in text
     assert "48.3 % of the inputs there, 50 % asked" in text
+    assert "text of another kind than the calibration's may cost more" in text
     assert verdict.warning is not None and "rise by 3" in verdict.warning and "costs about 5 %" in verdict.warning
     mild = Verdict.of(held(off=-0.005), cells, 0.25, 0.05)
     assert mild.warning is None and "dropped" not in mild.text()

@@ -27,6 +27,7 @@ TOO_MUCH = 0.1
 OFF = 0.01  # difference of achieved and asked sparsity from which it is told
 HELD_OUT, VERDICT, QUICK = "held_out", "verdict", "quick"  # keys of the provenance
 A_FIRST_LOOK = "a first look (--quick) on a third of the text: a full calibration usually bears a little more"
+OTHER_TEXT = "text of another kind than the calibration's may cost more"
 CHEAPER = (
     "groups of 32 (--group-size 32) if these are of 64, a lower sparsity, --keep-16-bit for the projections that suffer "
     "most, or --bits 8 cost less, and `wina-calib recover` with --bits trains some of it back"
@@ -304,7 +305,9 @@ class Verdict:
             for r, s in self.sparsity_for.items()
         )
         source = (
-            f"{self.tokens:,} tokens of {', '.join(self.data)}" if self.tokens else "predicted from the loss curves"
+            f"{self.tokens:,} tokens of {', '.join(self.data)}; {OTHER_TEXT}"
+            if self.tokens
+            else f"predicted from the loss curves; {OTHER_TEXT}"
         )
         rows = [
             [
