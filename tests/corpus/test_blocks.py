@@ -286,6 +286,10 @@ class TestPacking:
             match="10 blocks of 100 tokens were asked for, 1,000 in all; .* at this length, --samples 80 or more",
         ):
             pack(tmp_path, **options | {"samples": 10})
+        with pytest.raises(UsageError, match="--samples 80 or more, with --quick 60."):
+            pack(tmp_path, **options | {"samples": 10, "quick_tokens": 6_000})
+        with pytest.raises(CorpusError, match="at least 8,000 are needed, 6,000 with --quick. Give more"):
+            pack(tmp_path, **options | {"quick_tokens": 6_000})
 
     def test_no_room_in_a_block(self, tmp_path):
         (tmp_path / "a.txt").write_text("x" * 100)

@@ -165,6 +165,7 @@ def prepare(
             seq_len=seq_len,
             seed=chosen.seed,
             min_tokens=QUICK_MIN_TOKENS if chosen.quick else MIN_TOKENS,
+            quick_tokens=0 if chosen.quick else QUICK_MIN_TOKENS,
         ),
         compute=Compute(
             device,

@@ -68,7 +68,14 @@ def data_for(tokenizer: Any, data: Sequence[str] = (), *, heldout: bool = False)
 
 
 def load_blocks(
-    data: Sequence[str], tokenizer: Tokenizer, *, samples: int, seq_len: int, seed: int, min_tokens: int = MIN_TOKENS
+    data: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    min_tokens: int = MIN_TOKENS,
+    quick_tokens: int = 0,
 ) -> Blocks:
     """Read, tokenize and pack text, and choose blocks evenly.
 
@@ -77,13 +84,13 @@ def load_blocks(
     order whose every beginning is spread over all of it: what is sorted by kind is used in proportion. Every block starts
     with what the tokenizer puts before a text (BOS), documents are separated by EOS, and there is no padding. Fewer blocks
     than asked are used as they are. `samples` blocks of `seq_len` tokens are asked for; fewer tokens than `min_tokens` are
-    an error.
+    an error, which says what `--quick` makes enough where the caller has that option: `quick_tokens`.
 
     Raises:
         CorpusError: a source is unreadable or shorter than a block, or all sources together are too short.
         UsageError: a spec does not parse or is given twice, or the blocks asked for cannot be enough.
     """
-    _check_request(data, samples, seq_len, min_tokens)
+    _check_request(data, samples, seq_len, min_tokens, quick_tokens)
     shares = [samples // len(data) + (i < samples % len(data)) for i in range(len(data))]
     readers, tallies, chats = [reader(spec) for spec in data], [Tally() for _ in data], Tally()
     packed = [
@@ -102,7 +109,8 @@ def load_blocks(
     if tokens < min_tokens:
         raise CorpusError(
             f"data {', '.join(map(shown, data))}: only {tokens:,} tokens in whole blocks of {seq_len:,}; at least "
-            f"{min_tokens:,} are needed. Give more text with --data; calibrate and recover also take a smaller --seq-len."
+            f"{min_tokens:,} are needed{f', {quick_tokens:,} with --quick' if quick_tokens else ''}. Give more text with "
+            "--data; calibrate and recover also take a smaller --seq-len."
         )
     ids = torch.stack(rows).long()
     notes = [tally.note(spec) for spec, tally in zip(data, tallies, strict=True)]
@@ -148,7 +156,7 @@ def text_hashes(data: Sequence[str], limit: int = 100_000) -> set[int]:
     return hashes
 
 
-def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: int) -> None:
+def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: int, quick_tokens: int) -> None:
     twice = sorted({spec for spec in data if list(data).count(spec) > 1})
     if not data:
         raise UsageError("no data was given; the built-in text is builtin.")
@@ -156,10 +164,11 @@ def _check_request(data: Sequence[str], samples: int, seq_len: int, min_tokens: 
         raise UsageError(f"data {shown(twice[0])} is given twice; give each source once.")
     if samples < len(data):
         raise UsageError(f"{samples} blocks asked from {len(data)} data sources; ask for at least one from each.")
+    quick = f", with --quick {-(-quick_tokens // seq_len):,}" if quick_tokens else ""
     if samples * seq_len < min_tokens:
         raise UsageError(
             f"{samples:,} blocks of {seq_len:,} tokens were asked for, {samples * seq_len:,} in all; at least "
-            f"{min_tokens:,} are needed: at this length, --samples {-(-min_tokens // seq_len):,} or more."
+            f"{min_tokens:,} are needed: at this length, --samples {-(-min_tokens // seq_len):,} or more{quick}."
         )
 
 
