@@ -3,6 +3,8 @@
 from numbers import Real
 from typing import Any, cast
 
+BUDGETS = ("global", "greedy", "uniform")
+BUDGET_FILES = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}  # kinds by how names end
 SCORES = ("wina", "teal", "weight", "random")
 SELECT = ("threshold", "topk")
 MASKS = ("shared", "per-projection")

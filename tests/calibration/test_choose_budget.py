@@ -16,7 +16,7 @@ from wina_calib.calibration.choose_budget import allocate, allowed, settle
 from wina_calib.calibration.options import make_options
 from wina_calib.calibration.scale_curves import measured_pairs, scale
 from wina_calib.checkpoint.reader import open_checkpoint
-from wina_calib.errors import BudgetError
+from wina_calib.errors import BudgetError, UsageError
 from wina_calib.masks.rule import MaskRule
 from wina_calib.model.architecture import Architecture
 from wina_calib.model.source import open_source
@@ -98,11 +98,21 @@ def test_what_cannot_be_met_is_refused_before_any_work(arch: Architecture) -> No
         ({"max": 0.1}, "leave room for model sparsities from 0.000 to 0.100"),
         ({"min": 0.5, "max": 0.6}, "from 0.500 to 0.600, and none of --grid"),
         ({"budget": "greedy", "max": "0.9"}, "greedy"),
-        ({"budget": "gready"}, "budget file ends in"),
         ({"budget": "missing.yaml"}, "no such budget file"),
     ]:
         with pytest.raises(BudgetError, match=message):
             settle(make_options(values), arch, cells)
+
+
+@pytest.mark.parametrize("name", ["gready", "globl", "Uniform", "missing/folder", "budget.txt"])
+def test_a_budget_that_nothing_is_called_is_refused_as_an_option(name: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.txt").write_text("")
+    with pytest.raises(
+        UsageError, match=f"budget is '{name}'; expected global, greedy, uniform, a budget file .*folder"
+    ):
+        make_options({"budget": name})
+    for fine in ("greedy", "mine.yaml", "MINE.JSON", str(tmp_path)):
+        assert make_options({"budget": fine}).budget == fine
 
 
 def test_quality_chooses_where_the_bounds_hold(arch: Architecture) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from wina_calib.budgets.document import MAX_BYTES, parse_document
 from wina_calib.budgets.model import Budget, Cells, Floats
 from wina_calib.budgets.patterns import Setting, apply_settings, parse_number, shown
-from wina_calib.choices import SCORES
+from wina_calib.choices import BUDGET_FILES, SCORES
 from wina_calib.common.atomic import write_file
 from wina_calib.common.plain_yaml import Node
 from wina_calib.errors import BudgetError
@@ -206,10 +206,9 @@ def file_kind(path: Path) -> str:
     Raises:
         BudgetError: another extension.
     """
-    kinds = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-    if path.suffix.lower() not in kinds:
-        raise BudgetError(f"{path}: a budget file ends in .yaml, .yml or .json")
-    return kinds[path.suffix.lower()]
+    if path.suffix.lower() not in BUDGET_FILES:
+        raise BudgetError(f"{path}: a budget file ends in {', '.join(BUDGET_FILES)}")
+    return BUDGET_FILES[path.suffix.lower()]
 
 
 def read_budget(path: Path) -> BudgetFile:

@@ -21,6 +21,7 @@ from wina_calib.calibration.loss_curves import CURVE_PASSES, LossCurves, measure
 from wina_calib.calibration.options import CalibrateOptions
 from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.checkpoint.reader import Checkpoint, open_checkpoint
+from wina_calib.choices import BUDGETS
 from wina_calib.common.progress import SILENT, Progress
 from wina_calib.errors import BudgetError
 from wina_calib.masks.rule import MaskRule
@@ -28,7 +29,6 @@ from wina_calib.model.architecture import Architecture
 from wina_calib.model.folder import config_file
 from wina_calib.storage.resume import NOT_SAVED, Phase
 
-METHODS = ("global", "greedy", "uniform")
 GREEDY_TOKENS = 8192
 
 
@@ -134,7 +134,7 @@ def allocate(
 
 def is_file(budget: str) -> bool:
     """Whether a `--budget` value is a file or a folder rather than a method."""
-    return budget not in METHODS
+    return budget not in BUDGETS
 
 
 def budget_files(budget: str) -> list[Path]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from wina_calib.choices import (
     BITS,
+    BUDGET_FILES,
+    BUDGETS,
     DTYPES,
     FIRST_TOKEN,
     GROUP_SIZES,
@@ -151,6 +154,11 @@ class CalibrateOptions:
                 isinstance(self.max_ppl_rise, int | float) and 0.0 < self.max_ppl_rise < math.inf,
                 f"max-ppl-rise is {self.max_ppl_rise!r:.80}; expected a number above 0, such as 0.05",
             ),
+            (
+                _is_budget(self.budget),
+                f"budget is {str(self.budget)!r:.80}; expected {', '.join(BUDGETS)}, a budget file that ends in one of "
+                f"{', '.join(BUDGET_FILES)}, or the folder of a calibrated checkpoint",
+            ),
             (self.samples >= 1, f"samples is {self.samples}; expected at least 1"),
             (self.seq_len >= 16, f"seq-len is {self.seq_len}; expected at least 16"),
             (0 <= self.seed < 1 << 32, f"seed is {self.seed}; expected a whole number from 0 to {(1 << 32) - 1}"),
@@ -190,6 +198,12 @@ class CalibrateOptions:
             for f in fields(self)
             if "choices" in f.metadata
         ]
+
+
+def _is_budget(value: str | Path) -> bool:
+    """Whether a value can name a budget: one of `BUDGETS`, a file by its ending, or a folder."""
+    path = Path(value)
+    return value in BUDGETS or path.suffix.lower() in BUDGET_FILES or path.is_dir()
 
 
 def check_names(options: type, values: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,12 +16,15 @@ from heard import Heard
 
 import wina_calib
 import wina_calib.studies.compare.run
+from wina_calib.budgets import Budget, explicit, write_budget
+from wina_calib.budgets.count import count_cells, model_key
 from wina_calib.calibration.options import CalibrateOptions, make_options
 from wina_calib.calibration.run import run_calibration
 from wina_calib.cli import main
 from wina_calib.common.atomic import lock
 from wina_calib.common.progress import Silent
 from wina_calib.errors import CorpusError, OutputError, UsageError
+from wina_calib.model.source import open_source
 from wina_calib.studies.compare.methods import GROUPS, METHODS, Method, find_methods
 from wina_calib.studies.compare.table import draw_bits, draw_comparison
 
@@ -242,6 +246,22 @@ def test_a_method_that_cannot_be_is_left_out_and_named(text: Path, protocol: dic
     assert "transform-global: left out." in found.text() and "transform-global: left out." in found.markdown()
     with pytest.raises(UsageError, match="nothing could be measured. transform-global: .*not exact"):
         wina_calib.compare(tmp_path / "m", tmp_path / "out", methods=names[0], sparsities=0.25, **protocol)
+
+
+def test_a_budget_file_that_changes_is_measured_again(llama: Path, protocol: dict[str, object], tmp_path: Path) -> None:
+    arch = open_source(llama).architecture
+    counted, path = count_cells(arch, "none"), tmp_path / "mine.yaml"
+    mine = Method("mine", "from a file", {"transform": "none", "budget": str(path)})
+    found = []
+    for sites in ((0.5, 0.5, 0.5, 0.5), (0.6, 0.6, 0.5, 0.5)):
+        budget = Budget(np.tile(sites, (counted.layers, 1)))
+        budget = Budget(budget.sparsities * 0.5 / budget.model_sparsity(counted))
+        write_budget(path, explicit(budget, counted, model_key(arch, counted), 0.5, "wina"))
+        found.append(wina_calib.compare(llama, tmp_path / "out", methods=mine, sparsities=0.5, **protocol))
+    assert found[0].rows[0].ppl != found[1].rows[0].ppl and found[0].budgets == {"mine": "mine.yaml"}
+    path.unlink()
+    with pytest.raises(UsageError, match="nothing could be measured. mine: .*no such budget file"):
+        wina_calib.compare(llama, tmp_path / "out", methods=mine, sparsities=0.5, **protocol)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------

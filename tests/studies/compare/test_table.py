@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from wina_calib.cli import main
+from wina_calib.errors import UsageError
 from wina_calib.studies.compare.methods import METHODS, Method, find_methods
 from wina_calib.studies.compare.table import Comparison, Row
 
@@ -30,7 +31,27 @@ def test_a_method_says_its_budget(name: str, budget: str) -> None:
 
 
 def test_a_budget_file_is_named() -> None:
-    assert Method("mine", "from a file", {"budget": "mine.yaml"}).budget == "mine.yaml"
+    assert Method("mine", "from a file", {"budget": "some/where/mine.yaml"}).budget == "mine.yaml"
+
+
+def test_a_budget_that_a_method_does_not_have_is_named_beside_those_that_there_are() -> None:
+    for name, said in (
+        ("teal-gredy", "budget: teal has greedy, teal-uniform has uniform"),
+        ("ours-uniform", "budget: ours has global"),
+        ("greedy", "budget: wina-paper has greedy, teal has greedy, budget-greedy has greedy"),
+        ("teal-unifrom", "Did you mean 'teal-uniform'"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}' is unknown.*{said}.*their budgets"):
+            find_methods([name])
+
+
+def test_a_method_is_checked_when_it_is_made() -> None:
+    with pytest.raises(UsageError, match="method 'mine': budget is 'globl'; expected global, greedy, uniform"):
+        Method("mine", "misspelt", {"budget": "globl"})
+    with pytest.raises(UsageError, match="method 'mine': unknown option budgt"):
+        Method("mine", "misspelt", {"budgt": "global"})
+    with pytest.raises(UsageError, match="masks the MLP's gate.*no use for budget. Leave it out"):
+        Method("mine", "gates", {"budget": "greedy", "seed": 1}, gated=True)
 
 
 def test_unequal_budgets_are_told() -> None:

@@ -9,19 +9,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from wina_calib.calibration.options import CalibrateOptions
+from wina_calib.calibration.options import CalibrateOptions, make_options
+from wina_calib.choices import BUDGETS
 from wina_calib.errors import UsageError
 
 PAPERS, QUANTIZED = "papers", "quantized"
+_OF_TEXT = frozenset({"data", "samples", "seq_len", "seed"})  # options that no site is needed for
 _SPARSITY = 0.4  # whose masks weights are quantized under
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose what is dropped."""
+    """One way to choose what is dropped.
+
+    Raises:
+        UsageError: an option is unknown or out of range, or of sites where there are none.
+    """
 
     name: str  # in files and tables; letters, digits and dashes
     about: str  # one line for people
@@ -29,15 +36,26 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     group: str = PAPERS  # `papers`, `quantized`, or what an ablation changes
     share: float = 1.0  # share of the protocol's calibration blocks that it uses
-    gated: bool = False  # masks are made from the MLP's gate, as CATS does, instead of at sites
+    gated: bool = (
+        False  # masks are made from the MLP's gate, as CATS does, instead of at sites, whose options it refuses
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        try:
+            make_options(dict(self.options))
+        except UsageError as error:
+            raise UsageError(f"method {self.name!r:.80}: {error}") from None
+        if self.gated and (without := sorted(set(self.options) - _OF_TEXT)):
+            raise UsageError(
+                f"method {self.name!r:.80} masks the MLP's gate, the same share in every layer; it has no use for "
+                f"{', '.join(without)}. Leave {'them' if without[1:] else 'it'} out."
+            )
 
     @property
     def budget(self) -> str:
-        """How its sparsity is spread over sites; it is never another one than this."""
-        return "uniform over layers" if self.gated else str(self.options.get("budget", CalibrateOptions.budget))
+        """How its sparsity is spread over sites, of a file or folder its name; it is never another one than this."""
+        return "uniform over layers" if self.gated else Path(self.options.get("budget", CalibrateOptions.budget)).name
 
 
 _FREE: dict[str, Any] = {"transform": "none", "budget": "uniform"}
@@ -125,10 +143,9 @@ def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
         plain = name.removeprefix("-")
         chosen = GROUPS.get(plain) or ((METHODS[plain],) if plain in METHODS else ())
         if not chosen:
-            near = difflib.get_close_matches(plain, (*METHODS, *GROUPS), n=1)
             raise UsageError(
-                f"method {plain!r} is unknown.{f' Did you mean {near[0]!r}?' if near else ''} "
-                "`wina-calib compare --list` tells all and their groups."
+                f"method {plain!r:.80} is unknown.{_hint(plain)} "
+                "`wina-calib compare --list` tells all, their groups and their budgets."
             )
         if name == plain:
             methods |= {method.name: method for method in chosen}
@@ -137,3 +154,16 @@ def find_methods(names: Sequence[str | Method]) -> tuple[Method, ...]:
     if not methods:
         raise UsageError(f"no method was given; known: {', '.join((*METHODS, *GROUPS))}.")
     return tuple(methods.values())
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a method's name that is none; a budget in it is answered with what methods have."""
+    stem, _, last = name[:60].rpartition("-")
+    budget = difflib.get_close_matches(last, BUDGETS, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name[:60], (*METHODS, *GROUPS), n=1, cutoff=0.6 if not budget else 0.9)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    alike = [m for m in METHODS.values() if (m.name.startswith(stem) if stem else m.budget in budget)]
+    if not (budget and alike):
+        return ""
+    return f" A method has its own budget: {', '.join(f'{m.name} has {m.budget}' for m in alike)}."

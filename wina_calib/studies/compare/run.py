@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
+from wina_calib.calibration.choose_budget import budget_files, is_file, settle
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
 from wina_calib.calibration.dense_pass import dense_pass
+from wina_calib.calibration.identity import files_digest
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import Quality, next_token_nll, perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
@@ -213,7 +215,9 @@ class _Bench:
         own = asdict(self.shared) | dict(method.options)
         own["samples"] = max(1, round(own["samples"] * method.share))
         options = make_options(own)
-        plan(options.transform, self.source.architecture)  # refuses a transform that is not exact here
+        transform = plan(options.transform, self.source.architecture)  # refuses one that is not exact here
+        if not method.gated:
+            settle(options, self.source.architecture, count_cells(self.source.architecture, transform.name))
         text = self.text(options)
         key = self._key(method, options, text)
         known = {s: read_cell(self._cell(method, s, key), key) for s in sparsities}
@@ -243,6 +247,8 @@ class _Bench:
                 "versions": self._protocol["versions"],
             }
         )
+        if is_file(options.budget):
+            key["budget_file"] = files_digest(budget_files(options.budget))
         return key
 
     @property
