@@ -108,7 +108,13 @@ def test_a_quantized_models_verdict_says_what_quantizing_costs(cells: Cells) -> 
     warning = Verdict.of(worse, cells, 0.4).warning
     assert warning is not None and "Quantizing alone costs 22 %" in warning and "0 % sparsity costs" not in warning
     chosen = Verdict.of(worse, cells, 0.2, 0.05).warning  # which is within the limit, and not what costs
-    assert chosen is not None and "quantizing alone costs 22 %, and the 20 % sparsity chosen 0.9 % on top" in chosen
+    hasty = replace(Verdict.of(worse, cells, 0.2, 0.05), quick=True).warning
+    assert hasty is not None and "on top. More text (without --quick), groups of 32" in hasty
+    assert (
+        chosen is not None
+        and "on top. Groups of 32" in chosen
+        and "quantizing alone costs 22 %, and the 20 % sparsity chosen 0.9 % on top" in chosen
+    )
     assert all(
         way in warning and way in chosen
         for way in ("--group-size 32", "--keep-16-bit", "--bits 8", "wina-calib recover")

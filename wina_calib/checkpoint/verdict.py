@@ -269,7 +269,7 @@ class Verdict:
             masks = (1 + self.rise) / (1 + self.quantizing) - 1
             return (
                 f"perplexity is expected to rise by {_rise(self.rise)}: {self.alone.lower()}, and the "
-                f"{share(self.sparsity)} sparsity chosen {_rise(masks)} on top. {CHEAPER[0].upper()}{CHEAPER[1:]}"
+                f"{share(self.sparsity)} sparsity chosen {_rise(masks)} on top. {self._cheaper[0].upper()}{self._cheaper[1:]}"
             )
         better = self.sparsity_for["0.05"]
         return (
@@ -278,9 +278,14 @@ class Verdict:
             + (
                 f"{share(whole(better))} sparsity costs about 5 %"
                 if self.reaches("0.05")
-                else f"{self.alone}: {CHEAPER}"
+                else f"{self.alone}: {self._cheaper}"
             )
         )
+
+    @property
+    def _cheaper(self) -> str:
+        """What costs less than these quantized weights."""
+        return f"{'more text (without --quick), ' if self.quick else ''}{CHEAPER}"
 
     @property
     def alone(self) -> str:
