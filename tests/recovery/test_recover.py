@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import wina_calib
 from wina_calib.budgets import Target
 from wina_calib.calibration.apply_budget import apply
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES
+from wina_calib.calibration.loss_curves import CURVE_PASSES, usable_tokens
 from wina_calib.calibration.rebudget import Request, choose
 from wina_calib.checkpoint.reader import open_checkpoint
 from wina_calib.cli import main
@@ -29,6 +31,7 @@ from wina_calib.recovery.masked_model import MaskedModel
 from wina_calib.recovery.options import RecoverOptions
 from wina_calib.recovery.plan import plan_training
 from wina_calib.recovery.record import merit
+from wina_calib.recovery.result import calibration_passes
 from wina_calib.recovery.run import _base, recover
 from wina_calib.recovery.train import Training
 from wina_calib.runtime.load import runtime_state
@@ -149,12 +152,24 @@ def test_recovering_brings_the_dense_model_nearer(calibrated: Path, tmp_path: Pa
     assert str(_base(RecoverOptions(), open_checkpoint(tmp_path / "out"))) == base  # found where it was
 
 
-def test_a_first_look_is_recovered_with_enough_text(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_first_look_is_recovered_with_enough_text(
+    calibrated: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = shutil.copytree(calibrated, tmp_path / "sparse")
     config = json.loads((given / "config.json").read_text())
     config["quantization_config"]["provenance"]["samples"] = 2  # fewer than any calibration but `--quick` takes
     (given / "config.json").write_text(json.dumps(config))
-    assert recover(given, tmp_path / "out", **options).folder == tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    found = recover(given, "out", **options)
+    assert found.to_dict()["folder"] == "out" and str(tmp_path) not in table(found)  # as it was given
+
+
+def test_calibrating_counts_as_much_as_it_reads(calibrated: Path) -> None:
+    opened = open_checkpoint(calibrated)
+    tokens = 64 * 128
+    fitted = tokens * (1 + 2 * CLOSED_LOOP_PASSES)
+    assert calibration_passes(opened, (0.5,)) == pytest.approx(fitted + usable_tokens(tokens) * CURVE_PASSES)
+    assert calibration_passes(opened, (0.4, 0.5)) > calibration_passes(opened, (0.5,))
 
 
 def test_another_tokenizer_is_refused(calibrated: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -413,7 +428,10 @@ def test_less_of_the_way_is_taken_where_it_is_better(
     kind, ((sparsity, before), *_) = next((kind, list(by.items())) for kind, by in found.before.items())
     odd = replace(before, ppl=before.ppl * 1.1, kl=before.kl / 2)
     told = table(replace(found, after=found.before | {kind: found.before[kind] | {sparsity: odd}}))
-    assert "the model answers more like the dense one" in told
+    assert "the model answers more like the dense one" in told and "(KL) is higher after" not in told
+    worse = replace(before, kl=before.kl + 0.01)
+    told = table(replace(found, after=found.before | {kind: found.before[kind] | {sparsity: worse}}))
+    assert f"(KL) is higher after: {kind}. There the checkpoint from before is the better one" in told
 
 
 def test_held_out_text_is_looked_at_with_thresholds_that_fit_the_weights(

@@ -62,6 +62,16 @@ def table(made: Any) -> str:
             "Where the rise is higher after and the divergence (KL) lower, the model answers more like the dense one, which is "
             "what it is trained for, though a little less like this text."
         )
+    lost = [
+        kind
+        for kind, by in made.before.items()
+        if any(f"{made.after[kind][s].kl:.3f}" > f"{before.kl:.3f}" for s, before in by.items())
+    ]
+    if lost:
+        lines.append(
+            f"Text where the divergence (KL) is higher after: {', '.join(lost)}. There the checkpoint from before is the better "
+            "one; more --tokens, or --data like it, train for it."
+        )
     if made.tasks_before:
         lines += ["", f"{'task, share solved':<20}{'sparsity':>9}{'before':>13}{'after':>9}"]
     for task, solved in made.tasks_before.items():

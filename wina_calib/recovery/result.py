@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from wina_calib.calibration.cost import CLOSED_LOOP_PASSES
+from wina_calib.calibration.loss_curves import CURVE_PASSES, usable_tokens
 from wina_calib.calibration.run import calibrate
 from wina_calib.checkpoint.local_paths import remember
 from wina_calib.checkpoint.reader import Checkpoint
@@ -82,6 +84,19 @@ def blocks_of(provenance: Mapping[str, Any], seq_len: int) -> int:
     return max(int(provenance.get("samples", 128)), -(-MIN_TOKENS // seq_len))
 
 
+def grid_of(opened: Checkpoint, sparsities: tuple[float, ...]) -> tuple[float, ...]:
+    """The anchors that trained weights are calibrated at: the checkpoint's and those that were trained."""
+    return tuple(sorted({*(a for a in opened.settings.anchors if a > 0), *sparsities}))
+
+
+def calibration_passes(opened: Checkpoint, sparsities: tuple[float, ...]) -> float:
+    """Tokens that go through the model where trained weights are calibrated, each as often as it does."""
+    settings = opened.settings
+    tokens = blocks_of(settings.provenance, settings.seq_len) * settings.seq_len
+    fitted = 1 + CLOSED_LOOP_PASSES * len(grid_of(opened, sparsities))
+    return tokens * fitted + usable_tokens(tokens) * CURVE_PASSES
+
+
 def calibrate_trained(
     weights: Path,
     made: Path,
@@ -103,7 +118,7 @@ def calibrate_trained(
         progress=report,
         budget=str(opened.folder),
         transform="none",
-        grid=tuple(sorted({*(a for a in settings.anchors if a > 0), *sparsities})),
+        grid=grid_of(opened, sparsities),
         data=data_of(chosen, opened),
         samples=blocks_of(provenance, settings.seq_len),
         seq_len=settings.seq_len,

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ from wina_calib.recovery.models import load_plain, prepared, rotation_to, size_o
 from wina_calib.recovery.options import RecoverOptions, make_options
 from wina_calib.recovery.plan import TrainingPlan, available_memory, plan_training
 from wina_calib.recovery.record import Trained
-from wina_calib.recovery.result import calibrate_trained, stored_dtype, trained_weights, write_trained
+from wina_calib.recovery.result import (
+    calibrate_trained,
+    calibration_passes,
+    stored_dtype,
+    trained_weights,
+    write_trained,
+)
 from wina_calib.recovery.tasks import read_tasks
 from wina_calib.recovery.text import training_text
 from wina_calib.recovery.train import Training
@@ -134,7 +140,7 @@ def recover(checkpoint: str | Path, output: str | Path, *, progress: Hearing = N
                 raise
             if ranks.is_first:
                 drop(state_folder(target))
-            return made
+            return replace(made, folder=Path(output))
         except BaseException as error:
             error.__dict__["silent"] = not ranks.speaks(error)  # one process of several says what happened
             raise
@@ -226,7 +232,7 @@ class _Recovering:
         plan = ranks.from_first(
             ranks.agree(lambda: plan_training(size_of(student, arch, teacher), chosen, free, ranks.size))
         )
-        report.planned(_estimate(plan, chosen, sparsities, len(tasks)))
+        report.planned(_estimate(plan, opened, chosen, sparsities, len(tasks)))
         report.note(plan.describe(chosen, free))
         ids, held_out = ranks.first(lambda _: training_text(chosen, opened, tokenizer, teacher))
         texts = {"trained on": held_out, **_other_texts(tokenizer, held_out.shape[1], chosen.seed)}
@@ -311,7 +317,9 @@ def _check_tokenizer(base: Any, own: Any, folder: Path) -> None:
         )
 
 
-def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[float, ...], tasks: int) -> Estimate:
+def _estimate(
+    plan: TrainingPlan, opened: Checkpoint, chosen: RecoverOptions, sparsities: tuple[float, ...], tasks: int
+) -> Estimate:
     """The parts of the work; costs in passes over a thousand tokens, a step counting four."""
     texts = 1 + len(MEASURED)
     measured = 2 * MEASURED_TOKENS * (1 + len(sparsities)) * (1 + tasks / texts) / 1000
@@ -319,7 +327,7 @@ def _estimate(plan: TrainingPlan, chosen: RecoverOptions, sparsities: tuple[floa
     parts = (
         Part("measure before", texts + tasks, measured),
         Part("train", plan.steps, 5 * tokens / 1000, 60 * chosen.max_time or math.inf),
-        Part("calibrate", Within.STEPS, 262.0 * 5),
+        Part("calibrate", Within.STEPS, calibration_passes(opened, sparsities) / 1000),
         Part("measure after", texts + tasks, measured),
     )
     return Estimate(parts=parts, memory_bytes=plan.memory_bytes, tokens=tokens)
