@@ -88,7 +88,7 @@ def run_calibration(
     *,
     held_tokens: int | None = None,
 ) -> Result:
-    """As `calibrate`, measured on `held_tokens` held-out tokens: few for who measures the checkpoint afterwards."""
+    """As `calibrate`, measured on `held_tokens` held-out tokens: few for who measures the checkpoint afterwards, and drops it."""
     with remote_code(chosen.trust_remote_code), shared_ranks() as ranks, hearing(progress) as report:
         try:
             job, base = ranks.agree(lambda: prepare(model, Path(output), chosen, report, ranks, held_tokens))
@@ -96,7 +96,7 @@ def run_calibration(
                 job.report.planned(job.estimate(base))
                 for note in (*job.source.notes, *job.blocks.notes):
                     job.report.note(note)
-                if chosen.weights == "reference" and job.source.commit is None:
+                if chosen.weights == "reference" and job.source.commit is None and held_tokens is None:
                     job.report.note(
                         "the base model is a local folder: this checkpoint needs it on this machine, and cannot be pushed. "
                         "Calibrate by a Hub id, or without --weights reference, to push it"

@@ -60,7 +60,9 @@ def test_calibrations_are_measured_once_by_the_comparison(
         return seen[-1]
 
     monkeypatch.setattr("wina_calib.studies.compare.run.run_calibration", calibrate)
-    wina_calib.compare(llama, tmp_path / "out", methods=("wina",), sparsities=(0.5,), **protocol)
+    heard = Heard()
+    wina_calib.compare(llama, tmp_path / "out", methods=("wina",), sparsities=(0.5,), progress=heard, **protocol)
+    assert not any("--weights" in note for note in heard.notes)  # which is no option of this command
     assert [result.verdict.tokens < 64 for result in seen] == [True]
 
 
