@@ -2,11 +2,14 @@
 
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from wina_calib.cli import main
 from wina_calib.commands.push import _asked
 
 
@@ -54,3 +57,9 @@ def test_an_interrupted_question_sends_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(click, "prompt", prompt)
     with pytest.raises(KeyboardInterrupt, match="nothing was sent"):
         _asked()
+
+
+def test_a_name_that_none_can_be_meant_by_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    for given, said in ((["alone"], "does not say whose repository it is"), (["me/it", "--base-model", "x"], "is 'x'")):
+        refused = CliRunner().invoke(main, ["push", str(tmp_path), *given])
+        assert refused.exit_code == 2 and said in refused.output and "note:" not in refused.output

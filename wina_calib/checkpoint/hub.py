@@ -82,20 +82,20 @@ def push_to_hub(
         wina_calib.push_to_hub("demo-sparse", "USER/demo-sparse", private=True)
         ```
     """
-    if not all(repo.partition("/")):
-        raise UsageError(
-            f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
-        )
-    if base_model is not None and ("/" not in base_model or not is_repo_name(base_model)):
-        raise UsageError(f"--base-model is {base_model!r}; expected the id of a model on the Hub, USER/NAME.")
+    check_names(repo, base_model)
     folder, api = Path(given_name(folder)), HfApi(token=token)
     with hearing(progress) as report:
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
         upload = f"{_UPLOAD} {human_bytes(size)}"
-        report.planned(Estimate((Part(_VERIFY, 1, size / 1e9), Part(upload, 1, size / 2e7))))  # bytes a second
+        report.planned(
+            Estimate((Part(_VERIFY, 1, size / 1e9), Part(upload, 1, size / 2e7)))
+        )  # bytes a second, at a guess
         report.phase(_VERIFY, 1)
         prepare(folder, repo, base_model=base_model, api=api)
         report.step("weights and card")
+        report.planned(
+            Estimate((Part(upload, 1),))
+        )  # how fast the disk was says nothing of the network: no time is told
         report.phase(upload, 1)
         with readable_errors(repo, revision, kept=", and nothing was sent"):
             name = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -127,6 +127,20 @@ def push_to_hub(
     pushed = Pushed(url)
     pushed.commit, pushed.changed = done.oid, done.oid != before
     return pushed
+
+
+def check_names(repo: str, base_model: str | None = None) -> None:
+    """Refuse names that no push can be meant by.
+
+    Raises:
+        UsageError: `repo` lacks the user, or `base_model` is no id.
+    """
+    if not all(repo.partition("/")):
+        raise UsageError(
+            f"{repo!r} does not say whose repository it is; expected USER/REPO, such as USER/{repo.strip('/')}."
+        )
+    if base_model is not None and ("/" not in base_model or not is_repo_name(base_model)):
+        raise UsageError(f"--base-model is {base_model!r}; expected the id of a model on the Hub, USER/NAME.")
 
 
 def _publish_facts(opened: Checkpoint) -> None:

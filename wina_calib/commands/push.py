@@ -42,8 +42,9 @@ def command(folder: Path, repo: str, base_model: str | None, as_json: bool, **op
     """
     load_libraries()
     from wina_calib.checkpoint.evaluation_file import read_evaluation
-    from wina_calib.checkpoint.hub import known_base, push_to_hub
+    from wina_calib.checkpoint.hub import check_names, known_base, push_to_hub
 
+    check_names(repo, base_model)  # before anybody is asked
     if base_model is None and known_base(folder) is None:
         base_model = _asked()
     # What the library says of unchanged files is said below.
