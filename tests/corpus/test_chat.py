@@ -1,6 +1,7 @@
 """Conversations are read by the model's chat template; rows without a text are counted."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
             [{"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "This?"}]}],
             "<user>This?\n",
         ),
+        ([None, {"role": "user", "content": [None, {"type": "text", "text": "Hi."}]}], "<user>Hi.\n"),
     ],
 )
 def test_rows_of_messages_are_rendered_by_the_template(tmp_path: Path, turns: list[Any], text: str) -> None:
@@ -81,10 +83,11 @@ def test_any_conversation_is_rendered_with_all_that_users_and_assistants_say(tur
 
 
 def test_other_contents_are_refused(tmp_path: Path) -> None:
-    for content in (3, [3], {"text": "no"}):
+    for content, held in ((3, "a value"), ([None, 3], "a list with a value"), ({"text": "no"}, "a value")):
         file = jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": content}]}])
         with pytest.raises(
-            CorpusError, match=r"line 1, field 'messages': a message holds .* expected text, or a list of parts"
+            CorpusError,
+            match=rf"line 1, field 'messages': a message holds {held} of type .* expected text, or a list of parts",
         ):
             list(documents(f"{file}:messages"))
 
@@ -92,7 +95,19 @@ def test_other_contents_are_refused(tmp_path: Path) -> None:
 # --- rows without a text --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("empty", [{"text": None}, {"text": "  "}, {}, {"n": 1}, None, {"messages": []}])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"text": None},
+        {"text": math.nan},
+        {"text": "  "},
+        {},
+        {"n": 1},
+        None,
+        {"messages": []},
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+    ],
+)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_rows_without_a_text_are_counted(tmp_path: Path, empty: Any, kind: str) -> None:
     rows = [{"text": "some words of no importance " * 30}] * 6
@@ -101,7 +116,7 @@ def test_rows_without_a_text_are_counted(tmp_path: Path, empty: Any, kind: str) 
     if kind == "jsonl":
         jsonl(file, rows)
     else:
-        texts = [(row or {}).get("text") for row in rows]
+        texts = [text if isinstance(text := (row or {}).get("text"), str) else None for row in rows]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file)
     blocks = load_blocks([str(file)], tiny.tokenizer(), samples=8, seq_len=64, seed=0, min_tokens=1)
     assert blocks.notes == (f"data {str(file)!r}: 2 of 8 rows held no text",)
@@ -112,6 +127,8 @@ def test_where_no_row_has_a_text_the_first_is_named(tmp_path: Path) -> None:
         list(documents(str(jsonl(tmp_path / "a.jsonl", [{"body": "x"}] * 3))))
     with pytest.raises(CorpusError, match=r"line 2: field 'text' holds a value of type int"):
         list(documents(str(jsonl(tmp_path / "a.jsonl", [{"text": None}, {"text": 3}]))))
+    with pytest.raises(CorpusError, match=r"line 1: field 'messages' holds no text; expected text, or"):
+        list(documents(str(jsonl(tmp_path / "a.jsonl", [{"messages": []}, {"messages": [USER | {"content": None}]}]))))
     pyarrow.parquet.write_table(
         pyarrow.table({"text": [None, None]}, schema=pyarrow.schema([("text", "string")])), tmp_path / "a.parquet"
     )

@@ -24,22 +24,22 @@ class Conversation(str):
         return text
 
 
-def conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
+def conversation(value: Sequence[Mapping[str, Any] | None], where: str) -> Conversation:
     """The conversation in a field of a row.
 
     Args:
-        value: messages with `role` and `content`, or `from` and `value`; a content is text or a list of parts.
+        value: messages with `role` and `content`, or `from` and `value`; a content is text or a list of parts. Null is nothing.
         where: the row's place and field, for messages.
 
     Raises:
         CorpusError: a message holds something else.
     """
-    return Conversation([_turn(turn, where) for turn in value])
+    return Conversation([_turn(turn, where) for turn in value if turn is not None])
 
 
 def is_conversation(value: object) -> bool:
-    """Whether a field of a row holds a list of messages."""
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(turn, dict) for turn in value)
+    """Whether a field of a row holds a list of messages; some of them may be null."""
+    return isinstance(value, list) and any(value) and all(turn is None or isinstance(turn, dict) for turn in value)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -86,12 +86,13 @@ def _text(content: object, where: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, str | dict) for part in content):
-        texts = [part if isinstance(part, str) else _part(part) for part in content]
+    parts = [part for part in content if part is not None] if isinstance(content, list) else [content]
+    odd = next((part for part in parts if not isinstance(part, str | dict)), None)
+    if odd is None and isinstance(content, list):
+        texts = [part if isinstance(part, str) else _part(part) for part in parts]
         return "\n".join(text for text in texts if text)
-    raise CorpusError(
-        f"{where}: a message holds a value of type {type(content).__name__}; expected text, or a list of parts."
-    )
+    found = f"{'a list with ' if isinstance(content, list) else ''}a value of type {type(odd).__name__}"
+    raise CorpusError(f"{where}: a message holds {found}; expected text, or a list of parts.")
 
 
 def _part(part: Mapping[str, Any]) -> str:

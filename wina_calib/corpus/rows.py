@@ -49,10 +49,11 @@ def texts(
             any_text = True
             yield text
         elif problem is None:
-            held = (
-                f"{where}: field {entry.get('column')!r} holds nothing (null)" if row is not None else f"{where}: null"
-            )
-            problem = CorpusError(f"{held}; expected text, or a list of chat messages.")
+            held = "null"
+            if row is not None:
+                column = _column(row, entry)
+                held = f"field {column!r} holds {'nothing (null)' if row[column] is None else 'no text'}"
+            problem = CorpusError(f"{where}: {held}; expected text, or a list of chat messages.")
         if looked >= _LOOKED and not any_text and problem is not None:
             break
     if problem is not None and not any_text:
@@ -74,9 +75,7 @@ def row_text(row: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> st
         if "template" in entry:
             filled = str(entry["template"]).format(**row)
             return valid(re.sub(r"\n{3,}", "\n\n", filled))  # an empty field leaves no gap
-        column = entry["column"]
-        if column == "text" and column not in row:
-            column = next((name for name in _CHATS if name in row), column)
+        column = _column(row, entry)
         value = row[column]
     except KeyError as error:
         names = ", ".join(str(name) for name in list(row)[:20])[:_SHOWN] or "none"
@@ -84,15 +83,24 @@ def row_text(row: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> st
             f"{where}: there is no field {error}; found {names}. Name the field that holds the text, as in "
             "file.jsonl:FIELD or hub:NAME:config:split:COLUMN."
         ) from error
-    if value is None or value == []:
+    if value is None or value == [] or value != value:  # a NaN is what tables write of a row without a value
         return None
     if is_conversation(value):
-        return conversation(value, f"{where}, field {column!r}")
+        said = conversation(value, f"{where}, field {column!r}")
+        return said if any(turn["content"].strip() for turn in said.turns) else None
     if not isinstance(value, str):
         raise CorpusError(
             f"{where}: field {column!r} holds {type_name(value)}; expected text, or a list of chat messages."
         )
     return valid(value)
+
+
+def _column(row: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """The field of a row that holds the text: the one asked for, or where none was, one of messages."""
+    column = str(entry.get("column"))
+    if column == "text" and column not in row:
+        return next((name for name in _CHATS if name in row), column)
+    return column
 
 
 def shown(text: str) -> str:

@@ -168,7 +168,9 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any] 
                     number += 1
                     yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{file}: not a readable parquet file ({first_line(error)}).") from error
+        raise CorpusError(
+            f"{file}: not a readable parquet file ({first_line(error)}); get or write it again."
+        ) from error
 
 
 _ROW_READERS = {".jsonl": _json_rows, ".parquet": _parquet_rows}
