@@ -1,6 +1,7 @@
 """What a model folder means is what transformers makes of it: class, config, files, names, adapters, asked once."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import wina_calib
 from wina_calib.checkpoint.side_files import code_files
-from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, WinaError
+from wina_calib.errors import CheckpointError, ModelFolderError, UnsupportedModel, UsageError, WinaError
 from wina_calib.model.folder import ELSEWHERE, open_folder, remote_code
 from wina_calib.model.loading import ask, open_weights
+from wina_calib.model.locate import load_tokenizer
 from wina_calib.model.source import open_source
 from wina_calib.studies.bench.models import open_pair
 from wina_calib.studies.flops import flops
@@ -126,6 +128,51 @@ def test_keys_that_only_concern_how_a_model_is_run_elsewhere(
         found = wina_calib.load(tmp_path / "out", sparsity=0)(input_ids=IDS).logits
         torch.testing.assert_close(found, plain(input_ids=IDS).logits, atol=1e-5, rtol=1e-4)
     assert not set(ELSEWHERE) & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"hidden_size": None},
+            r"config\.json cannot be read .*'hidden_size': TypeError: .* got NoneType .*Correct it, or",
+        ),
+        ({"layer_types": ["nonsense"] * 2}, r"config\.json cannot be read .*layer_types.* Correct it, or download"),
+        ({"auto_map": 5}, r"config\.json cannot be read .* Correct it, or download"),
+        ({"hidden_act": "nonsense"}, r"config\.json makes no llama model \('nonsense'\)\. Correct the value"),
+        ({"num_attention_heads": -1}, r"config\.json makes no llama model .*negative dimension"),
+        ({"pad_token_id": 10**9}, r"config\.json makes no llama model .*Padding_idx"),
+        ({"hidden_size": 0}, r"has a width of 0, by config\.json"),
+        ({"num_labels": 10**12}, r"num_labels is 1000000000000; at most 65536 is supported"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_value_that_makes_no_model_is_told(model: Path, values: dict[str, Any], said: str) -> None:
+    edit(model, **values)
+    with pytest.raises(WinaError, match=said):
+        open_source(model)
+
+
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_model_that_takes_no_token_is_refused(length: int, model: Path, text: Path, tmp_path: Path) -> None:
+    edit(model, max_position_embeddings=length)
+    with pytest.raises(ModelFolderError, match=f"max_position_embeddings is {length}; expected at least 1"):
+        wina_calib.calibrate(model, tmp_path / "s", data=text, sparsity=0.5)
+
+
+@pytest.mark.parametrize("values", [{"model_max_length": "x"}, {"auto_map": 5}])
+def test_a_tokenizer_that_loads_and_does_not_work_is_refused(values: dict[str, Any], model: Path) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ModelFolderError, match="no tokenizer that can be loaded"):
+        load_tokenizer(model)
+
+
+def test_a_name_that_is_no_text_is_told_before_the_work(model: Path, text: Path, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(model) + b"/\xff.txt")).write_text("x")
+    with pytest.raises(UsageError, match=r"holds bytes that are no UTF-8 text\. Rename it"):
+        wina_calib.calibrate(model, tmp_path / "s", data=text, sparsity=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [model.name]
 
 
 @pytest.mark.parametrize("section", [{}, "4bit", [], {"quant_method": None}, {"bits": 4}, 3], ids=repr)

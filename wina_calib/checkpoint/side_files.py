@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from wina_calib.checkpoint.format import EVALUATION_FILE, HEAT_MAP, INDEX_FILE
 from wina_calib.checkpoint.local_paths import without_paths
 from wina_calib.checkpoint.writer import write_json
+from wina_calib.common.printable import checked_name
 from wina_calib.errors import CheckpointError
 from wina_calib.model.folder import ADAPTER_FILE, CONFIG_BYTES, ModelFolder
 from wina_calib.storage import read_json, safe_path
@@ -53,8 +54,14 @@ def _take_paths_out(path: Path) -> None:
 
 
 def check_side_files(folder: ModelFolder) -> None:
-    """Raise CheckpointError where a link leaves the folder: a checkpoint may be published, so nothing outside goes into it."""
+    """Refuse what no checkpoint could hold, before it is copied.
+
+    Raises:
+        CheckpointError: a link leaves the folder: a checkpoint may be published, so nothing outside goes into it.
+        UsageError: a name is no text.
+    """
     for path in side_files(folder):
+        checked_name(str(path))
         safe_path(folder.path, path.name)
 
 

@@ -97,6 +97,7 @@ def finite(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """The first line of an error's text with what it announces by a colon, or the error's type where it has no text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announced = next((n for n, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:announced])[:300] or type(error).__name__

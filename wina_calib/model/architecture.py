@@ -313,6 +313,8 @@ def _gain(norm: nn.Module, path: str) -> str:
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
         weight = next(probe.parameters())
+        if not weight.numel():
+            raise UnsupportedModel(f"{path} has a width of 0, by config.json. Correct it, or download the model again.")
         ones = torch.ones(1, weight.numel(), device="cpu")
         weight.zero_()
         at_zero = float(probe(ones).abs().max())

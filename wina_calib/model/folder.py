@@ -43,11 +43,14 @@ ADAPTER_FILE = "adapter_config.json"
 _OF_FILES = ("configuration_files", "transformers_weights")  # keys that name files of one folder
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _READ: ContextVar[tuple[ModelFolder, bool] | None] = ContextVar("read", default=None)
-_MAX_SIZE, _MAX_COUNT = 1 << 24, 1024  # of numbers in config.json that sizes are made of, and of repeated modules
-_SIZES = re.compile(
-    r"(hidden|intermediate|embedding|inner|ffn|head|d|model|kv|q|lora).*(size|dim|rank|heads)|n_(embd|head|inner)"
-)
-_COUNTS = re.compile(r"n_layers?|num_.*(layers|blocks|experts)")
+# Numbers in config.json that decide how much is built, and the most that they may be.
+_LIMITS = {
+    re.compile(r"n_layers?|num_.*(layers|blocks|experts)"): 1024,
+    re.compile("num_labels"): 1 << 16,  # transformers makes a table of them
+    re.compile(
+        r"(hidden|intermediate|embedding|inner|ffn|head|d|model|kv|q|lora).*(size|dim|rank|heads)|n_(embd|head|inner)"
+    ): 1 << 24,
+}
 
 
 @contextmanager
@@ -136,7 +139,10 @@ class ModelFolder:
         except WinaError:
             raise
         except Exception as error:
-            raise ModelFolderError(f"{self.file} cannot be read as a model config: {first_line(error)}") from error
+            raise ModelFolderError(
+                f"{self.file} cannot be read as a model config: {first_line(error).removesuffix('.')}. Correct it, or "
+                "download the model again."
+            ) from error
 
     @property
     def raw(self) -> dict[str, Any]:
@@ -278,7 +284,7 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_sizes(path, value)
-        limit = _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None
+        limit = next((most for names, most in _LIMITS.items() if names.fullmatch(name)), None)
         if limit is not None and isinstance(value, int | float) and not abs(value) <= limit:
             raise ModelFolderError(
                 f"{path}: {name} is {value!s:.40}; at most {limit} is supported. Download the model again."

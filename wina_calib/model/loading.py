@@ -192,9 +192,14 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
     except Exception as error:
+        model_type = getattr(config, "model_type", "?")
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelFolderError(
+                f"{config.name_or_path or 'the config'}: config.json makes no {model_type} model ({first_line(error)}). Correct "
+                "the value that this is about, or download the model again."
+            ) from error
         raise UnsupportedModel(
-            f"model_type {getattr(config, 'model_type', '?')!r} has no causal language model here: {first_line(error)} "
-            f"Supported: {SUPPORTED}."
+            f"model_type {model_type!r} has no causal language model here: {first_line(error)} Supported: {SUPPORTED}."
         ) from error
 
 

@@ -28,9 +28,11 @@ def load_tokenizer(given: Path | ModelFolder) -> Any:
     """
     folder = weights_folder(given)
     opened = given if isinstance(given, ModelFolder) else None
+    assert opened is None or opened.config is not None  # transformers asks it for the tokenizer's class
     try:
         with nullcontext() if opened is None else opened.handed_on(as_stored=True):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())
+        tokenizer("a")  # what its files say may fail only where it is used
     except Exception as error:
         if not code_is_trusted() and "trust_remote_code" in str(error):
             raise ModelFolderError(
@@ -41,6 +43,7 @@ def load_tokenizer(given: Path | ModelFolder) -> Any:
             f"{folder} has no tokenizer that can be loaded ({first_line(error)}). Copy tokenizer.json and "
             "tokenizer_config.json of the model into the folder."
         ) from error
+    return tokenizer
 
 
 def demo_folder() -> Path:

@@ -271,5 +271,17 @@ def _tied_as_loaded(source: Source) -> Source:
 
 
 def fitting_length(source: Source, seq_len: int) -> int:
-    """Cut a block length to what the model takes."""
-    return min(seq_len, int(getattr(source.config, "max_position_embeddings", seq_len)))
+    """Cut a block length to what the model takes.
+
+    Raises:
+        ModelFolderError: its config says that it takes nothing.
+    """
+    most = getattr(source.config, "max_position_embeddings", None)
+    if most is None:
+        return seq_len
+    if most < 1:
+        raise ModelFolderError(
+            f"{source.opened.file}: max_position_embeddings is {most}; expected at least 1. Correct it, or download the model "
+            "again."
+        )
+    return min(seq_len, int(most))
