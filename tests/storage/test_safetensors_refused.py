@@ -84,6 +84,16 @@ def test_truncated_header_is_refused(tmp_path, content):
     refuses(tmp_path, SINGLE, "download it again")
 
 
+def test_what_is_no_file_of_tensors_says_how_to_get_one(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n")
+    with pytest.raises(CheckpointError, match="is a pointer of Git LFS, .* get it with `git lfs pull`"):
+        Shards.open(tmp_path)
+    file.write_bytes(b"<!DOCTYPE html><title>Not found</title>")
+    with pytest.raises(CheckpointError, match="not a safetensors file; download or save it again"):
+        Shards.open(tmp_path)
+
+
 def test_long_names_do_not_flood_the_message(tmp_path):
     raw_file(tmp_path / SINGLE, {f"{i}" + "x" * 10_000: 3 for i in range(100)})
     refuses(tmp_path, "and 92 more")

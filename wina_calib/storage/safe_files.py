@@ -129,7 +129,9 @@ def parse_json(data: bytes | bytearray, path: Path) -> object:
     except RecursionError as error:
         raise CheckpointError(f"{path}: its JSON is nested deeper than {MAX_JSON_DEPTH} levels") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: its JSON is damaged: {str(error)[:300]}") from error
+        raise CheckpointError(
+            f"{path}: its JSON is damaged, get or write the file again: {str(error)[:300]}"
+        ) from error
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [child for parent in level if isinstance(parent, dict | list) for child in _children(parent)]

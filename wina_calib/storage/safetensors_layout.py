@@ -37,6 +37,8 @@ METADATA = "__metadata__"
 MAX_HEADER_BYTES = MAX_JSON_BYTES
 MAX_RANK = 16
 MAX_INT = 2**63 - 1
+_GIT_LFS = b"version "  # begins what Git holds of a file whose bytes lie elsewhere
+_OTHER_FILE = "it is not a safetensors file; download or save it again"
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -85,10 +87,14 @@ def header_length(prefix: bytes | bytearray, file_size: int, path: Path) -> int:
     """
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: has {file_size} bytes, too few for a safetensors file; download it again")
+    if prefix == _GIT_LFS:
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS, and not the file itself; get it with `git lfs pull`, or download it again"
+        )
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: declares a header of {length} bytes, more than {MAX_HEADER_BYTES}; it is not a safetensors file"
+            f"{path}: declares a header of {length} bytes, more than {MAX_HEADER_BYTES}; {_OTHER_FILE}"
         )
     if length > file_size - 8:
         raise CheckpointError(
@@ -104,10 +110,10 @@ def parse_header(header: bytes | bytearray, file_size: int, path: Path) -> dict[
         CheckpointError: listing everything that is wrong with the header.
     """
     if header[:1] != b"{":
-        raise CheckpointError(f"{path}: its header does not begin with '{{'; it is not a safetensors file")
+        raise CheckpointError(f"{path}: its header does not begin with '{{'; {_OTHER_FILE}")
     entries = parse_json(header, path)
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object; it is not a safetensors file")
+        raise CheckpointError(f"{path}: its header is not a JSON object; {_OTHER_FILE}")
     metadata = entries.pop(METADATA, {})
     problems: list[str] = []
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
