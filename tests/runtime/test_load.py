@@ -1,18 +1,23 @@
 """A calibrated checkpoint in the hands of transformers, peft and accelerate."""
 
 import copy
+import json
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import script
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextIteratorStreamer, pipeline
 
 import wina_calib
+from wina_calib.checkpoint.format import WINA_FILE
 from wina_calib.errors import CheckpointError, ModelFolderError, RuntimeLoadError, UsageError
 from wina_calib.runtime.load import sparse_sites
 
@@ -339,6 +344,46 @@ def test_another_gain_or_bias_of_any_layer_is_noticed_and_a_cast_is_none(
             wina_calib.load(tmp_path / "other")
     model.bfloat16().save_pretrained(tmp_path / "cast")
     assert wina_calib.load(tmp_path / "cast").dtype == torch.bfloat16
+
+
+NORM = "model.layers.0.wina.attn_in.shared.norm"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "said"),
+    [
+        (WINA_FILE, NORM, torch.ones(3), f"{NORM} has shape (3,), expected (64,)"),
+        (WINA_FILE, NORM, -torch.ones(64), f"{NORM} holds negative values"),
+        ("model-", "model.norm.weight", torch.ones(7), "model.norm.weight has shape (7,), expected (64,)"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_named(
+    file: str, name: str, value: torch.Tensor, said: str, calibrated: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(calibrated, tmp_path / "s"))
+    (path,) = (p for p in folder.glob(f"{file}*") if name in load_file(p))
+    save_file(load_file(path) | {name: value}, path, {"format": "pt"})
+    for load in (wina_calib.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_hidden_layers": 1}, r"holds model\.layers\.1\..*, but config\.json says that there are 1 layers"),
+        ({"hidden_size": 32}, r"expected \(320, 32\)"),
+        ({"model_type": "qwen2"}, "has shape"),
+        ({"hidden_size": None}, r"config\.json cannot be read"),
+    ],
+)
+def test_a_config_of_another_model_is_noticed(
+    values: dict[str, Any], said: str, calibrated: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(calibrated, tmp_path / "s"), "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises((CheckpointError, ModelFolderError), match=said):
+        wina_calib.load(tmp_path / "s")
 
 
 def test_a_missing_file_is_named(calibrated: Path, tmp_path: Path) -> None:

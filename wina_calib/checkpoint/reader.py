@@ -201,12 +201,19 @@ def check_complete(
 ) -> None:
     """Raise CheckpointError unless all expected tensors are there with their shapes."""
     missing = sorted(set(expected) - set(stored))
-    wrong = [n for n, shape in expected.items() if n in stored and tuple(stored[n]) != shape]
     if missing:
         raise CheckpointError(
             f"{where}: {len(missing)} of {len(expected)} calibration tensors are missing, such as {missing[0]}. Another tool "
             "may have saved the model without them: calibrate again, or restore wina.safetensors and the index from the original."
         )
+    check_shapes(where, expected, stored)
+
+
+def check_shapes(
+    where: Path | str, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError where a stored tensor that is expected has another shape."""
+    wrong = [n for n, shape in expected.items() if n in stored and tuple(stored[n]) != shape]
     if wrong:
         name = wrong[0]
         raise CheckpointError(
@@ -245,12 +252,13 @@ def _told(spec: Spec) -> str:
 
 
 def check_values(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a calibration tensor is NaN or infinite."""
+    """Raise CheckpointError where a calibration tensor is NaN or infinite, or a column norm negative."""
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{where}: {name} holds NaN or infinite values. Download it again or calibrate again."
-            )
+        found = "" if bool(torch.isfinite(tensor).all()) else "NaN or infinite"
+        if not found and name.endswith(".norm") and bool((tensor < 0).any()):
+            found = "negative"
+        if found:
+            raise CheckpointError(f"{where}: {name} holds {found} values. Download it again or calibrate again.")
 
 
 def norms_match(stored: Tensor, fresh: Tensor, tolerance: float = 2e-2) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from wina_calib.checkpoint.format import expected_tensors
-from wina_calib.checkpoint.reader import check_complete, check_values, norms_match, quantized_tensors
+from wina_calib.checkpoint.reader import check_complete, check_shapes, check_values, norms_match, quantized_tensors
 from wina_calib.checkpoint.settings import Settings
 from wina_calib.checkpoint.weight_sample import ends_name, known_ends, matches, others_name
-from wina_calib.errors import RuntimeLoadError
+from wina_calib.errors import CheckpointError, RuntimeLoadError
 from wina_calib.masks.score import column_norms
 from wina_calib.masks.thresholds import site_sparsity
 from wina_calib.model.architecture import Architecture
@@ -80,6 +82,26 @@ def insert_sites(model: PreTrainedModel, arch: Architecture, settings: Settings)
     lm_head.prefer(model)
     late_stop.install()
     continuous_batching.install(attention.NAME, attention.STOCK)
+
+
+def check_files(model: PreTrainedModel, arch: Architecture, files: Iterable[str]) -> None:
+    """Check that what the files hold has a place in the model, before any of it is read.
+
+    Raises:
+        CheckpointError: a tensor has another shape, or belongs to a layer that the model does not have.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layer = re.compile(re.escape(arch.layers_path) + r"\.(\d+)\.")
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in sorted(stored.keys())}
+        check_shapes(model.name_or_path, expected, shapes)
+        more = next((n for n in shapes if (at := layer.match(n)) and int(at[1]) >= len(arch.layers)), None)
+        if more is not None:
+            raise CheckpointError(
+                f"{model.name_or_path}: holds {more}, but config.json says that there are {len(arch.layers)} layers. Download "
+                "config.json again or calibrate again."
+            )
 
 
 def check_loaded(model: PreTrainedModel, arch: Architecture, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from wina_calib.errors import RuntimeLoadError, UsageError
 from wina_calib.model.architecture import Architecture, describe
 from wina_calib.model.folder import METHOD
 from wina_calib.runtime.derived import derive
-from wina_calib.runtime.insert_sites import check_loaded, insert_sites
+from wina_calib.runtime.insert_sites import check_files, check_loaded, insert_sites
 from wina_calib.runtime.quantization_config import WinaConfig
 from wina_calib.runtime.quantized import QuantizedModel
 
@@ -28,7 +29,9 @@ class WinaQuantizer(HfQuantizer):
         self.settings = quantization_config.settings
         self.architecture: Architecture | None = None
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         if model.get_output_embeddings() is None:
             raise RuntimeLoadError(
                 f"{type(model).__name__} has no language modelling head, but what is calibrated is a causal language model. "
@@ -40,6 +43,7 @@ class WinaQuantizer(HfQuantizer):
         if model.is_quantized:
             derive(model, QuantizedModel)
         insert_sites(model, self.architecture, self.settings)
+        check_files(model, self.architecture, checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
