@@ -105,7 +105,7 @@ class _Lazy(click.Group):
             _say(error, f"Error: {error.object[:200]!r} holds bytes that are no UTF-8 text. Rename what is called so.")
             ctx.exit(2)
         except OSError as error:
-            _say(error, f"Error: {error.filename or ''}: {error.strerror or error}")
+            _say(error, f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
             ctx.exit(1)
 
 

@@ -176,6 +176,7 @@ def test_an_output_that_exists(model: Path, tmp_path: Path, refused: Callable[..
     (tmp_path / "file").write_text("")
     refused("is a file", "--overwrite", output="file")
     refused("does not exist", output="no/where")
+    refused("/ exists, and has no name", output="/")
 
 
 # --- a checkpoint ----------------------------------------------------------------------------------------------------

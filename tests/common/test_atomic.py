@@ -100,7 +100,12 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")],
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EACCES, "cannot be written"),
+        (errno.EROFS, "cannot be written"),
+    ],
 )
 def test_errors_of_the_system_say_what_to_do(number: int, text: str) -> None:
     with pytest.raises(OutputError, match=text), readable_errors(Path("out")):

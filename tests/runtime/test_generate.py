@@ -114,6 +114,15 @@ def test_a_system_turn_that_has_no_place_is_refused(calibrated: Path, tmp_path: 
         generate(folder, "the weather", system="be brief")
 
 
+@pytest.mark.parametrize("flags", [[], ["--system", "\udcff"]])
+def test_a_prompt_in_another_encoding_is_told(flags: list[str], calibrated: Path, tmp_path: Path) -> None:
+    folder = with_template(calibrated, tmp_path / "s")
+    done = CliRunner().invoke(main, ["generate", str(folder), "the weather" if flags else "caf\udce9", *flags])
+    assert (done.exit_code, done.stdout) == (2, "")
+    what, at = ("system's turn", 1) if flags else ("prompt", 4)
+    assert done.stderr == f"Error: the {what} is no UTF-8 text, from character {at} on. Convert it.\n"
+
+
 def test_a_template_that_fails_is_told() -> None:
     class Broken:
         def apply_chat_template(self, *args: object, **kwargs: object) -> None:

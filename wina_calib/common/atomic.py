@@ -155,6 +155,10 @@ def readable_errors(target: Path, *, every: bool = False) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{target}: the disk is full. Free space, or write to another disk.") from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{target}: a file of it is larger than the disk or `ulimit -f` allows. Write elsewhere, or raise the limit."
+            ) from error
         if error.errno in _UNWRITABLE or (every and error.errno):
             raise OutputError(f"{target} cannot be written ({error.strerror}). Give another folder.") from error
         if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EBUSY):

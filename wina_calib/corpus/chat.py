@@ -86,13 +86,13 @@ def _text(content: object, where: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    parts = [part for part in content if part is not None] if isinstance(content, list) else [content]
-    odd = next((part for part in parts if not isinstance(part, str | dict)), None)
-    if odd is None and isinstance(content, list):
-        texts = [part if isinstance(part, str) else _part(part) for part in parts]
-        return "\n".join(text for text in texts if text)
-    found = f"{'a list with ' if isinstance(content, list) else ''}a value of type {type(odd).__name__}"
-    raise CorpusError(f"{where}: a message holds {found}; expected text, or a list of parts.")
+    parts = [part for part in content if part is not None] if isinstance(content, list) else []
+    odd = content if not isinstance(content, list) else next((p for p in parts if not isinstance(p, str | dict)), None)
+    if odd is not None:
+        found = f"{'a list with ' if isinstance(content, list) else ''}a value of type {type(odd).__name__}"
+        raise CorpusError(f"{where}: a message holds {found}; expected text, or a list of parts.")
+    texts = [part if isinstance(part, str) else _part(part) for part in parts]
+    return "\n".join(text for text in texts if text)
 
 
 def _part(part: Mapping[str, Any]) -> str:

@@ -70,8 +70,10 @@ def generate(
         show: called with pieces of `text` as they come.
 
     Raises:
-        UsageError: the prompt is empty, the template does not take it, or the dense model has other tokens.
+        UsageError: the prompt is empty or no text, the template does not take it, or the dense model has other tokens.
     """
+    for what, text in (("prompt", prompt), ("system's turn", system)):
+        _check_text(what, text or "")
     folder, _ = resolve(checkpoint, revision=revision)
     opened = open_calibrated(folder)
     tokenizer: Any = load_tokenizer(opened)
@@ -105,6 +107,14 @@ def generate(
     counts = (None, None) if drafted is None else (drafted.tokens, drafted.kept)
     ended = _ends(model if dense is None else dense, written, new)
     return Generated(text, chat, length, len(written), ended, rate, *counts)
+
+
+def _check_text(what: str, text: str) -> None:
+    """Raise UsageError where a text holds what no tokenizer takes, such as bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the {what} is no UTF-8 text, from character {error.start + 1} on. Convert it.") from None
 
 
 def text_inputs(tokenizer: Any, prompt: str) -> dict[str, Tensor]:

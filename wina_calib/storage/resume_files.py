@@ -13,14 +13,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from wina_calib.common.atomic import write_file
-from wina_calib.errors import StateError
+from wina_calib.errors import OutputError, StateError
 
 JOB, STATE, FINISHED = "job.json", "state.json", "finished.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def state_folder(target: Path) -> Path:
-    """Where the state of an output lies while it is made: `.NAME.state` beside it."""
+    """Where the state of an output lies while it is made: `.NAME.state` beside it.
+
+    Raises:
+        OutputError: nothing can lie beside it, as it is the root of all folders.
+    """
+    if not target.name:
+        raise OutputError(f"{target} exists, and has no name. Give another folder.")
     return target.with_name(f".{target.name}.state")
 
 
