@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralForCausalLM,
+    Qwen2VLConfig,
+)
 
 import wina_calib
 from wina_calib.checkpoint.side_files import code_files
@@ -316,6 +326,35 @@ def test_an_adapter_beside_the_weights_is_merged(model: Path, same: Callable) ->
         wina_calib.calibrate(model, model.parent / "out2", weights="reference", **OPTIONS)
 
 
+@pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_of_one_end_of_a_tied_model_leaves_the_other(
+    ends: list[str], tmp_path: Path, same: Callable
+) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tmp_path / "m"
+    tiny.make("llama", tie_word_embeddings=True).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=ends)
+    with warnings.catch_warnings(action="ignore"):  # peft tells of ties
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
+        for weight in filter(lambda weight: weight.requires_grad, adapted.parameters()):
+            torch.nn.init.normal_(weight, std=0.1)
+        adapted.save_pretrained(tmp_path / "a")
+        for file in (tmp_path / "a").glob("adapter*"):
+            shutil.copy(file, folder)
+        same(folder)
+
+
+@pytest.mark.parametrize("changes", [{"peft_type": "NEW"}, {"target_modules": ["nope"]}, {"r": "4"}])
+def test_an_adapter_that_does_not_fit_is_named(changes: dict[str, Any], model: Path) -> None:
+    pytest.importorskip("peft")
+    put_adapter(model, **changes)
+    with pytest.raises(
+        UnsupportedModel, match=r"adapter_config\.json\) beside the model, .* move adapter_config\.json away"
+    ):
+        open_source(model)
+
+
 def test_without_peft_an_adapter_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_adapter(model)
     monkeypatch.setattr("wina_calib.model.dense_copy._has_peft", lambda: False)
@@ -359,6 +398,34 @@ def test_the_language_model_of_a_model_of_pictures_is_calibrated(tmp_path: Path,
     dense = open_pair(str(tmp_path / "m"), device=torch.device("cpu"), dtype=None).dense
     assert torch.equal(dense(input_ids=IDS).logits, whole(input_ids=IDS).logits)
     assert flops(str(tmp_path / "m")).dense_gflops == flops(str(tmp_path / "out")).dense_gflops
+
+
+def test_the_language_model_of_a_model_that_is_no_causal_one_is_calibrated(tmp_path: Path, text: Path) -> None:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    words = tiny.make("qwen2").config
+    torch.manual_seed(0)
+    whole = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=words, image_token_index=0))
+    whole.eval().save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    wina_calib.calibrate(tmp_path / "m", tmp_path / "out", data=str(text), **OPTIONS)
+    found = wina_calib.load(tmp_path / "out", sparsity=0)
+    assert type(found).__name__ == "Qwen2ForCausalLM"
+    torch.testing.assert_close(found(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=2e-4, rtol=2e-4)
+
+
+def test_a_model_of_more_than_text_that_is_refused_says_what_its_text_model_is(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    Qwen2VLConfig(text_config=text).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"model of more than text, with a text model of type 'qwen2_vl_text'"):
+        open_source(tmp_path)
 
 
 # --- lm_head, tokenizer, code --------------------------------------------------------------------------------------

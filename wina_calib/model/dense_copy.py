@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
@@ -110,6 +111,12 @@ def copy_of(folder: ModelFolder, method: str | None) -> DenseCopy:
     except WinaError:
         raise
     except Exception as error:
+        if adapter:
+            raise UnsupportedModel(
+                f"{folder.path} holds an adapter ({ADAPTER_FILE}) beside the model, and the two cannot be put together here "
+                f"({first_line(error)}). Merge it with peft (merge_and_unload, then save_pretrained), or move {ADAPTER_FILE} "
+                "away to calibrate the model without it."
+            ) from error
         if method is None:
             raise ModelFolderError(f"{folder.path} cannot be loaded: {first_line(error)}") from error
         told = f"cannot dequantize it here ({first_line(error)}). Install what that asks for, or give the model"
@@ -243,11 +250,24 @@ def _not_plain(model: PreTrainedModel, wanted: dict[str, Tensor]) -> list[str]:
     ]
 
 
+def _untie(model: PreTrainedModel, changed: list[torch.nn.Module]) -> None:
+    """Give the head weights of its own where it shares them with the embedding, and an adapter changes one of the two."""
+    config = model.config.get_text_config(decoder=True)
+    ends = [
+        end.get_base_layer() if hasattr(end, "get_base_layer") else end
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if config.tie_word_embeddings and any(end is module for end in ends for module in changed):
+        ends[1].weight = torch.nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
 def _merge_adapters(model: PreTrainedModel) -> int:
     """Merge the adapters that peft put into a model, take its layers out again, and count them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    _untie(model, [layer.get_base_layer() for layer in layers.values()])
     for name, layer in layers.items():
         layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -26,7 +33,7 @@ _ASK = "wina-ask"
 
 @dataclass(frozen=True)
 class Loading:
-    """What `AutoModelForCausalLM.from_pretrained` would make of a folder."""
+    """What `from_pretrained` would make of a folder, of `AutoModelForCausalLM` where that knows the type."""
 
     model: PreTrainedModel  # the causal language model, with everything on the meta device
     files: tuple[Path, ...]  # the files of weights that transformers would read
@@ -90,7 +97,7 @@ def ask(folder: ModelFolder) -> Loading:
     refuse_encoder_decoder(config)
     try:
         with folder.handed_on():
-            AutoModelForCausalLM.from_pretrained(
+            _auto_class(config).from_pretrained(
                 str(folder.path),
                 config=config,
                 dtype=torch.float32,
@@ -124,6 +131,13 @@ def open_weights(folder: ModelFolder, loading: Loading) -> Shards:
 def stored_weights(folder: ModelFolder, loading: Loading) -> Shards:
     """The tensors of the files that transformers takes, by their names there."""
     return Shards.open(folder.path, [str(path.relative_to(folder.path)) for path in loading.files])
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes a model of a config: of one that also sees, where only its text model is a causal one."""
+    text = config.get_text_config(decoder=True)
+    whole = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if whole and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
 
 
 def _language_model(whole: PreTrainedModel) -> PreTrainedModel:
@@ -190,7 +204,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     refuse_encoder_decoder(config)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
+        return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
     except Exception as error:
         model_type = getattr(config, "model_type", "?")
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -198,8 +212,14 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
                 f"{config.name_or_path or 'the config'}: config.json makes no {model_type} model ({first_line(error)}). Correct "
                 "the value that this is about, or download the model again."
             ) from error
+        text = config.get_text_config(decoder=True)
+        inside = (
+            ""
+            if text is config
+            else f" It is a model of more than text, with a text model of type {text.model_type!r}."
+        )
         raise UnsupportedModel(
-            f"model_type {model_type!r} has no causal language model here: {first_line(error)} Supported: {SUPPORTED}."
+            f"model_type {model_type!r} has no causal language model here: {first_line(error)}{inside} Supported: {SUPPORTED}."
         ) from error
 
 
