@@ -309,3 +309,14 @@ def test_errors_are_one_message_with_a_code(args: list[str], code: int, said: st
     assert result.stdout == ""
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    done = CliRunner().invoke(main, ["calibrate", "demo", "-o", "out"])
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "Error: the folder that this was started in is gone. Go to another one.\n",
+    )

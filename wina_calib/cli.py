@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import logging
 import sys
@@ -105,6 +106,9 @@ class _Lazy(click.Group):
             _say(error, f"Error: {error.object[:200]!r} holds bytes that are no UTF-8 text. Rename what is called so.")
             ctx.exit(2)
         except OSError as error:
+            if error.errno == errno.ENOENT and not error.filename:  # what the system says of a path without a beginning
+                _say(error, "Error: the folder that this was started in is gone. Go to another one.")
+                ctx.exit(1)
             _say(error, f"Error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
             ctx.exit(1)
 

@@ -457,6 +457,13 @@ def test_a_tokenizer_of_code_is_asked_to_be_trusted(model: Path) -> None:
         open_source(model).tokenizer()
 
 
+def test_code_that_fails_is_named(model: Path) -> None:
+    edit(model, auto_map={"AutoModelForCausalLM": "gone.Own"})
+    with remote_code(True), pytest.raises(ModelFolderError, match=r"its own Python code makes no model \(.*gone\.py"):
+        open_source(model)
+    assert open_source(model).architecture
+
+
 def test_code_that_is_named_comes_along_with_all_that_it_imports(model: Path, text: Path, tmp_path: Path) -> None:
     for name, lines in {"letters": "from .tables import T", "tables": "from .more import M", "more": "M = 1"}.items():
         (model / f"{name}.py").write_text(f"{lines}\n")

@@ -207,9 +207,15 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=code_is_trusted()).eval()
     except Exception as error:
         model_type = getattr(config, "model_type", "?")
+        named = config.name_or_path or "the config"
+        if code_is_trusted() and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            raise ModelFolderError(
+                f"{named}: its own Python code makes no model ({first_line(error)}). Get it again, whole and for this "
+                "transformers; for a type that transformers knows, leave --trust-remote-code out."
+            ) from error
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelFolderError(
-                f"{config.name_or_path or 'the config'}: config.json makes no {model_type} model ({first_line(error)}). Correct "
+                f"{named}: config.json makes no {model_type} model ({first_line(error)}). Correct "
                 "the value that this is about, or download the model again."
             ) from error
         text = config.get_text_config(decoder=True)
