@@ -131,7 +131,7 @@ class ModelFolder:
             ModelFolderError: it cannot make one.
             UnsupportedModel: that needs Python code of the folder, which is not trusted.
         """
-        self.check_code()
+        self._check_code()
         where = self.path if self.file.name == _CONFIG else self.file
         try:
             with self.handed_on():
@@ -157,7 +157,11 @@ class ModelFolder:
             raw["auto_map"] = self.auto_map
         return raw if raw.get("auto_map", True) else {key: value for key, value in raw.items() if key != "auto_map"}
 
-    def check_code(self) -> None:
+    def check_config(self) -> None:
+        """Raise as `config` does, in our own words, before a library reads it."""
+        _ = self.config
+
+    def _check_code(self) -> None:
         """Raise UnsupportedModel where the model needs Python code of the folder and may not run it."""
         if not code_is_trusted() and self.needs_code:
             raise UnsupportedModel(

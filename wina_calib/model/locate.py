@@ -28,7 +28,8 @@ def load_tokenizer(given: Path | ModelFolder) -> Any:
     """
     folder = weights_folder(given)
     opened = given if isinstance(given, ModelFolder) else None
-    assert opened is None or opened.config is not None  # transformers asks it for the tokenizer's class
+    if opened is not None:
+        opened.check_config()  # transformers asks it for the tokenizer's class
     try:
         with nullcontext() if opened is None else opened.handed_on(as_stored=True):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_is_trusted())

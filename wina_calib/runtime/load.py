@@ -98,7 +98,7 @@ def load_opened(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a calibrated checkpoint whose config was read, at the sparsity that it says; arguments as those of `load`."""
-    assert opened.config is not None  # what is wrong with it is said in our own words
+    opened.check_config()
     if settings_of(opened).weight_format is not None:
         open_checkpoint(opened)  # refuses damaged codes and scales with one message
     whole, kept = complete_folder(opened, base=base, token=token, local_files_only=local_files_only)
