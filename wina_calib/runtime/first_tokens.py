@@ -78,10 +78,10 @@ class Rows:
 
     def _past(self) -> int | Tensor:
         """Tokens in the cache. A static cache keeps its length on the device; a compiled step does not wait for it."""
-        length = self.cache.get_seq_length()
+        length: int | Tensor = self.cache.get_seq_length()
         if isinstance(length, Tensor) and not torch.compiler.is_compiling():
             return int(length)
-        return length  # type: ignore[no-any-return]  # transformers is not typed
+        return length
 
     def _at(self, past: int | Tensor) -> Tensor | None:
         """`first` where the cache holds `past` tokens."""

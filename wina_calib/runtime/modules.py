@@ -33,7 +33,8 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
+        apply: Any = super()._apply
+        apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype and name != "rotation":
@@ -306,7 +307,8 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.site.state.stale, self.number = True, group_operator.UNNUMBERED
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
+        apply: Any = super()._apply
+        apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -212,8 +212,8 @@ def matches(computes: Any, stock: nn.Module, form: Any) -> bool:
     try:
         with torch.no_grad():
             return all(computes(stock, form, dtype) for dtype in native_build.DTYPES)
-    except Exception as error:  # noqa: BLE001 - anybody's code, which may want more than is given here
-        logger.debug("%s is not shortened: %s", type(stock).__name__, error)
+    except Exception:  # anybody's code, which may want more than is given here
+        logger.debug("%s is not shortened", type(stock).__name__, exc_info=True)
         return False
 
 

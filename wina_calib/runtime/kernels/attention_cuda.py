@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +33,10 @@ CLUSTERS = ((16, 8), (32, 4), (64, 2))
 MANY_HEADS_CLUSTER = 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types for it
+_constant: Callable[[Callable[[int], bool]], Callable[[int], bool]] = torch.compiler.assume_constant_result
+
+
+@_constant
 def available(index: int) -> bool:
     """Whether the card of this number runs the code. The first question compiles, in half a second."""
     return _available(index)
