@@ -35,11 +35,11 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
             "commit": source.commit,
             "weights": source.shards.fingerprint(model_names(source.shards, source.architecture)),
             "config": hashlib.sha256(json.dumps(source.raw_config, sort_keys=True).encode()).hexdigest(),
-            "files": files_digest(side_files(source.opened)),
+            "files": _digest(side_files(source.opened)),
         },
         "text": {"calibration": job.blocks.fingerprint, "perplexity": base.fingerprint},
         "options": {name: value for name, value in options.items() if name not in _LEFT_OUT},
-        "budget_file": files_digest(budget_files(job.options.budget)) if is_file(job.options.budget) else None,
+        "budget_file": budget_digest(job.options.budget),
         "compute": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "dtype": str(job.compute.dtype).removeprefix("torch."),
@@ -50,7 +50,12 @@ def identity(job: Job, base: Blocks) -> dict[str, Any]:
     }
 
 
-def files_digest(paths: Iterable[Path]) -> str:
+def budget_digest(budget: str) -> str | None:
+    """SHA-256 (hex) of the files of a `--budget` value; None where it is a method."""
+    return _digest(budget_files(budget)) if is_file(budget) else None
+
+
+def _digest(paths: Iterable[Path]) -> str:
     """SHA-256 (hex) of files' names and bytes."""
     digest = hashlib.sha256()
     for path in paths:

@@ -34,6 +34,7 @@ _LEFT_OUT = [".*", "*.partial", "*.lock", "__pycache__/*"]
 # Files of an earlier push that this folder lacks would be read beside its own, or in their place.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "wina_*"]
 _VERIFY, _UPLOAD = "verify", "upload"
+_READ_RATE, _SEND_RATE = 1e9, 2e7  # bytes a second, at a guess
 _ATTEMPTS = 5
 
 
@@ -87,15 +88,12 @@ def push_to_hub(
     with hearing(progress) as report:
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
         upload = f"{_UPLOAD} {human_bytes(size)}"
-        report.planned(
-            Estimate((Part(_VERIFY, 1, size / 1e9), Part(upload, 1, size / 2e7)))
-        )  # bytes a second, at a guess
+        report.planned(Estimate((Part(_VERIFY, 1, size / _READ_RATE), Part(upload, 1, size / _SEND_RATE))))
         report.phase(_VERIFY, 1)
         prepare(folder, repo, base_model=base_model, api=api)
         report.step("weights and card")
-        report.planned(
-            Estimate((Part(upload, 1),))
-        )  # how fast the disk was says nothing of the network: no time is told
+        # How fast the disk was says nothing of the network: no time is told.
+        report.planned(Estimate((Part(upload, 1),)))
         report.phase(upload, 1)
         with readable_errors(repo, revision, kept=", and nothing was sent"):
             name = api.create_repo(repo, private=private, exist_ok=True).repo_id

@@ -310,9 +310,7 @@ class Verdict:
             for r, s in self.sparsity_for.items()
         )
         source = (
-            f"{self.tokens:,} tokens of {', '.join(self.data)}; {OTHER_TEXT}"
-            if self.tokens
-            else f"predicted from the loss curves; {OTHER_TEXT}"
+            f"{self.tokens:,} tokens of {', '.join(self.data)}" if self.tokens else "predicted from the loss curves"
         )
         rows = [
             [
@@ -325,7 +323,7 @@ class Verdict:
                 "decoding, one sequence",
                 f"{self.speedup:.2f} times as fast by what is read alone, {percent(self.read_fraction, 0)} of the weights' bytes",
             ],
-            ["held-out text", source],
+            ["held-out text", f"{source}; {OTHER_TEXT}"],
         ]
         if self.quantizing:
             told = f"+{_rise(self.quantizing)}; it is in the rises above, which are over the original model"

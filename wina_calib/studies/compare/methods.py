@@ -36,9 +36,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     group: str = PAPERS  # `papers`, `quantized`, or what an ablation changes
     share: float = 1.0  # share of the protocol's calibration blocks that it uses
-    gated: bool = (
-        False  # masks are made from the MLP's gate, as CATS does, instead of at sites, whose options it refuses
-    )
+    gated: bool = False  # masks are made from the MLP's gate, as CATS does; options of sites are refused
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from wina_calib.budgets import Cells
 from wina_calib.budgets.count import count_cells
-from wina_calib.calibration.choose_budget import budget_files, is_file, settle
+from wina_calib.calibration.choose_budget import settle
 from wina_calib.calibration.cost import CLOSED_LOOP_PASSES, choice_passes
 from wina_calib.calibration.dense_pass import dense_pass
-from wina_calib.calibration.identity import files_digest
+from wina_calib.calibration.identity import budget_digest
 from wina_calib.calibration.layer_stream import LayerStream
 from wina_calib.calibration.likelihood import Quality, next_token_nll, perplexity
 from wina_calib.calibration.options import OPERATIONAL, CalibrateOptions, make_options
@@ -247,8 +247,8 @@ class _Bench:
                 "versions": self._protocol["versions"],
             }
         )
-        if is_file(options.budget):
-            key["budget_file"] = files_digest(budget_files(options.budget))
+        if digest := budget_digest(options.budget):
+            key["budget_file"] = digest
         return key
 
     @property
